@@ -1,0 +1,81 @@
+# Every target makes .venv when it is missing, and makes it anew when pyproject.toml or
+# constraints.txt changed. PYTHON=… picks the interpreter, ARGS=… goes to train.py or pytest.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+# The first of these that starts and is at least 3.12 makes .venv.
+PYTHON ?= $(shell for name in python3 python3.12 python3.13 python3.14 python; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$name && exit; done; echo python3)
+
+# What pip does, one line a package, without its resolver's chatter.
+PIP_INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check \
+	--progress-bar off --constraint constraints.txt
+PIP_LINES = { grep --line-buffered -E '^ *(Downloading|Using cached|Building|Installing (collected|build))' \
+	| cut -c -100 || true; }
+PYTEST = $(BIN)/python -m pytest --durations=10
+
+.PHONY: help
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.PHONY: train
+train: $(VENV)/.installed  ## set up, then train the default run (ARGS="small --steps 10" for another)
+	$(BIN)/python train.py $(ARGS)
+
+.PHONY: install
+install: $(VENV)/.installed  ## set up .venv for training, evaluation and sampling
+	@echo "Ready: $(BIN)/python train.py --help"
+
+.PHONY: test
+test: lint typecheck  ## set up, lint, type check, and all tests but the slow ones
+	$(PYTEST) -m "not slow" $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(VENV)/.installed-dev  ## the slow tests alone
+	$(PYTEST) -m slow $(ARGS)
+
+.PHONY: test-all
+test-all: lint typecheck  ## as test, with the slow tests
+	$(PYTEST) $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.installed-dev  ## ruff: lint and format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: typecheck
+typecheck: $(VENV)/.installed-dev  ## mypy
+	$(BIN)/mypy
+
+.PHONY: format
+format: $(VENV)/.installed-dev  ## ruff: mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: clean
+clean:  ## remove .venv, caches and build output; runs/ stays
+	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/pyvenv.cfg: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
+	echo "Python 3.12 or newer is needed and '$(PYTHON)' is none:" \
+		"install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Making $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv --clear $(VENV)
+
+$(VENV)/.installed: $(VENV)/pyvenv.cfg
+	@echo "Installing engram-jax and what it needs (one to three minutes)"
+	@$(PIP_INSTALL) --editable . | $(PIP_LINES)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/pyvenv.cfg
+	@echo "Installing engram-jax and the tools for tests, lint and notebooks (two to four minutes)"
+	@$(PIP_INSTALL) --editable '.[dev]' | $(PIP_LINES)
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,1 @@
+"""Named runs, one file each: `python train.py NAME`."""

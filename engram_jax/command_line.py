@@ -1,0 +1,1 @@
+"""Command lines: a named configuration with every field as a flag."""

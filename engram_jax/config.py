@@ -1,0 +1,211 @@
+"""The configuration of a run: frozen dataclasses, checked when they are made."""
+
+import json
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engram_jax.errors import InputError
+from engram_jax.hashing import HashSpec
+from engram_jax.memory.row_adam import RowAdam
+from engram_jax.model import DecoderConfig, MemorySites
+from engram_jax.optimizer import OptimizerConfig
+from engram_jax.sharding import MeshConfig
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The memory: its hash, its tables and how the network reads them.
+
+    Attributes:
+        layers: zero-based ids of the blocks with memory; () is a model without.
+        fusion: "engram" (gated, before the block), or "over_encoding" (the baseline: averaged
+            into the input embedding; layers must be 0).
+        max_order: largest n-gram order N.
+        heads: hash heads K per order.
+        rows_per_head: least rows of a head, for each order 2…N.
+        row_width: width F of a row.
+        hash_seed: seed of the hash multipliers.
+        init_scale: standard deviation of the rows at the start.
+        adam: the row optimizer.
+    """
+
+    layers: tuple[int, ...] = (1,)
+    fusion: Literal["engram", "over_encoding"] = "engram"
+    max_order: int = 3
+    heads: int = 8
+    rows_per_head: tuple[int, ...] = (200_000, 200_000)
+    row_width: int = 24
+    hash_seed: int = 0
+    init_scale: float = 0.0
+    adam: RowAdam = field(default_factory=RowAdam)
+
+    def __post_init__(self) -> None:
+        if self.layers:
+            self.hash_spec(pad_id=0)
+        if self.fusion == "over_encoding" and self.layers != (0,):
+            raise InputError(
+                f"OverEncoding reads memory at the input alone, not at layers {self.layers}; "
+                "set memory.layers to 0."
+            )
+
+    def hash_spec(self, pad_id: int) -> HashSpec:
+        """The hash, for a tokenizer's pad id."""
+        return HashSpec(
+            layers=self.layers,
+            max_order=self.max_order,
+            heads=self.heads,
+            rows_per_head=self.rows_per_head,
+            pad_id=pad_id,
+            seed=self.hash_seed,
+        )
+
+    @property
+    def sites(self) -> MemorySites:
+        """Where the decoder reads this memory."""
+        orders = self.max_order - 1
+        engram = self.fusion == "engram"
+        return MemorySites(
+            layers=self.layers if engram else (),
+            over_encoding=not engram,
+            width=orders * self.heads * self.row_width,
+            orders=orders,
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text and how it is cut.
+
+    Attributes:
+        sources: names of shipped corpora, or paths (.jsonl, .txt, .parquet, .arrayrecord;
+            JSONL also as .gz, .xz, .zst).
+        weights: share of every source; () takes them as large as they are.
+        tokenizer: "default", or the path of a SentencePiece .model or a tokenizer.json.
+        sequence_length: tokens T of a packed row.
+        batch_size: rows of an optimizer step, over all devices and micro-batches.
+        held_out: share of the documents that training never sees, chosen by their hash.
+        cache: folder of the tokenized corpora.
+        workers: processes that build batches; 0 builds them in a thread of this one.
+        prefetch: batches kept ready.
+    """
+
+    sources: tuple[str, ...] = ("vital_en", "factbook", "web_bible", "austen", "wordnet")
+    weights: tuple[float, ...] = ()
+    tokenizer: str = "default"
+    sequence_length: int = 256
+    batch_size: int = 8
+    held_out: float = 0.05
+    cache: str = ".cache/corpora"
+    workers: int = 0
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        if self.weights and len(self.weights) != len(self.sources):
+            raise InputError(
+                f"{len(self.weights)} weights for {len(self.sources)} sources; "
+                "give one weight per source, or none."
+            )
+        if min(self.sequence_length, self.batch_size) < 1:
+            raise InputError("sequence_length and batch_size must be at least 1.")
+        if not 0 < self.held_out < 1:
+            raise InputError(f"held_out is {self.held_out}; it is a share between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run.
+
+    Attributes:
+        steps: optimizer steps.
+        accumulation: micro-batches of a step.
+        seed: seed of the parameters and of the order of the documents.
+        log_every: steps between lines of metrics.
+        evaluate_every: steps between held-out evaluations; 0 evaluates at the end alone.
+        evaluate_tokens: most held-out tokens per source of such an evaluation.
+        checkpoint_every: steps between checkpoints; 0 saves at the end alone.
+        keep_checkpoints: checkpoints kept.
+    """
+
+    steps: int = 1200
+    accumulation: int = 1
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int = 300
+    evaluate_tokens: int = 16_384
+    checkpoint_every: int = 300
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run's whole configuration. Nothing below `train.py` and `eval.py` takes it whole.
+
+    Attributes:
+        name: name of the run; its folder is runs/NAME unless another is given.
+        model: sizes of the decoder.
+        memory: tables, and how they are read.
+        data: text.
+        optimizer: optimizer of the dense parameters.
+        train: steps, seeds, evaluation, checkpoints.
+        mesh: devices.
+    """
+
+    name: str = "default"
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        outside = [layer for layer in self.memory.layers if layer >= self.model.layers]
+        if outside:
+            raise InputError(
+                f"memory.layers {outside} are outside a model of {self.model.layers} layers, "
+                f"whose ids are 0…{self.model.layers - 1}."
+            )
+        if self.model.engram.branches != 1:
+            raise InputError(
+                f"model.engram.branches is {self.model.engram.branches}; this decoder has one "
+                "residual stream, so set it to 1."
+            )
+        if self.data.batch_size % self.train.accumulation:
+            raise InputError(
+                f"data.batch_size {self.data.batch_size} does not divide into "
+                f"train.accumulation {self.train.accumulation} micro-batches."
+            )
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes a configuration as JSON."""
+    path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+
+
+def load_config(path: Path) -> Config:
+    """Reads what `save_config` wrote.
+
+    Raises:
+        InputError: the file is missing or is not a configuration of this version.
+    """
+    try:
+        return _from_plain(Config, json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise InputError(f"No configuration at {path}; is this a run folder?") from error
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not a configuration of this version ({error}).") from error
+
+
+def _from_plain(kind: Any, value: Any) -> Any:
+    """Rebuilds nested dataclasses and tuples from what JSON made of them."""
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        known = {item.name for item in fields(kind)}
+        if known != set(value):
+            raise TypeError(f"{kind.__name__} has the fields {sorted(known)}, not {sorted(value)}")
+        return kind(**{name: _from_plain(hints[name], entry) for name, entry in value.items()})  # type: ignore[operator]
+    if isinstance(value, list):
+        return tuple(value)
+    return value

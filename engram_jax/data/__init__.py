@@ -1,0 +1,1 @@
+"""From documents on disk to batches: `sources`, `corpus`, `packing`, `mixture`, `pipeline`."""

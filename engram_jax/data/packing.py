@@ -1,0 +1,211 @@
+"""Rows of T tokens cut from a stream of documents: pure NumPy, random access, no state.
+
+Training and evaluation cut alike: documents follow one another as bos … eos, row i reads the
+stream's positions iT … iT+T, its last token being a target only.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64, Integer, UInt64
+
+from engram_jax.data.corpus import CorpusView
+from engram_jax.errors import InputError
+
+
+class Rows(NamedTuple):
+    """Packed rows.
+
+    Attributes:
+        tokens: the input ids.
+        targets: the id that follows each.
+        target_mask: 1 where the target lies in the same document, otherwise 0.
+        segments: which of the row's documents a token belongs to, from 1; 0 is padding.
+        positions: position in the row's piece of that document, from 0.
+    """
+
+    tokens: Int32[np.ndarray, "B T"]
+    targets: Int32[np.ndarray, "B T"]
+    target_mask: Float32[np.ndarray, "B T"]
+    segments: Int32[np.ndarray, "B T"]
+    positions: Int32[np.ndarray, "B T"]
+
+
+class Batch(NamedTuple):
+    """The rows of one optimizer step, as A micro-batches (see `Rows`), and their memory plan."""
+
+    tokens: Int32[np.ndarray, "A B T"]
+    targets: Int32[np.ndarray, "A B T"]
+    target_mask: Float32[np.ndarray, "A B T"]
+    segments: Int32[np.ndarray, "A B T"]
+    positions: Int32[np.ndarray, "A B T"]
+    plan: Any = None
+
+
+class HeldOutRows(NamedTuple):
+    """Packed rows, with the document of every token.
+
+    Attributes:
+        documents: number of the token's document in the view (0 in padding, where the mask is 0).
+    """
+
+    tokens: Int32[np.ndarray, "B T"]
+    targets: Int32[np.ndarray, "B T"]
+    target_mask: Float32[np.ndarray, "B T"]
+    segments: Int32[np.ndarray, "B T"]
+    positions: Int32[np.ndarray, "B T"]
+    documents: Int32[np.ndarray, "B T"]
+
+
+class _Stream(NamedTuple):
+    starts: Int64[np.ndarray, "documents"]  # in the corpus's ids
+    ends: Int64[np.ndarray, "documents"]  # in the stream
+    lengths: Int64[np.ndarray, "documents"]
+
+
+class PackedRows:
+    """An endless sequence of training rows of one corpus.
+
+    Row i belongs to epoch i // rows_per_epoch. Each epoch is the stream of all documents in an
+    order of its own, less a tail shorter than a row. Row i depends on (documents, sequence_length,
+    seed, source, i) alone.
+    """
+
+    def __init__(
+        self, documents: CorpusView, sequence_length: int, seed: int, source: int = 0
+    ) -> None:
+        """Pack `documents` into rows of `sequence_length` = T tokens.
+
+        `source` tells corpora apart that share a seed.
+
+        Raises:
+            InputError: all documents together do not fill one row of T+1 tokens.
+        """
+        if sequence_length < 1:
+            raise InputError(f"sequence_length must be at least 1, not {sequence_length}.")
+        self.rows_per_epoch = (documents.token_count - 1) // sequence_length
+        if self.rows_per_epoch < 1:
+            raise InputError(
+                f"corpus {documents.corpus.name} has {documents.token_count} tokens to train on, "
+                f"too few for one row of {sequence_length} + 1; lower the sequence length or the "
+                "held-out share, or give it more text."
+            )
+        self.documents = documents
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.source = source
+        self._epochs: dict[int, _Stream] = {}
+
+    def __reduce__(self) -> tuple[type["PackedRows"], tuple[CorpusView, int, int, int]]:
+        """Pickle without the cached epochs."""
+        return PackedRows, (self.documents, self.sequence_length, self.seed, self.source)
+
+    def rows(self, indices: Int64[np.ndarray, "B"]) -> Rows:
+        """Return the rows of these numbers."""
+        corpus = self.documents.corpus
+        epochs, rows = np.divmod(indices, self.rows_per_epoch)
+        packed = empty_rows(len(indices), self.sequence_length)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            stream = self._stream(int(epoch))
+            cut = _cut(corpus.ids, stream, rows[chosen], self.sequence_length, corpus.manifest.pad_id)
+            for whole, piece in zip(packed, cut[: len(packed)], strict=True):
+                whole[chosen] = piece
+        return packed
+
+    def _stream(self, epoch: int) -> _Stream:
+        if epoch not in self._epochs:
+            order = shuffled(len(self.documents), self.seed, self.source, epoch)
+            lengths = self.documents.lengths[order]
+            stream = _Stream(self.documents.starts[order], np.cumsum(lengths), lengths)
+            # A batch may span two epochs; older ones are not read again.
+            self._epochs = dict([*self._epochs.items(), (epoch, stream)][-2:])
+        return self._epochs[epoch]
+
+
+def empty_rows(count: int, sequence_length: int) -> Rows:
+    """Return `count` rows to be filled."""
+    shape = (count, sequence_length)
+    integers = [np.empty(shape, np.int32) for _ in range(4)]
+    return Rows(*integers[:2], np.empty(shape, np.float32), *integers[2:])
+
+
+def pack_held_out(
+    documents: CorpusView, sequence_length: int, batch_size: int
+) -> Iterator[HeldOutRows]:
+    """Cut documents, each once and in their order, into batches of `batch_size` rows.
+
+    Every token but a document's bos is a target exactly once. Where the documents end, rows are
+    padded with the tokenizer's pad id, in segment 0 with mask 0.
+
+    Raises:
+        InputError: there are no documents (at the call, not at the first batch).
+    """
+    corpus = documents.corpus
+    if not len(documents):
+        raise InputError(
+            f"corpus {corpus.name} has no held-out documents; raise the held-out share or give it "
+            f"more than its {corpus.manifest.documents} documents."
+        )
+    if sequence_length < 1 or batch_size < 1:
+        raise InputError("sequence_length and batch_size must be at least 1.")
+    lengths = documents.lengths
+    stream = _Stream(documents.starts, np.cumsum(lengths), lengths)
+    row_count = -(-(documents.token_count - 1) // sequence_length)
+    pad_id = corpus.manifest.pad_id
+    return (
+        _cut(corpus.ids, stream, first + np.arange(batch_size), sequence_length, pad_id)
+        for first in range(0, row_count, batch_size)
+    )
+
+
+def _cut(
+    ids: Integer[np.ndarray, "tokens"],
+    stream: _Stream,
+    rows: Int64[np.ndarray, "B"],
+    sequence_length: int,
+    pad_id: int,
+) -> HeldOutRows:
+    """Return rows of a stream, with padding beyond its end."""
+    first = rows[:, None] * sequence_length
+    places = first + np.arange(sequence_length + 1)
+    documents = np.searchsorted(stream.ends, places, side="right")
+    inside = documents < len(stream.ends)
+    documents = np.where(inside, documents, 0)
+    begins = stream.ends[documents] - stream.lengths[documents]
+    sources = np.where(inside, stream.starts[documents] + places - begins, 0)
+    tokens = np.where(inside, ids[sources], pad_id).astype(np.int32)
+    same = (documents[:, 1:] == documents[:, :-1]) & inside[:, 1:]
+    segments = np.where(inside, documents - documents[:, :1] + 1, 0)
+    positions = np.where(inside, places - np.maximum(begins, first), 0)
+    return HeldOutRows(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        target_mask=same.astype(np.float32),
+        segments=segments[:, :-1].astype(np.int32),
+        positions=positions[:, :-1].astype(np.int32),
+        documents=documents[:, :-1].astype(np.int32),
+    )
+
+
+def shuffled(count: int, *key: int) -> Int64[np.ndarray, "count"]:
+    """Return a permutation of range(count) that depends on the arguments alone.
+
+    The order in which SplitMix64 (Steele, Lea and Flood 2014) numbers the items: unlike a
+    generator's shuffle it cannot change with a NumPy release. Its outputs are distinct.
+    """
+    state = np.zeros(1, np.uint64)
+    for part in key:
+        state = _mix(state ^ np.uint64(part % 2**64))
+    return np.argsort(_mix(state + np.arange(count, dtype=np.uint64) * _GOLDEN))
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(values: UInt64[np.ndarray, "count"]) -> UInt64[np.ndarray, "count"]:
+    values = values + _GOLDEN
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,207 @@
+"""Batches with Grain: global batch n is a pure function of (sources, sizes, seed, n)."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from typing import Any, Self
+
+import numpy as np
+from absl import flags
+from grain import DatasetIterator, MapDataset, MultiprocessingOptions, ReadOptions
+from grain.experimental import DatasetOptions, WithOptionsIterDataset
+
+from engram_jax.data.corpus import Corpus
+from engram_jax.data.mixture import RowMixture
+from engram_jax.data.packing import Batch, PackedRows
+from engram_jax.errors import InputError
+
+# Grain's datasets have a length; this many batches outlast any run.
+_ENDLESS = 1 << 48
+
+# Arrays of workers come through a pipe: shared memory outlives a killed run, and containers often
+# have but 64 MB of it.
+_NO_SHARED_MEMORY = 1 << 60
+
+
+@dataclass(frozen=True)
+class BatchBuilder:
+    """Builds one process's part of global batch n: a picklable map from n to a `Batch`.
+
+    Global batch n is the rows n·batch_size … (n+1)·batch_size of the mixture, as `accumulation`
+    micro-batches one after another. Process p of P takes the p-th of P equal slices of every
+    micro-batch.
+
+    Attributes:
+        rows: where rows come from.
+        batch_size: rows of one optimizer step, over all micro-batches and processes.
+        accumulation: number A of micro-batches.
+        planner: maps the step's tokens and segments, int32 [A, B, T] of all processes, to the
+            memory plan; None for a model without memory.
+        process_index: which slice this process takes.
+        process_count: how many slices there are.
+
+    Raises:
+        InputError: sizes that do not divide.
+    """
+
+    rows: RowMixture
+    batch_size: int
+    accumulation: int = 1
+    planner: Callable[[np.ndarray, np.ndarray], Any] | None = None
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self) -> None:
+        """Check that the sizes divide."""
+        if min(self.batch_size, self.accumulation, self.process_count) < 1:
+            raise InputError("batch_size, accumulation and process_count must be at least 1.")
+        if not 0 <= self.process_index < self.process_count:
+            raise InputError(f"process {self.process_index} of {self.process_count} is none.")
+        if self.batch_size % (self.accumulation * self.process_count):
+            raise InputError(
+                f"a batch of {self.batch_size} rows does not divide into {self.accumulation} "
+                f"micro-batches on {self.process_count} processes; make it a multiple of "
+                f"{self.accumulation * self.process_count}."
+            )
+
+    def __call__(self, number: int) -> Batch:
+        """Return this process's part of global batch `number`."""
+        micro = self.batch_size // self.accumulation
+        local = micro // self.process_count
+        mine = slice(self.process_index * local, (self.process_index + 1) * local)
+        first = number * self.batch_size
+        indices = first + np.arange(self.batch_size).reshape(self.accumulation, micro)
+        if self.planner is None:
+            return self._read(indices[:, mine])
+        # The plan is of the whole step, so every process reads all of its tokens.
+        whole = self._read(indices)
+        plan = self.planner(whole.tokens, whole.segments)
+        return Batch(*(np.ascontiguousarray(field[:, mine]) for field in whole[:-1]), plan)
+
+    def _read(self, indices: np.ndarray) -> Batch:
+        rows = self.rows.rows(indices.reshape(-1))
+        return Batch(*(field.reshape(*indices.shape, -1) for field in rows))
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches from a given number on, without end.
+
+    Close it, or use it in a `with` statement: worker processes outlive an iterator that is merely
+    dropped. A closed one is exhausted.
+    """
+
+    def __init__(self, batches: DatasetIterator[Batch]) -> None:
+        """Take over a Grain iterator."""
+        self._batches: DatasetIterator[Batch] | None = batches
+
+    def __next__(self) -> Batch:
+        """Return the next batch."""
+        if self._batches is None:
+            raise StopIteration
+        return next(self._batches)
+
+    def __enter__(self) -> Self:
+        """Return the iterator itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """End threads and worker processes."""
+        if self._batches is not None:
+            self._batches.close()
+        # What Grain would close only when Python ends fails there, with its modules gone.
+        self._batches = None
+
+
+def make_batches(
+    corpora: Sequence[Corpus],
+    weights: Sequence[float] = (),
+    *,
+    sequence_length: int,
+    batch_size: int,
+    accumulation: int = 1,
+    seed: int = 0,
+    planner: Callable[[np.ndarray, np.ndarray], Any] | None = None,
+    first_batch: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    prefetch: int = 4,
+) -> BatchIterator:
+    """Return this process's batches first_batch, first_batch + 1, … of the training documents.
+
+    The iterator's state is the batch number alone: a run that starts at n meets what a run that
+    came to n meets, whatever `workers`, `prefetch` and `process_count` are.
+
+    Args:
+        corpora: what to train on; their `train` documents are read.
+        weights: shares of rows, one a corpus; by default each corpus at its natural size.
+        sequence_length: T.
+        batch_size: rows of one optimizer step, over all micro-batches and processes.
+        accumulation: number A of micro-batches.
+        seed: of the order of documents.
+        planner: see `BatchBuilder`; must be picklable if there are workers.
+        first_batch: number of the first batch to return.
+        process_index: this process's number.
+        process_count: number of processes that share each batch.
+        workers: processes that build batches; 0 builds them in a thread of this one.
+        prefetch: batches built ahead, over all workers.
+
+    Raises:
+        InputError: sizes that do not divide, a corpus too small for one row, weights that do not
+            fit the corpora, a negative number.
+    """
+    if min(first_batch, workers, prefetch) < 0:
+        raise InputError("first_batch, workers and prefetch must not be negative.")
+    packed = [
+        PackedRows(corpus.train, sequence_length, seed, source)
+        for source, corpus in enumerate(corpora)
+    ]
+    builder = BatchBuilder(
+        RowMixture(packed, weights), batch_size, accumulation, planner, process_index, process_count
+    )
+    numbers = MapDataset.range(first_batch, first_batch + _ENDLESS).map(builder)
+    if not workers:
+        reading = ReadOptions(num_threads=min(1, prefetch), prefetch_buffer_size=prefetch)
+        return BatchIterator(iter(numbers.to_iter_dataset(reading)))
+    # Grain reads absl's flags, which refuse to be read where no absl program parsed them.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    # The unit that workers share out is the whole batch, so their number changes none.
+    unbuffered = numbers.to_iter_dataset(ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    by_pipe = WithOptionsIterDataset(unbuffered, DatasetOptions(min_shm_size=_NO_SHARED_MEMORY))
+    ahead = MultiprocessingOptions(workers, max(1, -(-prefetch // workers)))
+    return BatchIterator(iter(by_pipe.mp_prefetch(ahead, worker_init_fn=_end_with_parent)))
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Let this worker process end when its parent does, even by SIGKILL."""
+
+    def watch() -> None:
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def prefetch_to_device[Host, Device](
+    batches: Iterator[Host], put: Callable[[Host], Device], depth: int = 2
+) -> Iterator[Device]:
+    """Yield `put(batch)` for each batch, keeping `depth` further ones on their way.
+
+    `put` must return at once, as `jax.device_put` does: the transfer of a batch then runs while
+    the step before it computes.
+    """
+    waiting: deque[Device] = deque()
+    for batch in batches:
+        waiting.append(put(batch))
+        if len(waiting) > depth:
+            yield waiting.popleft()
+    yield from waiting

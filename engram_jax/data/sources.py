@@ -1,0 +1,251 @@
+"""Reading documents: the shipped corpora, and JSON Lines, text, Parquet and ArrayRecord by path."""
+
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engram_jax.errors import InputError
+
+CORPORA = Path(__file__).parent / "corpora"
+
+# Two spellings of ArrayRecord are in use; Grain's documentation writes the first.
+ENDINGS = (
+    ".jsonl",
+    ".jsonl.gz",
+    ".jsonl.xz",
+    ".jsonl.zst",
+    ".txt",
+    ".parquet",
+    ".array_record",
+    ".arrayrecord",
+)
+
+
+class Document(NamedTuple):
+    """One text and its title ("" where the source has none)."""
+
+    text: str
+    title: str = ""
+
+
+def shipped_corpora() -> tuple[str, ...]:
+    """Return the names of the corpora that come with the package."""
+    return tuple(sorted(path.name.split(".")[0] for path in CORPORA.glob("*.jsonl.xz")))
+
+
+def resolve_source(name_or_path: str | Path) -> Path:
+    """Return the file or folder behind a shipped name or a path.
+
+    A bare shipped name means the shipped corpus; a file beside you of the same name is `./name`.
+
+    Raises:
+        InputError: neither a shipped name nor a file or folder that can be read as documents.
+    """
+    if str(name_or_path) in shipped_corpora():
+        return CORPORA / f"{name_or_path}.jsonl.xz"
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not source_files(path):
+            raise InputError(f"folder {path} holds no file that ends in {_listed(ENDINGS)}.")
+    elif not path.is_file():
+        raise InputError(
+            f"source {str(name_or_path)!r} is neither a file, a folder nor a shipped corpus "
+            f"({_listed(shipped_corpora())}); check the path, whose name ends in "
+            f"{_listed(ENDINGS)}."
+        )
+    elif _ending(path) is None:
+        raise InputError(f"cannot read {path}: its name must end in {_listed(ENDINGS)}.")
+    return path
+
+
+def source_name(path: Path) -> str:
+    """Return the name of a resolved source: that of the file without its ending."""
+    return path.resolve().name.removesuffix(_ending(path) or "")
+
+
+def source_files(path: Path) -> list[Path]:
+    """Return the files of a resolved source, in the order in which they are read."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file() and _ending(file))
+
+
+def read_documents(name_or_path: str | Path) -> Iterator[Document]:
+    """Read the documents of a source one by one, in the order of the file.
+
+    JSON Lines (plain, .gz, .xz, .zst): one object a line, its text under "text", an optional
+    "title"; blank lines are passed over. Text: one file is one document. Parquet: columns "text"
+    and, if there, "title". ArrayRecord: each record a JSON object as above or, where the file's
+    first record is none, UTF-8 text. A folder: all such files in it, sorted by path.
+
+    Raises:
+        InputError: unknown source, unreadable or damaged file, broken JSON, no "text", a text
+            that is not UTF-8 (file and line or record are named).
+    """
+    for file in source_files(resolve_source(name_or_path)):
+        match _ending(file):
+            case ".txt":
+                yield _check(Document(_decode(_read(file), str(file))), str(file))
+            case ".parquet":
+                yield from _read_parquet(file)
+            case ".array_record" | ".arrayrecord":
+                yield from _read_array_record(file)
+            case _:
+                yield from _read_json_lines(file)
+
+
+def _ending(path: Path) -> str | None:
+    return next((ending for ending in ENDINGS if path.name.endswith(ending)), None)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}.") from error
+
+
+def _read_json_lines(file: Path) -> Iterator[Document]:
+    number = 0
+    damaged: tuple[type[Exception], ...] = (lzma.LZMAError, EOFError, zlib.error)
+    if file.suffix == ".zst":
+        damaged += (_optional("zstandard", file).ZstdError,)
+    try:
+        for number, line in enumerate(_read_lines(file), 1):
+            if line.strip():
+                yield _parse(line, f"{file}, line {number}")
+    except damaged as error:
+        raise InputError(
+            f"{file} is damaged or cut short after line {number} ({error}); fetch it again."
+        ) from error
+    except OSError as error:  # gzip.BadGzipFile is one too
+        raise InputError(f"cannot read {file}: {error.strerror or error}.") from error
+
+
+def _read_lines(file: Path) -> Iterator[bytes]:
+    match file.suffix:
+        case ".gz":
+            with gzip.open(file) as lines:
+                yield from lines
+        case ".xz":
+            with lzma.open(file) as lines:
+                yield from lines
+        case ".zst":
+            yield from _read_zstandard_lines(file)
+        case _:
+            with file.open("rb") as lines:
+                yield from lines
+
+
+def _read_zstandard_lines(file: Path) -> Iterator[bytes]:
+    # By hand, because zstandard's own stream_reader takes a file that was cut short as complete.
+    decompressor = _optional("zstandard", file).ZstdDecompressor()
+    line = b""
+    with file.open("rb") as stream:
+        frame = None
+        while compressed := stream.read(1 << 20):
+            while compressed:
+                frame = frame or decompressor.decompressobj()
+                *lines, line = (line + frame.decompress(compressed)).split(b"\n")
+                yield from lines
+                compressed = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    if frame:
+        raise EOFError("the last frame does not end")
+    yield line
+
+
+def _read_parquet(file: Path) -> Iterator[Document]:
+    parquet = _optional("pyarrow.parquet", file)
+    arrow = _optional("pyarrow", file)
+    row = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            columns = table.schema_arrow.names
+            if "text" not in columns:
+                raise InputError(
+                    f'{file} has no column "text" (it has {_listed(tuple(columns))}); rename the '
+                    "column that holds the documents."
+                )
+            wanted = [name for name in ("text", "title") if name in columns]
+            for batch in table.iter_batches(columns=wanted, batch_size=1024):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield _document(record, f"{file}, row {row}")
+    except (arrow.ArrowException, OSError) as error:
+        raise InputError(f"cannot read {file} after row {row}: {error}.") from error
+
+
+def _read_array_record(file: Path) -> Iterator[Document]:
+    module = _optional("array_record.python.array_record_module", file)
+    reader = module.ArrayRecordReader(str(file))
+    try:
+        if not reader.ok():
+            raise InputError(f"{file} is no ArrayRecord file, or damaged; write it again.")
+        is_json = False
+        for index in range(reader.num_records()):
+            where = f"{file}, record {index}"
+            (record,) = reader.read([index])
+            if index == 0:
+                is_json = _is_json_object(record)
+            yield _parse(record, where) if is_json else _check(
+                Document(_decode(record, where)), where
+            )
+    finally:
+        reader.close()
+
+
+def _is_json_object(record: bytes) -> bool:
+    try:
+        return isinstance(json.loads(record), dict)
+    except ValueError:
+        return False
+
+
+def _parse(line: bytes, where: str) -> Document:
+    text = _decode(line, where)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: broken JSON ({error}); mend or remove it.") from error
+    return _document(record, where)
+
+
+def _document(record: Any, where: str) -> Document:
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise InputError(f'{where}: no string under "text"; each document is {{"text": "…"}}.')
+    return _check(Document(text, str(record.get("title") or "")), where)
+
+
+def _check(document: Document, where: str) -> Document:
+    # JSON can spell half of a surrogate pair, which no UTF-8 file and no tokenizer can hold.
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: half of a surrogate pair in the text; remove it.") from error
+    return document
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")  # some editors put a byte order mark first
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 ({error}); convert it.") from error
+
+
+def _optional(module: str, file: Path) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0].replace("_", "-")
+        raise InputError(f"{file} needs the package {package}: pip install {package}.") from error

@@ -1,0 +1,1 @@
+"""What a trained model is asked: held-out loss, ablations, gates."""

@@ -1,0 +1,166 @@
+"""Held-out loss, by source and document, with the memory or without it."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Float64
+
+from engram_jax.data.corpus import Corpus, CorpusView
+from engram_jax.data.packing import Batch, pack_held_out
+from engram_jax.loss import token_losses
+from engram_jax.memory import lookup
+from engram_jax.memory.layout import Table
+from engram_jax.model import Gates
+from engram_jax.run import Run
+from engram_jax.train_state import TrainState
+from engram_jax.typing import Parameters
+
+type Suppress = Literal["nothing", "output", "rows"]
+type Scorer = Callable[[Parameters, Mapping[int, Table], Batch], tuple[Array, Gates]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The held-out loss of one source.
+
+    Attributes:
+        loss: mean cross-entropy of a token, in nats.
+        standard_error: of that mean, over documents (as a ratio of two sums); None if there are
+            fewer than two.
+        tokens: tokens scored.
+        documents: documents they belong to.
+        tokens_per_byte: of the source's held-out documents.
+    """
+
+    loss: float
+    standard_error: float | None
+    tokens: int
+    documents: int
+    tokens_per_byte: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), per token."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Cross-entropy per UTF-8 byte, in bits; comparable between tokenizers."""
+        return self.loss * self.tokens_per_byte / math.log(2)
+
+
+def make_scorer(run: Run, suppress: Suppress = "nothing") -> Scorer:
+    """A jitted function (params, tables, batch) → (loss of every token, gates by layer).
+
+    Args:
+        run: the run.
+        suppress: "output" drops what the memory layers add (paper §6.3); "rows" lets them run on
+            rows of zeros.
+    """
+
+    def score(
+        params: Parameters, tables: Mapping[int, Table], batch: Batch
+    ) -> tuple[Float[Array, "A B T"], Gates]:
+        plans = batch.plan.layers if tables else {}
+        rows: dict[int, Array] = {}
+        if suppress != "output":
+            for layer, table in tables.items():
+                rows[layer] = lookup.gather_rows(table.rows, plans[layer].rows)
+        if suppress == "rows":
+            rows = jax.tree.map(jnp.zeros_like, rows)
+        parts = batch._replace(plan=batch.plan.tokens if tables else None)
+        return jax.lax.map(lambda part: token_losses(run.graph, params, rows, plans, part), parts)
+
+    return jax.jit(score)
+
+
+def evaluate_held_out(
+    run: Run,
+    scorer: Scorer,
+    state: TrainState,
+    corpora: Sequence[Corpus],
+    *,
+    max_tokens: int | None = None,
+) -> dict[str, Score]:
+    """Scores the held-out documents of every corpus.
+
+    Args:
+        run: the run.
+        scorer: as `make_scorer` gives it.
+        state: parameters and tables; they are only read.
+        corpora: where the documents come from.
+        max_tokens: most tokens per corpus; None scores all.
+
+    Returns:
+        Scores by corpus name; they are sums over all processes' rows, the same on each.
+
+    Raises:
+        InputError: a corpus holds no held-out documents.
+    """
+    data, planner = run.config.data, run.planner()
+    rows = data.batch_size // run.config.train.accumulation
+    scores = {}
+    for corpus in corpora:
+        documents = len(corpus.held_out)
+        losses, targets = np.zeros(documents), np.zeros(documents)
+        for packed in pack_held_out(corpus.held_out, data.sequence_length, rows):
+            plan = planner(packed.tokens[None], packed.segments[None]) if planner else None
+            batch = Batch(*(field[None] for field in packed[:-1]), plan)
+            by_token, _ = scorer(state.params, state.tables, run.put(_own_rows(batch)))
+            by_token = np.asarray(multihost_utils.process_allgather(by_token, tiled=True))[0]
+            weighted = by_token.astype(np.float64) * packed.target_mask
+            np.add.at(losses, packed.documents, weighted)
+            np.add.at(targets, packed.documents, packed.target_mask)
+            if max_tokens is not None and targets.sum() >= max_tokens:
+                break
+        scores[corpus.name] = _summarize(losses, targets, corpus.held_out)
+    return scores
+
+
+def pool(scores: Sequence[Score]) -> Score:
+    """The score of several sources' tokens together."""
+    tokens = sum(score.tokens for score in scores)
+    variance = 0.0
+    for score in scores:
+        if score.standard_error is None:
+            variance = math.nan
+        else:
+            variance += (score.standard_error * score.tokens / tokens) ** 2
+    nbytes = sum(score.tokens / score.tokens_per_byte for score in scores)
+    return Score(
+        loss=sum(score.loss * score.tokens for score in scores) / tokens,
+        standard_error=None if math.isnan(variance) else math.sqrt(variance),
+        tokens=tokens,
+        documents=sum(score.documents for score in scores),
+        tokens_per_byte=tokens / nbytes,
+    )
+
+
+def _own_rows(batch: Batch) -> Batch:
+    """This process's rows of a batch that every process built whole."""
+    rows = batch.tokens.shape[1] // jax.process_count()
+    mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    return Batch(*(field[:, mine] for field in batch[:-1]), batch.plan)
+
+
+def _summarize(
+    losses: Float64[np.ndarray, "documents"],
+    targets: Float64[np.ndarray, "documents"],
+    view: CorpusView,
+) -> Score:
+    scored = targets > 0
+    count, total = int(scored.sum()), targets.sum()
+    mean = losses.sum() / total
+    error = None
+    if count > 1:
+        # Documents are the independent draws; the mean is a ratio of two sums over them.
+        residuals = (losses - mean * targets)[scored]
+        error = float(np.sqrt((residuals**2).sum() * count / (count - 1)) / total)
+    tokens_per_byte = (view.token_count - len(view)) / view.byte_lengths.sum()
+    return Score(float(mean), error, int(total), count, float(tokens_per_byte))

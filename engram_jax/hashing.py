@@ -1,0 +1,311 @@
+"""N-gram hashing: from token ids to row numbers (paper §2.2, equations 1 and 2). Pure NumPy.
+
+A row number depends on token ids alone, so rows are computed on the host, in the input pipeline,
+before any device work. The functions here define them for the whole project; decoding repeats the
+same arithmetic on the device.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Int, Int32, Int64, UInt64
+from sympy import nextprime
+
+from engram_jax.compression import VocabularyProjection
+from engram_jax.errors import InputError
+
+DEAD = -1  # the token id of a position that is no text (an image placeholder, say)
+ROW_MULTIPLE = 4096  # a table is padded to a multiple of this, whatever the mesh
+
+# What a row number means beyond its arithmetic; part of the fingerprint.
+CONVENTIONS = (
+    "layer ids are zero-based",
+    "columns are order-major: all heads of 2-grams first",
+    "look-back stops at document starts, row starts and dead positions; beyond reads as pad",
+    "a dead position reads as pad",
+)
+
+# Elements hashed at a time: each 64-bit buffer is 128 KiB and stays in the L2 cache.
+_BLOCK = 16384
+
+
+@dataclass(frozen=True)
+class HashSpec:
+    """What defines a hash, apart from the vocabulary projection.
+
+    Attributes:
+        layers: zero-based ids of the layers that own a table. They enter the seed.
+        max_order: largest n-gram order N; the orders are 2…N.
+        heads: hash heads K per order.
+        rows_per_head: for each order 2…N, the least number of rows of a head (the true number is
+            the next unused prime).
+        pad_id: raw token id that stands for "nothing there".
+        seed: seed of the multipliers.
+    """
+
+    layers: tuple[int, ...] = (1,)
+    max_order: int = 3
+    heads: int = 8
+    rows_per_head: tuple[int, ...] = (200_000, 200_000)
+    pad_id: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_order < 2:
+            raise InputError(f"max_order is {self.max_order}; n-gram orders start at 2.")
+        if len(self.rows_per_head) != self.max_order - 1:
+            raise InputError(
+                f"rows_per_head has {len(self.rows_per_head)} entries for the orders "
+                f"2…{self.max_order}; give one number per order."
+            )
+        if self.heads < 1 or min(self.rows_per_head) < 2:
+            raise InputError("A hash needs at least one head and two rows per head.")
+        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
+            raise InputError(
+                f"Layer ids {self.layers} must be distinct, zero-based and at least one."
+            )
+
+
+@dataclass(frozen=True)
+class NgramHash:
+    """The hash of every memory layer: spec, projection, multipliers and primes.
+
+    Build it with `NgramHash.build`, or read it with `NgramHash.load`. A loaded hash uses the
+    stored multipliers, so it does not depend on NumPy's random stream staying what it is.
+    """
+
+    spec: HashSpec
+    projection: VocabularyProjection
+    multipliers: Int64[np.ndarray, "L N"]
+    primes: Int64[np.ndarray, "L orders K"]
+
+    @classmethod
+    def build(cls, spec: HashSpec, projection: VocabularyProjection) -> Self:
+        """Draws the multipliers and chooses the primes.
+
+        Layer ℓ's multipliers are odd, from `default_rng(seed + 10007·ℓ)`, and so small that a
+        product with a projected id stays below 2⁶³. Head sizes are, walking layers, orders and
+        heads, the next prime that no head of the model has used.
+        """
+        if not 0 <= spec.pad_id < len(projection.lookup):
+            raise InputError(
+                f"pad_id {spec.pad_id} is outside the vocabulary of {len(projection.lookup)} ids."
+            )
+        half_bound = max(1, (2**63 - 1) // projection.size // 2)
+        multipliers = np.stack(
+            [
+                np.random.default_rng(spec.seed + 10007 * layer).integers(
+                    0, half_bound, spec.max_order, dtype=np.int64
+                )
+                * 2
+                + 1
+                for layer in spec.layers
+            ]
+        )
+        used: set[int] = set()
+        primes = [
+            [_unused_primes(rows, spec.heads, used) for rows in spec.rows_per_head]
+            for _ in spec.layers
+        ]
+        return cls(spec, projection, multipliers, np.array(primes, np.int64))
+
+    def __post_init__(self) -> None:
+        for layer, rows in zip(self.spec.layers, self.rows, strict=True):
+            if rows > 2**30:
+                raise InputError(
+                    f"Layer {layer}'s table has {rows:,} rows; row numbers are 32-bit with room "
+                    "for padding, so at most 1,073,741,824 fit. Lower rows_per_head or heads."
+                )
+
+    @property
+    def columns(self) -> int:
+        """Hash columns H = (N−1)·K."""
+        return (self.spec.max_order - 1) * self.spec.heads
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of each layer's table, without padding."""
+        return [int(sizes.sum()) for sizes in self.primes]
+
+    @property
+    def padded_rows(self) -> list[int]:
+        """Rows R of each layer's table as it is stored: a multiple of 4,096."""
+        return [-(-rows // ROW_MULTIPLE) * ROW_MULTIPLE for rows in self.rows]
+
+    @cached_property
+    def offsets(self) -> Int64[np.ndarray, "L orders K"]:
+        """First row of every head in its layer's table."""
+        flat = self.primes.reshape(len(self.primes), -1)
+        return (np.cumsum(flat, axis=1) - flat).reshape(self.primes.shape)
+
+    @property
+    def pad(self) -> int:
+        """The projected pad id."""
+        return int(self.projection.lookup[self.spec.pad_id])
+
+    def look_back(
+        self,
+        tokens: Int[np.ndarray, "*batch T"],
+        segments: Int[np.ndarray, "*batch T"] | None = None,
+    ) -> list[UInt64[np.ndarray, "*batch T"]]:
+        """Projected ids x, x₋₁, … x₋₍ₙ₋₁₎ of every position.
+
+        Args:
+            tokens: raw token ids; `DEAD` (−1) marks positions that are no text.
+            segments: document number of every position; None: a row is one document.
+
+        Raises:
+            InputError: an id is outside the vocabulary.
+        """
+        ids = self.projection(tokens)
+        dead = ids == DEAD
+        has_dead = bool(dead.any())
+        if has_dead:
+            ids = np.where(dead, self.pad, ids)
+            # Two positions see each other only if no dead one lies after the older of them.
+            passed = np.cumsum(dead, axis=-1)
+        ids = ids.astype(np.uint64)
+        window = [ids]
+        for back in range(1, self.spec.max_order):
+            older = np.full_like(ids, self.pad)
+            here, there = (..., slice(back, None)), (..., slice(None, -back))
+            older[here] = ids[there]
+            if segments is not None:
+                older[here][segments[here] != segments[there]] = self.pad
+            if has_dead:
+                older[here][passed[here] != passed[there]] = self.pad
+            window.append(older)
+        return window
+
+    def hash_window(
+        self, layer: int, window: Sequence[UInt64[np.ndarray, "G"]]
+    ) -> Iterator[Int32[np.ndarray, "K G"]]:
+        """Yields, order by order, the table rows of the n-grams that a window spells.
+
+        Equations 1 and 2: mixₙ = x·m₀ ⊕ x₋₁·m₁ ⊕ … ⊕ x₋₍ₙ₋₁₎·mₙ₋₁, row = mixₙ mod prime + offset.
+
+        Args:
+            layer: layer id, one of `spec.layers`.
+            window: x, x₋₁, … as `look_back` gives them, flattened. If it is shorter than N, only
+                the orders it reaches are hashed.
+        """
+        index = self.spec.layers.index(layer)
+        multipliers = self.multipliers[index].astype(np.uint64)
+        mix = window[0] * multipliers[0]
+        for order in range(2, len(window) + 1):
+            mix ^= window[order - 1] * multipliers[order - 1]
+            yield _remainders(mix, self.primes[index, order - 2], self.offsets[index, order - 2])
+
+    def hash_tokens(
+        self,
+        layer: int,
+        tokens: Int[np.ndarray, "*batch T"],
+        segments: Int[np.ndarray, "*batch T"] | None = None,
+    ) -> Int32[np.ndarray, "*batch T H"]:
+        """Table rows of every position: head-local row plus the head's offset.
+
+        Args and errors are those of `look_back`; `layer` is one of `spec.layers`.
+        """
+        window = [ids.reshape(-1) for ids in self.look_back(tokens, segments)]
+        rows = np.concatenate(list(self.hash_window(layer, window)))
+        return rows.reshape(self.columns, *tokens.shape).transpose(
+            *range(1, tokens.ndim + 1), 0
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any row number any text could get."""
+        facts = self._facts()
+        facts["projection"] = self.projection.fingerprint
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Writes the hash as JSON: spec, conventions, multipliers, primes, projection."""
+        document = self._facts() | {
+            "projection": self.projection.to_json(),
+            "fingerprint": self.fingerprint,
+        }
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+            InputError: the file is missing, damaged, or follows other conventions.
+        """
+        try:
+            document = json.loads(path.read_text())
+            spec = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in document["spec"].items()
+            }
+            loaded = cls(
+                HashSpec(**spec),
+                VocabularyProjection.from_json(document["projection"]),
+                np.array(document["multipliers"], np.int64),
+                np.array(document["primes"], np.int64),
+            )
+        except FileNotFoundError as error:
+            raise InputError(f"No hash file at {path}; is this a run folder?") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is not a readable hash file ({error}).") from error
+        if tuple(document["conventions"]) != CONVENTIONS:
+            raise InputError(f"{path} follows other hashing conventions than this version.")
+        if loaded.fingerprint != document["fingerprint"]:
+            raise InputError(
+                f"{path} is damaged: its content has fingerprint {loaded.fingerprint}, "
+                f"it says {document['fingerprint']}."
+            )
+        return loaded
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "spec": asdict(self.spec),
+            "conventions": list(CONVENTIONS),
+            "multipliers": self.multipliers.tolist(),
+            "primes": self.primes.tolist(),
+        }
+
+
+def _unused_primes(least: int, count: int, used: set[int]) -> list[int]:
+    """The next `count` primes from `least` up that are not in `used`, which they join."""
+    primes: list[int] = []
+    candidate = least - 1
+    while len(primes) < count:
+        candidate = int(nextprime(candidate))
+        if candidate not in used:
+            used.add(candidate)
+            primes.append(candidate)
+    return primes
+
+
+def _remainders(
+    mix: UInt64[np.ndarray, "G"],
+    primes: Int64[np.ndarray, "K"],
+    offsets: Int64[np.ndarray, "K"],
+) -> Int32[np.ndarray, "K G"]:
+    """mix mod prime + offset, for every prime.
+
+    NumPy divides 64-bit integers by a scalar with SIMD multiplications but takes remainders one
+    by one, so the remainder is mix − quotient·prime; and since it fits 32 bits, the product and
+    the difference are taken modulo 2³², on twice as many lanes.
+    """
+    rows = np.empty((len(primes), len(mix)), np.uint32)
+    primes32, offsets32 = primes.astype(np.uint32)[:, None], offsets.astype(np.uint32)[:, None]
+    quotients = np.empty((len(primes), _BLOCK), np.uint64)
+    for start in range(0, len(mix), _BLOCK):
+        block = mix[start : start + _BLOCK]
+        out, quotient = rows[:, start : start + _BLOCK], quotients[:, : len(block)]
+        for head, prime in enumerate(primes):
+            np.floor_divide(block, np.uint64(prime), out=quotient[head])
+        np.copyto(out, quotient, casting="unsafe")
+        np.multiply(out, primes32, out=out)
+        np.subtract(block.astype(np.uint32) + offsets32, out, out=out)
+    return rows.view(np.int32)

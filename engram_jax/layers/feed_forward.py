@@ -1,0 +1,29 @@
+"""The gated feed-forward layer, SwiGLU (arXiv 2002.05202)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+class FeedForward(nnx.Module):
+    """(SiLU(x·gate) ⊙ x·up)·down.
+
+    Args:
+        width: model width D.
+        inner: inner width W.
+        dtype: dtype of the computation; parameters are float32.
+        rngs: random streams.
+    """
+
+    def __init__(self, width: int, inner: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        init = nnx.initializers.lecun_normal()
+        self.gate = nnx.Param(init(rngs.params(), (width, inner)))
+        self.up = nnx.Param(init(rngs.params(), (width, inner)))
+        self.down = nnx.Param(init(rngs.params(), (inner, width)))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Applies the layer to every position."""
+        gate, up, down = (w.astype(self.dtype) for w in (self.gate, self.up, self.down))
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ down

@@ -1,0 +1,38 @@
+"""OverEncoding, the baseline: n-gram embeddings averaged into the input embedding.
+
+After arXiv 2501.16975, as the Engram paper compares with it (§3.2): no gate, no context, and at
+the input alone.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+class OverEncoding(nnx.Module):
+    """The mean of the token embedding and one projected embedding per n-gram order.
+
+    Args:
+        width: model width D.
+        memory_width: memory width E, the rows of all orders side by side.
+        orders: number of n-gram orders, N−1.
+        dtype: dtype of the projections.
+        rngs: random streams.
+    """
+
+    def __init__(
+        self, width: int, memory_width: int, orders: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        init = nnx.initializers.lecun_normal(batch_axis=0)
+        shape = (orders, memory_width // orders, width)
+        self.projection = nnx.Param(init(rngs.params(), shape))
+        self.dtype = dtype
+
+    def __call__(
+        self, embedding: Float[Array, "B T D"], memory: Float[Array, "B T E"]
+    ) -> Float[Array, "B T D"]:
+        """Averages the N embeddings of every position."""
+        orders = self.projection.shape[0]
+        rows = memory.astype(self.dtype).reshape(*memory.shape[:2], orders, -1)
+        projected = jnp.einsum("btoe,oed->btd", rows, self.projection.astype(self.dtype))
+        return (embedding + projected) / (1 + orders)

@@ -1,0 +1,1 @@
+"""Everything about the tables: layout, plan, lookup, row optimizer, placements."""

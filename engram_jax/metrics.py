@@ -1,0 +1,158 @@
+"""The record of a run: JSON Lines always, TensorBoard event files beside it."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from engram_jax.errors import InputError
+
+LINES = "metrics.jsonl"
+EVENTS = "events.out.tfevents."
+
+
+class MetricsLog:
+    """Appends scalars to `metrics.jsonl` and to one TensorBoard event file of a run folder.
+
+    A line is `{"step": 3, "kind": "train", "loss": 5.25, …}`. Floats are written so that reading
+    gives them back exactly; "NaN", "Infinity" and "-Infinity" stand as strings, which keeps the
+    line valid JSON. The event file holds the same as float32 under the tags `kind/name`.
+
+    Opening keeps the whole lines of an earlier session up to `resume_step` (None: all of them; -1:
+    none) and drops what a kill left half written. The event file is then made anew from
+    those lines, so that the two always agree (the kept events get the wall time of opening).
+
+    Raises:
+        InputError: a line that is no JSON stands before the last one, or the disk is full.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+        """Opens the log in `folder`, which is made if it does not exist."""
+        self._folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = [
+                line
+                for line in _read_lines(folder / LINES)
+                if resume_step is None or line["step"] <= resume_step
+            ]
+            kept = folder / f"{LINES}.partial"
+            with kept.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+            kept.replace(folder / LINES)
+            self._lines = (folder / LINES).open("ab", buffering=0)
+            self._events = self._rewrite_events(lines)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def write(self, step: int, scalars: Mapping[str, float | int], kind: str = "train") -> None:
+        """Appends one line and one event; both are with the operating system on return."""
+        line = {"step": step, "kind": kind} | {
+            name: value if math.isfinite(value) else _NON_FINITE[str(float(value))]
+            for name, value in scalars.items()
+        }
+        encoded = (json.dumps(line) + "\n").encode()
+        try:
+            written = 0
+            while written < len(encoded):  # a disk that fills up takes a part, then raises
+                written += self._lines.write(encoded[written:])
+            self._events.write(_event(line))
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def close(self) -> None:
+        """Closes both files; a second call does nothing."""
+        self._lines.close()
+        self._events.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _rewrite_events(self, lines: list[dict[str, Any]]) -> RecordWriter:
+        """One event file of `lines`, open at its end, in place of all others in the folder."""
+        # TensorBoard would read a file with "tfevents" in its name: this one gets it when complete.
+        partial = self._folder / "events.partial"
+        stale = set(self._folder.glob(f"{EVENTS}*"))
+        with partial.open("wb") as file:
+            writer = RecordWriter(file)
+            writer.write(
+                Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()
+            )
+            for line in lines:
+                writer.write(_event(line))
+        final = self._folder / f"{EVENTS}{time.time_ns()}.engram"
+        partial.rename(final)
+        for path in stale:
+            path.unlink()
+        return RecordWriter(final.open("ab", buffering=0))
+
+    def _cannot_write(self, error: OSError) -> InputError:
+        return InputError(
+            f"The metrics in {self._folder} cannot be written ({error.strerror}): free some disk "
+            "space or choose another run folder, then resume."
+        )
+
+
+def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of one kind in a run folder, in the order written, as {"step": int, name: float}.
+
+    A last line that is still being written is left out; no file gives an empty list.
+
+    Raises:
+        InputError: a line that is no JSON stands before the last one.
+    """
+    return [
+        {
+            name: float(value) if isinstance(value, str) else value
+            for name, value in line.items()
+            if name != "kind"
+        }
+        for line in _read_lines(folder / LINES)
+        if line["kind"] == kind
+    ]
+
+
+_NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # torn: the writer was killed, or is writing now
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise InputError(
+                    f"Line {number} of {path} is not JSON: repair or delete the line, then resume."
+                ) from error
+
+
+def _event(line: Mapping[str, Any]) -> bytes:
+    values = [
+        Summary.Value(tag=f"{line['kind']}/{name}", simple_value=float(value))
+        for name, value in line.items()
+        if name not in ("step", "kind")
+    ]
+    event = Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values))
+    return event.SerializeToString()

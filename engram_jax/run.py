@@ -1,0 +1,255 @@
+"""A run: the folder, what defines it, and the objects made from that.
+
+A run folder holds `config.json`, `hash.json` (if the model has memory), `metrics.jsonl` with
+TensorBoard event files beside it, `checkpoints/`, and what evaluation writes.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from engram_jax.checkpoint import Checkpoints
+from engram_jax.compression import project_vocabulary
+from engram_jax.config import Config, load_config, save_config
+from engram_jax.data.corpus import Corpus, build_corpus
+from engram_jax.data.packing import Batch
+from engram_jax.errors import InputError
+from engram_jax.hashing import NgramHash
+from engram_jax.memory.layout import init_table
+from engram_jax.memory.plan import Planner
+from engram_jax.model import Decoder
+from engram_jax.optimizer import make_optimizer, make_schedule
+from engram_jax.sharding import Specs, make_mesh, parameter_sharding
+from engram_jax.tokenizer import Tokenizer, load_tokenizer
+from engram_jax.train_state import TrainState
+from engram_jax.typing import Parameters
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of. Make one with `Run.start` or `Run.open`.
+
+    Attributes:
+        folder: the run folder.
+        config: the configuration.
+        tokenizer: the tokenizer.
+        ngram_hash: the hash; None for a model without memory.
+        mesh: the device mesh.
+        specs: how arrays lie on it.
+        graph: the decoder without its parameters; `nnx.merge(graph, params)` gives the decoder.
+        schedule: learning rate by step.
+        optimizer: optimizer of the dense parameters.
+        checkpoints: the folder's checkpoints.
+    """
+
+    folder: Path
+    config: Config
+    tokenizer: Tokenizer
+    ngram_hash: NgramHash | None
+    mesh: jax.sharding.Mesh
+    specs: Specs
+    graph: Any
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    checkpoints: Checkpoints
+
+    @classmethod
+    def start(cls, config: Config, folder: Path) -> Self:
+        """Makes the folder, or takes one that holds a run of this very configuration.
+
+        Raises:
+            InputError: the folder holds something else, the tokenizer does not fit the model, or
+                sizes do not divide the mesh.
+        """
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        if tokenizer.vocab_size != config.model.vocabulary:
+            raise InputError(
+                f"The tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces and the "
+                f"model has {config.model.vocabulary}; "
+                f"set model.vocabulary to {tokenizer.vocab_size}."
+            )
+        ngram_hash = None
+        if config.memory.layers:
+            spec = config.memory.hash_spec(tokenizer.pad_id)
+            ngram_hash = NgramHash.build(spec, project_vocabulary(tokenizer))
+        if (folder / "config.json").exists():
+            _check_same(config, load_config(folder / "config.json"), folder)
+            if ngram_hash is not None:
+                stored = NgramHash.load(folder / "hash.json")
+                if stored.projection.fingerprint != ngram_hash.projection.fingerprint:
+                    raise InputError(
+                        f"{folder} was hashed for another tokenizer than "
+                        f"{config.data.tokenizer!r}; restore that tokenizer or start another run."
+                    )
+                ngram_hash = stored
+        elif folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty and holds no run; name another folder.")
+        run = cls._assemble(folder, config, tokenizer, ngram_hash)
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if ngram_hash is not None:
+                ngram_hash.save(folder / "hash.json")
+            save_config(config, folder / "config.json")
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Opens a run to read it, on one device, whatever mesh it was trained on.
+
+        Raises:
+            InputError: the folder holds no run, or its tokenizer is gone or changed.
+        """
+        config = load_config(folder / "config.json")
+        config = replace(config, mesh=type(config.mesh)(data=-1, fsdp=1))
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        ngram_hash = NgramHash.load(folder / "hash.json") if config.memory.layers else None
+        return cls._assemble(folder, config, tokenizer, ngram_hash)
+
+    @classmethod
+    def _assemble(
+        cls, folder: Path, config: Config, tokenizer: Tokenizer, ngram_hash: NgramHash | None
+    ) -> Self:
+        mesh = make_mesh(config.mesh)
+        rows = config.data.batch_size // config.train.accumulation
+        if rows % mesh.size:
+            raise InputError(
+                f"A micro-batch of {rows} rows does not divide over {mesh.size} devices; choose "
+                "data.batch_size as a multiple of devices × train.accumulation."
+            )
+        graph, _ = nnx.split(nnx.eval_shape(lambda: _make_decoder(config, jax.random.key(0))))
+        schedule = make_schedule(config.optimizer, config.train.steps)
+        identity = {"tokenizer": tokenizer.fingerprint}
+        if ngram_hash is not None:
+            identity["hash"] = ngram_hash.fingerprint
+        return cls(
+            folder=folder,
+            config=config,
+            tokenizer=tokenizer,
+            ngram_hash=ngram_hash,
+            mesh=mesh,
+            specs=Specs(),
+            graph=graph,
+            schedule=schedule,
+            optimizer=make_optimizer(config.optimizer, schedule),
+            checkpoints=Checkpoints(
+                folder / "checkpoints",
+                keep=config.train.keep_checkpoints,
+                identity=identity,
+            ),
+        )
+
+    def planner(self) -> Planner | None:
+        """The planner of training batches."""
+        if self.ngram_hash is None:
+            return None
+        return Planner(self.ngram_hash, batch_shards=self.mesh.size)
+
+    def put(self, batch: Batch) -> Batch:
+        """Sends this process's part of a batch to the devices, split as the step wants it."""
+
+        def put_local(array: np.ndarray) -> jax.Array:
+            sharding = jax.NamedSharding(self.mesh, self.specs.abt)
+            return jax.make_array_from_process_local_data(sharding, array)
+
+        def put_global(array: np.ndarray, spec: jax.P) -> jax.Array:
+            sharding = jax.NamedSharding(self.mesh, spec)
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+        plan = batch.plan
+        if plan is not None:
+            tokens = jax.tree.map(lambda array: put_global(array, self.specs.aobt), plan.tokens)
+            rest = jax.tree.map(
+                lambda array: put_global(array, self.specs.replicated), plan._replace(tokens=None)
+            )
+            plan = rest._replace(tokens=tokens)
+        return Batch(*map(put_local, batch[:-1]), plan)
+
+    def corpora(self) -> list[Corpus]:
+        """The corpora, tokenized now if they are not in the cache."""
+        data = self.config.data
+        return [
+            build_corpus(source, self.tokenizer, Path(data.cache), data.held_out)
+            for source in data.sources
+        ]
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, made where it lies."""
+        return jax.jit(self._make_state, out_shardings=self._shardings())(
+            jax.random.key(self.config.train.seed)
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self._make_state, jax.random.key(0)),
+            self._shardings(),
+        )
+
+    def restore(self, step: int | None = None) -> TrainState:
+        """The newest intact checkpoint's state, or a given step's.
+
+        Raises:
+            InputError: there is none, or it belongs to another tokenizer, hash or model.
+        """
+        return self.checkpoints.restore(self.abstract_state(), step)[1]
+
+    def save(self, state: TrainState) -> Path:
+        """Saves the state as a checkpoint of its step."""
+        return self.checkpoints.save(int(state.step), state, config=asdict(self.config))
+
+    def _make_state(self, key: jax.Array) -> TrainState:
+        params_key, tables_key = jax.random.split(key)
+        params: Parameters = nnx.to_pure_dict(
+            nnx.split(_make_decoder(self.config, params_key))[1]
+        )
+        memory = self.config.memory
+        tables = {
+            layer: init_table(
+                jax.random.fold_in(tables_key, layer), rows, memory.row_width, memory.init_scale
+            )
+            for layer, rows in zip(
+                memory.layers, self.ngram_hash.padded_rows if self.ngram_hash else [], strict=True
+            )
+        }
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), tables)
+
+    def _shardings(self) -> TrainState:
+        shapes = jax.eval_shape(self._make_state, jax.random.key(0))
+        table = jax.NamedSharding(self.mesh, self.specs.table_rf)
+        whole = jax.NamedSharding(self.mesh, self.specs.replicated)
+        return TrainState(
+            step=whole,
+            params=parameter_sharding(self.mesh, shapes.params),
+            optimizer=parameter_sharding(self.mesh, shapes.optimizer),
+            tables=jax.tree.map(lambda _: table, shapes.tables),
+        )
+
+
+def _make_decoder(config: Config, key: jax.Array) -> Decoder:
+    params, memory = jax.random.split(key)
+    return Decoder(config.model, config.memory.sites, rngs=nnx.Rngs(params=params, memory=memory))
+
+
+def _check_same(config: Config, stored: Config, folder: Path) -> None:
+    if config == stored:
+        return
+    ours, theirs = _flatten(asdict(config)), _flatten(asdict(stored))
+    name = next(name for name in ours if ours[name] != theirs[name])
+    raise InputError(
+        f"{folder} holds a run with {name} {theirs[name]}, not {ours[name]}; give that value to "
+        "resume it, or another --run folder to start anew."
+    )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

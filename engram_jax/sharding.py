@@ -1,0 +1,82 @@
+"""The device mesh, and how arrays lie on it.
+
+Tokens are split over both axes of the mesh; parameters over "fsdp" alone, and every block gathers
+its own just before it runs (ZeRO-3), so layers are written as if for one device.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+
+from engram_jax.errors import InputError
+from engram_jax.typing import PyTree
+
+TOKEN_AXES = ("data", "fsdp")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes.
+
+    Attributes:
+        data: copies of the parameters; −1 takes all devices that fsdp leaves.
+        fsdp: devices that each copy of the parameters is split over.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclass(frozen=True)
+class Specs:
+    """Where the arrays of a run lie; names spell the axes (rf: table rows × width, abt: tokens)."""
+
+    replicated: jax.P = jax.P()
+    abt: jax.P = jax.P(None, TOKEN_AXES)  # batch arrays [A, B, T]
+    aobt: jax.P = jax.P(None, None, TOKEN_AXES)  # plan arrays [A, orders, B, T]
+    table_rf: jax.P = jax.P(TOKEN_AXES)  # tables [R, F] and their row state
+
+
+def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
+    """The mesh over all devices of all processes, with explicit axes "data" and "fsdp".
+
+    Raises:
+        InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    data = devices // config.fsdp if config.data == -1 else config.data
+    if data * config.fsdp != devices:
+        raise InputError(
+            f"A mesh of data {config.data} × fsdp {config.fsdp} does not fit {devices} devices; "
+            "choose sizes whose product is the number of devices, or data -1."
+        )
+    return jax.make_mesh((data, config.fsdp), TOKEN_AXES, axis_types=(AxisType.Explicit,) * 2)
+
+
+def parameter_sharding(mesh: jax.sharding.Mesh, shapes: PyTree) -> PyTree:
+    """Splits every parameter along its longest axis that "fsdp" divides; others are copied."""
+    parts = mesh.shape["fsdp"]
+
+    def shard(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
+        longest = max(axes, key=lambda axis: leaf.shape[axis], default=None)
+        spec = ["fsdp" if axis == longest else None for axis in range(len(leaf.shape))]
+        return NamedSharding(mesh, jax.P(*spec) if parts > 1 else jax.P())
+
+    return jax.tree.map(shard, shapes)
+
+
+def gather_parameters[T](module: T) -> T:
+    """A copy of a module whose parameters lie whole on every device."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return module
+    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, jax.P()), module)
+
+
+def extend_spec(array: jax.Array, *axes: str | None) -> jax.P | None:
+    """The array's own partition with more axes behind; None outside a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
+    return jax.P(*jax.typeof(array).sharding.spec, *axes)

@@ -1,0 +1,27 @@
+"""Everything that a training step changes."""
+
+from dataclasses import dataclass
+
+import jax
+from jaxtyping import Array, Int32
+
+from engram_jax.memory.layout import Table
+from engram_jax.typing import Parameters, PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """The state of a run; together with (config, seed) it determines everything that follows.
+
+    Attributes:
+        step: optimizer steps done, which is also the number of the next batch.
+        params: dense parameters, as nested dicts with the modules' names.
+        optimizer: optax state of the dense parameters.
+        tables: memory tables by layer id.
+    """
+
+    step: Int32[Array, ""]
+    params: Parameters
+    optimizer: PyTree
+    tables: dict[int, Table]

@@ -1,0 +1,301 @@
+"""The training step and the loop around it."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jaxtyping import Array
+from tqdm import tqdm
+
+from engram_jax.data.packing import Batch
+from engram_jax.data.pipeline import make_batches, prefetch_to_device
+from engram_jax.errors import InputError
+from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
+from engram_jax.loss import token_losses
+from engram_jax.memory import lookup
+from engram_jax.memory.row_adam import update_rows
+from engram_jax.metrics import MetricsLog
+from engram_jax.run import Run
+from engram_jax.train_state import TrainState
+from engram_jax.typing import Parameters, PyTree
+
+type Metrics = dict[str, Array]
+type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(run: Run) -> TrainStep:
+    """One optimizer step as a jitted function; the state is donated.
+
+    Gather the distinct rows once; run the micro-batches, which read them by plan; sum gradients of
+    parameters and rows in float32; clip both by their common norm; update.
+    """
+    optimizer, schedule, graph = run.optimizer, run.schedule, run.graph
+    adam, clip_norm = run.config.memory.adam, run.config.optimizer.clip_norm
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        plans = batch.plan.layers if state.tables else {}
+        gathered = {
+            layer: lookup.gather_rows(table.rows, plans[layer].rows)
+            for layer, table in state.tables.items()
+        }
+        targets = batch.target_mask.sum()
+
+        def loss(params: Parameters, gathered: dict[int, Array], part: Batch) -> Array:
+            losses, _ = token_losses(graph, params, gathered, plans, part)
+            return jnp.sum(losses * part.target_mask) / targets
+
+        def accumulate(total: Any, part: Batch) -> tuple[Any, None]:
+            new = jax.value_and_grad(loss, argnums=(0, 1))(state.params, gathered, part)
+            return jax.tree.map(jnp.add, total, new), None
+
+        nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, (state.params, gathered)))
+        parts = batch._replace(plan=batch.plan.tokens if plans else None)
+        (loss_value, gradients), _ = jax.lax.scan(accumulate, nothing, parts)
+
+        norm = optax.global_norm(gradients)
+        scale = jnp.minimum(1.0, clip_norm / norm)
+        dense, by_row = jax.tree.map(lambda gradient: gradient * scale, gradients)
+        updates, optimizer_state = optimizer.update(dense, state.optimizer, state.params)
+        learning_rate = schedule(state.step)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            optimizer=optimizer_state,
+            tables={
+                layer: update_rows(
+                    table, plans[layer].rows, gathered[layer], by_row[layer], learning_rate, adam
+                )
+                for layer, table in state.tables.items()
+            },
+        )
+        metrics = {
+            "loss": loss_value,
+            "gradient_norm": norm,
+            "row_gradient_norm": optax.global_norm(gradients[1]),
+            "learning_rate": learning_rate,
+        }
+        for layer, plan in plans.items():
+            metrics[f"distinct_rows_{layer}"] = plan.distinct_rows
+        return new_state, metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient stopped being finite."""
+
+
+def train(run: Run, *, start_from: Path | None = None, profile: bool = False) -> TrainState:
+    """Trains to the configured number of steps, from the newest checkpoint if there is one.
+
+    Ctrl-C or SIGTERM saves a checkpoint and returns early.
+
+    Args:
+        run: the run.
+        start_from: folder of another run whose parameters and tables begin this one.
+        profile: write a trace of ten steps to the run folder.
+
+    Raises:
+        InputError: something the user gave does not fit.
+        Diverged: NaN or Inf; names the step and the newest checkpoint.
+    """
+    config = run.config
+    with jax.set_mesh(run.mesh):
+        corpora = run.corpora()
+        state = _first_state(run, start_from)
+        step = int(state.step)
+        train_step = make_train_step(run)
+        scorer = make_scorer(run)
+        with (
+            MetricsLog(run.folder, resume_step=step) as log,
+            _stop_signal() as stopped,
+            make_batches(
+                corpora,
+                config.data.weights,
+                sequence_length=config.data.sequence_length,
+                batch_size=config.data.batch_size,
+                accumulation=config.train.accumulation,
+                seed=config.train.seed,
+                planner=run.planner(),
+                first_batch=step,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                workers=config.data.workers,
+                prefetch=config.data.prefetch,
+            ) as batches,
+            tqdm(total=config.train.steps, initial=step, unit="step") as bar,
+        ):
+            progress = _Progress(run, log, bar)
+            traced = range(step + 5, step + 15) if profile else range(-1, -1)
+            for batch in prefetch_to_device(batches, run.put):
+                if step == config.train.steps or stopped():
+                    break
+                if step == traced.start:
+                    jax.profiler.start_trace(str(run.folder / "profile"))
+                state, metrics = train_step(state, batch)
+                step += 1
+                progress.update(step, metrics)
+                if step == traced.stop:
+                    jax.profiler.stop_trace()
+                if is_due(step, config.train.evaluate_every, config.train.steps):
+                    progress.drain()
+                    scores = evaluate_held_out(
+                        run, scorer, state, corpora, max_tokens=config.train.evaluate_tokens
+                    )
+                    progress.report(step, scores)
+                if is_due(step, config.train.checkpoint_every, config.train.steps):
+                    progress.drain()
+                    run.save(state)
+                    progress.restart_clock()
+            progress.drain()
+            if step in traced:
+                jax.profiler.stop_trace()
+            if step not in run.checkpoints.steps():
+                run.save(state)
+    return state
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the last, happens now."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+class _Progress:
+    """Writes metrics one step late, so that reading them never waits for the device."""
+
+    def __init__(self, run: Run, log: MetricsLog, bar: "tqdm[Any]") -> None:
+        self._run = run
+        self._log = log
+        self._bar = bar
+        self._pending: tuple[int, Metrics] | None = None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Begins a new span of tokens per second."""
+        self._clock: tuple[int, float] | None = None
+
+    def update(self, step: int, metrics: Metrics) -> None:
+        """Takes a dispatched step's metrics; reads those of the step before."""
+        self.drain()
+        self._pending = step, metrics
+
+    def drain(self) -> None:
+        """Waits for the last step, checks it and logs it.
+
+        Raises:
+            Diverged: its loss or gradient is not finite.
+        """
+        if self._pending is None:
+            return
+        step, arrays = self._pending
+        self._pending = None
+        metrics = {name: array.item() for name, array in jax.device_get(arrays).items()}
+        self._check_finite(step, metrics)
+        self._bar.update()
+        config = self._run.config
+        if self._clock is None:
+            self._clock = step, time.perf_counter()
+        if not is_due(step, config.train.log_every, config.train.steps):
+            return
+        first, since = self._clock
+        if step > first:
+            tokens = (step - first) * config.data.batch_size * config.data.sequence_length
+            metrics["tokens_per_second"] = tokens / (time.perf_counter() - since)
+            self._clock = step, time.perf_counter()
+        self._bar.set_postfix_str(
+            f"loss {metrics['loss']:.3f}, {metrics.get('tokens_per_second', 0):,.0f} tokens/s"
+        )
+        if jax.process_index() == 0:
+            self._log.write(step, metrics)
+
+    def report(self, step: int, scores: Mapping[str, Score]) -> None:
+        """Logs held-out losses."""
+        losses = {f"loss/{name}": score.loss for name, score in scores.items()}
+        losses["loss"] = pool(list(scores.values())).loss
+        if jax.process_index() == 0:
+            self._log.write(step, losses, kind="held_out")
+        by_source = ", ".join(f"{name} {score.loss:.3f}" for name, score in scores.items())
+        self._bar.write(f"step {step}: held-out loss {losses['loss']:.3f} ({by_source})")
+        self.restart_clock()
+
+    def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"]):
+            return
+        saved = self._run.checkpoints.steps()
+        newest = f"the last good checkpoint is that of step {saved[-1]}" if saved else (
+            "there is no checkpoint yet"
+        )
+        raise Diverged(
+            f"Step {step} has loss {metrics['loss']} and gradient norm "
+            f"{metrics['gradient_norm']}; {newest} in {self._run.folder / 'checkpoints'}. "
+            "Lower optimizer.learning_rate or look at the batch of that step."
+        )
+
+
+def _first_state(run: Run, start_from: Path | None) -> TrainState:
+    """The newest checkpoint's state, or a new one, perhaps with another run's weights."""
+    if run.checkpoints.steps():
+        return run.restore()
+    state = run.initial_state()
+    if start_from is None:
+        return state
+    other = Run.open(start_from)
+    ours, theirs = run.ngram_hash, other.ngram_hash
+    if ours and theirs and ours.fingerprint != theirs.fingerprint:
+        raise InputError(
+            f"{start_from} hashes with {theirs.fingerprint}, this run with {ours.fingerprint}: its "
+            "table rows would mean other n-grams. Give this run the same memory and tokenizer."
+        )
+    weights = other.restore()
+    taken = (weights.params, {layer: table.rows for layer, table in weights.tables.items()})
+    wanted = (state.params, {layer: table.rows for layer, table in state.tables.items()})
+    if _shapes(taken) != _shapes(wanted):
+        raise InputError(
+            f"The model in {start_from} has other parameters than this run; give this run the "
+            "same model and memory sizes."
+        )
+    params, rows = jax.device_put(taken, jax.tree.map(lambda leaf: leaf.sharding, wanted))
+    tables = {layer: replace(table, rows=rows[layer]) for layer, table in state.tables.items()}
+    return replace(state, params=params, tables=tables)
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+
+
+@contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether any process was asked to stop (SIGINT, SIGTERM)."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        # A second signal acts at once.
+        signal.signal(number, handlers[signal.Signals(number)])
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, ask) for number in signals}
+
+    def stopped() -> bool:
+        if jax.process_count() == 1:
+            return asked
+        return bool(np.any(multihost_utils.process_allgather(np.array(asked))))
+
+    try:
+        yield stopped
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,21 @@
+"""The axis letters of this project, used in every annotation, einsum and docstring.
+
+| letter | axis                              | letter | axis                                     |
+|--------|-----------------------------------|--------|------------------------------------------|
+| B      | batch (rows of one micro-batch)   | H      | hash columns = (N−1)·K, order-major      |
+| T      | time (tokens)                     | R      | rows of one layer's table, padded        |
+| D      | model width                       | F      | width of one row of a table              |
+| M      | residual branches (1 = plain)     | E      | memory width = H·F                       |
+| N      | largest n-gram order              | U      | distinct rows of a step (static bound)   |
+| K      | hash heads per order              | G      | distinct n-grams of a step (bound)       |
+| V      | tokenizer vocabulary              | L      | memory layers                            |
+| A      | micro-batches of a step           | S      | table shards                             |
+| Q      | query heads of attention          | J      | key/value heads of attention             |
+| P      | width of one attention head       | X      | experts                                  |
+| C      | capacity of one exchange slot     | W      | width of a feed-forward layer            |
+"""
+
+from typing import Any
+
+type PyTree = Any
+type Parameters = dict[str, Any]  # nested dicts of arrays; names are those of the modules

@@ -1,0 +1,1 @@
+"""Kernels, one folder each: an API, a reference that defines it, and its implementations."""

@@ -1,0 +1,240 @@
+import errno
+import os
+import pickle
+import shutil
+import threading
+import time
+from collections import namedtuple
+
+import numpy as np
+import pytest
+from conftest import ByteTokenizer, random_texts, write_jsonl
+
+from engram_jax.data import corpus as corpus_module
+from engram_jax.data.corpus import build_corpus
+from engram_jax.errors import InputError
+
+TEXTS = random_texts(300, 30)
+
+
+def texts_of(view):
+    return [ByteTokenizer().decode(view.tokens(document)) for document in range(len(view))]
+
+
+def age(path, seconds=10):
+    """Make a file as old as those that are not being written right now."""
+    past = time.time() - seconds
+    os.utime(path, (past, past))
+    return path
+
+
+def test_a_corpus_holds_every_text_between_bos_and_eos(corpus_of):
+    texts = ["plain", "Größe 🙂", "x" * 1000]
+    corpus = corpus_of(texts)
+    assert texts_of(corpus.train) == texts
+    for document, text in enumerate(texts):
+        tokens = corpus.train.tokens(document)
+        assert tokens[0] == ByteTokenizer.bos_id and tokens[-1] == ByteTokenizer.eos_id
+        assert len(tokens) == corpus.train.lengths[document] == len(text.encode()) + 2
+        assert corpus.train.byte_lengths[document] == len(text.encode())
+    assert corpus.train.token_count == corpus.manifest.tokens == corpus.ids.size
+    assert corpus.manifest.text_bytes == corpus.train.byte_lengths.sum()
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, np.uint16), (1 << 16 | 1, np.int32)])
+def test_ids_take_two_bytes_where_they_fit(tmp_path, vocab_size, dtype):
+    class Wide(ByteTokenizer):
+        def encode(self, text):
+            return np.full(3, vocab_size - 1, np.int32)
+
+    tokenizer = Wide()
+    tokenizer.vocab_size = vocab_size
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    corpus = build_corpus(path, tokenizer, tmp_path, 0.0)
+    assert corpus.ids.dtype == dtype
+    assert corpus.train.tokens(0).tolist() == [1, *[vocab_size - 1] * 3, 2]
+
+
+def test_an_unchanged_source_is_not_read_or_tokenized_again(tmp_path, tokenizer, monkeypatch):
+    path = age(write_jsonl(tmp_path / "a.jsonl", TEXTS))
+    first = build_corpus(path, tokenizer, tmp_path / "cache")
+    assert tokenizer.encoded == len(TEXTS)
+    os.utime(path)  # touched, with the same content: read, not tokenized
+    build_corpus(path, tokenizer, tmp_path / "cache")
+    age(path)
+    build_corpus(path, tokenizer, tmp_path / "cache")
+    monkeypatch.setattr(corpus_module, "read_documents", None)
+    again = build_corpus(path, tokenizer, tmp_path / "cache", held_out=0.5)
+    assert tokenizer.encoded == len(TEXTS)
+    assert again.folder == first.folder and len(again.held_out) > len(first.held_out)
+
+
+def test_another_text_or_tokenizer_is_another_corpus(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    first = build_corpus(path, tokenizer, tmp_path / "cache")
+    # Of equal length and, on a coarse clock, of the same time.
+    write_jsonl(path, [TEXTS[0][::-1] + "!", *TEXTS[1:]])
+    changed = build_corpus(path, tokenizer, tmp_path / "cache")
+    retokenized = build_corpus(path, ByteTokenizer("another"), tmp_path / "cache")
+    assert len({first.folder, changed.folder, retokenized.folder}) == 3
+    assert texts_of(changed.train) != texts_of(first.train)
+
+
+def test_held_out_documents_depend_on_their_text_alone(corpus_of):
+    whole = corpus_of(TEXTS, held_out=0.3)
+    held_out = set(texts_of(whole.held_out))
+    assert set(texts_of(whole.train)).isdisjoint(held_out)
+    assert set(texts_of(whole.train)) | held_out == set(TEXTS)
+    assert 0.2 * len(TEXTS) < len(held_out) < 0.4 * len(TEXTS)
+    shuffled_with_others = [*random_texts(50, 30, seed=1), *TEXTS[::-2], *TEXTS[:10]]
+    other = corpus_of(shuffled_with_others, held_out=0.3, name="other")
+    for text in texts_of(other.held_out):
+        assert text not in TEXTS or text in held_out
+    for text in texts_of(other.train):
+        assert text not in held_out
+    smaller = corpus_of(TEXTS, held_out=0.1)
+    assert set(texts_of(smaller.held_out)) < held_out
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (1.0, len(TEXTS))])
+def test_nothing_or_everything_may_be_held_out(corpus_of, share, count):
+    corpus = corpus_of(TEXTS, held_out=share)
+    assert len(corpus.held_out) == count and len(corpus.train) == len(TEXTS) - count
+
+
+def test_a_corpus_is_pickled_as_its_path(corpus_of):
+    corpus = corpus_of(TEXTS, held_out=0.3)
+    pickled = pickle.dumps((corpus, corpus.held_out))
+    assert len(pickled) < 1000
+    again, view = pickle.loads(pickled)
+    assert np.array_equal(again.ids, corpus.ids)
+    assert texts_of(view) == texts_of(corpus.held_out)
+
+
+def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeypatch):
+    class Killed(ByteTokenizer):
+        def encode_batch(self, texts):
+            if self.encoded:
+                raise KeyboardInterrupt
+            return super().encode_batch(texts)
+
+    monkeypatch.setattr(corpus_module, "_CHUNK_BYTES", 100)
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    # A SIGKILL would not even leave time to clean up.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        build_corpus(path, Killed(), tmp_path / "cache")
+    (partial,) = (tmp_path / "cache").glob("*.partial")
+    for file in [*partial.iterdir(), partial]:
+        age(file, 7200)
+    assert texts_of(build_corpus(path, tokenizer, tmp_path / "cache", 0.0).train) == TEXTS
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_builds_at_once_give_one_corpus(tmp_path, monkeypatch, locks):
+    if not locks:
+
+        def refuse(*_):
+            raise OSError(errno.ENOTSUP, "no locks here")
+
+        monkeypatch.setattr(corpus_module.fcntl, "flock", refuse)
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    barrier = threading.Barrier(2)
+    tokenizers = [ByteTokenizer(), ByteTokenizer()]
+    results = []
+
+    def build(tokenizer):
+        barrier.wait()
+        results.append(texts_of(build_corpus(path, tokenizer, tmp_path / "cache", 0.0).train))
+
+    threads = [threading.Thread(target=build, args=(tokenizer,)) for tokenizer in tokenizers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [TEXTS, TEXTS]
+    if locks:
+        assert sorted(tokenizer.encoded for tokenizer in tokenizers) == [0, len(TEXTS)]
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_a_document_of_ten_megabytes(tmp_path, tokenizer):
+    text = "".join(chr(ord("a") + i % 26) for i in range(10_000_000))
+    (tmp_path / "a.txt").write_text(text)
+    corpus = build_corpus(tmp_path / "a.txt", tokenizer, tmp_path / "cache", 0.0)
+    assert texts_of(corpus.train) == [text]
+
+
+def test_empty_documents_are_left_out_and_told(tmp_path, tokenizer, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "", " \n", "two"])
+    corpus = build_corpus(path, tokenizer, tmp_path / "cache", 0.0)
+    assert texts_of(corpus.train) == ["one", "two"]
+    assert "a: 2 empty documents are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", '{"text": ""}\n{"text": "  "}\n'])
+def test_an_empty_corpus_is_refused(tmp_path, tokenizer, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(InputError, match=r"a\.jsonl holds no text"):
+        build_corpus(tmp_path / "a.jsonl", tokenizer, tmp_path / "cache")
+
+
+def test_a_broken_line_is_found_before_anything_is_tokenized(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    path.write_text(path.read_text() + '{"text": ')
+    with pytest.raises(InputError, match=f"line {len(TEXTS) + 1}: broken JSON"):
+        build_corpus(path, tokenizer, tmp_path / "cache")
+    assert tokenizer.encoded == 0
+
+
+def test_an_id_outside_the_vocabulary_is_refused(tmp_path, tokenizer):
+    tokenizer.vocab_size = 100
+    path = write_jsonl(tmp_path / "a.jsonl", ["~"])
+    with pytest.raises(InputError, match="beyond its vocabulary of 100"):
+        build_corpus(path, tokenizer, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_is_between_nothing_and_all(tmp_path, tokenizer, share):
+    with pytest.raises(InputError, match="held_out"):
+        build_corpus("austen", tokenizer, tmp_path, share)
+
+
+def test_a_disk_without_room_is_refused_before_tokenizing(tmp_path, tokenizer, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=1000))
+    path = write_jsonl(tmp_path / "a.jsonl", ["x" * 100_000])
+    with pytest.raises(InputError, match=r"cache is full: .* about 50,024 bytes .*1,000 are free"):
+        build_corpus(path, tokenizer, tmp_path / "cache")
+    assert tokenizer.encoded == 0
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path, tokenizer, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="cache is full"):
+        patch.setattr(np, "save", full)
+        build_corpus(path, tokenizer, tmp_path / "cache")
+    assert not [entry for entry in (tmp_path / "cache").glob("a-*") if entry.is_dir()]
+    assert texts_of(build_corpus(path, tokenizer, tmp_path / "cache", 0.0).train) == TEXTS
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, tokenizer):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(InputError, match=r"cannot write the token cache .*cache"):
+        build_corpus("austen", tokenizer, tmp_path / "cache")
+
+
+def test_a_damaged_cache_is_named(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    folder = build_corpus(path, tokenizer, tmp_path / "cache").folder
+    with (folder / "ids.bin").open("ab") as file:
+        file.truncate(100)
+    with pytest.raises(InputError, match=f"delete {folder}"):
+        build_corpus(path, tokenizer, tmp_path / "cache")
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="delete it"):
+        build_corpus(path, tokenizer, tmp_path / "cache")

@@ -1,0 +1,140 @@
+import multiprocessing
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from conftest import random_texts
+
+from engram_jax.data.pipeline import make_batches, prefetch_to_device
+from engram_jax.errors import InputError
+
+SIZES = {"sequence_length": 8, "batch_size": 8, "accumulation": 2, "seed": 5}
+
+
+class Plan(NamedTuple):
+    rows: np.ndarray
+    nested: tuple[np.ndarray, ...]
+
+
+def plan(tokens, segments):
+    """Something that changes with every token of the whole batch, and with the order of rows."""
+    return Plan(np.unique(tokens), ((tokens * segments * np.arange(8)).sum(axis=2),))
+
+
+@pytest.fixture
+def corpora(corpus_of):
+    # About 25 and 7 rows an epoch: a few batches cross epochs of either.
+    return [corpus_of(random_texts(n, 40, seed=n), name=f"texts{n}") for n in (9, 3)]
+
+
+def first_batches(corpora, count=10, **changes):
+    with make_batches(corpora, (0.7, 0.3), **SIZES | changes) as batches:
+        return list(islice(batches, count))
+
+
+def assert_equal(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        for name in batch._fields[:-1]:
+            ours, theirs = getattr(batch, name), getattr(other, name)
+            assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+        assert (batch.plan is None) == (other.plan is None)
+        if batch.plan is not None:
+            assert np.array_equal(batch.plan.rows, other.plan.rows)
+            assert np.array_equal(batch.plan.nested[0], other.plan.nested[0])
+
+
+def test_batches_have_the_shapes_and_types_of_the_interface(corpora):
+    (batch,) = first_batches(corpora, 1)
+    for name in ("tokens", "targets", "segments", "positions"):
+        assert getattr(batch, name).shape == (2, 4, 8) and getattr(batch, name).dtype == np.int32
+    assert batch.target_mask.dtype == np.float32 and batch.plan is None
+
+
+def test_the_number_of_workers_changes_no_batch(corpora):
+    alone = first_batches(corpora, planner=plan)
+    for workers in (1, 3):
+        assert_equal(first_batches(corpora, planner=plan, workers=workers, prefetch=2), alone)
+    assert_equal(first_batches(corpora, planner=plan, prefetch=0), alone)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("planner", [None, plan])
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_hold_the_slices_of_one_global_batch(corpora, count, planner):
+    alone = first_batches(corpora, planner=planner)
+    parts = [
+        first_batches(corpora, planner=planner, process_index=index, process_count=count)
+        for index in range(count)
+    ]
+    joined = [
+        type(of_all[0])(
+            *(np.concatenate(fields, axis=1) for fields in zip(*(b[:-1] for b in of_all))),
+            of_all[-1].plan,
+        )
+        for of_all in zip(*parts, strict=True)
+    ]
+    assert_equal(joined, alone)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_meets_the_batches_of_an_uninterrupted_one(corpora, workers):
+    whole = first_batches(corpora, 12, planner=plan)
+    # 7 and 3 rows of 10, 8 rows a batch: the epochs end within batches 3 to 5.
+    for start in range(1, 12) if workers == 0 else (5,):
+        resumed = first_batches(
+            corpora, 12 - start, planner=plan, first_batch=start, workers=workers
+        )
+        assert_equal(resumed, whole[start:])
+
+
+def test_accumulation_only_splits_the_batch(corpora):
+    whole = first_batches(corpora, accumulation=1)
+    for batch, split in zip(whole, first_batches(corpora, accumulation=4), strict=True):
+        assert split.tokens.shape == (4, 2, 8)
+        for name in batch._fields[:-1]:
+            assert np.array_equal(getattr(split, name).reshape(1, 8, 8), getattr(batch, name))
+
+
+def test_another_seed_gives_other_batches(corpora):
+    (batch,), (other,) = first_batches(corpora, 1), first_batches(corpora, 1, seed=6)
+    assert not np.array_equal(batch.tokens, other.tokens)
+
+
+def test_a_closed_iterator_is_exhausted(corpora):
+    batches = make_batches(corpora, **SIZES)
+    next(batches)
+    batches.close()
+    batches.close()
+    assert next(batches, None) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 7},
+        {"accumulation": 3},
+        {"process_count": 3},
+        {"process_count": 8},
+        {"process_count": 2, "process_index": 2},
+        {"accumulation": 0},
+        {"first_batch": -1},
+        {"workers": -1},
+        {"sequence_length": 0},
+        {"sequence_length": 10_000},
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(corpora, changes):
+    with pytest.raises(InputError):
+        make_batches(corpora, **SIZES | changes)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_batches_are_put_on_the_device_ahead_of_use(depth):
+    put = []
+    ahead = prefetch_to_device(iter(range(6)), lambda batch: put.append(batch) or -batch, depth)
+    for number in range(6):
+        assert next(ahead) == -number
+        assert len(put) == min(number + depth + 1, 6)
+    assert next(ahead, None) is None

@@ -1,0 +1,155 @@
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from engram_jax.data.sources import Document, read_documents, resolve_source, shipped_corpora
+from engram_jax.errors import InputError
+
+DOCUMENTS = [
+    Document("One line.", "first"),
+    Document("Two\nlines,\u2028and a separator that str.splitlines would cut at.", ""),
+    Document("Größe 語 🙂\r\n\n  spaces  ", "third"),
+]
+LINES = "\n".join(json.dumps(document._asdict()) for document in DOCUMENTS).encode()
+
+
+def write_array_record(path: Path, records: list[bytes]) -> None:
+    writer = ArrayRecordWriter(str(path), "group_size:2")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def write_documents(path: Path) -> None:
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(LINES))
+    elif path.name.endswith(".xz"):
+        path.write_bytes(lzma.compress(LINES))
+    elif path.name.endswith(".zst"):
+        middle = len(LINES) // 2  # two frames, as parallel compressors write
+        frames = [zstandard.compress(part) for part in (LINES[:middle], LINES[middle:])]
+        path.write_bytes(b"".join(frames))
+    elif path.suffix == ".parquet":
+        rows = [document._asdict() | {"other": 1} for document in DOCUMENTS]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix in (".array_record", ".arrayrecord"):
+        write_array_record(path, LINES.split(b"\n"))
+    else:
+        path.write_bytes(b"\n" + LINES + b"\n\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.parquet", "a.array_record"],
+)
+def test_every_format_gives_back_what_was_written(tmp_path, name):
+    write_documents(tmp_path / name)
+    assert list(read_documents(tmp_path / name)) == DOCUMENTS
+
+
+def test_a_text_file_is_one_document_and_a_folder_holds_one_a_file(tmp_path):
+    for number, document in enumerate(DOCUMENTS):
+        folder = tmp_path / str(number % 2)
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.txt").write_bytes(document.text.encode())
+    (tmp_path / "notes.md").write_text("not read")
+    assert [document.text for document in read_documents(tmp_path / "0" / "2.txt")] == [
+        DOCUMENTS[2].text
+    ]
+    in_order_of_paths = [DOCUMENTS[0].text, DOCUMENTS[2].text, DOCUMENTS[1].text]
+    assert [document.text for document in read_documents(tmp_path)] == in_order_of_paths
+
+
+def test_array_records_may_be_plain_text(tmp_path):
+    write_array_record(tmp_path / "a.arrayrecord", ["Größe".encode(), b'{"text": "kept"}'])
+    texts = [document.text for document in read_documents(tmp_path / "a.arrayrecord")]
+    assert texts == ["Größe", '{"text": "kept"}']
+
+
+# The counts are those of the corpora's own description.
+@pytest.mark.parametrize(
+    ("name", "documents", "text_bytes"),
+    [
+        ("vital_en", 10_014, 4_884_265),
+        ("factbook", 2_410, 6_014_942),
+        ("web_bible", 124, 5_046_880),
+        ("austen", 270, 4_023_723),
+        ("wordnet", 110_211, 11_134_986),
+    ],
+)
+def test_shipped_corpora_are_complete(name, documents, text_bytes):
+    sizes = [len(document.text.encode()) for document in read_documents(name)]
+    assert (len(sizes), sum(sizes)) == (documents, text_bytes)
+
+
+def test_attribution_names_every_shipped_corpus():
+    attribution = (Path(__file__).parents[2] / "ATTRIBUTION").read_text()
+    assert len(shipped_corpora()) == 5
+    assert all(name in attribution for name in shipped_corpora())
+    assert "WordNet 3.0 Copyright 2006 by Princeton University" in attribution
+
+
+def test_an_unknown_source_is_told_the_names_and_endings_that_work(tmp_path):
+    for wrong in ("vital-en", str(tmp_path / "missing.jsonl")):
+        with pytest.raises(InputError, match=r"vital_en.*\.jsonl\.zst"):
+            resolve_source(wrong)
+    (tmp_path / "a.csv").write_text("text\n")
+    with pytest.raises(InputError, match=r"a\.csv.*\.parquet"):
+        resolve_source(tmp_path / "a.csv")
+    with pytest.raises(InputError, match="holds no file"):
+        resolve_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("second_line", "message"),
+    [
+        (b'{"text": "cut', "broken JSON"),
+        (b'{"text": ' + b"[" * 100_000, "broken JSON"),
+        (b'{"body": "x"}', 'no string under "text"'),
+        (b'{"text": null}', 'no string under "text"'),
+        (b'["text"]', 'no string under "text"'),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": "\\ud800"}', "surrogate"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, second_line, message):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + second_line + b"\n")
+    with pytest.raises(InputError, match=f"a.jsonl, line 2: .*{message}"):
+        list(read_documents(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.xz", "jsonl.zst", "parquet", "array_record"])
+def test_a_file_that_was_cut_short_is_no_complete_file(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    write_documents(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"a\."):
+        list(read_documents(path))
+
+
+def test_a_zstandard_file_cut_at_a_line_is_no_complete_file(tmp_path):
+    compressor = zstandard.ZstdCompressor().compressobj()
+    part = compressor.compress(LINES + b"\n") + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    (tmp_path / "a.jsonl.zst").write_bytes(part)
+    with pytest.raises(InputError, match="damaged or cut short after line 3"):
+        list(read_documents(tmp_path / "a.jsonl.zst"))
+
+
+def test_a_parquet_file_without_texts_is_told_its_columns(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r'no column "text" \(it has body\)'):
+        list(read_documents(tmp_path / "a.parquet"))
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    write_documents(tmp_path / "a.parquet")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match="pip install pyarrow"):
+        list(read_documents(tmp_path / "a.parquet"))

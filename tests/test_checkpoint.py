@@ -1,0 +1,300 @@
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from engram_jax.checkpoint import Checkpoints
+from engram_jax.errors import InputError
+
+IDENTITY = {"hash": "0123456789abcdef", "tokenizer": "fedcba9876543210"}
+
+
+class Tables(NamedTuple):
+    rows: jax.Array
+    counts: tuple[jax.Array, ...]
+
+
+def make_state(seed: int = 0) -> dict:
+    params = {"dense": {"kernel": jax.random.normal(jax.random.key(seed), (8, 6))}}
+    return {
+        "params": params,
+        "optimizer": optax.adam(1e-3).init(params),
+        "tables": Tables(
+            jax.random.normal(jax.random.key(seed + 1), (4096, 16), jnp.bfloat16),
+            (jnp.arange(64, dtype=jnp.int32) + seed, jnp.full((64,), -0.0)),
+        ),
+        "odd": jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1e-45, -0.0]),
+        "key": jax.random.key(seed),
+        "batch": jnp.uint32(seed),
+        "flags": jnp.array([True, False]),
+    }
+
+
+def abstract_of(state: object) -> object:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
+
+
+def assert_identical(left: object, right: object) -> None:
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def open_checkpoints(folder: Path, keep: int = 3) -> Checkpoints:
+    return Checkpoints(folder, keep=keep, identity=IDENTITY)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> SimpleNamespace:
+    """Two checkpoints, of steps 10 and 20, in a folder of their own."""
+    checkpoints = open_checkpoints(tmp_path / "checkpoints")
+    states = {step: make_state(step) for step in (10, 20)}
+    for step, state in states.items():
+        checkpoints.save(step, state, config={"width": 64})
+    return SimpleNamespace(
+        checkpoints=checkpoints,
+        folder=tmp_path / "checkpoints",
+        states=states,
+        abstract=abstract_of(states[10]),
+    )
+
+
+def test_round_trip_is_bit_for_bit(saved: SimpleNamespace) -> None:
+    assert saved.checkpoints.steps() == [10, 20]
+    for asked, expected in ((None, 20), (10, 10)):
+        step, state = saved.checkpoints.restore(saved.abstract, asked)
+        assert step == expected
+        assert_identical(state, saved.states[expected])
+    manifest = json.loads((saved.folder / "00000020" / "manifest.json").read_text())["content"]
+    assert manifest["config"] == {"width": 64} and manifest["identity"] == IDENTITY
+    assert manifest["arrays"]["tables/rows"] == {"shape": [4096, 16], "dtype": "bfloat16"}
+
+
+def test_a_relative_folder_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = {"a": jnp.arange(3)}
+    open_checkpoints(Path("runs/one")).save(1, state, config={})
+    assert_identical(open_checkpoints(Path("runs/one")).restore(abstract_of(state))[1], state)
+
+
+def test_restores_on_another_mesh(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((4096, 6)).astype(np.float32)
+    specs = {"rows": PartitionSpec("data"), "bias": PartitionSpec()}
+    values = {"rows": rows, "bias": rows[0]}
+
+    def shardings(shape: tuple[int, ...], names: tuple[str, ...]) -> dict[str, NamedSharding]:
+        auto = (jax.sharding.AxisType.Auto,) * len(names)
+        mesh = jax.make_mesh(shape, names, auto)
+        return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+
+    checkpoints = open_checkpoints(tmp_path)
+    checkpoints.save(1, jax.device_put(values, shardings((8,), ("data",))), config={})
+    for target in (
+        shardings((2, 4), ("data", "other")),
+        shardings((1,), ("data",)),
+        dict.fromkeys(values),
+    ):
+        abstract = {
+            name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=target[name])
+            for name, value in values.items()
+        }
+        _, state = checkpoints.restore(abstract)
+        assert_identical(state, jax.tree.map(jnp.asarray, values))
+        for name, array in state.items():
+            assert target[name] is None or array.sharding == target[name]
+
+
+def largest_file(folder: Path) -> Path:
+    return max(folder.glob("state/**/*"), key=lambda path: path.is_file() and path.stat().st_size)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda d: os.truncate(largest_file(d), 100), "has 100 bytes, not"),
+    "flipped": (lambda d: flip_a_byte(largest_file(d)), "has another checksum"),
+    "missing": (lambda d: largest_file(d).unlink(), "is missing"),
+    "no state": (lambda d: shutil.rmtree(d / "state"), "is missing"),
+    "garbled manifest": (lambda d: (d / "manifest.json").write_bytes(b"\xff{"), "is unreadable"),
+    "flipped manifest": (lambda d: flip_a_byte(d / "manifest.json"), "is unreadable"),
+    "empty manifest": (lambda d: (d / "manifest.json").write_text(""), "is unreadable"),
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), "is unreadable"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_falls_back_and_says_so(
+    saved: SimpleNamespace, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inflict, message = DAMAGES[damage]
+    inflict(saved.folder / "00000020")
+
+    step, state = saved.checkpoints.restore(saved.abstract)
+    assert step == 10
+    assert_identical(state, saved.states[10])
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "step 20 is damaged" in sentence and message in sentence
+
+    with pytest.raises(InputError, match=f"of step 20 .* is damaged .*{message}"):
+        saved.checkpoints.restore(saved.abstract, 20)
+    saved.checkpoints.save(20, saved.states[20], config={})
+    assert_identical(saved.checkpoints.restore(saved.abstract, 20)[1], saved.states[20])
+
+
+def test_all_damaged_is_an_error(saved: SimpleNamespace) -> None:
+    for folder in saved.folder.iterdir():
+        flip_a_byte(largest_file(folder))
+    with pytest.raises(InputError, match=r"of every step \(\[10, 20\]\) .* is damaged"):
+        saved.checkpoints.restore(saved.abstract)
+
+
+def test_no_checkpoint_and_an_unknown_step_are_errors(
+    tmp_path: Path, saved: SimpleNamespace
+) -> None:
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        open_checkpoints(tmp_path / "nothing").restore(saved.abstract)
+    assert not (tmp_path / "nothing").exists()
+    with pytest.raises(InputError, match=r"no checkpoint of step 15: choose one of \[10, 20\]"):
+        saved.checkpoints.restore(saved.abstract, 15)
+
+
+@pytest.mark.parametrize("name", ["hash", "tokenizer"])
+def test_another_identity_never_falls_back(saved: SimpleNamespace, name: str) -> None:
+    other = Checkpoints(saved.folder, keep=3, identity=IDENTITY | {name: "eeee"})
+    with pytest.raises(InputError, match=f"step 20 .*another {name} .{IDENTITY[name]}, here eeee"):
+        other.restore(saved.abstract)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"odd": jax.ShapeDtypeStruct((6,), jnp.float32)}, r"float32\[5\] .* float32\[6\], at odd"),
+        ({"odd": jax.ShapeDtypeStruct((5,), jnp.int32)}, r"float32\[5\] .* int32\[5\], at odd"),
+        ({"new": jax.ShapeDtypeStruct((2,), jnp.int32)}, r"nothing .* int32\[2\], at new"),
+        ({"odd": None}, r"float32\[5\] .* nothing, at odd"),
+    ],
+)
+def test_other_arrays_never_fall_back(saved: SimpleNamespace, change: dict, message: str) -> None:
+    with pytest.raises(InputError, match=f"step 20 holds {message}: use the config"):
+        saved.checkpoints.restore(saved.abstract | change)
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    checkpoints = open_checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3, 100_000_000):
+        checkpoints.save(step, {"a": jnp.full((3,), step)}, config={})
+    assert checkpoints.steps() == [3, 100_000_000]
+    # A run that resumed from an earlier step keeps what it has just written.
+    checkpoints.save(2, {"a": jnp.full((3,), 7)}, config={})
+    assert checkpoints.steps() == [2, 3, 100_000_000]
+    with pytest.raises(InputError, match="At least 1"):
+        open_checkpoints(tmp_path, keep=0)
+
+
+def test_a_second_save_of_a_step_replaces_the_first(saved: SimpleNamespace) -> None:
+    saved.checkpoints.save(20, saved.states[10], config={})
+    step, state = saved.checkpoints.restore(saved.abstract)
+    assert step == 20
+    assert_identical(state, saved.states[10])
+    assert {path.name for path in saved.folder.iterdir()} == {"00000010", "00000020"}
+
+
+def test_a_disk_too_small_is_found_before_writing(
+    saved: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(saved.states[10]))
+    with pytest.raises(InputError, match=f"step 30 .*{needed:,} bytes and has 999 free"):
+        saved.checkpoints.save(30, saved.states[10], config={})
+    assert {path.name for path in saved.folder.iterdir()} == {"00000010", "00000020"}
+
+
+def test_a_disk_that_fills_up_while_writing(saved: SimpleNamespace) -> None:
+    large = saved.states[10] | {"large": jax.random.normal(jax.random.key(0), (1024, 1024))}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(InputError, match=r"step 30 does not fit .*: free some space"):
+            saved.checkpoints.save(30, large, config={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert saved.checkpoints.steps() == [10, 20]
+    assert_identical(saved.checkpoints.restore(saved.abstract)[1], saved.states[20])
+    saved.checkpoints.save(30, large, config={})
+    assert {path.name for path in saved.folder.iterdir()} == {"00000010", "00000020", "00000030"}
+
+
+# Saves step 1 of ones, then, being killed at the named call, step 2 (or 1 again) of twos.
+KILLED = """
+import os, pathlib, shutil, signal, sys
+import jax.numpy as jnp
+from engram_jax import checkpoint
+checkpoints = checkpoint.Checkpoints(pathlib.Path(sys.argv[1]), keep=1, identity={})
+checkpoints.save(1, {"a": jnp.ones(5)}, config={})
+owner, name = {"checksum": (checkpoint, "_checksum"), "rename": (pathlib.Path, "rename"),
+               "rmtree": (shutil, "rmtree")}[sys.argv[3]]
+original, calls = getattr(owner, name), []
+def kill(*args, **kwargs):
+    calls.append(args)
+    if len(calls) == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(owner, name, kill)
+checkpoints.save(int(sys.argv[2]), {"a": jnp.full(5, 2.0)}, config={})
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "call", "count", "restored"),
+    [
+        (2, "checksum", 1, (1, 1.0)),  # Orbax is done, the manifest is not written
+        (2, "rename", 1, (1, 1.0)),  # the manifest has not its name yet
+        (2, "rename", 2, (1, 1.0)),  # the folder has not its name yet
+        (2, "rmtree", 1, (2, 2.0)),  # step 1, no longer kept, still there
+        (1, "rename", 3, (1, 1.0)),  # the first step 1 put aside, the second not yet in place
+        (1, "rmtree", 1, (1, 2.0)),  # both step 1 there
+    ],
+)
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(
+    tmp_path: Path, step: int, call: str, count: int, restored: tuple[int, float]
+) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(step), call, str(count)]
+    assert subprocess.run(command, capture_output=True).returncode == -9
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert len(before) == 2 or call == "rmtree"
+
+    checkpoints = Checkpoints(tmp_path, keep=1, identity={})
+    found, state = checkpoints.restore({"a": jax.ShapeDtypeStruct((5,), jnp.float32)})
+    assert (found, float(state["a"][0])) == restored
+    assert sorted(path.name for path in tmp_path.iterdir()) == before, "reading wrote"
+
+    checkpoints.save(3, {"a": jnp.full(5, 3.0)}, config={})
+    assert [path.name for path in tmp_path.iterdir()] == ["00000003"]
+
+
+def test_any_other_error_of_a_save_passes_and_leaves_nothing(saved: SimpleNamespace) -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        saved.checkpoints.save(30, {"a": jnp.ones(3)}, config={"bad": object()})
+    assert {path.name for path in saved.folder.iterdir()} == {"00000010", "00000020"}

