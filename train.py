@@ -11,7 +11,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax
 
 from engram_jax.command_line import parse
-from engram_jax.config import Config
 from engram_jax.errors import InputError
 from engram_jax.run import Run
 from engram_jax.trainer import Diverged, train
@@ -37,7 +36,7 @@ class TrainOptions:
 
 def main() -> None:
     """Parses the command line, trains, and says what to do next."""
-    options, config = parse(TrainOptions, Config, __doc__)
+    options, config = parse(TrainOptions, __doc__ or "")
     if options.distributed:
         jax.distributed.initialize()
     run = Run.start(config, options.run or Path("runs") / config.name)
@@ -49,4 +48,5 @@ if __name__ == "__main__":
     try:
         main()
     except (InputError, Diverged) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)

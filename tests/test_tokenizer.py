@@ -269,7 +269,11 @@ def test_foreign_sentencepiece_models_encode_as_sentencepiece_does() -> None:
     """A model that normalizes and adds a space in front, with SentencePiece's own ids."""
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=17, minloglevel=2
+        sentence_iterator=iter(TEXTS),
+        model_writer=file,
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=2,
     )
     model = file.getvalue()
     with pytest.raises(InputError) as error:

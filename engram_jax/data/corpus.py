@@ -192,7 +192,7 @@ class CorpusView:
         """Tokens of all documents together."""
         return int(self.lengths.sum())
 
-    def tokens(self, document: int) -> Int32[np.ndarray, "length"]:
+    def tokens(self, document: int | np.integer) -> Int32[np.ndarray, "length"]:
         """Return the token ids of one document, bos and eos included."""
         start, length = int(self.starts[document]), int(self.lengths[document])
         return self.corpus.ids[start : start + length].astype(np.int32)
@@ -259,7 +259,7 @@ def _survey(path: Path, cache: Path) -> Survey:
 def _read_once(path: Path) -> Survey:
     fingerprint = hashlib.blake2b(digest_size=16)
     documents = text_bytes = empty = 0
-    with tqdm(desc=f"read {source_name(path)}", unit=" documents", delay=2) as progress:
+    with tqdm(desc=f"read {source_name(path)}", unit=" documents", delay=1) as progress:
         for document in read_documents(path):
             progress.update()
             if not document.text.strip():
@@ -338,9 +338,8 @@ def _tokenize(
     lengths, hashes, byte_lengths = array("q"), array("Q"), array("q")
     fingerprint = hashlib.blake2b(digest_size=16)
     bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
-    with tqdm(
-        desc=f"tokenize {name}", total=survey.text_bytes, unit="B", unit_scale=True
-    ) as progress:
+    size = survey.text_bytes
+    with tqdm(desc=f"tokenize {name}", total=size, unit="B", unit_scale=True, delay=1) as progress:
         for texts in _chunks(path):
             for text, of_text in zip(texts, tokenizer.encode_batch(texts), strict=True):
                 if of_text.size and not 0 <= of_text.min() <= of_text.max() < tokenizer.vocab_size:

@@ -109,7 +109,9 @@ class PackedRows:
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             stream = self._stream(int(epoch))
-            cut = _cut(corpus.ids, stream, rows[chosen], self.sequence_length, corpus.manifest.pad_id)
+            cut = _cut(
+                corpus.ids, stream, rows[chosen], self.sequence_length, corpus.manifest.pad_id
+            )
             for whole, piece in zip(packed, cut[: len(packed)], strict=True):
                 whole[chosen] = piece
         return packed

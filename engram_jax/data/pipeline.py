@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import parent_process
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -103,7 +103,7 @@ class BatchIterator(Iterator[Batch]):
             raise StopIteration
         return next(self._batches)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "BatchIterator":
         """Return the iterator itself."""
         return self
 

@@ -188,20 +188,23 @@ def _read_parquet(file: Path) -> Iterator[Document]:
 def _read_array_record(file: Path) -> Iterator[Document]:
     module = _optional("array_record.python.array_record_module", file)
     reader = module.ArrayRecordReader(str(file))
-    try:
-        if not reader.ok():
-            raise InputError(f"{file} is no ArrayRecord file, or damaged; write it again.")
-        is_json = False
-        for index in range(reader.num_records()):
-            where = f"{file}, record {index}"
+    # A reader that failed refuses to be closed, too.
+    if not reader.ok():
+        raise InputError(f"{file} is no ArrayRecord file, or damaged; write it again.")
+    is_json = False
+    for index in range(reader.num_records()):
+        where = f"{file}, record {index}"
+        try:
             (record,) = reader.read([index])
-            if index == 0:
-                is_json = _is_json_object(record)
-            yield _parse(record, where) if is_json else _check(
-                Document(_decode(record, where)), where
-            )
-    finally:
-        reader.close()
+        except RuntimeError as error:
+            raise InputError(f"{where}: damaged ({error}); write the file again.") from error
+        if index == 0:
+            is_json = _is_json_object(record)
+        if is_json:
+            yield _parse(record, where)
+        else:
+            yield _check(Document(_decode(record, where)), where)
+    reader.close()
 
 
 def _is_json_object(record: bytes) -> bool:

@@ -1,56 +1,14 @@
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import numpy as np
 import pytest
-from jaxtyping import Int32
+from small_corpora import ByteTokenizer, write_jsonl
 
 from engram_jax.data.corpus import Corpus, build_corpus
-
-
-class ByteTokenizer:
-    """One token a byte; counts the texts that it was given."""
-
-    name = "bytes"
-    vocab_size = 259
-    pad_id, bos_id, eos_id = 0, 1, 2
-
-    def __init__(self, fingerprint: str = "bytes"):
-        self.fingerprint = fingerprint
-        self.encoded = 0
-
-    def encode(self, text: str) -> Int32[np.ndarray, "_"]:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
-        self.encoded += len(texts)
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return bytes(int(token) - 3 for token in ids if token >= 3).decode()
-
-    def piece(self, token_id: int) -> str:
-        return str(token_id)
-
-    def is_special(self, token_id: int) -> bool:
-        return token_id < 3
 
 
 @pytest.fixture
 def tokenizer() -> ByteTokenizer:
     return ByteTokenizer()
-
-
-def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-def random_texts(count: int, longest: int, seed: int = 0) -> list[str]:
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(1, longest + 1, count)
-    return ["".join(generator.choice(list("abcdefgh"), length)) for length in lengths]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
-from conftest import ByteTokenizer, random_texts, write_jsonl
+from small_corpora import ByteTokenizer, random_texts, write_jsonl
 
 from engram_jax.data import corpus as corpus_module
 from engram_jax.data.corpus import build_corpus

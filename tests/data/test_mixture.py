@@ -2,7 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import random_texts
+from small_corpora import random_texts
 
 from engram_jax.data.mixture import RowMixture
 from engram_jax.data.packing import PackedRows
@@ -21,7 +21,7 @@ def sources(corpus_of):
 def test_each_source_gets_its_exact_share_in_its_own_order(sources, weights):
     mixture = RowMixture(sources, weights)
     period = sum(mixture.shares)
-    located = [mixture.locate(index) for index in range(3 * period)]
+    located = [mixture.locate(index) for index in range(17 + 2 * period)]
     for start in (0, period, 17):
         counts = Counter(source for source, _ in located[start : start + period])
         assert tuple(counts[source] for source in range(3)) == mixture.shares

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from conftest import ByteTokenizer, random_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_corpora import ByteTokenizer, random_texts
 
 from engram_jax.data.packing import PackedRows, pack_held_out, shuffled
 from engram_jax.errors import InputError

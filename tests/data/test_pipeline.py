@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import random_texts
+from small_corpora import random_texts
 
 from engram_jax.data.pipeline import make_batches, prefetch_to_device
 from engram_jax.errors import InputError
