@@ -5,6 +5,4 @@ Command: `python train.py over_encoding`.
 
 from engram_jax.config import Config, MemoryConfig
 
-config = Config(
-    name="over_encoding", memory=MemoryConfig(layers=(0,), fusion="over_encoding")
-)
+config = Config(name="over_encoding", memory=MemoryConfig(layers=(0,), fusion="over_encoding"))

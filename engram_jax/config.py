@@ -128,13 +128,13 @@ class TrainConfig:
         keep_checkpoints: checkpoints kept.
     """
 
-    steps: int = 1200
+    steps: int = 1000
     accumulation: int = 1
     seed: int = 0
     log_every: int = 10
-    evaluate_every: int = 300
+    evaluate_every: int = 250
     evaluate_tokens: int = 16_384
-    checkpoint_every: int = 300
+    checkpoint_every: int = 250
     keep_checkpoints: int = 2
 
 
@@ -200,12 +200,12 @@ def load_config(path: Path) -> Config:
 
 def _from_plain(kind: Any, value: Any) -> Any:
     """Rebuilds nested dataclasses and tuples from what JSON made of them."""
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         known = {item.name for item in fields(kind)}
         if known != set(value):
             raise TypeError(f"{kind.__name__} has the fields {sorted(known)}, not {sorted(value)}")
-        return kind(**{name: _from_plain(hints[name], entry) for name, entry in value.items()})  # type: ignore[operator]
+        return kind(**{name: _from_plain(hints[name], entry) for name, entry in value.items()})
     if isinstance(value, list):
         return tuple(value)
     return value

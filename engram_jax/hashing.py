@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32, Int64, UInt64
@@ -86,7 +86,7 @@ class NgramHash:
     primes: Int64[np.ndarray, "L orders K"]
 
     @classmethod
-    def build(cls, spec: HashSpec, projection: VocabularyProjection) -> Self:
+    def build(cls, spec: HashSpec, projection: VocabularyProjection) -> "NgramHash":
         """Draws the multipliers and chooses the primes.
 
         Layer ℓ's multipliers are odd, from `default_rng(seed + 10007·ℓ)`, and so small that a
@@ -214,9 +214,7 @@ class NgramHash:
         """
         window = [ids.reshape(-1) for ids in self.look_back(tokens, segments)]
         rows = np.concatenate(list(self.hash_window(layer, window)))
-        return rows.reshape(self.columns, *tokens.shape).transpose(
-            *range(1, tokens.ndim + 1), 0
-        )
+        return rows.reshape(self.columns, *tokens.shape).transpose(*range(1, tokens.ndim + 1), 0)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -234,7 +232,7 @@ class NgramHash:
         path.write_text(json.dumps(document, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> "NgramHash":
         """Reads what `save` wrote.
 
         Raises:
@@ -242,7 +240,7 @@ class NgramHash:
         """
         try:
             document = json.loads(path.read_text())
-            spec = {
+            spec: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in document["spec"].items()
             }
@@ -252,16 +250,17 @@ class NgramHash:
                 np.array(document["multipliers"], np.int64),
                 np.array(document["primes"], np.int64),
             )
+            conventions, fingerprint = document["conventions"], document["fingerprint"]
         except FileNotFoundError as error:
             raise InputError(f"No hash file at {path}; is this a run folder?") from error
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a readable hash file ({error}).") from error
-        if tuple(document["conventions"]) != CONVENTIONS:
+        if conventions != list(CONVENTIONS):
             raise InputError(f"{path} follows other hashing conventions than this version.")
-        if loaded.fingerprint != document["fingerprint"]:
+        if loaded.fingerprint != fingerprint:
             raise InputError(
                 f"{path} is damaged: its content has fingerprint {loaded.fingerprint}, "
-                f"it says {document['fingerprint']}."
+                f"it says {fingerprint}."
             )
         return loaded
 

@@ -75,9 +75,7 @@ class Block(nnx.Module):
         rngs: random streams.
     """
 
-    def __init__(
-        self, config: DecoderConfig, memory_width: int | None, *, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: DecoderConfig, memory_width: int | None, *, rngs: nnx.Rngs) -> None:
         dtype = jnp.dtype(config.dtype)
         # Parts draw from streams of their own, so that a twin without Engram starts equal.
         self.attention_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
@@ -105,6 +103,17 @@ class Block(nnx.Module):
         x += self.attention(self.attention_norm(x), segments, positions)
         x += self.feed_forward(self.feed_forward_norm(x))
         return x, gate
+
+
+def run_block(
+    block: Block,
+    x: Float[Array, "B T D"],
+    segments: Int32[Array, "B T"],
+    positions: Int32[Array, "B T"],
+    memory: Float[Array, "B T E"] | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T M"] | None]:
+    """The block on parameters gathered here, so that remat gathers them again instead of keeping."""
+    return gather_parameters(block)(x, segments, positions, memory)
 
 
 class Decoder(nnx.Module):
@@ -159,10 +168,11 @@ class Decoder(nnx.Module):
         x = embedding.at[tokens].get(out_sharding=extend_spec(tokens, None)).astype(dtype)
         if hasattr(self, "over_encoding") and 0 in memory:
             x = gather_parameters(self.over_encoding)(x, memory[0])
+        run = jax.checkpoint(run_block) if self.config.remat else run_block
         gates: Gates = {}
         for layer, block in enumerate(self.blocks):
             site = memory.get(layer) if hasattr(block, "engram") else None
-            x, gate = self._run(block, x, segments, positions, site)
+            x, gate = run(block, x, segments, positions, site)
             if gate is not None:
                 gates[layer] = gate
         head = embedding if self.config.tie_embeddings else gather_parameters(self.head[...])
@@ -173,9 +183,3 @@ class Decoder(nnx.Module):
             preferred_element_type=jnp.float32,
         )
         return logits, gates
-
-    def _run(self, block: Block, *inputs: Array | None) -> tuple[Array, Array | None]:
-        def run(block: Block, *inputs: Array | None) -> tuple[Array, Array | None]:
-            return gather_parameters(block)(*inputs)
-
-        return (jax.checkpoint(run) if self.config.remat else run)(block, *inputs)

@@ -6,7 +6,7 @@ TensorBoard event files beside it, `checkpoints/`, and what evaluation writes.
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,14 @@ from engram_jax.memory.layout import init_table
 from engram_jax.memory.plan import Planner
 from engram_jax.model import Decoder
 from engram_jax.optimizer import make_optimizer, make_schedule
-from engram_jax.sharding import Specs, make_mesh, parameter_sharding
+from engram_jax.sharding import (
+    BATCH_ABT,
+    PLAN_AOBT,
+    TABLE_RF,
+    WHOLE,
+    make_mesh,
+    parameter_sharding,
+)
 from engram_jax.tokenizer import Tokenizer, load_tokenizer
 from engram_jax.train_state import TrainState
 from engram_jax.typing import Parameters
@@ -41,7 +48,6 @@ class Run:
         tokenizer: the tokenizer.
         ngram_hash: the hash; None for a model without memory.
         mesh: the device mesh.
-        specs: how arrays lie on it.
         graph: the decoder without its parameters; `nnx.merge(graph, params)` gives the decoder.
         schedule: learning rate by step.
         optimizer: optimizer of the dense parameters.
@@ -53,14 +59,13 @@ class Run:
     tokenizer: Tokenizer
     ngram_hash: NgramHash | None
     mesh: jax.sharding.Mesh
-    specs: Specs
     graph: Any
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     checkpoints: Checkpoints
 
     @classmethod
-    def start(cls, config: Config, folder: Path) -> Self:
+    def start(cls, config: Config, folder: Path) -> "Run":
         """Makes the folder, or takes one that holds a run of this very configuration.
 
         Raises:
@@ -70,7 +75,7 @@ class Run:
         tokenizer = load_tokenizer(config.data.tokenizer)
         if tokenizer.vocab_size != config.model.vocabulary:
             raise InputError(
-                f"The tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces and the "
+                f"Tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces and the "
                 f"model has {config.model.vocabulary}; "
                 f"set model.vocabulary to {tokenizer.vocab_size}."
             )
@@ -99,7 +104,7 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path) -> "Run":
         """Opens a run to read it, on one device, whatever mesh it was trained on.
 
         Raises:
@@ -114,7 +119,7 @@ class Run:
     @classmethod
     def _assemble(
         cls, folder: Path, config: Config, tokenizer: Tokenizer, ngram_hash: NgramHash | None
-    ) -> Self:
+    ) -> "Run":
         mesh = make_mesh(config.mesh)
         rows = config.data.batch_size // config.train.accumulation
         if rows % mesh.size:
@@ -133,7 +138,6 @@ class Run:
             tokenizer=tokenizer,
             ngram_hash=ngram_hash,
             mesh=mesh,
-            specs=Specs(),
             graph=graph,
             schedule=schedule,
             optimizer=make_optimizer(config.optimizer, schedule),
@@ -154,7 +158,7 @@ class Run:
         """Sends this process's part of a batch to the devices, split as the step wants it."""
 
         def put_local(array: np.ndarray) -> jax.Array:
-            sharding = jax.NamedSharding(self.mesh, self.specs.abt)
+            sharding = jax.NamedSharding(self.mesh, BATCH_ABT)
             return jax.make_array_from_process_local_data(sharding, array)
 
         def put_global(array: np.ndarray, spec: jax.P) -> jax.Array:
@@ -163,12 +167,10 @@ class Run:
 
         plan = batch.plan
         if plan is not None:
-            tokens = jax.tree.map(lambda array: put_global(array, self.specs.aobt), plan.tokens)
-            rest = jax.tree.map(
-                lambda array: put_global(array, self.specs.replicated), plan._replace(tokens=None)
-            )
+            tokens = jax.tree.map(lambda array: put_global(array, PLAN_AOBT), plan.tokens)
+            rest = jax.tree.map(lambda array: put_global(array, WHOLE), plan._replace(tokens=None))
             plan = rest._replace(tokens=tokens)
-        return Batch(*map(put_local, batch[:-1]), plan)
+        return Batch._make([*map(put_local, batch[:-1]), plan])
 
     def corpora(self) -> list[Corpus]:
         """The corpora, tokenized now if they are not in the cache."""
@@ -206,9 +208,7 @@ class Run:
 
     def _make_state(self, key: jax.Array) -> TrainState:
         params_key, tables_key = jax.random.split(key)
-        params: Parameters = nnx.to_pure_dict(
-            nnx.split(_make_decoder(self.config, params_key))[1]
-        )
+        params: Parameters = nnx.to_pure_dict(nnx.split(_make_decoder(self.config, params_key))[1])
         memory = self.config.memory
         tables = {
             layer: init_table(
@@ -220,10 +220,10 @@ class Run:
         }
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), tables)
 
-    def _shardings(self) -> TrainState:
+    def _shardings(self) -> Any:
         shapes = jax.eval_shape(self._make_state, jax.random.key(0))
-        table = jax.NamedSharding(self.mesh, self.specs.table_rf)
-        whole = jax.NamedSharding(self.mesh, self.specs.replicated)
+        table = jax.NamedSharding(self.mesh, TABLE_RF)
+        whole = jax.NamedSharding(self.mesh, WHOLE)
         return TrainState(
             step=whole,
             params=parameter_sharding(self.mesh, shapes.params),
@@ -251,5 +251,9 @@ def _check_same(config: Config, stored: Config, folder: Path) -> None:
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= (
+            _flatten(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
     return flat

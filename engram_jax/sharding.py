@@ -29,14 +29,11 @@ class MeshConfig:
     fsdp: int = 1
 
 
-@dataclass(frozen=True)
-class Specs:
-    """Where the arrays of a run lie; names spell the axes (rf: table rows × width, abt: tokens)."""
-
-    replicated: jax.P = jax.P()
-    abt: jax.P = jax.P(None, TOKEN_AXES)  # batch arrays [A, B, T]
-    aobt: jax.P = jax.P(None, None, TOKEN_AXES)  # plan arrays [A, orders, B, T]
-    table_rf: jax.P = jax.P(TOKEN_AXES)  # tables [R, F] and their row state
+# Where the arrays of a run lie; the letters spell their axes.
+WHOLE = jax.P()
+BATCH_ABT = jax.P(None, TOKEN_AXES)
+PLAN_AOBT = jax.P(None, None, TOKEN_AXES)
+TABLE_RF = jax.P(TOKEN_AXES)
 
 
 def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:

@@ -233,8 +233,10 @@ class _Progress:
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"]):
             return
         saved = self._run.checkpoints.steps()
-        newest = f"the last good checkpoint is that of step {saved[-1]}" if saved else (
-            "there is no checkpoint yet"
+        newest = (
+            f"the last good checkpoint is that of step {saved[-1]}"
+            if saved
+            else ("there is no checkpoint yet")
         )
         raise Diverged(
             f"Step {step} has loss {metrics['loss']} and gradient norm "

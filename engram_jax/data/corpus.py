@@ -1,4 +1,4 @@
-"""Corpora as memory-mapped token ids: tokenized once, reused while text and tokenizer are the same."""
+"""Corpora as memory-mapped token ids: tokenized once, reused while text and tokenizer stay."""
 
 import errno
 import fcntl

@@ -35,11 +35,11 @@ class Rows(NamedTuple):
 class Batch(NamedTuple):
     """The rows of one optimizer step, as A micro-batches (see `Rows`), and their memory plan."""
 
-    tokens: Int32[np.ndarray, "A B T"]
-    targets: Int32[np.ndarray, "A B T"]
-    target_mask: Float32[np.ndarray, "A B T"]
-    segments: Int32[np.ndarray, "A B T"]
-    positions: Int32[np.ndarray, "A B T"]
+    tokens: Int32[Any, "A B T"]
+    targets: Int32[Any, "A B T"]
+    target_mask: Float32[Any, "A B T"]
+    segments: Int32[Any, "A B T"]
+    positions: Int32[Any, "A B T"]
     plan: Any = None
 
 
@@ -129,8 +129,8 @@ class PackedRows:
 def empty_rows(count: int, sequence_length: int) -> Rows:
     """Return `count` rows to be filled."""
     shape = (count, sequence_length)
-    integers = [np.empty(shape, np.int32) for _ in range(4)]
-    return Rows(*integers[:2], np.empty(shape, np.float32), *integers[2:])
+    tokens, targets, segments, positions = (np.empty(shape, np.int32) for _ in range(4))
+    return Rows(tokens, targets, np.empty(shape, np.float32), segments, positions)
 
 
 def pack_held_out(

@@ -79,7 +79,7 @@ class BatchBuilder:
         # The plan is of the whole step, so every process reads all of its tokens.
         whole = self._read(indices)
         plan = self.planner(whole.tokens, whole.segments)
-        return Batch(*(np.ascontiguousarray(field[:, mine]) for field in whole[:-1]), plan)
+        return Batch._make([*(np.ascontiguousarray(field[:, mine]) for field in whole[:-1]), plan])
 
     def _read(self, indices: np.ndarray) -> Batch:
         rows = self.rows.rows(indices.reshape(-1))

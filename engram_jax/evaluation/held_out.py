@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,16 @@ type Suppress = Literal["nothing", "output", "rows"]
 type Scorer = Callable[[Parameters, Mapping[int, Table], Batch], tuple[Array, Gates]]
 
 
+class DocumentSums(NamedTuple):
+    """Per document: the sum of its tokens' losses, and how many of its tokens were scored."""
+
+    losses: Float64[np.ndarray, "documents"]
+    tokens: Float64[np.ndarray, "documents"]
+
+
 @dataclass(frozen=True)
 class Score:
-    """The held-out loss of one source.
+    """The held-out loss of one source, or the difference of two.
 
     Attributes:
         loss: mean cross-entropy of a token, in nats.
@@ -36,6 +43,7 @@ class Score:
         tokens: tokens scored.
         documents: documents they belong to.
         tokens_per_byte: of the source's held-out documents.
+        by_document: what the score was made from; None for a pool.
     """
 
     loss: float
@@ -43,6 +51,7 @@ class Score:
     tokens: int
     documents: int
     tokens_per_byte: float
+    by_document: DocumentSums | None = field(default=None, repr=False, compare=False)
 
     @property
     def perplexity(self) -> float:
@@ -108,23 +117,36 @@ def evaluate_held_out(
     scores = {}
     for corpus in corpora:
         documents = len(corpus.held_out)
-        losses, targets = np.zeros(documents), np.zeros(documents)
+        sums = DocumentSums(np.zeros(documents), np.zeros(documents))
         for packed in pack_held_out(corpus.held_out, data.sequence_length, rows):
             plan = planner(packed.tokens[None], packed.segments[None]) if planner else None
-            batch = Batch(*(field[None] for field in packed[:-1]), plan)
+            batch = Batch._make([*(field[None] for field in packed[:-1]), plan])
             by_token, _ = scorer(state.params, state.tables, run.put(_own_rows(batch)))
             by_token = np.asarray(multihost_utils.process_allgather(by_token, tiled=True))[0]
             weighted = by_token.astype(np.float64) * packed.target_mask
-            np.add.at(losses, packed.documents, weighted)
-            np.add.at(targets, packed.documents, packed.target_mask)
-            if max_tokens is not None and targets.sum() >= max_tokens:
+            np.add.at(sums.losses, packed.documents, weighted)
+            np.add.at(sums.tokens, packed.documents, packed.target_mask)
+            if max_tokens is not None and sums.tokens.sum() >= max_tokens:
                 break
-        scores[corpus.name] = _summarize(losses, targets, corpus.held_out)
+        scores[corpus.name] = _summarize(sums, _tokens_per_byte(corpus.held_out))
     return scores
 
 
+def difference(one: Score, other: Score) -> Score:
+    """How much larger the loss of `one` is than that of `other`, on the same tokens.
+
+    Its standard error is that of the documents' paired differences, which is far below what the
+    two scores' own errors would give: hard documents are hard for both.
+    """
+    ours, theirs = one.by_document, other.by_document
+    if ours is None or theirs is None or not np.array_equal(ours.tokens, theirs.tokens):
+        raise ValueError("Only scores of the same documents have paired differences.")
+    sums = DocumentSums(ours.losses - theirs.losses, ours.tokens)
+    return _summarize(sums, one.tokens_per_byte)
+
+
 def pool(scores: Sequence[Score]) -> Score:
-    """The score of several sources' tokens together."""
+    """The score of several sources' tokens together; its error is that of a stratified mean."""
     tokens = sum(score.tokens for score in scores)
     variance = 0.0
     for score in scores:
@@ -146,21 +168,21 @@ def _own_rows(batch: Batch) -> Batch:
     """This process's rows of a batch that every process built whole."""
     rows = batch.tokens.shape[1] // jax.process_count()
     mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-    return Batch(*(field[:, mine] for field in batch[:-1]), batch.plan)
+    return Batch._make([*(field[:, mine] for field in batch[:-1]), batch.plan])
 
 
-def _summarize(
-    losses: Float64[np.ndarray, "documents"],
-    targets: Float64[np.ndarray, "documents"],
-    view: CorpusView,
-) -> Score:
-    scored = targets > 0
-    count, total = int(scored.sum()), targets.sum()
-    mean = losses.sum() / total
+def _tokens_per_byte(view: CorpusView) -> float:
+    # A document's bos is no target.
+    return float((view.token_count - len(view)) / view.byte_lengths.sum())
+
+
+def _summarize(sums: DocumentSums, tokens_per_byte: float) -> Score:
+    scored = sums.tokens > 0
+    count, total = int(scored.sum()), sums.tokens.sum()
+    mean = sums.losses.sum() / total
     error = None
     if count > 1:
         # Documents are the independent draws; the mean is a ratio of two sums over them.
-        residuals = (losses - mean * targets)[scored]
+        residuals = (sums.losses - mean * sums.tokens)[scored]
         error = float(np.sqrt((residuals**2).sum() * count / (count - 1)) / total)
-    tokens_per_byte = (view.token_count - len(view)) / view.byte_lengths.sum()
-    return Score(float(mean), error, int(total), count, float(tokens_per_byte))
+    return Score(float(mean), error, int(total), count, tokens_per_byte, sums)

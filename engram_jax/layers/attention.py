@@ -99,7 +99,8 @@ def attend(
     None picks splash attention on TPU and cuDNN on GPU where they support the shapes and dtype,
     XLA elsewhere; a named implementation runs or fails.
     """
-    if (implementation or _fastest(query)) == "splash":
+    implementation = implementation or _fastest(query)
+    if implementation == "splash":
         return _attend_splash(query, key, value, segments)
     same_document = segments[:, None, :, None] == segments[:, None, None, :]
     return jax.nn.dot_product_attention(
@@ -108,7 +109,7 @@ def attend(
         value,
         mask=same_document,
         is_causal=True,
-        implementation=implementation or _fastest(query),
+        implementation=implementation,
     )
 
 
@@ -132,9 +133,7 @@ def _attend_splash(
 
     length, heads, width = query.shape[1:]
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
-    kernel = splash.make_splash_mha_single_device(
-        mask, interpret=jax.default_backend() == "cpu"
-    )
+    kernel = splash.make_splash_mha_single_device(mask, interpret=jax.default_backend() == "cpu")
 
     def attend_row(query: Array, key: Array, value: Array, segments: Array) -> Array:
         heads_first = (x.swapaxes(0, 1) for x in (query * width**-0.5, key, value))

@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from engram_jax.errors import InputError
 from engram_jax.layers.norms import RMSNorm
 
+FLOAT32 = jnp.dtype("float32")
+
 
 @dataclass(frozen=True)
 class EngramConfig:
@@ -68,7 +70,7 @@ class Engram(nnx.Module):
         memory_width: int,
         config: EngramConfig,
         *,
-        dtype: jnp.dtype = jnp.dtype("float32"),
+        dtype: jnp.dtype = FLOAT32,
         rngs: nnx.Rngs,
     ) -> None:
         branches = config.branches
@@ -79,12 +81,15 @@ class Engram(nnx.Module):
         if config.bias:
             self.key_bias = nnx.Param(jnp.zeros((branches, width)))
             self.value_bias = nnx.Param(jnp.zeros(width))
-        norm = {"epsilon": config.norm_epsilon, "zero_centered": config.zero_centered_gain}
-        self.key_norm = RMSNorm(branches, width, **norm)
-        self.query_norm = RMSNorm(branches, width, **norm)
+
+        def norm(epsilon: float) -> RMSNorm:
+            centered = config.zero_centered_gain
+            return RMSNorm(branches, width, epsilon=epsilon, zero_centered=centered)
+
+        self.key_norm = norm(config.norm_epsilon)
+        self.query_norm = norm(config.norm_epsilon)
         if config.convolution:
-            norm["epsilon"] = config.convolution_epsilon
-            self.convolution_norm = RMSNorm(branches, width, **norm)
+            self.convolution_norm = norm(config.convolution_epsilon)
             # Zero at the start: the layer begins as the gated value alone.
             self.convolution = nnx.Param(jnp.zeros((config.kernel, branches, width)))
         self.config = config

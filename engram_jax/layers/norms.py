@@ -21,9 +21,7 @@ class RMSNorm(nnx.Module):
         zero_centered: the gain is 1 + the parameter, which then starts at zero.
     """
 
-    def __init__(
-        self, *shape: int, epsilon: float = 1e-6, zero_centered: bool = False
-    ) -> None:
+    def __init__(self, *shape: int, epsilon: float = 1e-6, zero_centered: bool = False) -> None:
         self.gain = nnx.Param(jnp.zeros(shape) if zero_centered else jnp.ones(shape))
         self.epsilon = epsilon
         self.zero_centered = zero_centered

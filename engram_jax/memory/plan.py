@@ -2,10 +2,11 @@
 
 Built on the host, in the input pipeline. N-grams repeat, so each distinct one is hashed once; and
 different n-grams collide in rows, so each distinct row is read and updated once. Shapes are
-static: the bounds are exact (tokens × columns), and what is not used is padding.
+static: the bounds are exact (tokens × columns), and what is not used is padding. Plans
+hold NumPy arrays on the host and JAX arrays on the device.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -24,10 +25,10 @@ class LayerPlan(NamedTuple):
         distinct_rows: how many of `rows` are not padding.
     """
 
-    rows: Int32[np.ndarray, "U"]
-    slot_of_ngram: Int32[np.ndarray, "orders G K"]
-    slot_order: Int32[np.ndarray, "U"]
-    distinct_rows: Int32[np.ndarray, ""]
+    rows: Int32[Any, "U"]
+    slot_of_ngram: Int32[Any, "orders G K"]
+    slot_order: Int32[Any, "U"]
+    distinct_rows: Int32[Any, ""]
 
 
 class TokenPlan(NamedTuple):
@@ -39,8 +40,8 @@ class TokenPlan(NamedTuple):
             indices into the device's own B·T tokens.
     """
 
-    ngram_of_token: Int32[np.ndarray, "A orders B T"]
-    token_order: Int32[np.ndarray, "A orders B T"]
+    ngram_of_token: Int32[Any, "A orders B T"]
+    token_order: Int32[Any, "A orders B T"]
 
 
 class MemoryPlan(NamedTuple):
@@ -54,7 +55,7 @@ class MemoryPlan(NamedTuple):
 
     tokens: TokenPlan
     layers: dict[int, LayerPlan]
-    distinct_ngrams: Int32[np.ndarray, "orders"]
+    distinct_ngrams: Int32[Any, "orders"]
 
 
 class Planner:
@@ -114,9 +115,7 @@ class Planner:
         order = np.argsort(by_device, axis=-1, kind="stable").astype(np.int32)
         return order.reshape(shape)
 
-    def _plan_layer(
-        self, index: int, orders: list[list[np.ndarray]], tokens: int
-    ) -> LayerPlan:
+    def _plan_layer(self, index: int, orders: list[list[np.ndarray]], tokens: int) -> LayerPlan:
         ngram_hash = self.ngram_hash
         layer, beyond = ngram_hash.spec.layers[index], ngram_hash.padded_rows[index]
         rows = np.full((len(orders), ngram_hash.spec.heads, tokens), beyond, np.int32)

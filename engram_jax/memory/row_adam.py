@@ -6,7 +6,6 @@ an idle row neither decays nor drifts. It is not dense Adam, which moves idle ro
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 

@@ -1,5 +1,6 @@
 """The door to the gather's implementations."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from jaxtyping import Array, Float, Int
@@ -8,7 +9,10 @@ from pallas_kernels.hashed_gather import reference, xla
 
 type Implementation = Literal["reference", "xla"]
 
-_IMPLEMENTATIONS = {"reference": reference.gather, "xla": xla.gather}
+_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "reference": reference.gather,
+    "xla": xla.gather,
+}
 
 
 def gather(

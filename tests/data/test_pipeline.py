@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from small_corpora import random_texts
 
+from engram_jax.data.packing import Batch
 from engram_jax.data.pipeline import make_batches, prefetch_to_device
 from engram_jax.errors import InputError
 
@@ -69,8 +70,11 @@ def test_processes_hold_the_slices_of_one_global_batch(corpora, count, planner):
         for index in range(count)
     ]
     joined = [
-        type(of_all[0])(
-            *(np.concatenate(fields, axis=1) for fields in zip(*(b[:-1] for b in of_all))),
+        Batch(
+            *(
+                np.concatenate(slices, axis=1)
+                for slices in zip(*(batch[:-1] for batch in of_all), strict=True)
+            ),
             of_all[-1].plan,
         )
         for of_all in zip(*parts, strict=True)
