@@ -112,7 +112,7 @@ def run_block(
     positions: Int32[Array, "B T"],
     memory: Float[Array, "B T E"] | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T M"] | None]:
-    """The block on parameters gathered here, so that remat gathers them again instead of keeping."""
+    """Runs a block on parameters gathered here: remat gathers again instead of keeping them."""
     return gather_parameters(block)(x, segments, positions, memory)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from engram_jax.checkpoint import Checkpoints
 from engram_jax.compression import project_vocabulary
@@ -96,6 +97,8 @@ class Run:
         elif folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no run; name another folder.")
         run = cls._assemble(folder, config, tokenizer, ngram_hash)
+        if jax.process_count() > 1:  # all have looked before one writes
+            multihost_utils.sync_global_devices("run folder checked")
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             if ngram_hash is not None:
@@ -225,7 +228,7 @@ class Run:
         table = jax.NamedSharding(self.mesh, TABLE_RF)
         whole = jax.NamedSharding(self.mesh, WHOLE)
         return TrainState(
-            step=whole,
+            step=whole,  # type: ignore[arg-type]  # a tree of shardings
             params=parameter_sharding(self.mesh, shapes.params),
             optimizer=parameter_sharding(self.mesh, shapes.optimizer),
             tables=jax.tree.map(lambda _: table, shapes.tables),

@@ -2,9 +2,10 @@
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -111,6 +112,7 @@ def train(run: Run, *, start_from: Path | None = None, profile: bool = False) ->
         Diverged: NaN or Inf; names the step and the newest checkpoint.
     """
     config = run.config
+    leads = jax.process_index() == 0
     with jax.set_mesh(run.mesh):
         corpora = run.corpora()
         state = _first_state(run, start_from)
@@ -118,7 +120,7 @@ def train(run: Run, *, start_from: Path | None = None, profile: bool = False) ->
         train_step = make_train_step(run)
         scorer = make_scorer(run)
         with (
-            MetricsLog(run.folder, resume_step=step) as log,
+            MetricsLog(run.folder, resume_step=step) if leads else nullcontext() as log,
             _stop_signal() as stopped,
             make_batches(
                 corpora,
@@ -134,7 +136,13 @@ def train(run: Run, *, start_from: Path | None = None, profile: bool = False) ->
                 workers=config.data.workers,
                 prefetch=config.data.prefetch,
             ) as batches,
-            tqdm(total=config.train.steps, initial=step, unit="step") as bar,
+            tqdm(
+                total=config.train.steps,
+                initial=step,
+                unit="step",
+                disable=not leads,
+                mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants few lines
+            ) as bar,
         ):
             progress = _Progress(run, log, bar)
             traced = range(step + 5, step + 15) if profile else range(-1, -1)
@@ -174,7 +182,7 @@ def is_due(step: int, every: int, last: int) -> bool:
 class _Progress:
     """Writes metrics one step late, so that reading them never waits for the device."""
 
-    def __init__(self, run: Run, log: MetricsLog, bar: "tqdm[Any]") -> None:
+    def __init__(self, run: Run, log: MetricsLog | None, bar: "tqdm[Any]") -> None:
         self._run = run
         self._log = log
         self._bar = bar
@@ -216,17 +224,17 @@ class _Progress:
         self._bar.set_postfix_str(
             f"loss {metrics['loss']:.3f}, {metrics.get('tokens_per_second', 0):,.0f} tokens/s"
         )
-        if jax.process_index() == 0:
+        if self._log:
             self._log.write(step, metrics)
 
     def report(self, step: int, scores: Mapping[str, Score]) -> None:
         """Logs held-out losses."""
         losses = {f"loss/{name}": score.loss for name, score in scores.items()}
         losses["loss"] = pool(list(scores.values())).loss
-        if jax.process_index() == 0:
+        if self._log:
             self._log.write(step, losses, kind="held_out")
-        by_source = ", ".join(f"{name} {score.loss:.3f}" for name, score in scores.items())
-        self._bar.write(f"step {step}: held-out loss {losses['loss']:.3f} ({by_source})")
+            by_source = ", ".join(f"{name} {score.loss:.3f}" for name, score in scores.items())
+            self._bar.write(f"step {step}: held-out loss {losses['loss']:.3f} ({by_source})")
         self.restart_clock()
 
     def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
