@@ -20,6 +20,7 @@ from engram_jax.compression import project_vocabulary
 from engram_jax.config import Config, load_config, save_config
 from engram_jax.data.corpus import Corpus, build_corpus
 from engram_jax.data.packing import Batch
+from engram_jax.data.sources import resolve_source, source_name
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.memory.layout import init_table
@@ -176,8 +177,18 @@ class Run:
         return Batch._make([*map(put_local, batch[:-1]), plan])
 
     def corpora(self) -> list[Corpus]:
-        """The corpora, tokenized now if they are not in the cache."""
+        """The corpora, tokenized now if they are not in the cache.
+
+        Raises:
+            InputError: a source cannot be read (see `build_corpus`), or two have the same name.
+        """
         data = self.config.data
+        names = [source_name(resolve_source(source)) for source in data.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(
+                    f"Two sources are called {name!r}, which is how results name them; rename one."
+                )
         return [
             build_corpus(source, self.tokenizer, Path(data.cache), data.held_out)
             for source in data.sources

@@ -1,6 +1,7 @@
 """Everything that a training step changes."""
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 from jaxtyping import Array, Int32
@@ -9,6 +10,7 @@ from engram_jax.memory.layout import Table
 from engram_jax.typing import Parameters, PyTree
 
 
+@no_type_check  # at run time: as a pytree it also holds shapes and shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:

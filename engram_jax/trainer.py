@@ -64,7 +64,7 @@ def make_train_step(run: Run) -> TrainStep:
         parts = batch._replace(plan=batch.plan.tokens if plans else None)
         (loss_value, gradients), _ = jax.lax.scan(accumulate, nothing, parts)
 
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         scale = jnp.minimum(1.0, clip_norm / norm)
         dense, by_row = jax.tree.map(lambda gradient: gradient * scale, gradients)
         updates, optimizer_state = optimizer.update(dense, state.optimizer, state.params)
@@ -83,7 +83,7 @@ def make_train_step(run: Run) -> TrainStep:
         metrics = {
             "loss": loss_value,
             "gradient_norm": norm,
-            "row_gradient_norm": optax.global_norm(gradients[1]),
+            "row_gradient_norm": optax.tree.norm(gradients[1]),
             "learning_rate": learning_rate,
         }
         for layer, plan in plans.items():

@@ -1,12 +1,14 @@
 """What a table is made of: the rows and their optimizer state, and how they start."""
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 
+@no_type_check  # at run time: as a pytree it also holds shapes and shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Table:

@@ -8,13 +8,15 @@ distinct row, which is all that the row optimizer needs.
 import jax
 import jax.numpy as jnp
 from jax.sharding import get_abstract_mesh
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from engram_jax.memory.plan import LayerPlan, TokenPlan
 from pallas_kernels import hashed_gather
 
 
-def gather_rows(table: Float[Array, "R *F"], rows: Int32[Array, "U"]) -> Float[Array, "U *F"]:
+def gather_rows(
+    table: Shaped[Array, "R *F"], rows: Int32[Array, "U"]
+) -> Shaped[Array, "U *F"]:
     """Reads a plan's rows, on every device alike; padding (row numbers from R up) reads as zero."""
     return table.at[rows].get(
         mode="fill",

@@ -7,7 +7,7 @@ an idle row neither decays nor drifts. It is not dense Adam, which moves idle ro
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from engram_jax.memory.layout import Table
 from engram_jax.memory.lookup import gather_rows
@@ -64,10 +64,8 @@ def update_rows(
 
 
 def _scatter_rows(
-    column: Float[Array, "R *F"] | Int32[Array, "R"],
-    rows: Int32[Array, "U"],
-    values: Float[Array, "U *F"] | Int32[Array, "U"],
-) -> Array:
+    column: Shaped[Array, "R *F"], rows: Int32[Array, "U"], values: Shaped[Array, "U *F"]
+) -> Shaped[Array, "R *F"]:
     return column.at[rows].set(
         values,
         mode="drop",

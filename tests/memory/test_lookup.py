@@ -78,7 +78,7 @@ def test_gradient_is_that_of_a_plain_gather_at_the_touched_rows(step: tuple, tab
 
     dense = np.asarray(jax.grad(plain)(table))
     touched = np.unique(hashed)
-    assert len(touched) < hashed.size / 4  # many duplicates, or this tests little
+    assert len(touched) < hashed.size / 3  # many duplicates, or this tests little
     np.testing.assert_allclose(by_row[: len(touched)], dense[touched], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(by_row[len(touched) :], 0)
     assert np.abs(dense).sum() == np.abs(dense[touched]).sum()
