@@ -1,10 +1,11 @@
 """Gate maps: which tokens of a text let their memory through, as a page and as a picture.
 
 After Figure 7 of the Engram paper: a token is the redder, the wider its gate opened for the memory
-of the n-grams that end there.
+of the n-grams that end there, compared with the other tokens of the text.
 """
 
 import html
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
@@ -26,6 +28,7 @@ from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import TrainState
 
 _WHITE, _RED = np.array([255, 255, 255]), np.array([244, 84, 74])  # black text reads on both
+_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MARKS = str.maketrans({"\n": "↵", "\r": "↵", "\t": "⇥"})
 
 
@@ -50,15 +53,23 @@ class GateMap:
     def ngrams(self, token: int) -> list[str]:
         """The n-grams that end at a token and are looked up there, orders 2…N."""
         labels = ["⊢", *self.labels[: token + 1]]  # bos
-        return ["".join(labels[-order:]) for order in range(2, self.max_order + 1)]
+        longest = min(self.max_order, len(labels))
+        return ["".join(labels[-order:]) for order in range(2, longest + 1)]
 
-    def scale(self, layer: int) -> tuple[float, float]:
-        """The gates drawn white and full red: a layer's 5th and 95th percentile.
+    def shares(self, layer: int) -> Float[np.ndarray, "T"]:
+        """For every token, the share of the text's tokens with a narrower gate (ties count half).
 
-        Gates σ(±√|s|) cluster on both sides of ½, so that a fixed scale from 0 to 1 shows little.
+        The colors show this and not the gate itself: σ(±√|s|) avoids the middle, and after
+        training most gates stand close to 1, so that on a scale of gates most tokens look alike.
         """
-        low, high = np.percentile(self.gates[layer], [5, 95])
-        return float(low), float(max(high, low + 0.01))
+        gates = self.gates[layer]
+        ascending = np.sort(gates)
+        below = np.searchsorted(ascending, gates, "left")
+        return (below + np.searchsorted(ascending, gates, "right") - 1) / 2 / max(len(gates) - 1, 1)
+
+    def quartiles(self, layer: int) -> list[str]:
+        """The gates at the five ticks of the color scale: least, quartiles, greatest."""
+        return [f"{gate:.2f}" for gate in np.quantile(self.gates[layer], _TICKS)]
 
 
 def read_gates(run: Run, scorer: Scorer, state: TrainState, text: str) -> GateMap:
@@ -123,72 +134,76 @@ def write_html(gate_map: GateMap, path: Path) -> None:
     path.write_text(_PAGE.replace("PANELS", panels), encoding="utf-8")
 
 
-def write_png(gate_map: GateMap, path: Path, *, width: float = 8.3, font_size: float = 9) -> None:
-    """Writes the map as a picture.
+def write_png(
+    gate_map: GateMap,
+    path: Path,
+    *,
+    width: float = 8.3,
+    font_size: float = 9,
+    max_lines: int = 60,
+) -> None:
+    """Writes the map as a picture, with □ for characters that DejaVu Sans lacks.
 
     Args:
         gate_map: the map.
         path: where to.
         width: in inches, of 200 pixels each.
         font_size: in points.
+        max_lines: of a panel; what a longer text has beyond them is not drawn.
     """
     text_width, line, margin = width * 72, 1.75 * font_size, 1.2 * font_size
     pen = _Pen(font_size)
-    lines = list(_wrap(gate_map.labels, pen, text_width - 2 * margin))
-    height = (len(lines) * line + 3.4 * font_size) * len(gate_map.gates) + 1.5 * margin
+    wrapped = _wrap(gate_map.labels, pen, text_width - 2 * margin)
+    lines = list(itertools.islice(wrapped, max_lines))
+    height = (len(lines) * line + 3.5 * font_size) * len(gate_map.gates) + 1.5 * margin
     figure = Figure(figsize=(width, height / 72), dpi=200, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, text_width), ylim=(height, 0))
     axes.set_axis_off()
     top = margin
-    for layer, gates in gate_map.gates.items():
-        low, high = gate_map.scale(layer)
+    for layer in gate_map.gates:
         top += font_size
         axes.text(margin, top, f"Layer {layer}", fontsize=font_size, weight="bold")
-        legend = (f"gate ≤ {low:.2f}", f"≥ {high:.2f}")
-        x = text_width - margin - pen.width(legend[1])
-        axes.text(x, top, legend[1], fontsize=font_size, color="#444")
-        x -= 11.5 * font_size
-        axes.imshow(
-            np.stack([_color(share) for share in np.linspace(0, 1, 64)])[None] / 255,
-            extent=(x, x + 11 * font_size, top + 0.15 * font_size, top - 0.8 * font_size),
-            aspect="auto",
-        )
-        axes.add_patch(
-            Rectangle(
-                (x, top - 0.8 * font_size),
-                11 * font_size,
-                0.95 * font_size,
-                fill=False,
-                edgecolor="#bbb",
-                linewidth=0.5,
-            )
-        )
-        x -= pen.width(legend[0]) + 0.5 * font_size
-        axes.text(x, top, legend[0], fontsize=font_size, color="#444")
-        top += 1.2 * font_size
+        _draw_legend(axes, gate_map.quartiles(layer), text_width - margin, top, font_size)
+        top += 1.5 * font_size
+        shares = gate_map.shares(layer)
         for tokens in lines:
             x = margin
             for token, shown in tokens:
-                color = _color((gates[token] - low) / (high - low)) / 255
                 advance = pen.width(shown)
-                box = Rectangle(
-                    (x, top),
-                    advance,
-                    0.86 * line,
-                    facecolor=color,
-                    edgecolor="white",
-                    linewidth=0.6,
-                )
-                axes.add_patch(box)
+                color = _color(shares[token]) / 255
+                box = (x, top), advance, 0.86 * line
+                axes.add_patch(Rectangle(*box, facecolor=color, edgecolor="white", linewidth=0.6))
                 axes.text(
                     x, top + 0.6 * line, shown, fontsize=font_size, color="#111", parse_math=False
                 )
                 x += advance
             top += line
-        top += 1.2 * font_size
+        top += font_size
     # imshow moves the limits.
     axes.set(xlim=(0, text_width), ylim=(height, 0))
     figure.savefig(path)
+
+
+def _draw_legend(axes: Axes, ticks: list[str], right: float, top: float, size: float) -> None:
+    step = 3.2 * size
+    left = right - step * len(ticks)
+    axes.text(
+        left - 0.5 * size,
+        top,
+        "gates: least, quartiles, greatest",
+        fontsize=0.8 * size,
+        color="#444",
+        ha="right",
+    )
+    ramp = np.stack([_color(share) for share in np.linspace(0, 1, 128)])[None] / 255
+    axes.imshow(ramp, extent=(left, right, top + 0.35 * size, top - size), aspect="auto")
+    box = (left, top - size), right - left, 1.35 * size
+    axes.add_patch(Rectangle(*box, fill=False, edgecolor="#bbb", linewidth=0.5))
+    aligned = ["left", *["center"] * (len(ticks) - 2), "right"]
+    for share, tick, side in zip(_TICKS, ticks, aligned, strict=True):
+        inset = {"left": 0.3, "center": 0.0, "right": -0.3}[side] * size
+        x = left + share * (right - left) + inset
+        axes.text(x, top, tick, fontsize=0.8 * size, color="#111", ha=side)
 
 
 class _Pen:
@@ -245,14 +260,18 @@ def _words(labels: Sequence[str]) -> Iterator[list[int]]:
 
 
 def _color(share: float) -> Float[np.ndarray, "3"]:
-    return _WHITE + (_RED - _WHITE) * min(max(share, 0.0), 1.0)
+    # Squared, so that the lower half stays pale and the upper stands out.
+    return _WHITE + (_RED - _WHITE) * share**2
+
+
+def _css(share: float) -> str:
+    return f"rgb({','.join(f'{part:.0f}' for part in _color(share))})"
 
 
 def _panel(gate_map: GateMap, layer: int) -> str:
-    low, high = gate_map.scale(layer)
+    gates, shares = gate_map.gates[layer], gate_map.shares(layer)
     spans = []
-    for token, gate in enumerate(gate_map.gates[layer]):
-        red, green, blue = _color((gate - low) / (high - low)).round().astype(int)
+    for token, (gate, share) in enumerate(zip(gates, shares, strict=True)):
         ngrams = [f"{text!r}" for text in gate_map.ngrams(token)]
         title = (
             f"gate {gate:.3f}, loss {gate_map.losses[token]:.2f}\nlooked up: {', '.join(ngrams)}"
@@ -261,13 +280,14 @@ def _panel(gate_map: GateMap, layer: int) -> str:
         # The mark stands for the line end, which follows it outside of the colored box.
         after = "\n" * label.count("\n")
         spans.append(
-            f'<span style="background:rgb({red},{green},{blue})" title="{html.escape(title)}">'
+            f'<span style="background:{_css(share)}" title="{html.escape(title)}">'
             f"{html.escape(label.translate(_MARKS))}</span>{after}"
         )
+    ramp = ",".join(_css(share) for share in np.linspace(0, 1, 9))
+    ticks = "".join(f"<b>{tick}</b>" for tick in gate_map.quartiles(layer))
     return (
         f"<section><h2>Layer {layer}</h2>"
-        f'<p class="legend">gate ≤ {low:.2f} <i></i> ≥ {high:.2f} (5th and 95th percentile; '
-        f"mean {gate_map.gates[layer].mean():.2f})</p>"
+        f'<p class="legend" style="background:linear-gradient(to right,{ramp})">{ticks}</p>'
         f'<p class="text">{"".join(spans)}</p></section>'
     )
 
@@ -312,19 +332,20 @@ _PAGE = """<!doctype html>
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 1.5rem 0 0; }
-.legend { font-size: .85rem; margin: .2rem 0 .5rem; }
-.legend i { display: inline-block; width: 8rem; height: .8em; vertical-align: -.05em;
-  border: 1px solid #999; background: linear-gradient(to right, WHITE, RED); }
+.legend { display: flex; justify-content: space-between; width: 20rem; max-width: 100%;
+  box-sizing: border-box; padding: 0 .5rem; margin: .4rem 0; font-size: .85rem; color: #111;
+  border: 1px solid #999; border-radius: .4rem; }
+.legend b { font-weight: normal; }
 .text { background: #fff; color: #111; padding: .8rem 1rem; border: 1px solid #999;
   border-radius: .4rem; line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere; }
 .text span { padding: .15em 0; border-radius: .2em; box-shadow: inset -1px 0 #fff; }
 .text span:hover { outline: 2px solid #111; }
 </style>
 <h1>Engram gate map</h1>
-<p>The redder a token, the wider its gate opened for the memory of the n-grams that end there.
-Hover over a token for its gate, its loss in nats and those n-grams (⊢ is the text's beginning;
-before hashing, n-grams lose case and accents).</p>
+<p>The redder a token, the wider its gate opened for the memory of the n-grams that end there,
+compared with the other tokens of this text. Every color scale gives the gates of its layer in this
+text: least, quartiles, greatest. Hover over a token for its gate, its loss in nats and its n-grams
+(⊢ begins the text; before hashing, n-grams lose case and accents).</p>
 PANELS
 </html>
 """
-_PAGE = _PAGE.replace("WHITE", "rgb(255,255,255)").replace("RED", "rgb(244,84,74)")

@@ -4,6 +4,7 @@ This is *lazy* Adam: a row's moments and its update count change only when the r
 an idle row neither decays nor drifts. It is not dense Adam, which moves idle rows by momentum.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -52,8 +53,8 @@ def update_rows(
     count = gather_rows(table.count, rows) + 1
     mean = adam.b1 * gather_rows(table.mean, rows) + (1 - adam.b1) * gradient
     square = adam.b2 * gather_rows(table.square, rows) + (1 - adam.b2) * gradient**2
-    corrected_mean = mean / (1 - adam.b1 ** count[:, None])
-    corrected_square = square / (1 - adam.b2 ** count[:, None])
+    corrected_mean = _correct_bias(mean, adam.b1, count)
+    corrected_square = _correct_bias(square, adam.b2, count)
     step = corrected_mean / (jnp.sqrt(corrected_square) + adam.eps)
     return Table(
         rows=_scatter_rows(table.rows, rows, gathered - adam.factor * learning_rate * step),
@@ -61,6 +62,15 @@ def update_rows(
         square=_scatter_rows(table.square, rows, square),
         count=_scatter_rows(table.count, rows, count),
     )
+
+
+def _correct_bias(
+    moment: Float[Array, "U F"], decay: float, count: Int32[Array, "U"]
+) -> Float[Array, "U F"]:
+    """moment / (1 − decay^count); expm1, as 1 − 0.999 in float32 is off by 1e-5 of itself."""
+    if decay == 0:
+        return moment
+    return moment / -jnp.expm1(count * math.log(decay))[:, None]
 
 
 def _scatter_rows(

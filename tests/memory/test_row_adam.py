@@ -42,7 +42,7 @@ def bits(table: Table) -> dict[str, np.ndarray]:
     return {name: np.asarray(column) for name, column in vars(table).items()}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(0.9, 0.999), (0.0, 0.5), (0.95, 0.95)]))
 def test_every_row_is_an_adam_that_sees_only_its_own_steps(
     seed: int, betas: tuple[float, float]
@@ -65,8 +65,8 @@ def test_every_row_is_an_adam_that_sees_only_its_own_steps(
             root = np.sqrt(square[row] / (1 - adam.b2 ** count[row]))
             rows[row] -= adam.factor * learning_rate * mean_hat / (root + adam.eps)
     np.testing.assert_array_equal(table.count, count)
-    # Steps add up to at most 0.9 here; float32 keeps each within some 1e-6 of itself.
-    np.testing.assert_allclose(table.rows, rows, atol=5e-6)
+    # Values stay below 2.5 and steps below 0.5: a few roundings of 2⁻²³ each.
+    np.testing.assert_allclose(table.rows, rows, atol=1e-6)
     np.testing.assert_allclose(table.mean, mean, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(table.square, square, rtol=1e-5, atol=1e-12)
 
@@ -92,7 +92,7 @@ def test_the_first_step_moves_by_the_learning_rate_whatever_the_gradient() -> No
     for _ in range(50):
         table = step(table, pad_rows(often), jnp.full((BOUND, WIDTH), 1e-3), 0.01)
     table = step(table, pad_rows(rare), jnp.full((BOUND, WIDTH), -1e-3), 0.01)
-    np.testing.assert_allclose(table.rows[20], 0.01 * ADAM.factor, rtol=5e-5)
+    np.testing.assert_allclose(table.rows[20], 0.01 * ADAM.factor, rtol=2e-5)  # ε is 1e-5 of it
     assert table.count[jnp.array([3, 20])].tolist() == [51, 1]
 
 

@@ -1,0 +1,169 @@
+"""Held-out scores with and without the memory: measured, as a table, as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from engram_jax.data.corpus import Corpus
+from engram_jax.evaluation.held_out import (
+    Score,
+    Scorer,
+    Suppress,
+    difference,
+    evaluate_held_out,
+    make_scorer,
+    pool,
+)
+from engram_jax.run import Run
+from engram_jax.train_state import TrainState
+
+POOLED = "all sources"
+
+_ABLATIONS: dict[Suppress, str] = {"output": "memory dropped", "rows": "rows zeroed"}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Scores with a part of the memory suppressed.
+
+    Attributes:
+        score: without it.
+        harm: how much larger that loss is than the whole model's.
+    """
+
+    score: Score
+    harm: Score
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What one source, or all together, came to.
+
+    Attributes:
+        score: of the whole model.
+        ablations: by what was suppressed (see `make_scorer`); empty for a model without memory.
+    """
+
+    score: Score
+    ablations: dict[Suppress, Ablation]
+
+
+def evaluate(
+    run: Run,
+    scorer: Scorer,
+    state: TrainState,
+    corpora: Sequence[Corpus],
+    *,
+    max_tokens: int | None = None,
+) -> dict[str, SourceReport]:
+    """Scores every corpus, and all pooled under `POOLED`; with memory, also without it (§6.3).
+
+    Args:
+        run: the run.
+        scorer: of the whole model, as `make_scorer` gives it.
+        state: parameters and tables; they are only read.
+        corpora: where the documents come from.
+        max_tokens: most tokens per corpus; None scores all.
+
+    Raises:
+        InputError: a corpus holds no held-out documents.
+    """
+
+    def score(scorer: Scorer) -> dict[str, Score]:
+        return evaluate_held_out(run, scorer, state, corpora, max_tokens=max_tokens)
+
+    with jax.set_mesh(run.mesh):
+        whole = score(scorer)
+        suppressed: dict[Suppress, dict[str, Score]] = {
+            part: score(make_scorer(run, part)) for part in _ABLATIONS if state.tables
+        }
+    harms = {
+        part: {name: difference(scores[name], whole[name]) for name in whole}
+        for part, scores in suppressed.items()
+    }
+    report = {
+        name: SourceReport(
+            whole[name],
+            {
+                part: Ablation(scores[name], harms[part][name])
+                for part, scores in suppressed.items()
+            },
+        )
+        for name in whole
+    }
+    report[POOLED] = SourceReport(
+        pool(list(whole.values())),
+        {
+            part: Ablation(pool(list(scores.values())), pool(list(harms[part].values())))
+            for part, scores in suppressed.items()
+        },
+    )
+    return report
+
+
+def format_report(report: dict[str, SourceReport]) -> str:
+    """Two tables: the whole model, and what suppressing its memory costs."""
+    width = max(len("held-out text"), *map(len, report))
+    lines = [
+        f"{'held-out text':<{width}}  {'loss ± s.e.':>15}  {'perplexity':>10}  "
+        f"{'bits/byte':>9}  {'tokens':>10}  {'documents':>9}"
+    ]
+    for name, of_source in report.items():
+        score = of_source.score
+        lines.append(
+            f"{name:<{width}}  {_with_error(score):>15}  {score.perplexity:>10,.1f}  "
+            f"{score.bits_per_byte:>9.3f}  {score.tokens:>10,}  {score.documents:>9,}"
+        )
+    parts = list(report[POOLED].ablations)
+    if parts:
+        header = [f"{_ABLATIONS[part]:>15}  {'more by ± s.e.':>16}" for part in parts]
+        lines += ["", "  ".join([f"{'loss':<{width}}", f"{'whole':>7}", *header])]
+        for name, of_source in report.items():
+            cells = [
+                f"{ablation.score.loss:>15.3f}  {_with_error(ablation.harm, signed=True):>16}"
+                for ablation in of_source.ablations.values()
+            ]
+            lines.append("  ".join([f"{name:<{width}}", f"{of_source.score.loss:>7.3f}", *cells]))
+    lines += [
+        "",
+        "Losses are in nats per token; standard errors are over documents, those of differences"
+        " over\npaired documents.",
+    ]
+    return "\n".join(lines)
+
+
+def to_json(report: dict[str, SourceReport]) -> dict[str, Any]:
+    """The report as plain values."""
+    return {
+        name: _plain(of_source.score)
+        | {
+            "without_memory": {
+                part: {
+                    "loss": ablation.score.loss,
+                    "standard_error": ablation.score.standard_error,
+                    "difference": ablation.harm.loss,
+                    "difference_standard_error": ablation.harm.standard_error,
+                }
+                for part, ablation in of_source.ablations.items()
+            }
+        }
+        for name, of_source in report.items()
+    }
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    return {
+        "loss": score.loss,
+        "standard_error": score.standard_error,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.tokens,
+        "documents": score.documents,
+    }
+
+
+def _with_error(score: Score, *, signed: bool = False) -> str:
+    loss = f"{score.loss:{'+' if signed else ''}.3f}"
+    return loss if score.standard_error is None else f"{loss} ± {score.standard_error:.3f}"

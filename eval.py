@@ -1,0 +1,163 @@
+"""Evaluates a trained run, with its memory and without: `python eval.py RUN [--flag VALUE …]`.
+
+Prints held-out loss, perplexity and bits per byte of every source, the same with the memory
+suppressed, and a sampled continuation. Writes `eval.json` and a gate map (`gates.html`,
+`gates.png`) into the run folder.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/xla")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import tyro
+
+from engram_jax.data.corpus import Corpus, build_corpus
+from engram_jax.data.sources import resolve_source
+from engram_jax.errors import InputError
+from engram_jax.evaluation.gate_map import read_gates, write_html, write_png
+from engram_jax.evaluation.held_out import make_scorer
+from engram_jax.evaluation.report import evaluate, format_report, to_json
+from engram_jax.run import Run
+from engram_jax.sampling import sample
+
+MAP_TOKENS = 1024  # more makes a page that nobody reads
+OPENING_TOKENS = 160  # of a held-out document, if no text is given
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to evaluate.
+
+    Attributes:
+        run: the run folder that train.py wrote.
+        step: step of the checkpoint; the newest by default.
+        sources: what to score: shipped corpora or paths, of which the held-out share counts; those
+            of the run by default.
+        max_tokens: most held-out tokens per source; all by default.
+        text: text of the gate map; by default, the beginning of a held-out document.
+        text_file: file with the text of the gate map (UTF-8).
+        prompt: text to continue.
+        sample_tokens: tokens of the continuation; 0 samples none.
+        temperature: what logits are divided by; 0 takes the likeliest token.
+        top_k: draw among that many likeliest tokens; all by default.
+        seed: seed of the continuation.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    step: int | None = None
+    sources: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    text: str | None = None
+    text_file: Path | None = None
+    prompt: str = "The city of"
+    sample_tokens: int = 60
+    temperature: float = 0.8
+    top_k: int | None = None
+    seed: int = 0
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Parses the command line, evaluates, prints and writes.
+
+    Raises:
+        InputError: something that was asked for cannot be done.
+    """
+    options = tyro.cli(EvalOptions, args=args, prog="eval.py", description=__doc__)
+    _check(options)
+    text = _given_text(options)
+    run = Run.open(options.run)
+    data = run.config.data
+    sources = options.sources or data.sources
+    for source in sources:
+        resolve_source(source)
+    state = run.restore(options.step)
+    corpora = [build_corpus(source, run.tokenizer, data.cache, data.held_out) for source in sources]
+    step = int(state.step)
+    print(f"{options.run}: {run.config.name}, step {step} of {run.config.train.steps}\n")
+
+    # The slow part last: what is wrong with a text or a setting shows at once.
+    scorer = make_scorer(run)
+    results: dict[str, Any] = {"run": run.config.name, "step": step}
+    written = [options.run / "eval.json"]
+    continuation = ""
+    if options.sample_tokens:
+        continuation = sample(
+            run,
+            state,
+            options.prompt,
+            tokens=options.sample_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            seed=options.seed,
+        )
+        results["sample"] = {"prompt": options.prompt, "continuation": continuation}
+    if run.config.memory.sites.layers:
+        text = _shorten(run, text or _opening(run, corpora[0]))
+        gate_map = read_gates(run, scorer, state, text)
+        write_html(gate_map, options.run / "gates.html")
+        write_png(gate_map, options.run / "gates.png")
+        written += [options.run / "gates.html", options.run / "gates.png"]
+        means = {str(layer): gates.mean() for layer, gates in gate_map.gates.items()}
+        results["gates"] = {"text": text, "mean": means}
+    report = evaluate(run, scorer, state, corpora, max_tokens=options.max_tokens)
+    print(format_report(report))
+    results["held_out"] = to_json(report)
+    written[0].write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    if continuation:
+        print(f"\nSample: {options.prompt}|{continuation}")
+    print(f"\nWritten: {', '.join(map(str, written))}")
+
+
+def _check(options: EvalOptions) -> None:
+    if not options.run.is_dir():
+        raise InputError(f"There is no run folder {options.run}; train.py makes one, runs/NAME.")
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise InputError(f"--max-tokens is {options.max_tokens}; score at least 1 token.")
+    if options.sample_tokens < 0:
+        raise InputError(f"--sample-tokens is {options.sample_tokens}; it must be 0 or more.")
+
+
+def _given_text(options: EvalOptions) -> str | None:
+    """The text that the command line gives for the gate map, or None."""
+    if options.text_file is None:
+        text = options.text
+    elif options.text is not None:
+        raise InputError("Give --text or --text-file, not both.")
+    else:
+        try:
+            text = options.text_file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"Cannot read {options.text_file}: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{options.text_file} is not UTF-8; convert it.") from error
+    if text is not None and not text.strip():
+        raise InputError("The text for the gate map is empty; give some, or leave it to eval.py.")
+    return text
+
+
+def _opening(run: Run, corpus: Corpus) -> str:
+    """The beginning of the corpus's first held-out document."""
+    return run.tokenizer.decode(corpus.held_out.tokens(0)[1 : OPENING_TOKENS + 1])
+
+
+def _shorten(run: Run, text: str) -> str:
+    ids = run.tokenizer.encode(text)
+    if len(ids) <= MAP_TOKENS:
+        return text
+    print(f"The gate map shows the first {MAP_TOKENS:,} of the text's {len(ids):,} tokens.\n")
+    return run.tokenizer.decode(ids[:MAP_TOKENS])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,80 @@
+"""The command line: named configs, flags, and what a typo gets."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from engram_jax.command_line import load_named_config, named_configs, parse
+from engram_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Attributes:
+        run: a folder.
+        profile: a switch.
+    """
+
+    run: Path | None = None
+    profile: bool = False
+
+
+def test_flags_change_the_named_config_and_nothing_else() -> None:
+    args = ["dense", "--run", "x", "--profile", "--train.steps", "7", "--data.sources", "a", "b"]
+    options, config = parse(Options, "", args)
+    named = load_named_config("dense")
+    assert options == Options(Path("x"), True)
+    assert config.train.steps == 7 and config.data.sources == ("a", "b")
+    assert config.model == named.model and config.memory == named.memory
+
+
+def test_default_is_the_config_without_a_name() -> None:
+    assert parse(Options, "", [])[1] == load_named_config("default")
+
+
+def test_unknown_config_lists_the_known() -> None:
+    with pytest.raises(InputError, match=re.escape(", ".join(named_configs()))):
+        parse(Options, "", ["defalt"])
+
+
+def test_unknown_flag_names_a_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse(Options, "", ["--model.widht", "3"])
+    assert exit_info.value.code == 2
+    assert "--model.width" in capsys.readouterr().err
+
+
+def test_value_that_cannot_work_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse(Options, "", ["--data.held-out", "3"])
+    assert exit_info.value.code == 2
+    assert "held_out is 3.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_help_explains_every_flag(program: str) -> None:
+    result = subprocess.run(
+        [sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    flags = re.findall(r"^│ (--[\w.-]+).*\n│( +.*)", result.stdout, re.MULTILINE)
+    assert len(flags) >= 5
+    for flag, explanation in flags:
+        assert len(explanation.strip(" │")) > 10, flag
+
+
+def test_sentence_and_status_of_bad_input() -> None:
+    result = subprocess.run(
+        [sys.executable, "train.py", "nothing"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: There is no configuration 'nothing'")
+    assert "Traceback" not in result.stderr
