@@ -13,7 +13,10 @@ import jax
 from engram_jax.command_line import parse
 from engram_jax.errors import InputError
 from engram_jax.run import Run
+from engram_jax.sampling import sample
 from engram_jax.trainer import Diverged, train
+
+PROMPT = "The city is the capital of"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,13 @@ def main() -> None:
         jax.distributed.initialize()
     run = Run.start(config, options.run or Path("runs") / config.name)
     state = train(run, start_from=options.start_from, profile=options.profile)
-    print(f"{run.folder}: {int(state.step)} of {config.train.steps} steps.")
+    if jax.process_index() > 0:
+        return
+    print(f"{run.folder} holds {int(state.step)} of {config.train.steps} steps.")
+    if jax.process_count() == 1:
+        continuation = sample(run, state, PROMPT, tokens=40, temperature=0.7, top_k=40)
+        print(f"A continuation: {PROMPT}{continuation}")
+    print(f"Next: python eval.py {run.folder}")
 
 
 if __name__ == "__main__":

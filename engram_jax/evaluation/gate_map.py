@@ -98,7 +98,8 @@ def read_gates(run: Run, scorer: Scorer, state: TrainState, text: str) -> GateMa
     whole = np.concatenate([[tokenizer.bos_id], ids]).astype(np.int32)
     losses = np.zeros(len(whole))
     gates = {layer: np.zeros(len(whole)) for layer in run.config.memory.layers}
-    starts = list(range(0, max(len(whole) - length, 0) + length // 2, max(length // 2, 1)))
+    half = max(length // 2, 1)
+    starts = list(range(0, max(len(whole) - length, 0) + half, half))
     for first in range(0, len(starts), rows):
         chosen = starts[first : first + rows]
         batch = _windows(whole, chosen, rows, length, tokenizer.pad_id)
@@ -110,7 +111,7 @@ def read_gates(run: Run, scorer: Scorer, state: TrainState, text: str) -> GateMa
         by_token, by_layer = jax.tree.map(lambda array: np.asarray(array)[0], read)
         for row, start in enumerate(chosen):
             # Later windows know more of what comes before their second half.
-            fresh = 0 if start == 0 else length // 2
+            fresh = 0 if start == 0 else length - half
             place = slice(start + fresh, min(start + length, len(whole)))
             inside = slice(fresh, place.stop - start)
             losses[place] = by_token[row, inside]
@@ -139,7 +140,7 @@ def write_png(
     path: Path,
     *,
     width: float = 8.3,
-    font_size: float = 9,
+    font_size: float = 9.0,
     max_lines: int = 60,
 ) -> None:
     """Writes the map as a picture, with □ for characters that DejaVu Sans lacks.

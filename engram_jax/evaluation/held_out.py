@@ -16,13 +16,13 @@ from engram_jax.data.packing import Batch, pack_held_out
 from engram_jax.loss import token_losses
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table
-from engram_jax.model import Gates
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState
 from engram_jax.typing import Parameters
 
 type Suppress = Literal["nothing", "output", "rows"]
-type Scorer = Callable[[Parameters, Mapping[int, Table], Batch], tuple[Array, Gates]]
+type StepGates = dict[int, Float[Array, "A B T M"]]  # by layer id
+type Scorer = Callable[[Parameters, Mapping[int, Table], Batch], tuple[Array, StepGates]]
 
 
 class DocumentSums(NamedTuple):
@@ -75,7 +75,7 @@ def make_scorer(run: Run, suppress: Suppress = "nothing") -> Scorer:
 
     def score(
         params: Parameters, tables: Mapping[int, Table], batch: Batch
-    ) -> tuple[Float[Array, "A B T"], Gates]:
+    ) -> tuple[Float[Array, "A B T"], StepGates]:
         plans = batch.plan.layers if tables else {}
         rows: dict[int, Array] = {}
         if suppress != "output":

@@ -34,6 +34,8 @@ class AttentionConfig:
     implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
+        if min(self.heads, self.kv_heads, self.head_width) < 1:
+            raise InputError("heads, kv_heads and head_width must be at least 1.")
         if self.heads % self.kv_heads:
             raise InputError(
                 f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly; "

@@ -1,0 +1,170 @@
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from engram_jax.evaluation.held_out import (
+    DocumentSums,
+    Score,
+    difference,
+    evaluate_held_out,
+    make_scorer,
+    pool,
+)
+from engram_jax.evaluation.report import POOLED, evaluate, format_report
+from engram_jax.memory.layout import Table
+
+
+def score_of(losses, tokens) -> Score:
+    """The score of documents with these sums, by way of a difference with nothing."""
+    losses, tokens = np.asarray(losses, float), np.asarray(tokens, float)
+    whole = Score(0.0, None, 1, 1, 0.25, DocumentSums(losses, tokens))
+    nothing = replace(whole, by_document=DocumentSums(0 * losses, tokens))
+    return difference(whole, nothing)
+
+
+def test_loss_is_that_of_a_plain_pass_over_every_row(run, state):
+    """By hand: rows cut from the concatenated documents, memory gathered by hash, NumPy softmax."""
+    corpus = run.corpora()[0]
+    held_out = corpus.held_out
+    with jax.set_mesh(run.mesh):
+        score = evaluate_held_out(run, make_scorer(run), state, [corpus])["first"]
+
+    stream = np.concatenate([held_out.tokens(i) for i in range(len(held_out))])
+    document = np.repeat(np.arange(len(held_out), dtype=np.int32), held_out.lengths)
+    params = jax.tree.map(jnp.asarray, jax.device_get(state.params))
+    decoder = nnx.merge(run.graph, params)
+    table = np.asarray(state.tables[1].rows)
+    losses, tokens = np.zeros(len(held_out)), np.zeros(len(held_out))
+    length = run.config.data.sequence_length
+    for start in range(0, len(stream) - 1, length):
+        inputs, targets = stream[None, start : start + length], stream[start + 1 :][:length]
+        inputs = inputs[:, : len(targets)]
+        segments = document[None, start : start + len(targets)]
+        begins = np.searchsorted(segments[0], segments[0])  # of each document in the row
+        positions = (np.arange(len(targets)) - begins)[None].astype(np.int32)
+        memory = table[run.ngram_hash.hash_tokens(1, inputs, segments)]
+        given = inputs, {1: memory.reshape(1, len(targets), -1)}, segments, positions
+        logits, _ = decoder(*jax.tree.map(jnp.asarray, given))
+        logits = np.asarray(logits[0], np.float64)
+        chosen = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(targets)), targets]
+        scored = document[start + 1 :][:length] == segments[0]
+        np.add.at(losses, segments[0][scored], chosen[scored])
+        np.add.at(tokens, segments[0][scored], 1)
+    np.testing.assert_array_equal(score.by_document.tokens, tokens)
+    np.testing.assert_allclose(score.by_document.losses, losses, rtol=1e-5)
+    assert score.loss == pytest.approx(losses.sum() / tokens.sum(), rel=1e-6)
+    assert score.tokens == len(stream) - len(held_out)
+    texts = [run.tokenizer.decode(held_out.tokens(i)) for i in range(len(held_out))]
+    nbytes = len("".join(texts).encode())
+    assert score.bits_per_byte == pytest.approx(losses.sum() / math.log(2) / nbytes, rel=1e-6)
+
+
+def test_standard_error_agrees_with_a_bootstrap_over_documents():
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(20, 400, 300)
+    losses = tokens * generator.normal(4, 0.8, 300)
+    draws = generator.integers(0, 300, (4000, 300))
+    means = losses[draws].sum(1) / tokens[draws].sum(1)
+    # 4,000 resamples know their own deviation to 1/√8000 = 1.1 %.
+    assert score_of(losses, tokens).standard_error == pytest.approx(means.std(), rel=0.05)
+
+
+def test_paired_differences_know_more_than_two_errors():
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(20, 400, 200)
+    hardness = tokens * generator.normal(4, 1, 200)
+    one = score_of(hardness + 0.1 * tokens + generator.normal(0, 0.5, 200), tokens)
+    other = score_of(hardness, tokens)
+    paired = difference(one, other)
+    assert paired.loss == pytest.approx(one.loss - other.loss)
+    assert paired.standard_error < 0.05 * one.standard_error
+    assert abs(paired.loss - 0.1) < 5 * paired.standard_error
+
+
+def test_differences_need_the_same_tokens():
+    with pytest.raises(ValueError, match="same documents"):
+        difference(score_of([1.0, 2.0], [1, 2]), score_of([1.0, 2.0], [2, 2]))
+
+
+def test_one_document_has_no_standard_error():
+    alone = score_of([8.0, 0.0], [4, 0])
+    assert (alone.loss, alone.standard_error, alone.documents) == (2.0, None, 1)
+    assert pool([alone, score_of([1.0, 2.0], [1, 1])]).standard_error is None
+
+
+def test_pooling_weighs_by_tokens():
+    one, other = score_of([10.0, 30.0], [10, 10]), score_of([4.0, 4.0], [4, 2])
+    pooled = pool([one, other])
+    assert pooled.loss == pytest.approx(48 / 26)
+    assert pooled.standard_error == pytest.approx(
+        math.hypot(20 * one.standard_error, 6 * other.standard_error) / 26
+    )
+    # Both have four bytes a token.
+    assert pooled.bits_per_byte == pytest.approx(48 / 26 / 4 / math.log(2))
+
+
+@pytest.mark.usefixtures("in_mesh")
+def test_dropped_output_is_the_backbone_alone(run, state):
+    """Without its Engram parameters and tables, a model scores what the suppressed one scores."""
+    scores = evaluate_held_out(run, make_scorer(run, "output"), state, run.corpora())
+    other_tables = {1: Table(*(7 * leaf for leaf in jax.tree.leaves(state.tables[1])))}
+    params = jax.tree.map(lambda leaf: leaf, state.params)
+    engram = params["blocks"][1]["engram"]
+    params["blocks"][1]["engram"] = jax.tree.map(lambda leaf: leaf + 1, engram)
+    changed = replace(state, params=params, tables=other_tables)
+    assert evaluate_held_out(run, make_scorer(run, "output"), changed, run.corpora()) == scores
+    whole = make_scorer(run)
+    assert evaluate_held_out(run, whole, changed, run.corpora()) != scores
+
+
+@pytest.mark.usefixtures("in_mesh")
+def test_zeroed_rows_equal_tables_of_zeros(run, state):
+    zeros = replace(state, tables=jax.tree.map(lambda leaf: 0 * leaf, state.tables))
+    suppressed = evaluate_held_out(run, make_scorer(run, "rows"), state, run.corpora())
+    assert suppressed == evaluate_held_out(run, make_scorer(run), zeros, run.corpora())
+    assert suppressed != evaluate_held_out(run, make_scorer(run), state, run.corpora())
+
+
+def test_evaluating_changes_nothing(run, state):
+    before = jax.device_get(state)
+    first = evaluate(run, make_scorer(run), state, run.corpora())
+    second = evaluate(run, make_scorer(run), state, run.corpora())
+    assert first == second
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
+
+
+@pytest.mark.usefixtures("in_mesh")
+def test_fewer_tokens_take_whole_batches_from_the_beginning(run, state):
+    corpora, scorer = run.corpora(), make_scorer(run)
+    whole = evaluate_held_out(run, scorer, state, corpora)
+    part = evaluate_held_out(run, scorer, state, corpora, max_tokens=1)
+    for name, score in part.items():
+        assert 1 <= score.tokens <= 8 * run.config.data.sequence_length
+        assert score.tokens < whole[name].tokens
+        np.testing.assert_array_equal(
+            score.by_document.tokens[:3], whole[name].by_document.tokens[:3]
+        )
+        np.testing.assert_array_equal(
+            score.by_document.losses[:3], whole[name].by_document.losses[:3]
+        )
+
+
+def test_report_prints_every_figure(run, state):
+    report = evaluate(run, make_scorer(run), state, run.corpora())
+    table = format_report(report)
+    for name in ("first", "second", POOLED):
+        rows = [line for line in table.splitlines() if line.startswith(f"{name} ")]
+        assert len(rows) == 2
+        of_source = report[name]
+        assert f"{of_source.score.loss:.3f} ± {of_source.score.standard_error:.3f}" in rows[0]
+        for ablation in of_source.ablations.values():
+            assert f"{ablation.harm.loss:+.3f}" in rows[1]
+            assert ablation.harm.loss == pytest.approx(
+                ablation.score.loss - of_source.score.loss, abs=1e-6
+            )
+    assert max(map(len, table.splitlines())) <= 100

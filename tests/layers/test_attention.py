@@ -1,0 +1,164 @@
+"""Attention against a float64 computation, document by document, and splash against XLA's."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import Array
+
+from engram_jax.errors import InputError
+from engram_jax.layers.attention import Attention, AttentionConfig, attend
+from engram_jax.sharding import BATCH_ABT, MeshConfig, make_mesh
+
+SEGMENTS = np.array([[1] * 5 + [2] * 2 + [3] * 6 + [0] * 3, [1] * 16], np.int32)
+POSITIONS = np.array([[*range(5), *range(2), *range(6), 0, 0, 0], [*range(16)]], np.int32)
+
+
+def draw(
+    length: int, heads: int, kv_heads: int, width: int, rows: int = 2, seed: int = 0
+) -> tuple[Array, Array, Array]:
+    shapes = [(rows, length, count, width) for count in (heads, kv_heads, kv_heads)]
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return tuple(jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True))
+
+
+def attend_in_float64(query: Array, key: Array, value: Array, segments: np.ndarray) -> np.ndarray:
+    """One query at a time, over the keys that it may see."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros(query.shape)
+    group = query.shape[2] // key.shape[2]
+    for b, t, q in np.ndindex(query.shape[:3]):
+        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        scores = key[b, seen, q // group] @ query[b, t, q] / np.sqrt(query.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, t, q] = weights @ value[b, seen, q // group] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+def test_xla_is_softmax_over_the_documents_past(heads: tuple[int, int]) -> None:
+    inputs = draw(16, *heads, 8)
+    found = attend(*inputs, jnp.asarray(SEGMENTS), "xla")
+    np.testing.assert_allclose(found, attend_in_float64(*inputs, SEGMENTS), atol=2e-6)
+
+
+def test_the_default_on_cpu_is_xla() -> None:
+    inputs = draw(16, 4, 2, 8)
+    by_default = attend(*inputs, jnp.asarray(SEGMENTS))
+    np.testing.assert_array_equal(by_default, attend(*inputs, jnp.asarray(SEGMENTS), "xla"))
+
+
+def test_splash_is_xla_with_gradients() -> None:
+    """In interpret mode, which says nothing of its speed."""
+    segments = jnp.asarray(np.cumsum(np.isin(np.arange(128), [0, 40, 41, 100]))[None], jnp.int32)
+    inputs = draw(128, 2, 1, 128, rows=1)
+    cotangent = jax.random.normal(jax.random.key(5), inputs[0].shape)
+
+    def run(implementation: str) -> tuple[Array, tuple[Array, Array, Array]]:
+        out, pullback = jax.vjp(
+            partial(attend, segments=segments, implementation=implementation), *inputs
+        )
+        return out, pullback(cotangent)
+
+    (expected, expected_gradients), (found, gradients) = run("xla"), run("splash")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, reference, atol=5e-5)
+
+
+def test_a_named_implementation_that_cannot_run_fails() -> None:
+    inputs = draw(16, 2, 2, 8)
+    with pytest.raises(Exception, match=r"(?i)splash|cudnn|lane|block|multiple|head"):
+        attend(*inputs, jnp.asarray(SEGMENTS), "splash")
+    with pytest.raises(RuntimeError, match=r"(?i)cudnn|cuda"):
+        attend(*inputs, jnp.asarray(SEGMENTS), "cudnn")
+
+
+def make_layer(config: AttentionConfig, width: int = 12) -> Attention:
+    return Attention(width, config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+
+
+@nnx.jit
+def apply(layer: Attention, *inputs: Array) -> Array:
+    return layer(*inputs)
+
+
+def test_a_document_in_a_packed_row_is_as_if_alone() -> None:
+    layer = make_layer(AttentionConfig(heads=4, kv_heads=2, head_width=6))
+    x = jax.random.normal(jax.random.key(1), (2, 16, 12))
+    packed = apply(layer, x, jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS))
+    for begin, end in ((0, 5), (5, 7), (7, 13)):
+        length = end - begin
+        alone = apply(
+            layer,
+            x[:1, begin:end],
+            jnp.ones((1, length), jnp.int32),
+            jnp.arange(length, dtype=jnp.int32)[None],
+        )
+        np.testing.assert_allclose(packed[0, begin:end], alone[0], atol=2e-6)
+
+
+def test_no_gradient_from_the_future_or_another_document() -> None:
+    layer = make_layer(AttentionConfig(heads=4, kv_heads=2, head_width=6))
+    x = jax.random.normal(jax.random.key(1), (2, 16, 12))
+
+    def outputs(x: Array) -> Array:
+        return jnp.sum(layer(x, jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS))[0] ** 3, axis=-1)
+
+    jacobian = jax.jit(jax.jacrev(outputs))(x)
+    assert not np.any(jacobian[:, 1])
+    same_document = SEGMENTS[0][:, None] == SEGMENTS[0][None]
+    allowed = np.tril(np.ones((16, 16), bool)) & same_document
+    np.testing.assert_array_equal(np.any(jacobian[:, 0], axis=-1), allowed)
+
+
+def test_attention_depends_on_relative_positions_alone() -> None:
+    layer = make_layer(AttentionConfig(heads=2, kv_heads=1, head_width=8, theta=100.0))
+    x = jax.random.normal(jax.random.key(1), (1, 16, 12))
+    segments = jnp.ones((1, 16), jnp.int32)
+    positions = jnp.arange(16, dtype=jnp.int32)[None]
+    here = apply(layer, x, segments, positions)
+    np.testing.assert_allclose(apply(layer, x, segments, positions + 37), here, atol=2e-5)
+    assert np.abs(apply(layer, x, segments, 2 * positions) - here).max() > 1e-2
+
+
+def test_grouped_queries_are_full_attention_with_repeated_heads() -> None:
+    inputs = draw(16, 6, 2, 8)
+    query, key, value = inputs
+    repeated = attend(
+        query, jnp.repeat(key, 3, axis=2), jnp.repeat(value, 3, axis=2), jnp.asarray(SEGMENTS)
+    )
+    np.testing.assert_allclose(attend(*inputs, jnp.asarray(SEGMENTS)), repeated, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_eight_devices_attend_as_one(implementation: str) -> None:
+    length, width = (128, 128) if implementation == "splash" else (16, 8)
+    inputs = draw(length, 2, 1, width, rows=8)
+    segments = jnp.asarray(np.arange(length)[None] // (5 + np.arange(8)[:, None]), jnp.int32)
+    run = jax.jit(partial(attend, implementation=implementation))
+    expected = attend(*inputs, segments, "xla")
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, jax.P(BATCH_ABT[1]))
+        found = run(*jax.device_put(inputs, rows), jax.device_put(segments, rows))
+        assert found.sharding.spec[0] == BATCH_ABT[1]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 5, "kv_heads": 2}, "kv_heads"),
+        ({"head_width": 7}, "odd"),
+        ({"heads": 0, "kv_heads": 1}, "heads"),
+        ({"heads": 2, "kv_heads": 0}, "kv_heads"),
+        ({"head_width": 0}, "head_width"),
+    ],
+)
+def test_impossible_sizes_are_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        AttentionConfig(**change)

@@ -1,0 +1,117 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import make_run
+
+from engram_jax.config import save_config
+from engram_jax.errors import InputError
+from engram_jax.evaluation.report import POOLED
+from engram_jax.run import Run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def eval_program():
+    sys.path.insert(0, str(ROOT))
+    import eval
+
+    yield eval.main
+    sys.path.remove(str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    return make_run(tmp_path_factory.mktemp("engram"), "engram")
+
+
+def test_everything_is_printed_and_written(eval_program, run, capsys):
+    text = "Alexander the Great <b>"
+    eval_program([str(run.folder), "--text", text, "--prompt", "born in", "--sample-tokens", "3"])
+    printed = capsys.readouterr().out
+    assert "tiny, step 0 of 3" in printed
+    assert "perplexity" in printed and "rows zeroed" in printed and "born in|" in printed
+    results = json.loads((run.folder / "eval.json").read_text(encoding="utf-8"))
+    assert results["gates"]["text"] == text
+    assert results["sample"]["prompt"] == "born in"
+    held_out = results["held_out"]
+    assert set(held_out) == {"first", "second", POOLED}
+    for figures in held_out.values():
+        for part in ("output", "rows"):
+            without = figures["without_memory"][part]
+            assert without["loss"] - figures["loss"] == pytest.approx(
+                without["difference"], abs=1e-6
+            )
+    assert (run.folder / "gates.png").read_bytes().startswith(b"\x89PNG")
+    assert "&lt;b&gt;" in (run.folder / "gates.html").read_text(encoding="utf-8")
+
+
+def test_sources_and_texts_can_be_chosen(eval_program, run, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("in Wales " * 600)
+    eval_program(
+        [
+            *(str(run.folder), "--sources", run.config.data.sources[1], "--sample-tokens", "0"),
+            *("--text-file", str(tmp_path / "text.txt"), "--max-tokens", "50", "--step", "0"),
+        ]
+    )
+    results = json.loads((run.folder / "eval.json").read_text(encoding="utf-8"))
+    assert set(results["held_out"]) == {"second", POOLED}
+    assert "sample" not in results
+    assert "the first 1,024 of the text's" in capsys.readouterr().out
+    assert len(run.tokenizer.encode(results["gates"]["text"])) == 1024
+
+
+@pytest.mark.parametrize("memory", ["dense", "over_encoding"])
+def test_models_without_gates_skip_what_needs_them(eval_program, memory, tmp_path):
+    run = make_run(tmp_path, memory)
+    eval_program([str(run.folder), "--sample-tokens", "1"])
+    results = json.loads((run.folder / "eval.json").read_text(encoding="utf-8"))
+    assert not (run.folder / "gates.html").exists()
+    ablations = results["held_out"][POOLED]["without_memory"]
+    assert set(ablations) == (set() if memory == "dense" else {"output", "rows"})
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--text", " "], "empty"),
+        (["--text", "a", "--text-file", "b"], "not both"),
+        (["--text-file", "missing.txt"], "Cannot read missing.txt"),
+        (["--sources", "wikipedia"], "'wikipedia' is neither"),
+        (["--step", "7"], "no checkpoint of step 7"),
+        (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--sample-tokens", "-1"], "--sample-tokens is -1"),
+        (["--top-k", "0"], "top_k is 0"),
+    ],
+)
+def test_what_cannot_be_done_is_said(eval_program, run, flags, sentence):
+    with pytest.raises(InputError, match=sentence):
+        eval_program([str(run.folder), *flags])
+
+
+def test_a_folder_that_is_no_run_is_refused(eval_program, run, tmp_path):
+    with pytest.raises(InputError, match="no run folder"):
+        eval_program([str(tmp_path / "missing")])
+    with pytest.raises(InputError, match="run folder"):
+        eval_program([str(tmp_path)])
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    save_config(run.config, bare / "config.json")
+    run.ngram_hash.save(bare / "hash.json")
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        eval_program([str(bare)])
+
+
+def test_mistakes_leave_with_one_line_and_status_2(tmp_path):
+    command = [sys.executable, str(ROOT / "eval.py"), str(tmp_path / "missing")]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=False
+    )
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("error: There is no run folder")
+    assert len(ended.stderr.splitlines()) == 1
