@@ -44,6 +44,8 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.layers:
             self.hash_spec(pad_id=0)
+        if self.row_width < 1:
+            raise InputError(f"memory.row_width is {self.row_width}; it must be at least 1.")
         if self.fusion == "over_encoding" and self.layers != (0,):
             raise InputError(
                 f"OverEncoding reads memory at the input alone, not at layers {self.layers}; "
@@ -102,6 +104,8 @@ class DataConfig:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
+        if not self.sources:
+            raise InputError("data.sources is empty; name at least one corpus or file.")
         if self.weights and len(self.weights) != len(self.sources):
             raise InputError(
                 f"{len(self.weights)} weights for {len(self.sources)} sources; "
@@ -136,6 +140,12 @@ class TrainConfig:
     evaluate_tokens: int = 16_384
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.accumulation, self.keep_checkpoints) < 1:
+            raise InputError(
+                "train.steps, train.accumulation and train.keep_checkpoints must be at least 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -180,8 +190,10 @@ class Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes a configuration as JSON."""
-    path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+    """Writes a configuration as JSON, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(config), indent=1) + "\n")
+    partial.replace(path)
 
 
 def load_config(path: Path) -> Config:
@@ -192,9 +204,9 @@ def load_config(path: Path) -> Config:
     """
     try:
         return _from_plain(Config, json.loads(path.read_text()))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"No configuration at {path}; is this a run folder?") from error
-    except (TypeError, KeyError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a configuration of this version ({error}).") from error
 
 

@@ -66,6 +66,8 @@ class HashSpec:
             )
         if self.heads < 1 or min(self.rows_per_head) < 2:
             raise InputError("A hash needs at least one head and two rows per head.")
+        if self.seed < 0:
+            raise InputError(f"The hash seed is {self.seed}; it must not be negative.")
         if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
             raise InputError(
                 f"Layer ids {self.layers} must be distinct, zero-based and at least one."
@@ -224,12 +226,17 @@ class NgramHash:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Writes the hash as JSON: spec, conventions, multipliers, primes, projection."""
+        """Writes the hash as JSON: spec, conventions, multipliers, primes, projection.
+
+        The file appears whole or not at all.
+        """
         document = self._facts() | {
             "projection": self.projection.to_json(),
             "fingerprint": self.fingerprint,
         }
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "NgramHash":

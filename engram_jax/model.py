@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from engram_jax.errors import InputError
 from engram_jax.layers.attention import Attention, AttentionConfig
 from engram_jax.layers.engram import Engram, EngramConfig
 from engram_jax.layers.feed_forward import FeedForward
@@ -47,6 +48,10 @@ class DecoderConfig:
     norm_epsilon: float = 1e-6
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.vocabulary, self.width, self.layers, self.feed_forward) < 1:
+            raise InputError("model.vocabulary, width, layers and feed_forward must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise InputError("learning_rate and clip_norm must be positive.")
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
+            raise InputError("b1 and b2 must be at least 0 and below 1, and eps positive.")
+        if self.warmup_steps < 0:
+            raise InputError(f"warmup_steps is {self.warmup_steps}; it must not be negative.")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

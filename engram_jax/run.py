@@ -4,7 +4,7 @@ A run folder holds `config.json`, `hash.json` (if the model has memory), `metric
 TensorBoard event files beside it, `checkpoints/`, and what evaluation writes.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,16 @@ from engram_jax.sharding import (
     PLAN_AOBT,
     TABLE_RF,
     WHOLE,
+    MeshConfig,
     make_mesh,
     parameter_sharding,
 )
 from engram_jax.tokenizer import Tokenizer, load_tokenizer
 from engram_jax.train_state import TrainState
 from engram_jax.typing import Parameters
+
+# What a start that was killed before it wrote config.json leaves in the folder.
+_BEGUN = {"hash.json", "hash.partial", "config.partial"}
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,12 @@ class Run:
                         f"{config.data.tokenizer!r}; restore that tokenizer or start another run."
                     )
                 ngram_hash = stored
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(path.name not in _BEGUN for path in folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no run; name another folder.")
-        run = cls._assemble(folder, config, tokenizer, ngram_hash)
+        run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
         if jax.process_count() > 1:  # all have looked before one writes
             multihost_utils.sync_global_devices("run folder checked")
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not (folder / "config.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             if ngram_hash is not None:
                 ngram_hash.save(folder / "hash.json")
@@ -115,16 +119,20 @@ class Run:
             InputError: the folder holds no run, or its tokenizer is gone or changed.
         """
         config = load_config(folder / "config.json")
-        config = replace(config, mesh=type(config.mesh)(data=-1, fsdp=1))
         tokenizer = load_tokenizer(config.data.tokenizer)
         ngram_hash = NgramHash.load(folder / "hash.json") if config.memory.layers else None
-        return cls._assemble(folder, config, tokenizer, ngram_hash)
+        mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+        return cls._assemble(folder, config, tokenizer, ngram_hash, mesh)
 
     @classmethod
     def _assemble(
-        cls, folder: Path, config: Config, tokenizer: Tokenizer, ngram_hash: NgramHash | None
+        cls,
+        folder: Path,
+        config: Config,
+        tokenizer: Tokenizer,
+        ngram_hash: NgramHash | None,
+        mesh: jax.sharding.Mesh,
     ) -> "Run":
-        mesh = make_mesh(config.mesh)
         rows = config.data.batch_size // config.train.accumulation
         if rows % mesh.size:
             raise InputError(

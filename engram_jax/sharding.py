@@ -4,6 +4,7 @@ Tokens are split over both axes of the mesh; parameters over "fsdp" alone, and e
 its own just before it runs (ZeRO-3), so layers are written as if for one device.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,13 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
 
+    def __post_init__(self) -> None:
+        if self.fsdp < 1 or (self.data < 1 and self.data != -1):
+            raise InputError(
+                f"mesh.data {self.data} and mesh.fsdp {self.fsdp} must be at least 1; "
+                "data may be -1 for all devices that fsdp leaves."
+            )
+
 
 # Where the arrays of a run lie; the letters spell their axes.
 WHOLE = jax.P()
@@ -36,20 +44,26 @@ PLAN_AOBT = jax.P(None, None, TOKEN_AXES)
 TABLE_RF = jax.P(TOKEN_AXES)
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-    """The mesh over all devices of all processes, with explicit axes "data" and "fsdp".
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh, with explicit axes "data" and "fsdp".
+
+    Args:
+        config: sizes of the axes.
+        devices: what it is made of; None takes all devices of all processes.
 
     Raises:
         InputError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
-    data = devices // config.fsdp if config.data == -1 else config.data
-    if data * config.fsdp != devices:
+    devices = jax.devices() if devices is None else devices
+    data = len(devices) // config.fsdp if config.data == -1 else config.data
+    if data * config.fsdp != len(devices):
         raise InputError(
-            f"A mesh of data {config.data} × fsdp {config.fsdp} does not fit {devices} devices; "
+            f"Mesh data {config.data} × fsdp {config.fsdp} does not fit {len(devices)} devices; "
             "choose sizes whose product is the number of devices, or data -1."
         )
-    return jax.make_mesh((data, config.fsdp), TOKEN_AXES, axis_types=(AxisType.Explicit,) * 2)
+    return jax.make_mesh(
+        (data, config.fsdp), TOKEN_AXES, axis_types=(AxisType.Explicit,) * 2, devices=devices
+    )
 
 
 def parameter_sharding(mesh: jax.sharding.Mesh, shapes: PyTree) -> PyTree:

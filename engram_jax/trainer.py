@@ -237,15 +237,12 @@ class _Progress:
             self._bar.write(f"step {step}: held-out loss {losses['loss']:.3f} ({by_source})")
         self.restart_clock()
 
-    def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
+    def _check_finite(self, step: int, metrics: Mapping[str, float | int]) -> None:
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"]):
             return
-        saved = self._run.checkpoints.steps()
-        newest = (
-            f"the last good checkpoint is that of step {saved[-1]}"
-            if saved
-            else ("there is no checkpoint yet")
-        )
+        # The state that this step began with may be to blame, and with it a checkpoint of it.
+        good = [saved for saved in self._run.checkpoints.steps() if saved < step - 1]
+        newest = f"the last good checkpoint is that of step {good[-1]}" if good else "none is good"
         raise Diverged(
             f"Step {step} has loss {metrics['loss']} and gradient norm "
             f"{metrics['gradient_norm']}; {newest} in {self._run.folder / 'checkpoints'}. "

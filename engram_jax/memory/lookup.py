@@ -14,9 +14,7 @@ from engram_jax.memory.plan import LayerPlan, TokenPlan
 from pallas_kernels import hashed_gather
 
 
-def gather_rows(
-    table: Shaped[Array, "R *F"], rows: Int32[Array, "U"]
-) -> Shaped[Array, "U *F"]:
+def gather_rows(table: Shaped[Array, "R *F"], rows: Int32[Array, "U"]) -> Shaped[Array, "U *F"]:
     """Reads a plan's rows, on every device alike; padding (row numbers from R up) reads as zero."""
     return table.at[rows].get(
         mode="fill",

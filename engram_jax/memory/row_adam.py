@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
+from engram_jax.errors import InputError
 from engram_jax.memory.layout import Table
 from engram_jax.memory.lookup import gather_rows
 from engram_jax.sharding import extend_spec
@@ -30,6 +31,10 @@ class RowAdam:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
+            raise InputError("b1 and b2 must be at least 0 and below 1, and eps positive.")
 
 
 def update_rows(

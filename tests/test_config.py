@@ -1,0 +1,182 @@
+"""Configurations: their file, their checks, and that every named one builds."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from engram_jax.command_line import load_named_config, named_configs
+from engram_jax.config import (
+    Config,
+    DataConfig,
+    MemoryConfig,
+    TrainConfig,
+    load_config,
+    save_config,
+)
+from engram_jax.data.packing import Batch
+from engram_jax.errors import InputError
+from engram_jax.layers.attention import AttentionConfig
+from engram_jax.layers.engram import EngramConfig
+from engram_jax.memory.row_adam import RowAdam
+from engram_jax.model import DecoderConfig
+from engram_jax.optimizer import OptimizerConfig
+from engram_jax.run import Run
+from engram_jax.sharding import MeshConfig
+from engram_jax.trainer import make_train_step
+
+ROOT = Path(__file__).parent.parent
+UNUSUAL = Config(
+    name="unusual",
+    model=DecoderConfig(
+        layers=6,
+        attention=AttentionConfig(heads=4, implementation="xla"),
+        engram=EngramConfig(bias=False, signed_root="copysign"),
+        dtype="bfloat16",
+        tie_embeddings=False,
+    ),
+    memory=MemoryConfig(
+        layers=(1, 4), max_order=4, rows_per_head=(100, 200, 300), adam=RowAdam(factor=0.1 + 0.2)
+    ),
+    data=DataConfig(sources=("a.jsonl", "b.txt"), weights=(1 / 3, 2 / 3)),
+    optimizer=OptimizerConfig(learning_rate=1e-30),
+    train=TrainConfig(accumulation=4),
+    mesh=MeshConfig(fsdp=2),
+)
+
+
+@pytest.mark.parametrize("config", [Config(), UNUSUAL], ids=lambda config: config.name)
+def test_file_round_trip(tmp_path: Path, config: Config) -> None:
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def change_file(path: Path, section: str | None, change: dict[str, Any]) -> None:
+    document = json.loads(path.read_text())
+    (document[section] if section else document).update(change)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("section", [None, "model", "memory", "train"])
+def test_an_unknown_field_in_the_file_is_refused(tmp_path: Path, section: str | None) -> None:
+    path = tmp_path / "config.json"
+    save_config(Config(), path)
+    change_file(path, section, {"stepz": 3})
+    with pytest.raises(InputError, match=r"config\.json.*stepz"):
+        load_config(path)
+
+
+def test_a_missing_field_in_the_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    save_config(Config(), path)
+    document = json.loads(path.read_text())
+    del document["train"]["steps"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="steps"):
+        load_config(path)
+
+
+def test_impossible_values_in_the_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    save_config(Config(), path)
+    change_file(path, "train", {"accumulation": 3})
+    with pytest.raises(InputError, match="accumulation 3"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe\x00", b'{"name": "a"}'])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.json"):
+        load_config(tmp_path / "config.json")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="run folder"):
+        load_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("memory", {"layers": (4,)}, r"\[4\].*4 layers"),
+        ("memory", {"layers": (1, 1)}, "distinct"),
+        ("memory", {"layers": (-1,)}, "zero-based"),
+        ("memory", {"heads": 0}, "head"),
+        ("memory", {"max_order": 4}, "rows_per_head"),
+        ("memory", {"max_order": 1, "rows_per_head": ()}, "orders start at 2"),
+        ("memory", {"rows_per_head": (1, 1)}, "two rows"),
+        ("memory", {"row_width": 0}, "row_width"),
+        ("memory", {"hash_seed": -1}, "seed"),
+        ("memory", {"fusion": "over_encoding"}, "memory.layers to 0"),
+        ("memory", {"fusion": "over_encoding", "layers": (0, 1)}, "memory.layers to 0"),
+        ("model", {"layers": 1}, "outside a model of 1"),
+        ("model", {"layers": 0}, "at least 1"),
+        ("model", {"width": 0}, "at least 1"),
+        ("model", {"engram": EngramConfig(branches=4)}, "branches is 4"),
+        ("data", {"sources": ()}, "at least one"),
+        ("data", {"weights": (1.0,)}, "1 weights for 5"),
+        ("data", {"sequence_length": 0}, "sequence_length"),
+        ("data", {"batch_size": 0}, "batch_size"),
+        ("data", {"held_out": 0.0}, "held_out"),
+        ("data", {"held_out": 1.0}, "held_out"),
+        ("optimizer", {"learning_rate": 0.0}, "learning_rate"),
+        ("optimizer", {"clip_norm": -1.0}, "clip_norm"),
+        ("optimizer", {"b2": 1.0}, "b2"),
+        ("optimizer", {"eps": 0.0}, "eps"),
+        ("optimizer", {"warmup_steps": -1}, "warmup_steps"),
+        ("train", {"accumulation": 3}, "does not divide"),
+        ("train", {"accumulation": 0}, "accumulation"),
+        ("train", {"steps": 0}, "steps"),
+        ("train", {"keep_checkpoints": 0}, "keep_checkpoints"),
+    ],
+)
+def test_impossible_configurations_are_refused(
+    section: str, change: dict[str, Any], message: str
+) -> None:
+    config = Config()
+    with pytest.raises(InputError, match=message):
+        replace(config, **{section: replace(getattr(config, section), **change)})
+
+
+@pytest.mark.parametrize("change", [{"b1": 1.0}, {"b2": -0.1}, {"eps": 0.0}])
+def test_impossible_row_optimizers_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="b1 and b2"):
+        RowAdam(**change)
+
+
+def empty_batch(run: Run) -> Batch:
+    """One step of zeros; its shapes are those of any."""
+    data, accumulation = run.config.data, run.config.train.accumulation
+    shape = (accumulation, data.batch_size // accumulation, data.sequence_length)
+    tokens = np.zeros(shape, np.int32)
+    planner = run.planner()
+    plan = planner(tokens) if planner else None
+    batch = Batch(tokens, tokens, tokens.astype(np.float32), tokens, tokens, plan)
+    return run.put(batch)
+
+
+@pytest.mark.parametrize("name", named_configs())
+def test_every_named_configuration_builds(name: str, tmp_path: Path) -> None:
+    """Traces its training step on abstract arrays: no parameter and no table is made."""
+    config = load_named_config(name)
+    assert config.name == name
+    run = Run.start(config, tmp_path / "run")
+    assert load_config(tmp_path / "run" / "config.json") == config
+    with jax.set_mesh(run.mesh):
+        state = run.abstract_state()
+        new_state, metrics = jax.eval_shape(make_train_step(run), state, empty_batch(run))
+    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(new_state)] == shapes
+    assert metrics["loss"].shape == ()
+    assert set(state.tables) == set(config.memory.layers)
+
+
+def test_the_named_configurations_are_the_files() -> None:
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"}
+    assert set(named_configs()) == files

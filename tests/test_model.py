@@ -1,0 +1,249 @@
+"""The decoder: what a position may see, twins, remat, dtypes, and its use of memory."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import Array
+
+from engram_jax.layers.attention import AttentionConfig
+from engram_jax.model import Decoder, DecoderConfig, MemorySites
+
+CONFIG = DecoderConfig(
+    vocabulary=50,
+    width=16,
+    layers=2,
+    attention=AttentionConfig(heads=2, kv_heads=1, head_width=8),
+    feed_forward=24,
+)
+ENGRAM = MemorySites(layers=(0, 1), width=12, orders=2)
+OVER_ENCODING = MemorySites(over_encoding=True, width=12, orders=2)
+SEGMENTS = np.array([[1] * 5 + [2] * 2 + [3] * 7, [1] * 11 + [0] * 3], np.int32)
+POSITIONS = np.array([[*range(5), *range(2), *range(7)], [*range(11), 0, 0, 0]], np.int32)
+TOKENS = np.random.default_rng(0).integers(0, 50, (2, 14), dtype=np.int32)
+
+
+def make_decoder(
+    config: DecoderConfig = CONFIG, sites: MemorySites = ENGRAM, seed: int = 0
+) -> Decoder:
+    params, memory = jax.random.split(jax.random.key(seed))
+    return Decoder(config, sites, rngs=nnx.Rngs(params=params, memory=memory))
+
+
+def make_lively_decoder(config: DecoderConfig = CONFIG, sites: MemorySites = ENGRAM) -> Decoder:
+    """With random numbers for all parameters, those that start as zeros or ones too."""
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: make_decoder(config, sites)))
+    generator = np.random.default_rng(1)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> Array:
+        middle = 1.0 if path[-1].key == "gain" else 0.0
+        return jnp.asarray(generator.normal(middle, 0.3, leaf.shape), leaf.dtype)
+
+    return nnx.merge(graph, jax.tree.map_with_path(draw, nnx.to_pure_dict(shapes)))
+
+
+def draw_memory(layers: tuple[int, ...] = (0, 1), seed: int = 2) -> dict[int, Array]:
+    return {
+        layer: jax.random.normal(jax.random.fold_in(jax.random.key(seed), layer), (2, 14, 12))
+        for layer in layers
+    }
+
+
+@nnx.jit
+def apply(decoder: Decoder, tokens: Array, memory: dict[int, Array]) -> tuple[Array, dict]:
+    return decoder(tokens, memory, jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS))
+
+
+def parameters(decoder: Decoder) -> dict[str, np.ndarray]:
+    leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_no_gradient_from_the_future_or_another_document() -> None:
+    """Through attention, gate, convolution and all blocks, from embeddings and memory alike."""
+    graph, params = nnx.split(make_lively_decoder(replace(CONFIG, tie_embeddings=False)))
+    readout = jax.random.normal(jax.random.key(3), (1, 1, 50))
+
+    def outputs(extra: Array, memory: dict[int, Array]) -> Array:
+        # Every position gets a vocabulary entry of its own, so that its embedding can be moved.
+        merged = nnx.merge(graph, params)
+        merged.embedding = nnx.Param(extra.reshape(-1, CONFIG.width))
+        tokens = jnp.arange(28, dtype=jnp.int32).reshape(2, 14)
+        logits, _ = merged(tokens, memory, jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS))
+        return jnp.sum(logits[0] * readout[0], axis=-1)
+
+    inputs = jax.random.normal(jax.random.key(4), (2, 14, CONFIG.width))
+    by_input, by_memory = jax.jit(jax.jacrev(outputs, argnums=(0, 1)))(inputs, draw_memory())
+    same_document = SEGMENTS[0][:, None] == SEGMENTS[0][None]
+    allowed = np.tril(np.ones((14, 14), bool)) & same_document
+    for jacobian in (by_input, *by_memory.values()):
+        assert not np.any(jacobian[:, 1])  # from another row
+        np.testing.assert_array_equal(np.any(jacobian[:, 0], axis=-1), allowed)
+
+
+def test_a_document_in_a_packed_row_is_as_if_alone() -> None:
+    decoder, memory = make_lively_decoder(), draw_memory()
+    packed, _ = apply(decoder, jnp.asarray(TOKENS), memory)
+    for begin, end in ((0, 5), (5, 7), (7, 14)):
+        alone, _ = nnx.jit(lambda decoder, *inputs: decoder(*inputs))(
+            decoder,
+            jnp.asarray(TOKENS[:1, begin:end]),
+            {layer: values[:1, begin:end] for layer, values in memory.items()},
+            jnp.ones((1, end - begin), jnp.int32),
+            jnp.arange(end - begin, dtype=jnp.int32)[None],
+        )
+        np.testing.assert_allclose(packed[0, begin:end], alone[0], atol=1e-4)
+
+
+def test_remat_changes_no_loss_and_no_gradient() -> None:
+    memory = draw_memory()
+
+    def run(remat: bool) -> tuple[Array, tuple]:
+        graph, params = nnx.split(make_lively_decoder(replace(CONFIG, remat=remat)))
+
+        def loss(params: nnx.State, memory: dict[int, Array]) -> Array:
+            logits, _ = apply(nnx.merge(graph, params), jnp.asarray(TOKENS), memory)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(TOKENS))
+            return losses.mean()
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, memory)
+
+    (expected, expected_gradients), (found, gradients) = run(False), run(True)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sites", [ENGRAM, OVER_ENCODING])
+@pytest.mark.parametrize("tied", [True, False])
+def test_twins_start_from_equal_backbones(sites: MemorySites, tied: bool) -> None:
+    config = replace(CONFIG, tie_embeddings=tied)
+    with_memory, dense = (parameters(make_decoder(config, s)) for s in (sites, MemorySites()))
+    assert dense.keys() < with_memory.keys()
+    for name, values in dense.items():
+        np.testing.assert_array_equal(values, with_memory[name], err_msg=name)
+
+
+def test_equal_backbones_whatever_the_layers_with_memory() -> None:
+    one, other = (
+        parameters(make_decoder(CONFIG, replace(ENGRAM, layers=layers))) for layers in ((0,), (1,))
+    )
+    for name in one.keys() & other.keys():
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_memory_that_is_missing_adds_nothing() -> None:
+    decoder, memory = make_lively_decoder(), draw_memory()
+    dense = make_lively_decoder(sites=MemorySites())
+    shared = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    for block in shared["blocks"].values():
+        block.pop("engram", None)
+    graph, _ = nnx.split(dense)
+    dense = nnx.merge(graph, shared)
+    expected, no_gates = apply(dense, jnp.asarray(TOKENS), {})
+    found, gates = apply(decoder, jnp.asarray(TOKENS), {})
+    np.testing.assert_array_equal(found, expected)
+    assert no_gates == gates == {}
+    # One layer at a time: each changes something, and gives its gates.
+    for layer in (0, 1):
+        partly, gates = apply(decoder, jnp.asarray(TOKENS), {layer: memory[layer]})
+        assert gates.keys() == {layer} and gates[layer].shape == (2, 14, 1)
+        assert np.abs(partly - expected).max() > 1e-3
+
+
+def test_memory_enters_at_its_own_layer() -> None:
+    decoder, memory = make_lively_decoder(), draw_memory()
+    straight, _ = apply(decoder, jnp.asarray(TOKENS), memory)
+    swapped, _ = apply(decoder, jnp.asarray(TOKENS), {0: memory[1], 1: memory[0]})
+    assert np.abs(straight - swapped).max() > 1e-3
+
+
+def test_over_encoding_averages_into_the_input_embedding() -> None:
+    decoder = make_lively_decoder(sites=OVER_ENCODING)
+    memory = draw_memory((0,))
+    found, gates = apply(decoder, jnp.asarray(TOKENS), memory)
+    assert gates == {}
+    rows = np.asarray(memory[0]).reshape(2, 14, 2, 6)
+    projection = np.asarray(decoder.over_encoding.projection[...])
+    inputs = np.asarray(decoder.embedding[...])[TOKENS] + np.einsum(
+        "btoe,oed->btd", rows, projection
+    )
+    # The same backbone without memory, reading those inputs from an embedding of its own.
+    graph, _ = nnx.split(make_decoder(replace(CONFIG, tie_embeddings=False), MemorySites()))
+    shared = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    del shared["over_encoding"]
+    shared["head"] = shared["embedding"]
+    shared["embedding"] = jnp.asarray(inputs.reshape(28, -1) / 3)
+    plain = nnx.merge(graph, shared)
+    expected, _ = apply(plain, jnp.arange(28, dtype=jnp.int32).reshape(2, 14), {})
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head(tied: bool) -> None:
+    decoder = make_lively_decoder(replace(CONFIG, tie_embeddings=tied))
+    assert hasattr(decoder, "head") != tied
+    before, _ = apply(decoder, jnp.asarray(TOKENS), {})
+    # Token 49 does not occur in the text, so that only a tied head can notice its embedding.
+    assert (TOKENS != 49).all()
+    decoder.embedding = nnx.Param(decoder.embedding[...].at[49].add(1.0))
+    after, _ = apply(decoder, jnp.asarray(TOKENS), {})
+    np.testing.assert_array_equal(before[..., :49], after[..., :49])
+    assert np.any(before[..., 49] != after[..., 49]) == tied
+
+
+def test_bfloat16_is_finite_and_near_float32() -> None:
+    memory = draw_memory()
+    decoder = make_decoder()
+    half = make_decoder(replace(CONFIG, dtype="bfloat16"))
+    assert all(values.dtype == np.float32 for values in parameters(half).values())
+    expected, _ = apply(decoder, jnp.asarray(TOKENS), memory)
+    found, _ = apply(half, jnp.asarray(TOKENS), memory)
+    assert found.dtype == jnp.float32 and np.isfinite(found).all()
+    # 2⁻⁸ a rounding, and some twenty of them one after another along the residual stream.
+    error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
+    assert 1e-5 < error < 20**0.5 * 2**-8
+
+    def loss(decoder: Decoder) -> Array:
+        logits, _ = apply(decoder, jnp.asarray(TOKENS), memory)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(TOKENS)).mean()
+
+    gradient = nnx.jit(nnx.grad(loss))(half)
+    leaves = jax.tree.leaves(gradient)
+    assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all() for leaf in leaves)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    for sites, memory in ((ENGRAM, draw_memory()), (OVER_ENCODING, draw_memory((0,)))):
+        config = replace(CONFIG, tie_embeddings=False)
+        graph, params = nnx.split(make_lively_decoder(config, sites))
+
+        def loss(params: nnx.State, graph=graph, memory=memory) -> Array:
+            logits, _ = apply(nnx.merge(graph, params), jnp.asarray(TOKENS), memory)
+            return jnp.sum(logits**2)
+
+        gradient = jax.jit(jax.grad(loss))(params)
+        for path, leaf in jax.tree.leaves_with_path(nnx.to_pure_dict(gradient)):
+            assert np.any(leaf), jax.tree_util.keystr(path)
+
+
+def test_equal_seeds_give_equal_models() -> None:
+    one, same, other = (parameters(make_decoder(seed=seed)) for seed in (0, 0, 1))
+    for name in one:
+        np.testing.assert_array_equal(one[name], same[name])
+    assert any((one[name] != other[name]).any() for name in one)
+
+
+def test_parts_of_one_model_start_differently() -> None:
+    values = parameters(make_decoder())
+    matrices = {name: v for name, v in values.items() if v.ndim > 1 and v.std() > 0}
+    by_shape: dict[tuple, list[np.ndarray]] = {}
+    for v in matrices.values():
+        by_shape.setdefault(v.shape, []).append(v)
+    for group in by_shape.values():
+        for index, one in enumerate(group):
+            assert not any(np.array_equal(one, other) for other in group[:index])
