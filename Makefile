@@ -25,7 +25,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 .PHONY: train
-train: $(VENV)/.installed  ## set up, then train the default run (ARGS="small --steps 10" for another)
+train: $(VENV)/.installed  ## set up, then train the default run (ARGS="dense --train.steps 10" for another)
 	$(BIN)/python train.py $(ARGS)
 
 .PHONY: install

@@ -59,3 +59,5 @@ if __name__ == "__main__":
     except (InputError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        sys.exit("Interrupted before the first step: there is nothing to save.")

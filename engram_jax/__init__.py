@@ -50,6 +50,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     # On demand: data workers import parts of this package and must not pay for JAX.
     if name not in _HOMES:

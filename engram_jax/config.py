@@ -150,7 +150,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run's whole configuration. Nothing below `train.py` and `eval.py` takes it whole.
+    """A run's whole configuration.
 
     Attributes:
         name: name of the run; its folder is runs/NAME unless another is given.

@@ -74,7 +74,7 @@ class HashSpec:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NgramHash:
     """The hash of every memory layer: spec, projection, multipliers and primes.
 
@@ -186,7 +186,7 @@ class NgramHash:
         return window
 
     def hash_window(
-        self, layer: int, window: Sequence[UInt64[np.ndarray, "G"]]
+        self, layer: int, window: Sequence[UInt64[np.ndarray, "G"]], least_order: int = 2
     ) -> Iterator[Int32[np.ndarray, "K G"]]:
         """Yields, order by order, the table rows of the n-grams that a window spells.
 
@@ -196,13 +196,16 @@ class NgramHash:
             layer: layer id, one of `spec.layers`.
             window: x, x₋₁, … as `look_back` gives them, flattened. If it is shorter than N, only
                 the orders it reaches are hashed.
+            least_order: where to begin.
         """
         index = self.spec.layers.index(layer)
         multipliers = self.multipliers[index].astype(np.uint64)
         mix = window[0] * multipliers[0]
         for order in range(2, len(window) + 1):
             mix ^= window[order - 1] * multipliers[order - 1]
-            yield _remainders(mix, self.primes[index, order - 2], self.offsets[index, order - 2])
+            if order >= least_order:
+                primes, offsets = self.primes[index, order - 2], self.offsets[index, order - 2]
+                yield _remainders(mix, primes, offsets)
 
     def hash_tokens(
         self,

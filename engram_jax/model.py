@@ -171,8 +171,8 @@ class Decoder(nnx.Module):
         dtype = jnp.dtype(self.config.dtype)
         embedding = gather_parameters(self.embedding[...])
         x = embedding.at[tokens].get(out_sharding=extend_spec(tokens, None)).astype(dtype)
-        if hasattr(self, "over_encoding") and 0 in memory:
-            x = gather_parameters(self.over_encoding)(x, memory[0])
+        if hasattr(self, "over_encoding"):
+            x = gather_parameters(self.over_encoding)(x, memory.get(0))
         run = jax.checkpoint(run_block) if self.config.remat else run_block
         gates: Gates = {}
         for layer, block in enumerate(self.blocks):

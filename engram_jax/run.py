@@ -1,9 +1,11 @@
 """A run: the folder, what defines it, and the objects made from that.
 
-A run folder holds `config.json`, `hash.json` (if the model has memory), `metrics.jsonl` with
-TensorBoard event files beside it, `checkpoints/`, and what evaluation writes.
+A run folder holds `config.json`, `hash.json` (if the model has memory), `texts.json` (fingerprints
+of the tokenized corpora), `metrics.jsonl` with TensorBoard event files beside it, `checkpoints/`,
+and what evaluation writes.
 """
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,20 @@ from engram_jax.train_state import TrainState
 from engram_jax.typing import Parameters
 
 # What a start that was killed before it wrote config.json leaves in the folder.
-_BEGUN = {"hash.json", "hash.partial", "config.partial"}
+_BEGUN = {"hash.json", "hash.partial", "texts.json", "config.partial"}
+
+
+# What may change when a run is resumed: none of it changes what is learned.
+_CHANGEABLE = (
+    "mesh.",
+    "data.workers",
+    "data.prefetch",
+    "data.cache",
+    "train.log_every",
+    "train.evaluate_",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
 
 
 @dataclass(frozen=True)
@@ -102,12 +117,16 @@ class Run:
         elif folder.exists() and any(path.name not in _BEGUN for path in folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no run; name another folder.")
         run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
+        # Corpora that cannot be read leave no folder behind.
+        texts = {corpus.name: corpus.folder.name for corpus in run.corpora()}
+        _check_texts(texts, folder)
         if jax.process_count() > 1:  # all have looked before one writes
             multihost_utils.sync_global_devices("run folder checked")
         if jax.process_index() == 0 and not (folder / "config.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             if ngram_hash is not None:
                 ngram_hash.save(folder / "hash.json")
+            (folder / "texts.json").write_text(json.dumps(texts, indent=1) + "\n")
             save_config(config, folder / "config.json")
         return run
 
@@ -116,7 +135,7 @@ class Run:
         """Opens a run to read it, on one device, whatever mesh it was trained on.
 
         Raises:
-            InputError: the folder holds no run, or its tokenizer is gone or changed.
+            InputError: the folder holds no run, or its tokenizer is gone.
         """
         config = load_config(folder / "config.json")
         tokenizer = load_tokenizer(config.data.tokenizer)
@@ -133,6 +152,11 @@ class Run:
         ngram_hash: NgramHash | None,
         mesh: jax.sharding.Mesh,
     ) -> "Run":
+        if ngram_hash is not None and any(rows % mesh.size for rows in ngram_hash.padded_rows):
+            raise InputError(
+                f"A table's rows, multiples of 4,096, do not divide over {mesh.size} devices; use "
+                "a power of two of them."
+            )
         rows = config.data.batch_size // config.train.accumulation
         if rows % mesh.size:
             raise InputError(
@@ -197,10 +221,17 @@ class Run:
                 raise InputError(
                     f"Two sources are called {name!r}, which is how results name them; rename one."
                 )
-        return [
+        corpora = [
             build_corpus(source, self.tokenizer, Path(data.cache), data.held_out)
             for source in data.sources
         ]
+        for corpus in corpora:
+            if not len(corpus.held_out):
+                raise InputError(
+                    f"None of the {corpus.manifest.documents} documents of {corpus.name} is held "
+                    "out for evaluation; raise data.held_out, or cut the text into more documents."
+                )
+        return corpora
 
     def initial_state(self) -> TrainState:
         """The state before the first step, made where it lies."""
@@ -260,14 +291,26 @@ def _make_decoder(config: Config, key: jax.Array) -> Decoder:
 
 
 def _check_same(config: Config, stored: Config, folder: Path) -> None:
-    if config == stored:
-        return
     ours, theirs = _flatten(asdict(config)), _flatten(asdict(stored))
-    name = next(name for name in ours if ours[name] != theirs[name])
-    raise InputError(
-        f"{folder} holds a run with {name} {theirs[name]}, not {ours[name]}; give that value to "
-        "resume it, or another --run folder to start anew."
-    )
+    for name in ours:
+        if ours[name] != theirs[name] and not name.startswith(_CHANGEABLE):
+            raise InputError(
+                f"{folder} holds a run with {name} {theirs[name]}, not {ours[name]}; give that "
+                "value to resume it, or another --run folder to start anew."
+            )
+
+
+def _check_texts(texts: dict[str, str], folder: Path) -> None:
+    """Compares the fingerprints of the tokenized corpora with those a resumed run began with."""
+    if not (folder / "config.json").exists() or not (folder / "texts.json").exists():
+        return
+    begun = json.loads((folder / "texts.json").read_text())
+    changed = [name for name in texts if begun.get(name) != texts[name]]
+    if changed:
+        raise InputError(
+            f"The text of {', '.join(changed)} is not what {folder} was begun with; restore it, or "
+            "give another --run folder to start anew."
+        )
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
 from engram_jax.errors import InputError
@@ -61,9 +62,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"Mesh data {config.data} × fsdp {config.fsdp} does not fit {len(devices)} devices; "
             "choose sizes whose product is the number of devices, or data -1."
         )
-    return jax.make_mesh(
-        (data, config.fsdp), TOKEN_AXES, axis_types=(AxisType.Explicit,) * 2, devices=devices
-    )
+    # Process p's devices must follow those of p−1: a process builds one contiguous slice of the
+    # batch. (jax.make_mesh orders TPUs by topology and interleaves processes.)
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    grid = np.array(ordered).reshape(data, config.fsdp)
+    return jax.sharding.Mesh(grid, TOKEN_AXES, axis_types=(AxisType.Explicit,) * 2)
 
 
 def parameter_sharding(mesh: jax.sharding.Mesh, shapes: PyTree) -> PyTree:

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -145,32 +145,34 @@ def train(run: Run, *, start_from: Path | None = None, profile: bool = False) ->
             ) as bar,
         ):
             progress = _Progress(run, log, bar)
-            traced = range(step + 5, step + 15) if profile else range(-1, -1)
+            traced = range(step + 5, step + 15)
+            trace = ExitStack()
+            saved = step if run.checkpoints.steps() else None
             for batch in prefetch_to_device(batches, run.put):
-                if step == config.train.steps or stopped():
+                if step == config.train.steps or stopped(step):
                     break
-                if step == traced.start:
-                    jax.profiler.start_trace(str(run.folder / "profile"))
+                if profile and step == traced.start:
+                    trace.enter_context(jax.profiler.trace(run.folder / "profile"))
                 state, metrics = train_step(state, batch)
                 step += 1
                 progress.update(step, metrics)
                 if step == traced.stop:
-                    jax.profiler.stop_trace()
+                    trace.close()
+                if is_due(step, config.train.checkpoint_every, config.train.steps):
+                    progress.drain()
+                    run.save(state)
+                    saved = step
+                    progress.restart_clock()
                 if is_due(step, config.train.evaluate_every, config.train.steps):
                     progress.drain()
                     scores = evaluate_held_out(
                         run, scorer, state, corpora, max_tokens=config.train.evaluate_tokens
                     )
                     progress.report(step, scores)
-                if is_due(step, config.train.checkpoint_every, config.train.steps):
-                    progress.drain()
-                    run.save(state)
-                    progress.restart_clock()
             progress.drain()
-            if step in traced:
-                jax.profiler.stop_trace()
-            if step not in run.checkpoints.steps():
+            if step != saved:
                 run.save(state)
+            trace.close()
     return state
 
 
@@ -258,6 +260,11 @@ def _first_state(run: Run, start_from: Path | None) -> TrainState:
     if start_from is None:
         return state
     other = Run.open(start_from)
+    if other.tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise InputError(
+            f"{start_from} has another tokenizer than this run, so its embeddings mean other "
+            "tokens; give this run the same data.tokenizer."
+        )
     ours, theirs = run.ngram_hash, other.ngram_hash
     if ours and theirs and ours.fingerprint != theirs.fingerprint:
         raise InputError(
@@ -283,8 +290,11 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether any process was asked to stop (SIGINT, SIGTERM)."""
+def _stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Gives a function of the step that tells whether to stop before it (SIGINT, SIGTERM).
+
+    Several processes agree on it every ten steps, because asking waits for the devices.
+    """
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -296,10 +306,10 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
     signals = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, ask) for number in signals}
 
-    def stopped() -> bool:
+    def stopped(step: int) -> bool:
         if jax.process_count() == 1:
             return asked
-        return bool(np.any(multihost_utils.process_allgather(np.array(asked))))
+        return step % 10 == 0 and bool(np.any(multihost_utils.process_allgather(np.array(asked))))
 
     try:
         yield stopped

@@ -1,6 +1,7 @@
 """Grouped-query attention (arXiv 2305.13245) over packed documents."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -101,9 +102,26 @@ def attend(
     None picks splash attention on TPU and cuDNN on GPU where they support the shapes and dtype,
     XLA elsewhere; a named implementation runs or fails.
     """
-    implementation = implementation or _fastest(query)
-    if implementation == "splash":
-        return _attend_splash(query, key, value, segments)
+    chosen = implementation or _fastest(query)
+    attend_own = _attend_splash if chosen == "splash" else partial(_attend_jax, chosen)
+    inputs = (query, key, value, segments)
+    if not jax.sharding.get_abstract_mesh().empty:
+        # Rows of a batch do not meet here: each device attends to its own. (XLA cannot split a
+        # kernel by itself, and explicit sharding cannot type JAX's einsums at B = 1.)
+        specs = tuple(jax.typeof(array).sharding.spec for array in inputs)
+        attend_own = jax.shard_map(
+            attend_own, in_specs=specs, out_specs=specs[0], check_vma=chosen == "xla"
+        )
+    return attend_own(*inputs)
+
+
+def _attend_jax(
+    implementation: Literal["xla", "cudnn"],
+    query: Float[Array, "B T Q P"],
+    key: Float[Array, "B T J P"],
+    value: Float[Array, "B T J P"],
+    segments: Int32[Array, "B T"],
+) -> Float[Array, "B T Q P"]:
     same_document = segments[:, None, :, None] == segments[:, None, None, :]
     return jax.nn.dot_product_attention(
         query,
@@ -119,8 +137,10 @@ def _fastest(query: Float[Array, "B T Q P"]) -> Implementation:
     length, width = query.shape[1], query.shape[-1]
     if jax.default_backend() == "tpu" and length % 128 == 0 and width % 128 == 0:
         return "splash"
-    if jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16 and width % 8 == 0:
-        return "cudnn"
+    if jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16:
+        ampere = float(jax.devices()[0].compute_capability) >= 8
+        if ampere and width % 8 == 0 and width <= 128:
+            return "cudnn"
     return "xla"
 
 
@@ -142,10 +162,4 @@ def _attend_splash(
         ids = splash.SegmentIds(q=segments, kv=segments)
         return kernel(*heads_first, segment_ids=ids).swapaxes(0, 1)
 
-    attend_rows = jax.vmap(attend_row)
-    if not jax.sharding.get_abstract_mesh().empty:  # XLA cannot split a kernel by itself
-        specs = [jax.typeof(x).sharding.spec for x in (query, key, value, segments)]
-        attend_rows = jax.shard_map(
-            attend_rows, in_specs=tuple(specs), out_specs=specs[0], check_vma=False
-        )
-    return attend_rows(query, key, value, segments)
+    return jax.vmap(attend_row)(query, key, value, segments)

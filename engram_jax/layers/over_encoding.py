@@ -29,10 +29,12 @@ class OverEncoding(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, embedding: Float[Array, "B T D"], memory: Float[Array, "B T E"]
+        self, embedding: Float[Array, "B T D"], memory: Float[Array, "B T E"] | None
     ) -> Float[Array, "B T D"]:
-        """Averages the N embeddings of every position."""
+        """Averages the N embeddings of every position; without memory, N−1 of them are zero."""
         orders = self.projection.shape[0]
+        if memory is None:
+            return embedding / (1 + orders)
         rows = memory.astype(self.dtype).reshape(*memory.shape[:2], orders, -1)
         projected = jnp.einsum("btoe,oed->btd", rows, self.projection.astype(self.dtype))
         return (embedding + projected) / (1 + orders)

@@ -120,7 +120,7 @@ class Planner:
         layer, beyond = ngram_hash.spec.layers[index], ngram_hash.padded_rows[index]
         rows = np.full((len(orders), ngram_hash.spec.heads, tokens), beyond, np.int32)
         for order, window in enumerate(orders):
-            *_, rows_of_order = ngram_hash.hash_window(layer, window)
+            (rows_of_order,) = ngram_hash.hash_window(layer, window, least_order=order + 2)
             rows[order, :, : len(window[0])] = rows_of_order
         by_ngram = rows.swapaxes(1, 2).reshape(-1)
         slots, slot_order, firsts = _number_distinct(by_ngram)

@@ -1,7 +1,8 @@
 """The gather in XLA, with a sorted segment sum as backward pass.
 
 JAX's own backward pass is an unsorted scatter-add: slow on TPU, and on GPU it adds in whatever
-order its atomics arrive. Sorted segments give every duplicate its fixed place.
+order its atomics arrive. Sorted segments give every duplicate its fixed place on CPU and TPU; on
+GPU, XLA still uses atomics unless run with --xla_gpu_deterministic_ops.
 """
 
 import jax
