@@ -7,7 +7,6 @@ suppressed, and a sampled continuation. Writes `eval.json` and a gate map (`gate
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import tyro
 
 from engram_jax.data.corpus import Corpus, build_corpus
 from engram_jax.data.sources import resolve_source
-from engram_jax.errors import InputError
+from engram_jax.errors import InputError, one_sentence
 from engram_jax.evaluation.gate_map import read_gates, write_html, write_png
 from engram_jax.evaluation.held_out import make_scorer
 from engram_jax.evaluation.report import evaluate, format_report, to_json
@@ -77,9 +76,9 @@ def main(args: Sequence[str] | None = None) -> None:
     sources = options.sources or data.sources
     for source in sources:
         resolve_source(source)
-    state = run.restore(options.step)
+    weights = run.restore_weights(options.step)
     corpora = [build_corpus(source, run.tokenizer, data.cache, data.held_out) for source in sources]
-    step = int(state.step)
+    step = int(weights.step)
     print(f"{options.run}: {run.config.name}, step {step} of {run.config.train.steps}\n")
 
     # The slow part last: what is wrong with a text or a setting shows at once.
@@ -90,7 +89,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.sample_tokens:
         continuation = sample(
             run,
-            state,
+            weights,
             options.prompt,
             tokens=options.sample_tokens,
             temperature=options.temperature,
@@ -100,13 +99,13 @@ def main(args: Sequence[str] | None = None) -> None:
         results["sample"] = {"prompt": options.prompt, "continuation": continuation}
     if run.config.memory.sites.layers:
         text = _shorten(run, text or _opening(run, corpora[0]))
-        gate_map = read_gates(run, scorer, state, text)
+        gate_map = read_gates(run, scorer, weights, text)
         write_html(gate_map, options.run / "gates.html")
         write_png(gate_map, options.run / "gates.png")
         written += [options.run / "gates.html", options.run / "gates.png"]
         means = {str(layer): gates.mean() for layer, gates in gate_map.gates.items()}
         results["gates"] = {"text": text, "mean": means}
-    report = evaluate(run, scorer, state, corpora, max_tokens=options.max_tokens)
+    report = evaluate(run, scorer, weights, corpora, max_tokens=options.max_tokens)
     print(format_report(report))
     results["held_out"] = to_json(report)
     written[0].write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -156,8 +155,5 @@ def _shorten(run: Run, text: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

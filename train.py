@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax
 
 from engram_jax.command_line import parse
-from engram_jax.errors import InputError
+from engram_jax.errors import one_sentence
 from engram_jax.run import Run
 from engram_jax.sampling import sample
 from engram_jax.trainer import Diverged, train
@@ -26,6 +26,7 @@ class TrainOptions:
     Attributes:
         run: run folder; runs/NAME by default. A folder that holds this run is resumed.
         start_from: folder of another run whose weights begin this one.
+        start_step: which checkpoint of that run; the newest by default.
         profile: write a trace of ten steps to FOLDER/profile (for TensorBoard or Perfetto).
         distributed: join the other processes of a pod, SLURM job or cluster first
             (`jax.distributed.initialize`).
@@ -33,6 +34,7 @@ class TrainOptions:
 
     run: Path | None = None
     start_from: Path | None = None
+    start_step: int | None = None
     profile: bool = False
     distributed: bool = False
 
@@ -43,21 +45,26 @@ def main() -> None:
     if options.distributed:
         jax.distributed.initialize()
     run = Run.start(config, options.run or Path("runs") / config.name)
-    state = train(run, start_from=options.start_from, profile=options.profile)
+    state = train(
+        run,
+        start_from=options.start_from,
+        start_step=options.start_step,
+        profile=options.profile,
+    )
     if jax.process_index() > 0:
         return
     print(f"{run.folder} holds {int(state.step)} of {config.train.steps} steps.")
     if jax.process_count() == 1:
-        continuation = sample(run, state, PROMPT, tokens=40, temperature=0.7, top_k=40)
+        continuation = sample(run, state.weights, PROMPT, tokens=40, temperature=0.7, top_k=40)
         print(f"A continuation: {PROMPT}{continuation}")
     print(f"Next: python eval.py {run.folder}")
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except (InputError, Diverged) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        with one_sentence():
+            main()
+    except Diverged as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted before the first step: there is nothing to save.")

@@ -4,7 +4,7 @@ Both run in this process, on one core, at the sizes of Engram-27B (two layers of
 2,262,400 rows) over 8 × 4,096 tokens of a shipped corpus. The plain formula is equation 2 in int64
 NumPy as the paper's demo writes it. Their results are compared first.
 
-    python benchmarks/hashing.py
+    python -m benchmarks.hashing
 """
 
 import time

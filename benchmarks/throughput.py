@@ -2,77 +2,82 @@
 
     python -m benchmarks.throughput [--rounds N]
 
-Prints the median step time of each config, and the ratio of its tokens/s to the dense twin's.
+Prints the median time of a step of each config, batches built beside it as in training, and the
+ratio of its tokens/s to the dense twin's.
 """
 
 import tempfile
 import time
-from itertools import islice
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import tyro
 
 from engram_jax.command_line import load_named_config
-from engram_jax.data.pipeline import make_batches
+from engram_jax.data.pipeline import make_batches, prefetch_to_device
 from engram_jax.run import Run
 from engram_jax.trainer import make_train_step
 
-BASELINE = "dense"
-BATCHES = 6
+CONFIGS = ("dense", "over_encoding", "default")
 
 
-def prepare(name: str, folder: Path) -> tuple[Any, Any, list[Any]]:
-    """A compiled train step, a state, and batches on the device."""
-    config = load_named_config(name)
-    data = config.data
-    run = Run.start(config, folder / name)
-    with make_batches(
-        run.corpora(),
-        sequence_length=data.sequence_length,
-        batch_size=data.batch_size,
-        planner=run.planner(),
-    ) as stream:
-        batches = [run.put(batch) for batch in islice(stream, BATCHES)]
-    with jax.set_mesh(run.mesh):
-        step = make_train_step(run)
-        state, metrics = step(run.initial_state(), batches[0])
-        jax.block_until_ready(metrics)
-    return step, state, batches
+class Training:
+    """A run in progress that nobody logs, evaluates or saves; `stack` closes its pipeline."""
+
+    def __init__(self, name: str, folder: Path, stack: ExitStack) -> None:
+        config = load_named_config(name)
+        run = Run.start(config, folder / name)
+        stack.enter_context(jax.set_mesh(run.mesh))
+        batches = make_batches(
+            run.corpora(),
+            sequence_length=config.data.sequence_length,
+            batch_size=config.data.batch_size,
+            planner=run.planner(),
+            prefetch=config.data.prefetch,
+        )
+        self._batches = prefetch_to_device(stack.enter_context(batches), run.put)
+        self._step = make_train_step(run)
+        self._state = run.initial_state()
+        self.tokens = config.data.batch_size * config.data.sequence_length
+
+    def advance(self, steps: int) -> float:
+        """Trains that many steps and returns the seconds they took."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._state, metrics = self._step(self._state, next(self._batches))
+        jax.block_until_ready((self._state, metrics))
+        return time.perf_counter() - start
 
 
-def main(rounds: int = 15) -> None:
-    """Measures.
+def measure(rounds: int, steps: int) -> dict[str, np.ndarray]:
+    """Tokens per second of every config in every round; the configs take turns."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        trainings = {name: Training(name, Path(folder), stack) for name in CONFIGS}
+        for training in trainings.values():  # compiles
+            training.advance(2)
+        rates = [
+            [training.tokens * steps / training.advance(steps) for training in trainings.values()]
+            for _ in range(rounds)
+        ]
+    return dict(zip(CONFIGS, np.transpose(rates), strict=True))
+
+
+def main(rounds: int = 15, steps: int = 4) -> None:
+    """Measures and prints.
 
     Args:
-        rounds: steps of every config; they take turns.
+        rounds: measurements of every config, taken in turn.
+        steps: training steps of one measurement.
     """
-    names = [BASELINE, "over_encoding", "default"]
-    config = load_named_config(BASELINE)
-    tokens = config.data.batch_size * config.data.sequence_length
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = {name: prepare(name, Path(folder)) for name in names}
-        mesh = Run.start(config, Path(folder) / "mesh").mesh
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        with jax.set_mesh(mesh):
-            for number in range(rounds):
-                for name, (step, state, batches) in prepared.items():
-                    start = time.perf_counter()
-                    state, metrics = step(state, batches[number % BATCHES])
-                    jax.block_until_ready(metrics)
-                    seconds[name].append(time.perf_counter() - start)
-                    prepared[name] = step, state, batches
-    print(f"{jax.devices()[0].device_kind}, {tokens} tokens a step, {rounds} rounds")
-    baseline = np.array(seconds[BASELINE])
-    for name in names:
-        own = np.array(seconds[name])
-        ratios = baseline / own
+    rates = measure(rounds, steps)
+    print(f"{jax.devices()[0].device_kind}, {rounds} rounds of {steps} steps")
+    for name, own in rates.items():
+        low, middle, high = np.quantile(own / rates["dense"], [0.25, 0.5, 0.75])
         print(
-            f"{name:<14} {np.median(own) * 1e3:7.1f} ms  {tokens / np.median(own):8,.0f} tokens/s  "
-            f"×{np.median(ratios):.3f} of {BASELINE} "
-            f"(quartiles {np.quantile(ratios, 0.25):.3f} … {np.quantile(ratios, 0.75):.3f})"
+            f"{name:<14} {np.median(own):8,.0f} tokens/s  ×{middle:.3f} of dense "
+            f"(quartiles {low:.3f} … {high:.3f})"
         )
 
 

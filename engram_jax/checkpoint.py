@@ -7,14 +7,13 @@ is checked first. Only damage may fall back to an earlier checkpoint; what diffe
 (another hash, another tokenizer, other shapes) is an error.
 """
 
-import errno
 import json
 import os
 import re
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from engram_jax.errors import InputError
+from engram_jax.errors import DISK_FULL, InputError
 
 try:
     from orbax.checkpoint import v1 as ocp
@@ -64,8 +63,17 @@ class Checkpoints:
         names = {path.name.removesuffix(REPLACED) for path in self._folder.glob("*")}
         return sorted(int(name) for name in names if re.fullmatch(r"\d{8,}", name))
 
-    def save(self, step: int, state: PyTree[jax.Array], *, config: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        state: PyTree[jax.Array],
+        *,
+        config: Mapping[str, Any],
+        files: Iterable[Path] = (),
+    ) -> Path:
         """Writes the checkpoint of `step`, blocks until it is complete, and returns its folder.
+
+        `files` are copied into it, so that it can be read without its run folder.
 
         An earlier checkpoint of the same step stays until the new one is complete. On the CPU
         no second copy of the state is made.
@@ -88,47 +96,43 @@ class Checkpoints:
         if not _all_agree(problem is None):
             raise problem or self._full(step, needed)
 
+        failure: Exception | None = None
         try:
-            with _orbax_context():
-                ocp.save(partial / STATE, arrays)
-            if _leads():
-                content = {
-                    "format": FORMAT,
-                    "step": step,
-                    "identity": self._identity,
-                    "config": config,
-                    "arrays": _described(arrays),
-                    "files": {
-                        path.relative_to(partial).as_posix(): {
-                            "size": path.stat().st_size,
-                            "crc32": _checksum(path),
-                        }
-                        for path in sorted(partial.rglob("*"))
-                        if path.is_file()
-                    },
-                    "versions": {name: version(name) for name in ("jax", "orbax-checkpoint")},
-                }
-                _write_manifest(partial / MANIFEST, content)
-                self._publish(partial, final)
+            try:
+                with _orbax_context():
+                    ocp.save(partial / STATE, arrays)
+                if _leads():
+                    for file in files:
+                        shutil.copy(file, partial)
+                    _write_manifest(partial, step, self._identity, config, arrays)
+                    self._publish(partial, final)
+            except Exception as error:
+                failure = error
+            if not _all_agree(failure is None):
+                raise failure or InputError(
+                    f"Another process could not write the checkpoint of step {step}; see its error."
+                )
         except BaseException as error:
-            if (
-                _leads()
-            ):  # what a concurrent write of Orbax leaves behind here, the next save removes
+            if _leads():  # what a concurrent write of Orbax leaves here, the next save removes
                 shutil.rmtree(partial, ignore_errors=True)
             if _is_disk_full(error):
                 raise self._full(step, needed) from error
             raise
-        _all_agree(True)
         return final
 
     def restore(
-        self, abstract: PyTree[jax.ShapeDtypeStruct], step: int | None = None
+        self,
+        abstract: PyTree[jax.ShapeDtypeStruct],
+        step: int | None = None,
+        *,
+        partial: bool = False,
     ) -> tuple[int, PyTree[jax.Array]]:
         """The newest whole checkpoint, or that of `step`, as (step, state), bit for bit as saved.
 
         `abstract` gives structure, shapes, dtypes and shardings, which may be those of another mesh
-        than the one that saved; a leaf without a sharding goes to the first device. With no `step`,
-        a damaged checkpoint is passed over and a sentence on stderr says so.
+        than the one that saved; a leaf without a sharding goes to the first device. A `partial`
+        restore reads its leaves alone, and the checkpoint may hold more. With no `step`, a damaged
+        checkpoint is passed over and a sentence on stderr says so.
 
         Raises:
             InputError: there is none, the asked one (or all) is damaged, or it is of another
@@ -150,9 +154,9 @@ class Checkpoints:
             for name, leaf in _named(abstract).items()
         }
         for candidate in [step] if step is not None else reversed(found):
-            damage = self._damage(candidate, wanted)
+            damage = self._damage(candidate, wanted, partial)
             if _all_agree(damage is None):
-                with _orbax_context():
+                with _orbax_context(partial):
                     arrays = ocp.load(self._path(candidate) / STATE, wanted)
                 leaves = [arrays[name] for name in wanted]
                 return candidate, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
@@ -172,7 +176,9 @@ class Checkpoints:
         final = self._folder / f"{step:08d}"
         return final if final.exists() else final.with_name(final.name + REPLACED)
 
-    def _damage(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> str | None:
+    def _damage(
+        self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], partial: bool
+    ) -> str | None:
         """What is broken in a checkpoint, or None; raises InputError if it is whole but another's.
 
         Process 0 reads the files for all.
@@ -183,7 +189,10 @@ class Checkpoints:
         except (OSError, ValueError, TypeError, KeyError):
             return f"{MANIFEST} is unreadable"
         self._check_identity(step, content)
-        _check_arrays(step, content["arrays"], _described(wanted))
+        saved = content["arrays"]
+        if partial:
+            saved = {name: saved[name] for name in wanted if name in saved}
+        _check_arrays(step, saved, _described(wanted))
         if not _leads():
             return None
         for name, saved in content["files"].items():
@@ -243,8 +252,9 @@ class Checkpoints:
         )
 
 
-def _orbax_context() -> Any:
+def _orbax_context(partial: bool = False) -> Any:
     context = ocp.Context()
+    context.pytree.loading.partial_load = partial
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     return context
@@ -282,15 +292,38 @@ def _check_arrays(step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]
             )
 
 
-def _write_manifest(path: Path, content: Mapping[str, Any]) -> None:
+def _write_manifest(
+    folder: Path,
+    step: int,
+    identity: Mapping[str, str],
+    config: Mapping[str, Any],
+    arrays: Mapping[str, jax.Array],
+) -> None:
+    """Describes what lies in a checkpoint's folder; written last."""
+    content = {
+        "format": FORMAT,
+        "step": step,
+        "identity": identity,
+        "config": config,
+        "arrays": _described(arrays),
+        "files": {
+            path.relative_to(folder).as_posix(): {
+                "size": path.stat().st_size,
+                "crc32": _checksum(path),
+            }
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
+        "versions": {name: version(name) for name in ("jax", "orbax-checkpoint")},
+    }
     text = json.dumps(content)
-    partial = path.with_suffix(".partial")
+    partial = folder / "manifest.partial"
     with partial.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"crc32": zlib.crc32(text.encode()), "content": content}, indent=1))
         file.flush()
         os.fsync(file.fileno())
-    partial.rename(path)
-    _sync(path.parent)
+    partial.rename(folder / MANIFEST)
+    _sync(folder)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -323,10 +356,9 @@ def _is_disk_full(error: BaseException) -> bool:
 
     TensorStore raises ValueError with the operating system's number in the text.
     """
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return any(
-        (isinstance(cause, OSError) and cause.errno in full)
-        or any(f"os_error_code='{number}'" in str(cause) for number in full)
+        (isinstance(cause, OSError) and cause.errno in DISK_FULL)
+        or any(f"os_error_code='{number}'" in str(cause) for number in DISK_FULL)
         for cause in _causes(error)
     )
 

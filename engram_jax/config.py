@@ -22,7 +22,7 @@ class MemoryConfig:
         layers: zero-based ids of the blocks with memory; () is a model without.
         fusion: "engram" (gated, before the block), or "over_encoding" (the baseline: averaged
             into the input embedding; layers must be 0).
-        max_order: largest n-gram order N.
+        max_order: largest n-gram order N; the paper sets model.engram.dilation to the same.
         heads: hash heads K per order.
         rows_per_head: least rows of a head, for each order 2…N.
         row_width: width F of a row.
@@ -85,6 +85,10 @@ class DataConfig:
             JSONL also as .gz, .xz, .zst).
         weights: share of every source; () takes them as large as they are.
         tokenizer: "default", or the path of a SentencePiece .model or a tokenizer.json.
+        pad_id: padding id, for a tokenizer that names none; also what the hash reads before a
+            document's beginning.
+        bos_id: id that begins a document, for a tokenizer that names none.
+        eos_id: id that ends a document, for a tokenizer that names none.
         sequence_length: tokens T of a packed row.
         batch_size: rows of an optimizer step, over all devices and micro-batches.
         held_out: share of the documents that training never sees, chosen by their hash.
@@ -96,6 +100,9 @@ class DataConfig:
     sources: tuple[str, ...] = ("vital_en", "factbook", "web_bible", "austen", "wordnet")
     weights: tuple[float, ...] = ()
     tokenizer: str = "default"
+    pad_id: int | None = None
+    bos_id: int | None = None
+    eos_id: int | None = None
     sequence_length: int = 256
     batch_size: int = 8
     held_out: float = 0.05

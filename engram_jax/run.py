@@ -6,6 +6,8 @@ and what evaluation writes.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from engram_jax.data.packing import Batch
 from engram_jax.data.sources import resolve_source, source_name
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
+from engram_jax.locks import hold_lock
 from engram_jax.memory.layout import init_table
 from engram_jax.memory.plan import Planner
 from engram_jax.model import Decoder
@@ -39,7 +42,7 @@ from engram_jax.sharding import (
     parameter_sharding,
 )
 from engram_jax.tokenizer import Tokenizer, load_tokenizer
-from engram_jax.train_state import TrainState
+from engram_jax.train_state import TrainState, Weights
 from engram_jax.typing import Parameters
 
 # What a start that was killed before it wrote config.json leaves in the folder.
@@ -93,7 +96,7 @@ class Run:
             InputError: the folder holds something else, the tokenizer does not fit the model, or
                 sizes do not divide the mesh.
         """
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = _load_tokenizer(config)
         if tokenizer.vocab_size != config.model.vocabulary:
             raise InputError(
                 f"Tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces and the "
@@ -138,7 +141,7 @@ class Run:
             InputError: the folder holds no run, or its tokenizer is gone.
         """
         config = load_config(folder / "config.json")
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = _load_tokenizer(config)
         ngram_hash = NgramHash.load(folder / "hash.json") if config.memory.layers else None
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
         return cls._assemble(folder, config, tokenizer, ngram_hash, mesh)
@@ -183,6 +186,24 @@ class Run:
                 identity=identity,
             ),
         )
+
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Holds the folder against other programs that would train in it.
+
+        Raises:
+            InputError: one does already.
+        """
+        with ExitStack() as stack:
+            if jax.process_index() == 0:
+                try:
+                    stack.enter_context(hold_lock(self.folder / "lock", wait=False))
+                except BlockingIOError as error:
+                    raise InputError(
+                        f"Another process is training in {self.folder}; wait for it, or name "
+                        "another --run folder."
+                    ) from error
+            yield
 
     def planner(self) -> Planner | None:
         """The planner of training batches."""
@@ -255,9 +276,27 @@ class Run:
         """
         return self.checkpoints.restore(self.abstract_state(), step)[1]
 
+    def restore_weights(self, step: int | None = None) -> Weights:
+        """As `restore`, without reading the optimizer's part, which is twice as large."""
+        state = self.abstract_state()
+        wanted = {
+            "step": state.step,
+            "params": state.params,
+            "tables": {layer: {"rows": table.rows} for layer, table in state.tables.items()},
+        }
+        _, found = self.checkpoints.restore(wanted, step, partial=True)
+        rows = {layer: table["rows"] for layer, table in found["tables"].items()}
+        return Weights(found["step"], found["params"], rows)
+
     def save(self, state: TrainState) -> Path:
-        """Saves the state as a checkpoint of its step."""
-        return self.checkpoints.save(int(state.step), state, config=asdict(self.config))
+        """Saves the state as a checkpoint of its step, with the configuration and the hash."""
+        names = ["config.json", *(["hash.json"] if self.ngram_hash else [])]
+        return self.checkpoints.save(
+            int(state.step),
+            state,
+            config=asdict(self.config),
+            files=[self.folder / name for name in names],
+        )
 
     def _make_state(self, key: jax.Array) -> TrainState:
         params_key, tables_key = jax.random.split(key)
@@ -283,6 +322,13 @@ class Run:
             optimizer=parameter_sharding(self.mesh, shapes.optimizer),
             tables=jax.tree.map(lambda _: table, shapes.tables),
         )
+
+
+def _load_tokenizer(config: Config) -> Tokenizer:
+    data = config.data
+    return load_tokenizer(
+        data.tokenizer, pad_id=data.pad_id, bos_id=data.bos_id, eos_id=data.eos_id
+    )
 
 
 def _make_decoder(config: Config, key: jax.Array) -> Decoder:

@@ -12,14 +12,14 @@ from engram_jax.data.packing import Batch
 from engram_jax.errors import InputError
 from engram_jax.memory import lookup
 from engram_jax.run import Run
-from engram_jax.train_state import TrainState
+from engram_jax.train_state import Weights
 
-type NextToken = Callable[[TrainState, Batch, Array, Array], Array]
+type NextToken = Callable[[Weights, Batch, Array, Array], Array]
 
 
 def sample(
     run: Run,
-    state: TrainState,
+    weights: Weights,
     prompt: str,
     *,
     tokens: int,
@@ -34,7 +34,7 @@ def sample(
 
     Args:
         run: the run.
-        state: parameters and tables; they are only read.
+        weights: parameters and rows.
         prompt: the text so far; "" samples a document from its beginning.
         tokens: most tokens to add.
         temperature: what logits are divided by; 0 takes the likeliest token.
@@ -64,7 +64,7 @@ def sample(
             window = ids[-run.config.data.sequence_length :]
             batch = run.put(_window_batch(run, window))
             last = jnp.int32(len(window) - 1)
-            ids.append(int(next_token(state, batch, last, jax.random.fold_in(key, number))))
+            ids.append(int(next_token(weights, batch, last, jax.random.fold_in(key, number))))
             if ids[-1] == tokenizer.eos_id:
                 break
     # Decoded with the prompt: some tokenizers drop the space that begins a text.
@@ -86,17 +86,17 @@ def _window_batch(run: Run, window: list[int]) -> Batch:
 
 
 def _make_next_token(run: Run, temperature: float, top_k: int | None) -> NextToken:
-    """A jitted function (state, batch, last, key) → the token after position `last` of row 0."""
+    """A jitted function (weights, batch, last, key) → the token after position `last` of row 0."""
 
-    def next_token(state: TrainState, batch: Batch, last: Array, key: Array) -> Int32[Array, ""]:
+    def next_token(weights: Weights, batch: Batch, last: Array, key: Array) -> Int32[Array, ""]:
         memory = {}
-        if state.tables:
+        if weights.rows:
             plan = jax.tree.map(lambda array: array[0], batch.plan.tokens)
-            for layer, table in state.tables.items():
+            for layer, rows in weights.rows.items():
                 of_layer = batch.plan.layers[layer]
-                rows = lookup.gather_rows(table.rows, of_layer.rows)
-                memory[layer] = lookup.expand(rows, of_layer, plan)
-        decoder = nnx.merge(run.graph, state.params)
+                gathered = lookup.gather_rows(rows, of_layer.rows)
+                memory[layer] = lookup.expand(gathered, of_layer, plan)
+        decoder = nnx.merge(run.graph, weights.params)
         by_position, _ = decoder(batch.tokens[0], memory, batch.segments[0], batch.positions[0])
         logits = jax.sharding.reshard(by_position, jax.P())[0, last]
         if temperature == 0:

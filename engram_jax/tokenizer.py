@@ -23,7 +23,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int32
 
-from engram_jax.errors import InputError
+from engram_jax.errors import InputError, one_sentence
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "tokenizers" / "default.model"
 
@@ -53,8 +53,8 @@ _EOS_NAMES = (
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    `fingerprint` is the first 16 hex digits of the SHA-256 of the model file. Implementations
-    pickle, so that data workers can hold one.
+    `fingerprint` is the first 16 hex digits of the SHA-256 of the model file and of the special
+    ids that replace its own. Implementations pickle, so that data workers can hold one.
     """
 
     name: str
@@ -118,10 +118,10 @@ class SentencePieceTokenizer:
         self._model = model
         self.name = name
         self.vocab_size = processor.vocab_size()
-        self.fingerprint = _fingerprint(model)
-        self.pad_id = _special_id(name, self.vocab_size, "pad", pad_id, processor.pad_id())
-        self.bos_id = _special_id(name, self.vocab_size, "bos", bos_id, processor.bos_id())
-        self.eos_id = _special_id(name, self.vocab_size, "eos", eos_id, processor.eos_id())
+        own = processor.pad_id(), processor.bos_id(), processor.eos_id()
+        special = _special_ids(name, self.vocab_size, (pad_id, bos_id, eos_id), own)
+        self.pad_id, self.bos_id, self.eos_id = special
+        self.fingerprint = _fingerprint(model, special, own)
 
         pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
         keeps_spaces = processor.normalize("  a  b ").replace(_SPACE, " ") == "  a  b "
@@ -241,7 +241,6 @@ class JsonTokenizer:
         self.name = name
         # The ids may have holes; a hole has an empty piece and decodes to nothing.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.fingerprint = _fingerprint(model)
         self._special = frozenset(
             i for i, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -250,9 +249,10 @@ class JsonTokenizer:
             found = (backend.token_to_id(name) for name in names)
             return next((token_id for token_id in found if token_id is not None), -1)
 
-        self.pad_id = _special_id(name, self.vocab_size, "pad", pad_id, find(_PAD_NAMES))
-        self.bos_id = _special_id(name, self.vocab_size, "bos", bos_id, find(_BOS_NAMES))
-        self.eos_id = _special_id(name, self.vocab_size, "eos", eos_id, find(_EOS_NAMES))
+        own = find(_PAD_NAMES), find(_BOS_NAMES), find(_EOS_NAMES)
+        special = _special_ids(name, self.vocab_size, (pad_id, bos_id, eos_id), own)
+        self.pad_id, self.bos_id, self.eos_id = special
+        self.fingerprint = _fingerprint(model, special, own)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the file's content."""
@@ -460,21 +460,31 @@ def _write(out: Path, content: bytes) -> None:
         raise InputError(f"cannot write {out} ({error.strerror}); choose another place.") from error
 
 
-def _fingerprint(model: bytes) -> str:
-    return hashlib.sha256(model).hexdigest()[:16]
+def _fingerprint(model: bytes, special: tuple[int, ...], own: tuple[int, ...]) -> str:
+    content = model if special == own else model + repr(special).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _special_id(name: str, vocab_size: int, kind: str, given: int | None, found: int) -> int:
-    if given is None and found < 0:
-        raise InputError(
-            f"{name} names no {kind} token; give the id to use as {kind}_id when loading it."
-        )
-    token_id = found if given is None else given
-    if not 0 <= token_id < vocab_size:
-        raise InputError(
-            f"{kind}_id {token_id} is outside the {vocab_size} ids of {name}; give one of them."
-        )
-    return token_id
+def _special_ids(
+    name: str, vocab_size: int, given: tuple[int | None, ...], own: tuple[int, ...]
+) -> tuple[int, int, int]:
+    """The pad, bos and eos ids: those given, else the model's own (negative where it has none)."""
+
+    def choose(kind: str, given: int | None, own: int) -> int:
+        if given is None and own < 0:
+            raise InputError(
+                f"{name} names no {kind} token; give the id to use as {kind}_id "
+                f"(--data.{kind}-id on the command line)."
+            )
+        token_id = own if given is None else given
+        if not 0 <= token_id < vocab_size:
+            raise InputError(
+                f"{kind}_id {token_id} is outside the {vocab_size} ids of {name}; give one of them."
+            )
+        return token_id
+
+    pad, bos, eos = map(choose, ("pad", "bos", "eos"), given, own)
+    return pad, bos, eos
 
 
 def _checked_text(text: str) -> str:
@@ -502,16 +512,13 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run `python -m engram_jax.tokenizer`; bad input ends it with one sentence and status 2."""
     import tyro
 
-    try:
+    with one_sentence():
         tyro.extras.subcommand_cli_from_dict(
             {"train": train},
             prog="python -m engram_jax.tokenizer",
             description="Train a tokenizer.",
             args=args,
         )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

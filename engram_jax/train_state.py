@@ -4,13 +4,30 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 import jax
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 
 from engram_jax.memory.layout import Table
 from engram_jax.typing import Parameters, PyTree
 
 
 @no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Weights:
+    """The part of the state that a forward pass reads.
+
+    Attributes:
+        step: optimizer steps behind it.
+        params: dense parameters, as nested dicts with the modules' names.
+        rows: rows of the memory tables by layer id.
+    """
+
+    step: Int32[Array, ""]
+    params: Parameters
+    rows: dict[int, Float[Array, "R F"]]
+
+
+@no_type_check  # as above
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
@@ -27,3 +44,10 @@ class TrainState:
     params: Parameters
     optimizer: PyTree
     tables: dict[int, Table]
+
+    @property
+    def weights(self) -> Weights:
+        """What a forward pass reads of it."""
+        return Weights(
+            self.step, self.params, {layer: table.rows for layer, table in self.tables.items()}
+        )

@@ -97,7 +97,13 @@ class Diverged(RuntimeError):
     """The loss or the gradient stopped being finite."""
 
 
-def train(run: Run, *, start_from: Path | None = None, profile: bool = False) -> TrainState:
+def train(
+    run: Run,
+    *,
+    start_from: Path | None = None,
+    start_step: int | None = None,
+    profile: bool = False,
+) -> TrainState:
     """Trains to the configured number of steps, from the newest checkpoint if there is one.
 
     Ctrl-C or SIGTERM saves a checkpoint and returns early.
@@ -105,6 +111,7 @@ def train(run: Run, *, start_from: Path | None = None, profile: bool = False) ->
     Args:
         run: the run.
         start_from: folder of another run whose parameters and tables begin this one.
+        start_step: which checkpoint of that run; None: the newest.
         profile: write a trace of ten steps to the run folder.
 
     Raises:
@@ -113,9 +120,9 @@ def train(run: Run, *, start_from: Path | None = None, profile: bool = False) ->
     """
     config = run.config
     leads = jax.process_index() == 0
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(run.mesh), run.exclusively():
         corpora = run.corpora()
-        state = _first_state(run, start_from)
+        state = _first_state(run, start_from, start_step)
         step = int(state.step)
         train_step = make_train_step(run)
         scorer = make_scorer(run)
@@ -166,7 +173,7 @@ def train(run: Run, *, start_from: Path | None = None, profile: bool = False) ->
                 if is_due(step, config.train.evaluate_every, config.train.steps):
                     progress.drain()
                     scores = evaluate_held_out(
-                        run, scorer, state, corpora, max_tokens=config.train.evaluate_tokens
+                        run, scorer, state.weights, corpora, max_tokens=config.train.evaluate_tokens
                     )
                     progress.report(step, scores)
             progress.drain()
@@ -248,11 +255,12 @@ class _Progress:
         raise Diverged(
             f"Step {step} has loss {metrics['loss']} and gradient norm "
             f"{metrics['gradient_norm']}; {newest} in {self._run.folder / 'checkpoints'}. "
-            "Lower optimizer.learning_rate or look at the batch of that step."
+            "Look at the batch of that step, or begin another run there at a lower "
+            "optimizer.learning_rate (--start-from, --start-step)."
         )
 
 
-def _first_state(run: Run, start_from: Path | None) -> TrainState:
+def _first_state(run: Run, start_from: Path | None, start_step: int | None) -> TrainState:
     """The newest checkpoint's state, or a new one, perhaps with another run's weights."""
     if run.checkpoints.steps():
         return run.restore()
@@ -271,9 +279,9 @@ def _first_state(run: Run, start_from: Path | None) -> TrainState:
             f"{start_from} hashes with {theirs.fingerprint}, this run with {ours.fingerprint}: its "
             "table rows would mean other n-grams. Give this run the same memory and tokenizer."
         )
-    weights = other.restore()
-    taken = (weights.params, {layer: table.rows for layer, table in weights.tables.items()})
-    wanted = (state.params, {layer: table.rows for layer, table in state.tables.items()})
+    weights = other.restore_weights(start_step)
+    taken = (weights.params, weights.rows)
+    wanted = (state.params, state.weights.rows)
     if _shapes(taken) != _shapes(wanted):
         raise InputError(
             f"The model in {start_from} has other parameters than this run; give this run the "

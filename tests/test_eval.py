@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import make_run
 
 from engram_jax.config import save_config
 from engram_jax.errors import InputError
@@ -25,8 +24,8 @@ def eval_program():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    return make_run(tmp_path_factory.mktemp("engram"), "engram")
+def run(untrained) -> Run:
+    return untrained("engram")
 
 
 def test_everything_is_printed_and_written(eval_program, run, capsys):
@@ -66,8 +65,8 @@ def test_sources_and_texts_can_be_chosen(eval_program, run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("memory", ["dense", "over_encoding"])
-def test_models_without_gates_skip_what_needs_them(eval_program, memory, tmp_path):
-    run = make_run(tmp_path, memory)
+def test_models_without_gates_skip_what_needs_them(eval_program, memory, untrained):
+    run = untrained(memory)
     eval_program([str(run.folder), "--sample-tokens", "1"])
     results = json.loads((run.folder / "eval.json").read_text(encoding="utf-8"))
     assert not (run.folder / "gates.html").exists()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from golden import golden_hash, load_golden, released_hash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,14 +17,7 @@ from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
 from engram_jax.hashing import DEAD, HashSpec, NgramHash
 
-FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = HashSpec(layers=(1, 3), max_order=4, heads=2, rows_per_head=(11, 13, 17), pad_id=2)
-
-
-def load_golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    with np.load(FIXTURES / f"{name}.npz") as file:
-        arrays = dict(file)
-    return arrays, json.loads(str(arrays["config"]))
 
 
 def projection_of(lookup: Any) -> VocabularyProjection:
@@ -61,18 +55,10 @@ def rows_in_python(
 
 @pytest.mark.parametrize("name", ["a_small", "b_small", "c_demo_scale", "d_paper_scale"])
 def test_rows_are_those_of_the_demo(name: str) -> None:
-    golden, config = load_golden(name)
-    spec = HashSpec(
-        layers=tuple(config["layers"]),
-        max_order=config["max_ngram"],
-        heads=config["heads_per_order"],
-        rows_per_head=tuple(config["slots_per_order"]),
-        pad_id=config["pad_id"],
-        seed=config["seed"],
-    )
-    ngram_hash = NgramHash.build(spec, projection_of(golden["lookup"]))
-    assert ngram_hash.projection.size == config["compressed_vocab"]
-    for index, layer in enumerate(spec.layers):
+    golden, sizes = load_golden(name)
+    ngram_hash = golden_hash(golden, sizes)
+    assert ngram_hash.projection.size == sizes["compressed_vocab"]
+    for index, layer in enumerate(sizes["layers"]):
         np.testing.assert_array_equal(ngram_hash.multipliers[index], golden[f"multipliers_{layer}"])
         np.testing.assert_array_equal(ngram_hash.primes[index], golden[f"table_sizes_{layer}"])
         rows = ngram_hash.hash_tokens(layer, golden["ids"])
@@ -82,18 +68,10 @@ def test_rows_are_those_of_the_demo(name: str) -> None:
 
 
 def test_documents_and_dead_positions() -> None:
-    golden, config = load_golden("e_documents")
-    spec = HashSpec(
-        layers=tuple(config["layers"]),
-        max_order=config["max_ngram"],
-        heads=config["heads_per_order"],
-        rows_per_head=tuple(config["slots_per_order"]),
-        pad_id=config["pad_id_compressed"],
-        seed=config["seed"],
-    )
-    ngram_hash = NgramHash.build(spec, VocabularyProjection.identity(config["compressed_vocab"]))
+    golden, sizes = load_golden("e_documents")
+    ngram_hash = golden_hash(golden, sizes)
     ids, segments = golden["compressed_ids"], golden["segment_ids"]
-    for index, layer in enumerate(spec.layers):
+    for index, layer in enumerate(sizes["layers"]):
         np.testing.assert_array_equal(ngram_hash.multipliers[index], golden[f"multipliers_{layer}"])
         offsets = ngram_hash.offsets[index].reshape(-1)
         rows = ngram_hash.hash_tokens(layer, ids, segments)
@@ -103,19 +81,12 @@ def test_documents_and_dead_positions() -> None:
 
 
 def test_released_miniature() -> None:
-    golden, config = load_golden("f_v41_mini")
-    spec = HashSpec(
-        layers=tuple(config["engram_layer_ids"]),
-        max_order=config["engram_max_ngram_size"],
-        heads=config["engram_n_heads"],
-        rows_per_head=(config["engram_vocab_size"],) * (config["engram_max_ngram_size"] - 1),
-        pad_id=config["engram_pad_token_id"],
-    )
-    ngram_hash = NgramHash.build(spec, projection_of(golden["token_map"]))
-    assert ngram_hash.projection.size == config["engram_compressed_vocab_size"]
-    assert ngram_hash.rows == config["engram_num_embeddings"]
+    golden, sizes = load_golden("f_v41_mini")
+    ngram_hash = released_hash(golden, sizes)
+    assert ngram_hash.projection.size == sizes["engram_compressed_vocab_size"]
+    assert ngram_hash.rows == sizes["engram_num_embeddings"]
     masked = np.where(golden["token_mask"], golden["ids"], DEAD)
-    for layer in spec.layers:
+    for layer in sizes["engram_layer_ids"]:
         rows = ngram_hash.hash_tokens(layer, golden["ids"])
         np.testing.assert_array_equal(rows, golden[f"rows_{layer}"])
         rows = ngram_hash.hash_tokens(layer, masked)

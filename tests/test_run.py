@@ -1,21 +1,31 @@
 """Runs: what may change between sessions, what may not, and where a batch lies."""
 
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from tiny_runs import assert_identical, tiny_config, vary
 
+from engram_jax import run as run_module
+from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config
 from engram_jax.data.pipeline import make_batches
 from engram_jax.errors import InputError
+from engram_jax.hashing import NgramHash
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.run import Run
 from engram_jax.sampling import sample
 from engram_jax.sharding import MeshConfig, make_mesh
-from tests.tiny_runs import tiny_config
+from engram_jax.train_state import TrainState
+from engram_jax.trainer import train
 
 
 @pytest.fixture
@@ -85,4 +95,148 @@ def test_one_row_on_one_device(config: Config, tmp_path: Path, heads: int, kv_he
     Run.start(replace(config, model=replace(config.model, attention=attention)), tmp_path / "run")
     run = Run.open(tmp_path / "run")
     assert run.mesh.size == 1
-    sample(run, run.initial_state(), "Alexander", tokens=1)
+    sample(run, run.initial_state().weights, "Alexander", tokens=1)
+
+
+def test_rows_that_do_not_divide_over_the_devices_are_refused(tiny: Config, tmp_path: Path) -> None:
+    for change in ({"data": {"batch_size": 4}}, {"train": {"accumulation": 2}}):
+        with pytest.raises(InputError, match="4 rows does not divide over 8 devices"):
+            Run.start(vary(tiny, **change), tmp_path / "run")
+    with pytest.raises(InputError, match="8 devices"):
+        Run.start(vary(tiny, mesh={"fsdp": 3}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_another_configuration_is_refused(tiny: Config, tmp_path: Path) -> None:
+    Run.start(tiny, tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    for change, field in (
+        ({"optimizer": {"learning_rate": 0.5}}, r"optimizer\.learning_rate 0\.006, not 0\.5"),
+        ({"memory": {"rows_per_head": (500, 501)}}, r"memory\.rows_per_head \(500, 500\)"),
+        ({"model": {"remat": True}}, r"model\.remat False"),
+    ):
+        with pytest.raises(InputError, match=field):
+            Run.start(vary(tiny, **change), tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_a_folder_with_something_else_is_refused(tiny: Config, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("Dear reader")
+    with pytest.raises(InputError, match="holds no run"):
+        Run.start(tiny, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_start_that_was_killed_is_started_again(tiny: Config, tmp_path: Path) -> None:
+    Run.start(tiny, tmp_path / "run")
+    (tmp_path / "run" / "config.json").rename(tmp_path / "run" / "config.partial")
+    again = Run.start(tiny, tmp_path / "run")
+    assert Run.open(tmp_path / "run").ngram_hash.fingerprint == again.ngram_hash.fingerprint
+
+
+def test_another_tokenizer_than_the_models_is_refused(tiny: Config, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"8192 pieces.*100.*model.vocabulary"):
+        Run.start(vary(tiny, model={"vocabulary": 100}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def saved(trained: Run, tmp_path: Path) -> Run:
+    """A copy of the trained run."""
+    shutil.copytree(trained.folder, tmp_path / "run")
+    return Run.open(tmp_path / "run")
+
+
+def test_a_hash_of_another_tokenizer_is_refused(tiny: Config, saved: Run) -> None:
+    NgramHash.build(saved.ngram_hash.spec, VocabularyProjection.identity(8192)).save(
+        saved.folder / "hash.json"
+    )
+    with pytest.raises(InputError, match="another tokenizer"):
+        Run.start(tiny, saved.folder)
+
+
+def test_a_checkpoint_of_another_hash_is_refused(tiny: Config, saved: Run) -> None:
+    """Sound in itself, and of this tokenizer: only the checkpoint knows that it is another."""
+    ours = saved.ngram_hash
+    replace(ours, multipliers=ours.multipliers + 2).save(saved.folder / "hash.json")
+    run = Run.start(tiny, saved.folder)
+    with pytest.raises(InputError, match=f"another hash.*{ours.fingerprint}"):
+        train(run)
+
+
+def test_a_run_whose_hash_is_gone_or_damaged_is_refused(tiny: Config, saved: Run) -> None:
+    path = saved.folder / "hash.json"
+    content = path.read_text()
+    path.write_text(content[: len(content) // 2])
+    for begin in (lambda: Run.start(tiny, saved.folder), lambda: Run.open(saved.folder)):
+        with pytest.raises(InputError, match=r"hash\.json"):
+            begin()
+    path.unlink()
+    with pytest.raises(InputError, match=r"hash\.json"):
+        Run.open(saved.folder)
+
+
+def test_a_run_opens_on_one_device_whatever_trained_it(trained: Run) -> None:
+    opened = Run.open(trained.folder)
+    assert (trained.mesh.size, opened.mesh.size) == (8, 1)
+    assert_identical(opened.restore(), trained.restore())
+
+
+def test_weights_are_read_without_the_optimizers_part(trained: Run) -> None:
+    opened = Run.open(trained.folder)
+    assert_identical(opened.restore_weights(), opened.restore().weights)
+    with pytest.raises(InputError, match="no checkpoint of step 5"):
+        opened.restore_weights(5)
+
+
+def test_a_checkpoint_holds_configuration_and_hash(trained: Run) -> None:
+    checkpoint = trained.folder / "checkpoints" / "00000006"
+    for name in ("config.json", "hash.json"):
+        assert (checkpoint / name).read_bytes() == (trained.folder / name).read_bytes()
+    assert NgramHash.load(checkpoint / "hash.json").fingerprint == trained.ngram_hash.fingerprint
+
+
+def test_two_programs_do_not_train_in_one_folder(saved: Run, tiny: Config) -> None:
+    holds = (
+        "import pathlib, sys\n"
+        "from engram_jax.locks import hold_lock\n"
+        "with hold_lock(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", holds, str(saved.folder / "lock")],
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="Another process is training"):
+            train(Run.start(tiny, saved.folder))
+        other.stdin.close()
+    assert train(Run.start(tiny, saved.folder)).step == 6
+
+
+@pytest.mark.usefixtures("one_device")
+def test_seeds_differ(tiny: Config, tmp_path: Path) -> None:
+    one, other = (
+        Run.start(vary(tiny, train={"seed": seed}), tmp_path / str(seed)).initial_state()
+        for seed in (0, 1)
+    )
+    assert np.any(one.params["embedding"] != other.params["embedding"])
+    assert np.any(one.tables[1].rows != other.tables[1].rows)
+
+
+def test_the_initial_state_does_not_depend_on_the_mesh(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[TrainState] = []
+    make: Callable[..., Any] = run_module.make_mesh
+    for name, mesh in (
+        ("eight", make(MeshConfig(fsdp=4))),
+        ("one", make(MeshConfig(), jax.devices()[:1])),
+    ):
+        monkeypatch.setattr(run_module, "make_mesh", lambda *_, mesh=mesh: mesh)
+        states.append(Run.start(tiny, tmp_path / name).initial_state())
+    assert_identical(*states)

@@ -1,11 +1,9 @@
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from tiny_runs import make_run
+from tiny_runs import plain_pass
 
 from engram_jax.errors import InputError
 from engram_jax.sampling import sample
@@ -14,77 +12,69 @@ PROMPT = "Alexander the Great"
 
 
 @pytest.fixture(scope="module", params=["engram", "over_encoding", "dense"])
-def model(request, tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp(request.param), request.param)
-    return run, run.restore()
+def model(request, untrained):
+    run = untrained(request.param)
+    return run, run.restore_weights()
 
 
 @pytest.fixture(scope="module")
-def engram(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("engram"), "engram")
-    return run, run.restore()
+def engram(untrained):
+    run = untrained("engram")
+    return run, run.restore_weights()
 
 
-def continue_greedily(run, state, prompt: str, tokens: int) -> str:
-    """One token at a time by argmax: rows from the hash formula, no plan, no padding, no mesh."""
-    tokenizer = run.tokenizer
+def continue_greedily(run, weights, prompt: str, tokens: int) -> str:
+    """One token at a time by argmax of a plain pass."""
+    tokenizer, decode = run.tokenizer, plain_pass(run, weights)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
-    params = jax.tree.map(jnp.asarray, jax.device_get(state.params))
-    decoder = nnx.merge(run.graph, params)
     for _ in range(tokens):
         window = np.array([ids[-run.config.data.sequence_length :]], np.int32)
-        memory = {}
-        for layer, table in state.tables.items():
-            rows = np.asarray(table.rows)[run.ngram_hash.hash_tokens(layer, window)]
-            memory[layer] = jnp.asarray(rows.reshape(*window.shape, -1))
-        positions = jnp.arange(window.shape[1])[None]
-        logits, _ = decoder(
-            jnp.asarray(window), memory, jnp.ones(window.shape, jnp.int32), positions
-        )
+        positions = np.arange(window.shape[1], dtype=np.int32)[None]
+        logits, _ = decode(window, np.ones_like(window), positions)
         ids.append(int(np.argmax(logits[0, -1])))
     return tokenizer.decode(ids).removeprefix(prompt)
 
 
 def test_zero_temperature_is_the_argmax_of_plain_passes(model):
-    run, state = model
+    run, weights = model
     prompt = "Alexander the Great was born in Wales and" + " on" * 10
     room = run.config.data.sequence_length - 1 - len(run.tokenizer.encode(prompt))
     assert 0 < room < 5  # the window fills, then slides
-    expected = continue_greedily(run, state, prompt, 6)
+    expected = continue_greedily(run, weights, prompt, 6)
     assert expected
-    assert sample(run, state, prompt, tokens=6, temperature=0.0) == expected
+    assert sample(run, weights, prompt, tokens=6, temperature=0.0) == expected
 
 
 def test_a_long_prompt_keeps_its_end(engram):
-    run, state = engram
+    run, weights = engram
     long = "in Wales and on " * 20
-    assert sample(run, state, long, tokens=2, temperature=0.0) == continue_greedily(
-        run, state, long, 2
+    assert sample(run, weights, long, tokens=2, temperature=0.0) == continue_greedily(
+        run, weights, long, 2
     )
 
 
 def test_equal_seeds_give_equal_texts(engram):
-    run, state = engram
-    texts = [sample(run, state, PROMPT, tokens=8, seed=seed) for seed in (0, 0, 1)]
+    run, weights = engram
+    texts = [sample(run, weights, PROMPT, tokens=8, seed=seed) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_one_candidate_is_the_argmax(engram):
-    run, state = engram
-    greedy = sample(run, state, PROMPT, tokens=6, temperature=0.0)
-    assert sample(run, state, PROMPT, tokens=6, top_k=1, temperature=5.0, seed=3) == greedy
+    run, weights = engram
+    greedy = sample(run, weights, PROMPT, tokens=6, temperature=0.0)
+    assert sample(run, weights, PROMPT, tokens=6, top_k=1, temperature=5.0, seed=3) == greedy
 
 
 def test_low_temperatures_approach_the_argmax(engram):
-    run, state = engram
-    greedy = sample(run, state, PROMPT, tokens=6, temperature=0.0)
-    assert sample(run, state, PROMPT, tokens=6, temperature=1e-6, seed=4) == greedy
+    run, weights = engram
+    greedy = sample(run, weights, PROMPT, tokens=6, temperature=0.0)
+    assert sample(run, weights, PROMPT, tokens=6, temperature=1e-6, seed=4) == greedy
 
 
 def test_it_stops_at_the_end_of_the_document(engram):
     """With an output head that knows one token alone, eos."""
-    run, state = engram
-    params = jax.tree.map(lambda leaf: leaf, state.params)
+    run, weights = engram
+    params = jax.tree.map(lambda leaf: leaf, weights.params)
     embedding = params["embedding"]
     params["embedding"] = 0 * embedding + 1
     params["embedding"] = params["embedding"].at[run.tokenizer.eos_id].set(2)
@@ -92,15 +82,15 @@ def test_it_stops_at_the_end_of_the_document(engram):
     texts = []
     for sign in (1, -1):
         signed = params | {"norm": jax.tree.map(lambda leaf, s=sign: s * leaf, params["norm"])}
-        texts.append(sample(run, replace(state, params=signed), "", tokens=9, temperature=0.0))
+        texts.append(sample(run, replace(weights, params=signed), "", tokens=9, temperature=0.0))
     assert "" in texts
 
 
 def test_sampling_writes_nothing(engram):
-    run, state = engram
-    before = jax.device_get(state)
-    sample(run, state, PROMPT, tokens=3)
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
+    run, weights = engram
+    before = jax.device_get(weights)
+    sample(run, weights, PROMPT, tokens=3)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(weights))
 
 
 @pytest.mark.parametrize(

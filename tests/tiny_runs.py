@@ -1,13 +1,33 @@
-"""Runs that cost seconds: a tiny model with random tables on a few documents, as it begins."""
+"""Runs that cost seconds: a tiny model with random tables on a few documents."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import Array
+from jaxtyping import Int32
+
+from engram_jax import run as run_module
 from engram_jax.config import Config, DataConfig, MemoryConfig, TrainConfig
 from engram_jax.layers.attention import AttentionConfig
-from engram_jax.model import DecoderConfig
+from engram_jax.metrics import read_metrics
+from engram_jax.model import DecoderConfig, Gates
 from engram_jax.run import Run
+from engram_jax.sharding import MeshConfig, make_mesh
+from engram_jax.train_state import TrainState, Weights
+from engram_jax.typing import PyTree
+
+type Tokens = Int32[np.ndarray, "B T"]
+type PlainPass = Callable[[Tokens, Tokens, Tokens], tuple[Array, Gates]]
+type TrainWhole = Callable[[Config, int, int], tuple[Run, TrainState]]
 
 WORDS = ("Alexander", "the", "Great", "was", "born", "in", "Wales", "and", "café", "東京", "on")
 
@@ -48,3 +68,49 @@ def make_run(folder: Path, memory: str) -> Run:
     run = Run.start(config, folder / "run")
     run.save(run.initial_state())
     return run
+
+
+def plain_pass(run: Run, weights: Weights) -> PlainPass:
+    """A function (tokens, segments, positions) → (logits, gates): the bare decoder.
+
+    Rows are taken by the hash, without a plan, padding or a mesh.
+    """
+    decoder = nnx.merge(run.graph, jax.tree.map(jnp.asarray, jax.device_get(weights.params)))
+    tables = jax.device_get(weights.rows)
+    decode = nnx.jit(lambda decoder, *inputs: decoder(*inputs))
+
+    def apply(tokens: Tokens, segments: Tokens, positions: Tokens) -> tuple[Array, Gates]:
+        memory = {}
+        for layer, table in tables.items():
+            rows = table[run.ngram_hash.hash_tokens(layer, tokens, segments)]
+            memory[layer] = rows.reshape(*tokens.shape, -1)
+        return decode(decoder, *jax.tree.map(jnp.asarray, (tokens, memory, segments, positions)))
+
+    return apply
+
+
+@contextmanager
+def on_devices(data: int, fsdp: int = 1) -> Iterator[None]:
+    """Runs start on a mesh of the first data × fsdp of the eight devices."""
+    mesh = make_mesh(MeshConfig(data, fsdp), jax.devices()[: data * fsdp])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "make_mesh", lambda *_: mesh)
+        yield
+
+
+def vary(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with fields of its sections replaced."""
+    changed = {name: replace(getattr(config, name), **new) for name, new in sections.items()}
+    return replace(config, **changed)
+
+
+def losses(folder: Path, kind: str = "train") -> list[tuple[int, float]]:
+    """Step and loss of every line of the metrics."""
+    return [(line["step"], line["loss"]) for line in read_metrics(folder, kind)]
+
+
+def assert_identical(one: PyTree, other: PyTree) -> None:
+    """Compares two trees of arrays bit for bit."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for (path, a), b in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(other), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)

@@ -1,12 +1,9 @@
-"""Trains the tiny run of `test_trainer.py` in a process of its own, to be killed and started again.
+"""Trains the tiny run of `test_resuming.py` in a process of its own, to be killed."""
 
-Usage: python tests/train_tiny.py DATA_FOLDER RUN_FOLDER
-"""
-
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 from tiny_runs import tiny_config
 
 from engram_jax.config import TrainConfig
@@ -15,8 +12,10 @@ from engram_jax.trainer import train
 
 STEPS = 24
 
-if __name__ == "__main__":
-    data, folder = map(Path, sys.argv[1:])
+
+def train_tiny(data: Path, folder: Path) -> None:
+    """Trains on one device, or goes on to train, with texts in `data`."""
+    jax.config.update("jax_num_cpu_devices", 1)
     schedule = TrainConfig(
         steps=STEPS, log_every=1, evaluate_every=5, evaluate_tokens=100, checkpoint_every=3
     )

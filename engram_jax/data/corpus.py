@@ -1,7 +1,6 @@
 """Corpora as memory-mapped token ids: tokenized once, reused while text and tokenizer stay."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from engram_jax.data.sources import (
     source_name,
 )
 from engram_jax.errors import InputError
+from engram_jax.locks import hold_lock
 from engram_jax.tokenizer import Tokenizer
 
 # Written into the name of every cache folder: raise it when what is stored changes.
@@ -224,7 +224,8 @@ def build_corpus(
         identity = (FORMAT, survey.fingerprint, tokenizer.fingerprint, tokenizer.vocab_size)
         specials = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
         folder = cache / f"{name}-{_digest(repr((*identity, *specials)).encode()).hex()}"
-        with _lock(folder):
+        # Only a saving of work: each build writes a folder of its own.
+        with hold_lock(folder.with_name(f"{folder.name}.lock")):
             if not (folder / "manifest.json").is_file():
                 _build(path, name, tokenizer, survey, folder)
     return Corpus(folder, held_out)
@@ -378,22 +379,6 @@ def _remove_abandoned(folder: Path) -> None:
         written = max((file.stat().st_mtime for file in partial.glob("*")), default=0.0)
         if time.time() - max(written, partial.stat().st_mtime) > _ABANDONED_SECONDS:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Let one process build and the others wait.
-
-    Only a saving of work: a build is right without it, since each writes a folder of its own.
-    """
-    with folder.with_name(f"{folder.name}.lock").open("w") as file:
-        # Some network file systems know no locks.
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-        yield
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Batches with Grain: global batch n is a pure function of (sources, sizes, seed, n)."""
 
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -177,11 +178,12 @@ def make_batches(
     unbuffered = numbers.to_iter_dataset(ReadOptions(num_threads=0, prefetch_buffer_size=0))
     by_pipe = WithOptionsIterDataset(unbuffered, DatasetOptions(min_shm_size=_NO_SHARED_MEMORY))
     ahead = MultiprocessingOptions(workers, max(1, -(-prefetch // workers)))
-    return BatchIterator(iter(by_pipe.mp_prefetch(ahead, worker_init_fn=_end_with_parent)))
+    return BatchIterator(iter(by_pipe.mp_prefetch(ahead, worker_init_fn=_begin_worker)))
 
 
-def _end_with_parent(worker: int, workers: int) -> None:
-    """Let this worker process end when its parent does, even by SIGKILL."""
+def _begin_worker(worker: int, workers: int) -> None:
+    """Let this worker process end when its parent does, even by SIGKILL, and not by Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent may still want batches
 
     def watch() -> None:
         if (parent := parent_process()) is not None:

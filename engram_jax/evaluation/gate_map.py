@@ -25,7 +25,7 @@ from engram_jax.errors import InputError
 from engram_jax.evaluation.held_out import Scorer
 from engram_jax.run import Run
 from engram_jax.tokenizer import Tokenizer
-from engram_jax.train_state import TrainState
+from engram_jax.train_state import Weights
 
 _WHITE, _RED = np.array([255, 255, 255]), np.array([244, 84, 74])  # black text reads on both
 _TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -72,7 +72,7 @@ class GateMap:
         return [f"{gate:.2f}" for gate in np.quantile(self.gates[layer], _TICKS)]
 
 
-def read_gates(run: Run, scorer: Scorer, state: TrainState, text: str) -> GateMap:
+def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap:
     """Reads a text, as a document of its own, and keeps the gates.
 
     A text longer than the window T is read in windows that overlap by half; every token's gate
@@ -81,7 +81,7 @@ def read_gates(run: Run, scorer: Scorer, state: TrainState, text: str) -> GateMa
     Args:
         run: the run.
         scorer: as `make_scorer` gives it; the compiled shape is that of evaluation.
-        state: parameters and tables; they are only read.
+        weights: parameters and rows.
         text: any text.
 
     Raises:
@@ -105,9 +105,7 @@ def read_gates(run: Run, scorer: Scorer, state: TrainState, text: str) -> GateMa
         batch = _windows(whole, chosen, rows, length, tokenizer.pad_id)
         batch = batch._replace(plan=planner(batch.tokens, batch.segments))
         with jax.set_mesh(run.mesh):
-            read = multihost_utils.process_allgather(
-                scorer(state.params, state.tables, run.put(batch)), tiled=True
-            )
+            read = multihost_utils.process_allgather(scorer(weights, run.put(batch)), tiled=True)
         by_token, by_layer = jax.tree.map(lambda array: np.asarray(array)[0], read)
         for row, start in enumerate(chosen):
             # Later windows know more of what comes before their second half.

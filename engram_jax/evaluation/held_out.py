@@ -1,7 +1,7 @@
 """Held-out loss, by source and document, with the memory or without it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -15,14 +15,13 @@ from engram_jax.data.corpus import Corpus, CorpusView
 from engram_jax.data.packing import Batch, pack_held_out
 from engram_jax.loss import token_losses
 from engram_jax.memory import lookup
-from engram_jax.memory.layout import Table
+from engram_jax.model import Gates
 from engram_jax.run import Run
-from engram_jax.train_state import TrainState
-from engram_jax.typing import Parameters
+from engram_jax.train_state import Weights
 
 type Suppress = Literal["nothing", "output", "rows"]
 type StepGates = dict[int, Float[Array, "A B T M"]]  # by layer id
-type Scorer = Callable[[Parameters, Mapping[int, Table], Batch], tuple[Array, StepGates]]
+type Scorer = Callable[[Weights, Batch], tuple[Array, StepGates]]
 
 
 class DocumentSums(NamedTuple):
@@ -65,7 +64,7 @@ class Score:
 
 
 def make_scorer(run: Run, suppress: Suppress = "nothing") -> Scorer:
-    """A jitted function (params, tables, batch) → (loss of every token, gates by layer).
+    """A jitted function (weights, batch) → (loss of every token, gates by layer).
 
     Args:
         run: the run.
@@ -73,18 +72,21 @@ def make_scorer(run: Run, suppress: Suppress = "nothing") -> Scorer:
             rows of zeros.
     """
 
-    def score(
-        params: Parameters, tables: Mapping[int, Table], batch: Batch
-    ) -> tuple[Float[Array, "A B T"], StepGates]:
-        plans = batch.plan.layers if tables else {}
-        rows: dict[int, Array] = {}
+    def score(weights: Weights, batch: Batch) -> tuple[Float[Array, "A B T"], StepGates]:
+        plans = batch.plan.layers if weights.rows else {}
+        gathered: dict[int, Array] = {}
         if suppress != "output":
-            for layer, table in tables.items():
-                rows[layer] = lookup.gather_rows(table.rows, plans[layer].rows)
+            for layer, rows in weights.rows.items():
+                gathered[layer] = lookup.gather_rows(rows, plans[layer].rows)
         if suppress == "rows":
-            rows = jax.tree.map(jnp.zeros_like, rows)
-        parts = batch._replace(plan=batch.plan.tokens if tables else None)
-        return jax.lax.map(lambda part: token_losses(run.graph, params, rows, plans, part), parts)
+            gathered = jax.tree.map(jnp.zeros_like, gathered)
+
+        def score_part(part: Batch) -> tuple[Array, Gates]:
+            return token_losses(run.graph, weights.params, gathered, plans, part)
+
+        return jax.lax.map(
+            score_part, batch._replace(plan=batch.plan.tokens if weights.rows else None)
+        )
 
     return jax.jit(score)
 
@@ -92,7 +94,7 @@ def make_scorer(run: Run, suppress: Suppress = "nothing") -> Scorer:
 def evaluate_held_out(
     run: Run,
     scorer: Scorer,
-    state: TrainState,
+    weights: Weights,
     corpora: Sequence[Corpus],
     *,
     max_tokens: int | None = None,
@@ -102,7 +104,7 @@ def evaluate_held_out(
     Args:
         run: the run.
         scorer: as `make_scorer` gives it.
-        state: parameters and tables; they are only read.
+        weights: parameters and rows.
         corpora: where the documents come from.
         max_tokens: most tokens per corpus; None scores all.
 
@@ -121,7 +123,7 @@ def evaluate_held_out(
         for packed in pack_held_out(corpus.held_out, data.sequence_length, rows):
             plan = planner(packed.tokens[None], packed.segments[None]) if planner else None
             batch = Batch._make([*(field[None] for field in packed[:-1]), plan])
-            by_token, _ = scorer(state.params, state.tables, run.put(_own_rows(batch)))
+            by_token, _ = scorer(weights, run.put(_own_rows(batch)))
             by_token = np.asarray(multihost_utils.process_allgather(by_token, tiled=True))[0]
             weighted = by_token.astype(np.float64) * packed.target_mask
             np.add.at(sums.losses, packed.documents, weighted)

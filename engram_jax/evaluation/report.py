@@ -17,7 +17,7 @@ from engram_jax.evaluation.held_out import (
     pool,
 )
 from engram_jax.run import Run
-from engram_jax.train_state import TrainState
+from engram_jax.train_state import Weights
 
 POOLED = "all sources"
 
@@ -53,7 +53,7 @@ class SourceReport:
 def evaluate(
     run: Run,
     scorer: Scorer,
-    state: TrainState,
+    weights: Weights,
     corpora: Sequence[Corpus],
     *,
     max_tokens: int | None = None,
@@ -63,7 +63,7 @@ def evaluate(
     Args:
         run: the run.
         scorer: of the whole model, as `make_scorer` gives it.
-        state: parameters and tables; they are only read.
+        weights: parameters and rows.
         corpora: where the documents come from.
         max_tokens: most tokens per corpus; None scores all.
 
@@ -72,12 +72,12 @@ def evaluate(
     """
 
     def score(scorer: Scorer) -> dict[str, Score]:
-        return evaluate_held_out(run, scorer, state, corpora, max_tokens=max_tokens)
+        return evaluate_held_out(run, scorer, weights, corpora, max_tokens=max_tokens)
 
     with jax.set_mesh(run.mesh):
         whole = score(scorer)
         suppressed: dict[Suppress, dict[str, Score]] = {
-            part: score(make_scorer(run, part)) for part in _ABLATIONS if state.tables
+            part: score(make_scorer(run, part)) for part in _ABLATIONS if weights.rows
         }
     harms = {
         part: {name: difference(scores[name], whole[name]) for name in whole}

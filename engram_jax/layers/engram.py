@@ -120,7 +120,7 @@ class Engram(nnx.Module):
         gate = self.gate(hidden, key)
         if token_mask is not None:
             gate = jnp.where(token_mask[:, :, None], gate, 0)
-        gated = gate[..., None].astype(self.dtype) * value[:, :, None]
+        gated = (gate[..., None] * value[:, :, None]).astype(self.dtype)
         if not self.config.convolution:
             return gated, gate
         taps = self.convolution.astype(self.dtype)

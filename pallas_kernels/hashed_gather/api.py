@@ -29,5 +29,11 @@ def gather(
         indices: row numbers, all in range.
         order: stable order that sorts `indices`; deterministic backward passes walk along it.
         implementation: None picks the fastest for the device, which is "xla" so far.
+
+    Raises:
+        ValueError: an implementation that does not exist.
     """
-    return _IMPLEMENTATIONS[implementation or "xla"](values, indices, order)
+    name = implementation or "xla"
+    if name not in _IMPLEMENTATIONS:
+        raise ValueError(f"There is no gather {name!r}; there are {', '.join(_IMPLEMENTATIONS)}.")
+    return _IMPLEMENTATIONS[name](values, indices, order)

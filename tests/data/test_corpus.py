@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from small_corpora import ByteTokenizer, random_texts, write_jsonl
 
+from engram_jax import locks
 from engram_jax.data import corpus as corpus_module
 from engram_jax.data.corpus import build_corpus
 from engram_jax.errors import InputError
@@ -131,14 +132,14 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeyp
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("locks", [True, False])
-def test_two_builds_at_once_give_one_corpus(tmp_path, monkeypatch, locks):
-    if not locks:
+@pytest.mark.parametrize("locking", [True, False])
+def test_two_builds_at_once_give_one_corpus(tmp_path, monkeypatch, locking):
+    if not locking:
 
         def refuse(*_):
             raise OSError(errno.ENOTSUP, "no locks here")
 
-        monkeypatch.setattr(corpus_module.fcntl, "flock", refuse)
+        monkeypatch.setattr(locks.fcntl, "flock", refuse)
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     barrier = threading.Barrier(2)
     tokenizers = [ByteTokenizer(), ByteTokenizer()]
@@ -154,7 +155,7 @@ def test_two_builds_at_once_give_one_corpus(tmp_path, monkeypatch, locks):
     for thread in threads:
         thread.join()
     assert results == [TEXTS, TEXTS]
-    if locks:
+    if locking:
         assert sorted(tokenizer.encoded for tokenizer in tokenizers) == [0, len(TEXTS)]
     assert not list((tmp_path / "cache").glob("*.partial"))
 

@@ -1,19 +1,18 @@
 import jax
 import pytest
-from tiny_runs import make_run
 
 from engram_jax.run import Run
-from engram_jax.train_state import TrainState
+from engram_jax.train_state import Weights
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory) -> Run:
-    return make_run(tmp_path_factory.mktemp("engram"), "engram")
+def run(untrained) -> Run:
+    return untrained("engram")
 
 
 @pytest.fixture(scope="session")
-def state(run) -> TrainState:
-    return run.initial_state()
+def weights(run) -> Weights:
+    return run.initial_state().weights
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import jax
-import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import make_run
+from tiny_runs import plain_pass
 
 from engram_jax.errors import InputError
 from engram_jax.evaluation.gate_map import GateMap, read_gates, write_html, write_png
@@ -24,8 +22,8 @@ def scorer(run):
 
 
 @pytest.fixture(scope="module")
-def read(run, scorer, state):
-    return lambda text: read_gates(run, scorer, state, text)
+def read(run, scorer, weights):
+    return lambda text: read_gates(run, scorer, weights, text)
 
 
 class Page(HTMLParser):
@@ -76,22 +74,19 @@ def test_any_text_is_spelled_and_gated(read, text):
     assert np.all((gate_map.gates[1] > 0) & (gate_map.gates[1] < 1))
 
 
-def test_windows_of_a_long_text_are_plain_passes(run, state, read):
+def test_windows_of_a_long_text_are_plain_passes(run, weights, read):
     """By hand: the decoder on each window of T tokens, of which all but the first gives its end."""
     text = "one two three four five six seven eight nine ten " * 9
     gate_map = read(text)
     ids = np.concatenate([[run.tokenizer.bos_id], run.tokenizer.encode(text)]).astype(np.int32)
     length, half = 24, 12
     assert length == run.config.data.sequence_length and len(ids) > 3 * length
-    decoder = nnx.merge(run.graph, jax.tree.map(jnp.asarray, jax.device_get(state.params)))
-    table = np.asarray(state.tables[1].rows)
+    decode = plain_pass(run, weights)
     expected = np.zeros(len(ids))
     for start in range(0, len(ids) - length + 1, half):
         window = ids[None, start : start + length]
-        memory = table[run.ngram_hash.hash_tokens(1, window)].reshape(1, length, -1)
         positions = np.arange(length, dtype=np.int32)[None]
-        given = window, {1: memory}, np.ones_like(window), positions
-        _, gates = decoder(*jax.tree.map(jnp.asarray, given))
+        _, gates = decode(window, np.ones_like(window), positions)
         fresh = half if start else 0
         expected[start + fresh : start + length] = np.asarray(gates[1])[0, fresh:, 0]
     full = start + length
@@ -110,11 +105,11 @@ def test_losses_are_those_of_evaluation(run, read):
     np.testing.assert_allclose(gate_map.losses, np.log(8192), atol=1)
 
 
-def test_reading_writes_nothing(state, read):
-    before = jax.device_get(state.tables)
+def test_reading_writes_nothing(weights, read):
+    before = jax.device_get(weights.rows)
     first, second = read(TEXT), read(TEXT)
     np.testing.assert_array_equal(first.gates[1], second.gates[1])
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.tables))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(weights.rows))
 
 
 def test_colors_rank_the_gates():
@@ -168,7 +163,7 @@ def test_an_empty_text_is_refused(read):
 
 
 @pytest.mark.parametrize("memory", ["dense", "over_encoding"])
-def test_models_without_gates_are_refused(memory, tmp_path):
-    run = make_run(tmp_path, memory)
+def test_models_without_gates_are_refused(memory, untrained):
+    run = untrained(memory)
     with pytest.raises(InputError, match="no Engram layer"):
-        read_gates(run, make_scorer(run), run.restore(), "text")
+        read_gates(run, make_scorer(run), run.restore_weights(), "text")

@@ -2,10 +2,9 @@ import math
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from tiny_runs import plain_pass
 
 from engram_jax.evaluation.held_out import (
     DocumentSums,
@@ -16,7 +15,6 @@ from engram_jax.evaluation.held_out import (
     pool,
 )
 from engram_jax.evaluation.report import POOLED, evaluate, format_report
-from engram_jax.memory.layout import Table
 
 
 def score_of(losses, tokens) -> Score:
@@ -27,18 +25,16 @@ def score_of(losses, tokens) -> Score:
     return difference(whole, nothing)
 
 
-def test_loss_is_that_of_a_plain_pass_over_every_row(run, state):
-    """By hand: rows cut from the concatenated documents, memory gathered by hash, NumPy softmax."""
+def test_loss_is_that_of_a_plain_pass_over_every_row(run, weights):
+    """By hand: rows cut from the concatenated documents, a plain pass, softmax in NumPy."""
     corpus = run.corpora()[0]
     held_out = corpus.held_out
     with jax.set_mesh(run.mesh):
-        score = evaluate_held_out(run, make_scorer(run), state, [corpus])["first"]
+        score = evaluate_held_out(run, make_scorer(run), weights, [corpus])["first"]
 
     stream = np.concatenate([held_out.tokens(i) for i in range(len(held_out))])
     document = np.repeat(np.arange(len(held_out), dtype=np.int32), held_out.lengths)
-    params = jax.tree.map(jnp.asarray, jax.device_get(state.params))
-    decoder = nnx.merge(run.graph, params)
-    table = np.asarray(state.tables[1].rows)
+    decode = plain_pass(run, weights)
     losses, tokens = np.zeros(len(held_out)), np.zeros(len(held_out))
     length = run.config.data.sequence_length
     for start in range(0, len(stream) - 1, length):
@@ -47,9 +43,7 @@ def test_loss_is_that_of_a_plain_pass_over_every_row(run, state):
         segments = document[None, start : start + len(targets)]
         begins = np.searchsorted(segments[0], segments[0])  # of each document in the row
         positions = (np.arange(len(targets)) - begins)[None].astype(np.int32)
-        memory = table[run.ngram_hash.hash_tokens(1, inputs, segments)]
-        given = inputs, {1: memory.reshape(1, len(targets), -1)}, segments, positions
-        logits, _ = decoder(*jax.tree.map(jnp.asarray, given))
+        logits, _ = decode(inputs, segments, positions)
         logits = np.asarray(logits[0], np.float64)
         chosen = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(targets)), targets]
         scored = document[start + 1 :][:length] == segments[0]
@@ -109,40 +103,40 @@ def test_pooling_weighs_by_tokens():
 
 
 @pytest.mark.usefixtures("in_mesh")
-def test_dropped_output_is_the_backbone_alone(run, state):
-    """Without its Engram parameters and tables, a model scores what the suppressed one scores."""
-    scores = evaluate_held_out(run, make_scorer(run, "output"), state, run.corpora())
-    other_tables = {1: Table(*(7 * leaf for leaf in jax.tree.leaves(state.tables[1])))}
-    params = jax.tree.map(lambda leaf: leaf, state.params)
+def test_dropped_output_is_the_backbone_alone(run, weights):
+    """Without its Engram parameters and rows, a model scores what the suppressed one scores."""
+    scores = evaluate_held_out(run, make_scorer(run, "output"), weights, run.corpora())
+    other_rows = {1: 7 * weights.rows[1]}
+    params = jax.tree.map(lambda leaf: leaf, weights.params)
     engram = params["blocks"][1]["engram"]
     params["blocks"][1]["engram"] = jax.tree.map(lambda leaf: leaf + 1, engram)
-    changed = replace(state, params=params, tables=other_tables)
+    changed = replace(weights, params=params, rows=other_rows)
     assert evaluate_held_out(run, make_scorer(run, "output"), changed, run.corpora()) == scores
     whole = make_scorer(run)
     assert evaluate_held_out(run, whole, changed, run.corpora()) != scores
 
 
 @pytest.mark.usefixtures("in_mesh")
-def test_zeroed_rows_equal_tables_of_zeros(run, state):
-    zeros = replace(state, tables=jax.tree.map(lambda leaf: 0 * leaf, state.tables))
-    suppressed = evaluate_held_out(run, make_scorer(run, "rows"), state, run.corpora())
+def test_zeroed_rows_equal_rows_of_zeros(run, weights):
+    zeros = replace(weights, rows={1: 0 * weights.rows[1]})
+    suppressed = evaluate_held_out(run, make_scorer(run, "rows"), weights, run.corpora())
     assert suppressed == evaluate_held_out(run, make_scorer(run), zeros, run.corpora())
-    assert suppressed != evaluate_held_out(run, make_scorer(run), state, run.corpora())
+    assert suppressed != evaluate_held_out(run, make_scorer(run), weights, run.corpora())
 
 
-def test_evaluating_changes_nothing(run, state):
-    before = jax.device_get(state)
-    first = evaluate(run, make_scorer(run), state, run.corpora())
-    second = evaluate(run, make_scorer(run), state, run.corpora())
+def test_evaluating_changes_nothing(run, weights):
+    before = jax.device_get(weights)
+    first = evaluate(run, make_scorer(run), weights, run.corpora())
+    second = evaluate(run, make_scorer(run), weights, run.corpora())
     assert first == second
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(weights))
 
 
 @pytest.mark.usefixtures("in_mesh")
-def test_fewer_tokens_take_whole_batches_from_the_beginning(run, state):
+def test_fewer_tokens_take_whole_batches_from_the_beginning(run, weights):
     corpora, scorer = run.corpora(), make_scorer(run)
-    whole = evaluate_held_out(run, scorer, state, corpora)
-    part = evaluate_held_out(run, scorer, state, corpora, max_tokens=1)
+    whole = evaluate_held_out(run, scorer, weights, corpora)
+    part = evaluate_held_out(run, scorer, weights, corpora, max_tokens=1)
     for name, score in part.items():
         assert 1 <= score.tokens <= 8 * run.config.data.sequence_length
         assert score.tokens < whole[name].tokens
@@ -154,8 +148,8 @@ def test_fewer_tokens_take_whole_batches_from_the_beginning(run, state):
         )
 
 
-def test_report_prints_every_figure(run, state):
-    report = evaluate(run, make_scorer(run), state, run.corpora())
+def test_report_prints_every_figure(run, weights):
+    report = evaluate(run, make_scorer(run), weights, run.corpora())
     table = format_report(report)
     for name in ("first", "second", POOLED):
         rows = [line for line in table.splitlines() if line.startswith(f"{name} ")]

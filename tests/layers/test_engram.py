@@ -1,8 +1,6 @@
 """The Engram layer: golden values, gradients in float64, what it may see, its published forms."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,46 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from golden import golden_form, load_golden, released_hash, set_golden_weights
 from jax import Array
 
-from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
-from engram_jax.hashing import DEAD, HashSpec, NgramHash
+from engram_jax.hashing import DEAD
 from engram_jax.layers.engram import Engram, EngramConfig, convolve
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 WIDTH, MEMORY = 5, 6
-
-
-def load_golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    with np.load(FIXTURES / f"{name}.npz") as file:
-        arrays = dict(file)
-    return arrays, json.loads(str(arrays["config"]))
-
-
-def golden_layer(golden: dict[str, np.ndarray], sizes: dict[str, Any]) -> Engram:
-    config = EngramConfig(
-        branches=sizes["branches"], kernel=sizes["conv_kernel"], dilation=sizes["conv_dilation"]
-    )
-    memory_width = golden["key_w"].shape[1]
-    layer = Engram(sizes["hidden"], memory_width, config, rngs=nnx.Rngs(0))
-    return with_golden_weights(layer, golden)
-
-
-def with_golden_weights(layer: Engram, golden: dict[str, np.ndarray]) -> Engram:
-    weights = {
-        "key": "key_w",
-        "value": "value_w",
-        "key_bias": "key_b",
-        "value_bias": "value_b",
-        "convolution": "conv_w",
-    }
-    for ours, theirs in weights.items():
-        setattr(layer, ours, nnx.Param(jnp.asarray(golden[theirs])))
-    layer.key_norm.gain = nnx.Param(jnp.asarray(golden["key_norm"]))
-    layer.query_norm.gain = nnx.Param(jnp.asarray(golden["query_norm"]))
-    layer.convolution_norm.gain = nnx.Param(jnp.asarray(golden["conv_norm"]))
-    return layer
 
 
 def golden_rows(golden: dict[str, np.ndarray], sizes: dict[str, Any]) -> np.ndarray:
@@ -144,7 +110,9 @@ SEGMENTS = np.array([[1] * 5 + [2] * 2 + [3] * 7, [1] * 14], np.int32)
 @pytest.mark.parametrize("name", ["a_small", "b_small"])
 def test_golden_forward(name: str) -> None:
     golden, sizes = load_golden(name)
-    layer = golden_layer(golden, sizes)
+    memory_width = golden["key_w"].shape[1]
+    layer = Engram(sizes["hidden"], memory_width, golden_form(sizes), rngs=nnx.Rngs(0))
+    set_golden_weights(layer, golden)
     rows = golden_rows(golden, sizes)
     memory = golden["table"][rows].reshape(*rows.shape[:2], -1)
     output, gate = apply(layer, jnp.asarray(golden["hidden"]), jnp.asarray(memory))
@@ -394,14 +362,7 @@ def scaled_fp8(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int]) ->
 def test_released_miniature(layer_id: int, masked: bool) -> None:
     """DeepSeek-V4.1's form, its fp8 weights, and its rows from our hash."""
     golden, sizes = load_golden("f_v41_mini")
-    spec = HashSpec(
-        layers=tuple(sizes["engram_layer_ids"]),
-        max_order=sizes["engram_max_ngram_size"],
-        heads=sizes["engram_n_heads"],
-        rows_per_head=(sizes["engram_vocab_size"],) * (sizes["engram_max_ngram_size"] - 1),
-        pad_id=sizes["engram_pad_token_id"],
-    )
-    ngram_hash = NgramHash.build(spec, VocabularyProjection(golden["token_map"].astype(np.int32)))
+    ngram_hash = released_hash(golden, sizes)
     mask, which = golden["token_mask"], f"masked_{layer_id}" if masked else str(layer_id)
     ids = np.where(mask, golden["ids"], DEAD) if masked else golden["ids"]
 

@@ -1,0 +1,182 @@
+"""Going on: stopped runs, killed runs, and runs that start from another's weights."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_runs import TrainWhole, assert_identical, losses, vary
+from train_tiny import STEPS, train_tiny
+
+from engram_jax import trainer
+from engram_jax.config import Config
+from engram_jax.errors import InputError
+from engram_jax.metrics import MetricsLog, read_metrics
+from engram_jax.run import Run
+from engram_jax.train_state import TrainState
+from engram_jax.trainer import train
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(
+    ("number", "change"),
+    [
+        (signal.SIGTERM, {}),
+        (signal.SIGINT, {"memory": {"fusion": "over_encoding", "layers": (0,)}}),
+        (signal.SIGTERM, {"memory": {"layers": ()}, "train": {"accumulation": 2}}),
+    ],
+    ids=["engram", "over_encoding", "dense"],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(
+    tiny: Config,
+    train_whole: TrainWhole,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    change: dict[str, dict[str, Any]],
+) -> None:
+    config = vary(tiny, **change)
+    whole, expected = train_whole(config, 1, 1)
+    write, handlers = MetricsLog.write, [signal.getsignal(n) for n in signal.Signals]
+
+    def write_and_stop(log: MetricsLog, step: int, *rest: Any, **named: Any) -> None:
+        write(log, step, *rest, **named)
+        if step == 3:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", write_and_stop)
+        stopped = train(Run.start(config, tmp_path / "parts"))
+    assert 3 <= stopped.step < 6
+    assert [signal.getsignal(n) for n in signal.Signals] == handlers
+    parts = Run.start(config, tmp_path / "parts")
+    assert parts.checkpoints.steps() == [stopped.step]
+    assert_identical(train(parts), expected)
+    assert losses(parts.folder) == losses(whole.folder)
+    # A finished run is restored, and nothing more happens.
+    assert_identical(train(Run.start(config, tmp_path / "parts")), expected)
+    assert losses(parts.folder) == losses(whole.folder)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """SIGKILL at random moments, some of them in the middle of a save or of the set-up.
+
+    The processes are forks of one that has imported everything and started nothing.
+    """
+    generator = random.Random()
+    seed = generator.randrange(2**32)
+    print("seed", seed)  # pytest shows it if the test fails
+    generator.seed(seed)
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["engram_jax.trainer", "pytest"])
+
+    def start(name: str) -> BaseProcess:
+        process = context.Process(target=train_tiny, args=(tmp_path, tmp_path / name))
+        process.start()
+        return process
+
+    whole = start("whole")
+    whole.join(timeout=300)
+    assert whole.exitcode == 0
+    kills = 0
+    while True:
+        process = start("parts")
+        known = len(read_metrics(tmp_path / "parts"))
+        wanted = generator.randrange(1, 10)
+        while process.is_alive() and kills < 6:
+            new = len(read_metrics(tmp_path / "parts")) - known
+            if new < 0:  # the log was cut back to the restored step
+                known += new
+            elif new >= wanted:
+                time.sleep(generator.random() * 0.3)
+                break
+            time.sleep(0.01)
+        if process.is_alive() and kills < 6:
+            process.kill()
+            kills += 1
+        process.join(timeout=300)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode == 0:
+            break
+    assert kills >= 2
+    for kind in ("train", "held_out"):
+        assert losses(tmp_path / "whole", kind) == losses(tmp_path / "parts", kind)
+    assert losses(tmp_path / "whole", kind)[-1][0] == STEPS
+    states = [Run.open(tmp_path / name).restore() for name in ("whole", "parts")]
+    assert_identical(*states)
+
+
+def test_start_from_takes_weights_alone(tiny: Config, trained: Run, tmp_path: Path) -> None:
+    first = trained.restore()
+    second = Run.start(vary(tiny, mesh={"fsdp": 4}), tmp_path / "second")
+    with jax.set_mesh(second.mesh):
+        state = trainer._first_state(second, trained.folder, None)
+    fresh = second.initial_state()
+    assert_identical(
+        replace(state, optimizer=fresh.optimizer, tables={}),
+        replace(fresh, params=first.params, tables={}),
+    )
+    table, old = state.tables[1], first.tables[1]
+    np.testing.assert_array_equal(table.rows, old.rows)
+    for column in (table.mean, table.square, table.count):
+        assert not np.any(column)
+    assert table.rows.sharding == fresh.tables[1].rows.sharding
+    train(second, start_from=trained.folder, start_step=6)
+    assert losses(second.folder)[0][1] < losses(trained.folder)[0][1]
+
+
+def test_start_from_refuses_a_step_that_was_not_saved(
+    tiny: Config, trained: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"no checkpoint of step 3: choose one of \[6\]"):
+        train(Run.start(tiny, tmp_path / "run"), start_from=trained.folder, start_step=3)
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"memory": {"hash_seed": 1}}, "other n-grams"),
+        ({"memory": {"row_width": 4}}, "other parameters"),
+        ({"model": {"width": 16}}, "other parameters"),
+        ({"memory": {"layers": ()}}, "other parameters"),
+    ],
+)
+def test_start_from_refuses_what_does_not_fit(
+    tiny: Config,
+    trained: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, dict[str, Any]],
+    message: str,
+) -> None:
+    def zeros(run: Run) -> TrainState:
+        """Of the initial state's shapes, which decide; the state itself takes long to compile."""
+        return jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
+            run.abstract_state(),
+        )
+
+    monkeypatch.setattr(Run, "initial_state", zeros)
+    second = Run.start(vary(tiny, **change), tmp_path / "second")
+    with pytest.raises(InputError, match=message):
+        train(second, start_from=trained.folder)
+    assert losses(second.folder) == [] and second.checkpoints.steps() == []
+
+
+@pytest.mark.usefixtures("one_device")
+def test_start_from_refuses_a_folder_without_a_run(tiny: Config, tmp_path: Path) -> None:
+    run = Run.start(tiny, tmp_path / "run")
+    with pytest.raises(InputError, match="run folder"):
+        train(run, start_from=tmp_path / "nothing")

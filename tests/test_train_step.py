@@ -1,0 +1,126 @@
+"""The training step: gradients, clipping, and what it touches."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import vary
+
+from engram_jax.config import Config
+from engram_jax.data.packing import Batch
+from engram_jax.data.pipeline import make_batches
+from engram_jax.memory.row_adam import RowAdam
+from engram_jax.run import Run
+from engram_jax.train_state import TrainState
+from engram_jax.trainer import make_train_step
+
+
+def first_batch(run: Run) -> Batch:
+    data, accumulation = run.config.data, run.config.train.accumulation
+    with make_batches(
+        run.corpora(),
+        sequence_length=data.sequence_length,
+        batch_size=data.batch_size,
+        accumulation=accumulation,
+        planner=run.planner(),
+    ) as batches:
+        return run.put(next(batches))
+
+
+def one_step(run: Run, state: TrainState | None = None) -> tuple[TrainState, dict[str, Any]]:
+    with jax.set_mesh(run.mesh):
+        state = run.initial_state() if state is None else state
+        state, metrics = make_train_step(run)(state, first_batch(run))
+    return state, {name: array.item() for name, array in metrics.items()}
+
+
+@pytest.mark.usefixtures("one_device")
+def test_micro_batches_give_the_update_of_the_whole_batch(tiny: Config, tmp_path: Path) -> None:
+    # A large epsilon, as Adam's first step is otherwise the sign of rounding noise here and there.
+    smooth = vary(tiny, memory={"adam": RowAdam(eps=1e-2)}, optimizer={"eps": 1e-2})
+    whole, parts = (
+        one_step(Run.start(vary(smooth, train={"accumulation": count}), tmp_path / str(count)))
+        for count in (1, 4)
+    )
+    for name, value in whole[1].items():
+        np.testing.assert_allclose(parts[1][name], value, rtol=1e-5, err_msg=name)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(whole[0]), jax.tree.leaves(parts[0]), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_clipping_scales_parameters_and_merged_rows_by_their_common_norm(
+    tiny: Config, tmp_path: Path
+) -> None:
+    """The first moments after one step are the clipped gradient times 1 − b1."""
+
+    def moments(clip_norm: float) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        config = vary(tiny, optimizer={"clip_norm": clip_norm})
+        run = Run.start(config, tmp_path / str(clip_norm))
+        # A large projection of small rows, so that rows have gradients as large as parameters.
+        state = run.initial_state()
+        engram, table = state.params["blocks"][1]["engram"], state.tables[1]
+        engram["value"] = engram["value"] * 100
+        state.tables[1] = replace(table, rows=table.rows * 1e-3)
+        state, metrics = one_step(run, state)
+        mean = {"rows": state.tables[1].mean, "dense": state.optimizer[0].mu}
+        gradients = {
+            name: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) / 0.1
+            for name, tree in mean.items()
+        }
+        return gradients, metrics
+
+    free, metrics = moments(1e6)
+    norm = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in free.values()))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["row_gradient_norm"], np.linalg.norm(free["rows"].astype(np.float64)), rtol=1e-5
+    )
+    assert 0.05 < metrics["row_gradient_norm"] / norm < 0.95  # both parts matter
+    clipped, clipped_metrics = moments(norm / 7)
+    assert clipped_metrics["gradient_norm"] == metrics["gradient_norm"]
+    for name, gradient in free.items():
+        np.testing.assert_allclose(clipped[name], gradient / 7, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_step_writes_only_the_rows_that_its_tokens_hash_to(tiny: Config, tmp_path: Path) -> None:
+    run = Run.start(tiny, tmp_path / "run")
+    batch = first_batch(run)
+    before = run.initial_state().tables[1]
+    after = one_step(run)[0].tables[1]
+    tokens, segments = np.asarray(batch.tokens), np.asarray(batch.segments)
+    touched = np.unique(run.ngram_hash.hash_tokens(1, tokens, segments))
+    idle = np.setdiff1d(np.arange(len(before.rows)), touched)
+    for column in ("rows", "mean", "square", "count"):
+        old, new = np.asarray(getattr(before, column)), np.asarray(getattr(after, column))
+        assert old[idle].tobytes() == new[idle].tobytes(), column
+    np.testing.assert_array_equal(np.flatnonzero(after.count), touched)
+
+
+@pytest.mark.parametrize("mesh", ["one device", "eight devices"])
+def test_a_step_costs_the_same_whatever_the_tables_size(
+    tiny: Config, tmp_path: Path, mesh: str, request: pytest.FixtureRequest
+) -> None:
+    """Donated tables are updated in place: no temporary grows with their rows."""
+    if mesh == "one device":
+        request.getfixturevalue("one_device")
+
+    def compile_step(rows: int) -> tuple[int, int, int]:
+        config = vary(tiny, memory={"rows_per_head": (rows, rows)})
+        run = Run.start(config, tmp_path / str(rows))
+        with jax.set_mesh(run.mesh):
+            compiled = make_train_step(run).lower(run.abstract_state(), first_batch(run)).compile()
+        memory = compiled.memory_analysis()
+        table = run.ngram_hash.padded_rows[0] * (3 * config.memory.row_width + 1) * 4
+        return memory.temp_size_in_bytes, memory.alias_size_in_bytes, table // run.mesh.size
+
+    small, large = compile_step(500), compile_step(40_000)
+    assert large[0] <= small[0] * 1.01
+    assert large[1] - small[1] == large[2] - small[2]  # aliased: the whole of the tables
