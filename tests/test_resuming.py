@@ -67,6 +67,29 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert losses(parts.folder) == losses(whole.folder)
 
 
+@pytest.mark.usefixtures("one_device")
+def test_a_run_that_ends_right_after_a_save_has_all_its_lines(
+    tiny: Config, train_whole: TrainWhole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = vary(tiny, train={"evaluate_every": 2, "checkpoint_every": 2})
+    whole, expected = train_whole(config, 1, 1)
+    save = Run.save
+
+    def save_and_end(run: Run, state: TrainState) -> Path:
+        path = save(run, state)
+        if state.step in (4, 6):
+            raise SystemExit
+        return path
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(Run, "save", save_and_end)
+            train(Run.start(config, tmp_path / "parts"))
+    assert_identical(train(Run.start(config, tmp_path / "parts")), expected)
+    for kind in ("train", "held_out"):
+        assert losses(tmp_path / "parts", kind) == losses(whole.folder, kind)
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """SIGKILL at random moments, some of them in the middle of a save or of the set-up.

@@ -111,7 +111,7 @@ def test_a_folder_with_another_configuration_is_refused(tiny: Config, tmp_path: 
     Run.start(tiny, tmp_path / "run")
     before = (tmp_path / "run" / "config.json").read_bytes()
     for change, field in (
-        ({"optimizer": {"learning_rate": 0.5}}, r"optimizer\.learning_rate 0\.006, not 0\.5"),
+        ({"optimizer": {"learning_rate": 0.5}}, r"optimizer\.learning_rate 0\.003, not 0\.5"),
         ({"memory": {"rows_per_head": (500, 501)}}, r"memory\.rows_per_head \(500, 500\)"),
         ({"model": {"remat": True}}, r"model\.remat False"),
     ):

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from jax import Array
 from jaxtyping import Int32
+from lively import enliven
 
 from engram_jax import run as run_module
 from engram_jax.config import Config, DataConfig, MemoryConfig, TrainConfig
@@ -60,13 +61,14 @@ def tiny_config(folder: Path) -> Config:
 
 
 def make_run(folder: Path, memory: str) -> Run:
-    """Starts a run with "engram", "over_encoding" or no memory ("dense") and saves step 0."""
+    """Starts a run with "engram", "over_encoding" or "dense" memory; saves an enlivened step 0."""
     config = tiny_config(folder)
     layers = {"engram": (1,), "over_encoding": (0,), "dense": ()}[memory]
     fusion = "over_encoding" if memory == "over_encoding" else "engram"
     config = replace(config, memory=replace(config.memory, layers=layers, fusion=fusion))
     run = Run.start(config, folder / "run")
-    run.save(run.initial_state())
+    state = run.initial_state()
+    run.save(replace(state, params=enliven(state.params)))
     return run
 
 

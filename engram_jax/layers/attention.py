@@ -64,8 +64,8 @@ class Attention(nnx.Module):
         self.query = nnx.Param(init(rngs.params(), (width, heads, head_width)))
         self.key = nnx.Param(init(rngs.params(), (width, kv_heads, head_width)))
         self.value = nnx.Param(init(rngs.params(), (width, kv_heads, head_width)))
-        out_init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
-        self.out = nnx.Param(out_init(rngs.params(), (heads, head_width, width)))
+        # Zero at the start, as every layer's way into the residual stream: see `Decoder`.
+        self.out = nnx.Param(jnp.zeros((heads, head_width, width)))
         self.config = config
         self.dtype = dtype
 

@@ -20,7 +20,8 @@ class FeedForward(nnx.Module):
         init = nnx.initializers.lecun_normal()
         self.gate = nnx.Param(init(rngs.params(), (width, inner)))
         self.up = nnx.Param(init(rngs.params(), (width, inner)))
-        self.down = nnx.Param(init(rngs.params(), (inner, width)))
+        # Zero at the start, as every layer's way into the residual stream: see `Decoder`.
+        self.down = nnx.Param(jnp.zeros((inner, width)))
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

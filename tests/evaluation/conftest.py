@@ -12,7 +12,7 @@ def run(untrained) -> Run:
 
 @pytest.fixture(scope="session")
 def weights(run) -> Weights:
-    return run.initial_state().weights
+    return run.restore_weights()
 
 
 @pytest.fixture

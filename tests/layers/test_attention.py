@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import Array
+from lively import enliven
 
 from engram_jax.errors import InputError
 from engram_jax.layers.attention import Attention, AttentionConfig, attend
@@ -78,7 +79,9 @@ def test_a_named_implementation_that_cannot_run_fails() -> None:
 
 
 def make_layer(config: AttentionConfig, width: int = 12) -> Attention:
-    return Attention(width, config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    layer = Attention(width, config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    nnx.update(layer, enliven(nnx.state(layer)))
+    return layer
 
 
 @nnx.jit

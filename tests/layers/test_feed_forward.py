@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from lively import enliven
 
 from engram_jax.layers.feed_forward import FeedForward
 
 
 def test_is_swiglu() -> None:
     layer = FeedForward(6, 10, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    nnx.update(layer, enliven(nnx.state(layer)))
     x = jax.random.normal(jax.random.key(0), (2, 3, 6))
     x64, gate, up, down = (
         np.asarray(a, np.float64) for a in (x, layer.gate[...], layer.up[...], layer.down[...])
