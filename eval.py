@@ -17,14 +17,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import tyro
 
-from engram_jax.data.corpus import Corpus, build_corpus
+from engram_jax.data.corpus import Corpus
 from engram_jax.data.sources import resolve_source
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.evaluation.gate_map import read_gates, write_html, write_png
 from engram_jax.evaluation.held_out import make_scorer
 from engram_jax.evaluation.report import evaluate, format_report, to_json
+from engram_jax.files import written_whole
 from engram_jax.run import Run
-from engram_jax.sampling import sample
+from engram_jax.sampling import check_drawing, sample
 
 MAP_TOKENS = 1024  # more makes a page that nobody reads
 OPENING_TOKENS = 160  # of a held-out document, if no text is given
@@ -72,12 +73,14 @@ def main(args: Sequence[str] | None = None) -> None:
     _check(options)
     text = _given_text(options)
     run = Run.open(options.run)
-    data = run.config.data
-    sources = options.sources or data.sources
-    for source in sources:
+    check_drawing(options.temperature, options.top_k, run.config.model.vocabulary)
+    has_gates = bool(run.config.memory.sites.layers)
+    if text and not has_gates:
+        raise InputError(f"The model in {run.folder} has no gates to show; leave out the text.")
+    for source in options.sources:
         resolve_source(source)
     weights = run.restore_weights(options.step)
-    corpora = [build_corpus(source, run.tokenizer, data.cache, data.held_out) for source in sources]
+    corpora = run.corpora(options.sources)
     step = int(weights.step)
     print(f"{options.run}: {run.config.name}, step {step} of {run.config.train.steps}\n")
 
@@ -97,7 +100,7 @@ def main(args: Sequence[str] | None = None) -> None:
             seed=options.seed,
         )
         results["sample"] = {"prompt": options.prompt, "continuation": continuation}
-    if run.config.memory.sites.layers:
+    if has_gates:
         text = _shorten(run, text or _opening(run, corpora[0]))
         gate_map = read_gates(run, scorer, weights, text)
         write_html(gate_map, options.run / "gates.html")
@@ -108,7 +111,8 @@ def main(args: Sequence[str] | None = None) -> None:
     report = evaluate(run, scorer, weights, corpora, max_tokens=options.max_tokens)
     print(format_report(report))
     results["held_out"] = to_json(report)
-    written[0].write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    with written_whole(written[0]) as partial:
+        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if continuation:
         print(f"\nSample: {options.prompt}|{continuation}")
     print(f"\nWritten: {', '.join(map(str, written))}")
@@ -143,7 +147,7 @@ def _given_text(options: EvalOptions) -> str | None:
 
 def _opening(run: Run, corpus: Corpus) -> str:
     """The beginning of the corpus's first held-out document."""
-    return run.tokenizer.decode(corpus.held_out.tokens(0)[1 : OPENING_TOKENS + 1])
+    return run.tokenizer.decode(corpus.held_out.tokens(0)[1:-1][:OPENING_TOKENS])  # no bos, eos
 
 
 def _shorten(run: Run, text: str) -> str:

@@ -54,10 +54,12 @@ def main() -> None:
     if jax.process_index() > 0:
         return
     print(f"{run.folder} holds {int(state.step)} of {config.train.steps} steps.")
-    if jax.process_count() == 1:
+    if state.step == config.train.steps and jax.process_count() == 1:
         continuation = sample(run, state.weights, PROMPT, tokens=40, temperature=0.7, top_k=40)
         print(f"A continuation: {PROMPT}{continuation}")
-    print(f"Next: python eval.py {run.folder}")
+        print(f"Next: python eval.py {run.folder}")
+    elif state.step < config.train.steps:
+        print("The same command goes on with it.")
 
 
 if __name__ == "__main__":
@@ -67,4 +69,4 @@ if __name__ == "__main__":
     except Diverged as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("Interrupted before the first step: there is nothing to save.")
+        sys.exit("Interrupted.")

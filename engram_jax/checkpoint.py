@@ -19,19 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from engram_jax.errors import DISK_FULL, InputError
+from engram_jax.processes import all_agree, leads, together
 
 try:
     from orbax.checkpoint import v1 as ocp
 except ImportError:  # the path until Orbax moves it
     from orbax.checkpoint.experimental import v1 as ocp
 
-FORMAT = 1
+FORMAT = 2  # 1 had models whose embedding entered unscaled
 STATE = "state"
 MANIFEST = "manifest.json"
 PARTIAL = "partial-"  # being written or removed
@@ -82,43 +81,40 @@ class Checkpoints:
             InputError: the disk is too small or full; the earlier checkpoints are untouched.
         """
         arrays = _named(state)
-        needed = sum(array.nbytes for array in arrays.values())
         final = self._folder / f"{step:08d}"
         partial = self._folder / f"{PARTIAL}{step:08d}"
-        problem = None
-        if _leads():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._tidy()
-            if shutil.disk_usage(self._folder).free < needed:
-                problem = self._full(step, needed)
-            else:
+        with together(f"begin the checkpoint of step {step}"):
+            if leads():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._tidy()
+                self.require_space(arrays)
                 partial.mkdir()
-        if not _all_agree(problem is None):
-            raise problem or self._full(step, needed)
-
-        failure: Exception | None = None
         try:
-            try:
+            with together(f"write the checkpoint of step {step}"):
                 with _orbax_context():
                     ocp.save(partial / STATE, arrays)
-                if _leads():
+                if leads():
                     for file in files:
                         shutil.copy(file, partial)
                     _write_manifest(partial, step, self._identity, config, arrays)
                     self._publish(partial, final)
-            except Exception as error:
-                failure = error
-            if not _all_agree(failure is None):
-                raise failure or InputError(
-                    f"Another process could not write the checkpoint of step {step}; see its error."
-                )
         except BaseException as error:
-            if _leads():  # what a concurrent write of Orbax leaves here, the next save removes
+            if leads():  # what a concurrent write of Orbax leaves here, the next save removes
                 shutil.rmtree(partial, ignore_errors=True)
             if _is_disk_full(error):
-                raise self._full(step, needed) from error
+                raise self._full(arrays) from error
             raise
         return final
+
+    def require_space(self, state: PyTree) -> None:
+        """Looks whether a checkpoint of the state (arrays, or their shapes) fits on the disk.
+
+        Raises:
+            InputError: it does not.
+        """
+        there = next(path for path in [self._folder, *self._folder.parents] if path.exists())
+        if shutil.disk_usage(there).free < _size(state):
+            raise self._full(state)
 
     def restore(
         self,
@@ -155,14 +151,14 @@ class Checkpoints:
         }
         for candidate in [step] if step is not None else reversed(found):
             damage = self._damage(candidate, wanted, partial)
-            if _all_agree(damage is None):
+            if all_agree(damage is None):
                 with _orbax_context(partial):
                     arrays = ocp.load(self._path(candidate) / STATE, wanted)
                 leaves = [arrays[name] for name in wanted]
                 return candidate, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-            if _leads() and step is None:
+            if leads() and step is None:
                 print(
-                    f"The checkpoint of step {candidate} is damaged ({damage}): "
+                    f"The checkpoint of step {candidate} is damaged ({damage or 'on a host'}): "
                     "falling back to the one before it.",
                     file=sys.stderr,
                 )
@@ -186,14 +182,16 @@ class Checkpoints:
         folder = self._path(step)
         try:
             content = _read_manifest(folder / MANIFEST)
-        except (OSError, ValueError, TypeError, KeyError):
+        except FileNotFoundError:
+            return f"{MANIFEST} is missing"
+        except (ValueError, TypeError, KeyError):
             return f"{MANIFEST} is unreadable"
         self._check_identity(step, content)
         saved = content["arrays"]
         if partial:
             saved = {name: saved[name] for name in wanted if name in saved}
         _check_arrays(step, saved, _described(wanted))
-        if not _leads():
+        if not leads():
             return None
         for name, saved in content["files"].items():
             path = folder / name
@@ -244,12 +242,18 @@ class Checkpoints:
                 # Under another name first: a kill in between must leave no half checkpoint behind.
                 shutil.rmtree(path.rename(path.with_name(PARTIAL + path.name)))
 
-    def _full(self, step: int, needed: int) -> InputError:
-        free = shutil.disk_usage(self._folder).free
+    def _full(self, state: PyTree) -> InputError:
+        there = next(path for path in [self._folder, *self._folder.parents] if path.exists())
         return InputError(
-            f"The checkpoint of step {step} does not fit in {self._folder}, which needs {needed:,} "
-            f"bytes and has {free:,} free: free some space or keep fewer checkpoints."
+            f"A checkpoint does not fit in {self._folder}: it needs {_size(state):,} bytes, and "
+            f"{shutil.disk_usage(there).free:,} are free; free some space or keep fewer "
+            "checkpoints."
         )
+
+
+def _size(state: PyTree) -> int:
+    """Bytes of all arrays together."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def _orbax_context(partial: bool = False) -> Any:
@@ -367,14 +371,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _leads() -> bool:
-    return jax.process_index() == 0
-
-
-def _all_agree(here: bool) -> bool:
-    """Whether `here` holds on all processes, which meet at this point."""
-    if jax.process_count() == 1:
-        return here
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))

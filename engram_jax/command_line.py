@@ -1,9 +1,10 @@
 """The command line of a run: a named configuration, and every field of it as a flag."""
 
+import difflib
 import importlib
 import sys
-from collections.abc import Sequence
-from dataclasses import make_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,8 +46,8 @@ def parse[Options](
         args: the words after the program's name; None takes the process's.
 
     Raises:
-        InputError: an unknown configuration, or values that cannot work.
-        SystemExit: an unknown flag, after a message that names the near ones; or `--help`.
+        InputError: an unknown configuration or flag; the sentence lists those there are.
+        SystemExit: values that cannot work, after a message that names them; or `--help`.
     """
     words = list(sys.argv[1:] if args is None else args)
     name = words.pop(0) if words and not words[0].startswith("-") else "default"
@@ -59,14 +60,33 @@ def parse[Options](
         ],
     )
     runs = "\n".join(f"  {name:<16}{line}" for name, line in named_configs().items())
-    parsed: Any = tyro.cli(
+    parsed, unknown = tyro.cli(
         command,
         default=command(options(), config),
         args=words,
         prog=f"{Path(sys.argv[0]).name} [CONFIG]",
         description=f"{description}\n\nConfigurations:\n{runs}\n\nShown below: {name}.",
+        return_unknown_args=True,
     )
+    if unknown:
+        flags = [*_flags(parsed.options), *_flags(parsed.config)]
+        near = difflib.get_close_matches(unknown[0], flags, n=3)
+        raise InputError(
+            f"There is no {unknown[0]!r} here"
+            f"{', perhaps ' + ' or '.join(near) + ' is meant' if near else ''}. A configuration's "
+            f"name comes first; the flags are {', '.join(flags)}."
+        )
     return parsed.options, parsed.config
+
+
+def _flags(options: Any, prefix: str = "--") -> Iterator[str]:
+    """The flags of a dataclass and of those in it."""
+    for field in fields(options):
+        name, value = prefix + field.name.replace("_", "-"), getattr(options, field.name)
+        if is_dataclass(value):
+            yield from _flags(value, f"{name}.")
+        else:
+            yield name
 
 
 def _module(name: str) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram_jax.errors import InputError
+from engram_jax.files import written_whole
 from engram_jax.hashing import HashSpec
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.model import DecoderConfig, MemorySites
@@ -120,6 +121,8 @@ class DataConfig:
             )
         if min(self.sequence_length, self.batch_size) < 1:
             raise InputError("sequence_length and batch_size must be at least 1.")
+        if min(self.workers, self.prefetch) < 0:
+            raise InputError("data.workers and data.prefetch must not be negative.")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out is {self.held_out}; it is a share between 0 and 1.")
 
@@ -198,9 +201,8 @@ class Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes a configuration as JSON, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(config), indent=1) + "\n")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(asdict(config), indent=1) + "\n")
 
 
 def load_config(path: Path) -> Config:

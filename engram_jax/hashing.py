@@ -19,6 +19,7 @@ from sympy import nextprime
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
+from engram_jax.files import written_whole
 
 DEAD = -1  # the token id of a position that is no text (an image placeholder, say)
 ROW_MULTIPLE = 4096  # a table is padded to a multiple of this, whatever the mesh
@@ -237,9 +238,8 @@ class NgramHash:
             "projection": self.projection.to_json(),
             "fingerprint": self.fingerprint,
         }
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.replace(path)
+        with written_whole(path) as partial:
+            partial.write_text(json.dumps(document, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "NgramHash":

@@ -6,7 +6,7 @@ and what evaluation writes.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,21 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from engram_jax.checkpoint import Checkpoints
 from engram_jax.compression import project_vocabulary
 from engram_jax.config import Config, load_config, save_config
 from engram_jax.data.corpus import Corpus, build_corpus
 from engram_jax.data.packing import Batch
+from engram_jax.data.pipeline import mix_rows
 from engram_jax.data.sources import resolve_source, source_name
 from engram_jax.errors import InputError
+from engram_jax.files import hold_lock, written_whole
 from engram_jax.hashing import NgramHash
-from engram_jax.locks import hold_lock
 from engram_jax.memory.layout import init_table
 from engram_jax.memory.plan import Planner
 from engram_jax.model import Decoder
 from engram_jax.optimizer import make_optimizer, make_schedule
+from engram_jax.processes import leads, together
 from engram_jax.sharding import (
     BATCH_ABT,
     PLAN_AOBT,
@@ -46,7 +47,9 @@ from engram_jax.train_state import TrainState, Weights
 from engram_jax.typing import Parameters
 
 # What a start that was killed before it wrote config.json leaves in the folder.
-_BEGUN = {"hash.json", "hash.partial", "texts.json", "config.partial"}
+_BEGUN = {
+    *("hash.json", "partial-hash.json", "texts.json", "partial-texts.json", "partial-config.json"),
+}
 
 
 # What may change when a run is resumed: none of it changes what is learned.
@@ -96,6 +99,21 @@ class Run:
             InputError: the folder holds something else, the tokenizer does not fit the model, or
                 sizes do not divide the mesh.
         """
+        with together(f"begin the run in {folder}"):
+            run = cls._check_start(config, folder)
+        with together(f"write to {folder}"):
+            if leads() and not (folder / "config.json").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                if run.ngram_hash is not None:
+                    run.ngram_hash.save(folder / "hash.json")
+                with written_whole(folder / "texts.json") as partial:
+                    partial.write_text(json.dumps(run._texts(), indent=1) + "\n")
+                save_config(config, folder / "config.json")
+        return run
+
+    @classmethod
+    def _check_start(cls, config: Config, folder: Path) -> "Run":
+        """Makes the run without writing to its folder: what is wrong leaves none behind."""
         tokenizer = _load_tokenizer(config)
         if tokenizer.vocab_size != config.model.vocabulary:
             raise InputError(
@@ -107,31 +125,26 @@ class Run:
         if config.memory.layers:
             spec = config.memory.hash_spec(tokenizer.pad_id)
             ngram_hash = NgramHash.build(spec, project_vocabulary(tokenizer))
-        if (folder / "config.json").exists():
-            _check_same(config, load_config(folder / "config.json"), folder)
+        resumes = (folder / "config.json").exists()
+        if resumes:
+            _check_same(config, folder)
             if ngram_hash is not None:
-                stored = NgramHash.load(folder / "hash.json")
-                if stored.projection.fingerprint != ngram_hash.projection.fingerprint:
-                    raise InputError(
-                        f"{folder} was hashed for another tokenizer than "
-                        f"{config.data.tokenizer!r}; restore that tokenizer or start another run."
-                    )
-                ngram_hash = stored
+                ngram_hash = _stored_hash(ngram_hash, config, folder)
+        elif folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; name a folder for the run.")
         elif folder.exists() and any(path.name not in _BEGUN for path in folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no run; name another folder.")
         run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
-        # Corpora that cannot be read leave no folder behind.
-        texts = {corpus.name: corpus.folder.name for corpus in run.corpora()}
-        _check_texts(texts, folder)
-        if jax.process_count() > 1:  # all have looked before one writes
-            multihost_utils.sync_global_devices("run folder checked")
-        if jax.process_index() == 0 and not (folder / "config.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            if ngram_hash is not None:
-                ngram_hash.save(folder / "hash.json")
-            (folder / "texts.json").write_text(json.dumps(texts, indent=1) + "\n")
-            save_config(config, folder / "config.json")
+        data = config.data
+        mix_rows(run.corpora(), data.weights, data.sequence_length, config.train.seed)
+        if resumes:
+            _check_texts(run._texts(), folder)
         return run
+
+    def _texts(self) -> dict[str, Any]:
+        """Fingerprints of the tokenizer and of the tokenized corpora."""
+        corpora = {corpus.name: corpus.folder.name for corpus in self.corpora()}
+        return {"tokenizer": self.tokenizer.fingerprint, "corpora": corpora}
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
@@ -195,14 +208,16 @@ class Run:
             InputError: one does already.
         """
         with ExitStack() as stack:
-            if jax.process_index() == 0:
-                try:
-                    stack.enter_context(hold_lock(self.folder / "lock", wait=False))
-                except BlockingIOError as error:
-                    raise InputError(
-                        f"Another process is training in {self.folder}; wait for it, or name "
-                        "another --run folder."
-                    ) from error
+            with together(f"train in {self.folder}"):
+                if leads():
+                    try:
+                        stack.enter_context(hold_lock(self.folder / "lock", wait=False))
+                    except BlockingIOError as error:
+                        raise InputError(
+                            f"Another process is training in {self.folder}; wait for it, or name "
+                            "another --run folder."
+                        ) from error
+                _check_same(self.config, self.folder)  # somebody may have begun another since
             yield
 
     def planner(self) -> Planner | None:
@@ -229,14 +244,16 @@ class Run:
             plan = rest._replace(tokens=tokens)
         return Batch._make([*map(put_local, batch[:-1]), plan])
 
-    def corpora(self) -> list[Corpus]:
-        """The corpora, tokenized now if they are not in the cache.
+    def corpora(self, sources: Sequence[str] = ()) -> list[Corpus]:
+        """The corpora, tokenized now if they are not in the cache; by default those of the run.
 
         Raises:
-            InputError: a source cannot be read (see `build_corpus`), or two have the same name.
+            InputError: a source cannot be read (see `build_corpus`), has nothing held out, or has
+                another's name.
         """
         data = self.config.data
-        names = [source_name(resolve_source(source)) for source in data.sources]
+        sources = sources or data.sources
+        names = [source_name(resolve_source(source)) for source in sources]
         for name in names:
             if names.count(name) > 1:
                 raise InputError(
@@ -244,7 +261,7 @@ class Run:
                 )
         corpora = [
             build_corpus(source, self.tokenizer, Path(data.cache), data.held_out)
-            for source in data.sources
+            for source in sources
         ]
         for corpus in corpora:
             if not len(corpus.held_out):
@@ -336,7 +353,19 @@ def _make_decoder(config: Config, key: jax.Array) -> Decoder:
     return Decoder(config.model, config.memory.sites, rngs=nnx.Rngs(params=params, memory=memory))
 
 
-def _check_same(config: Config, stored: Config, folder: Path) -> None:
+def _stored_hash(ours: NgramHash, config: Config, folder: Path) -> NgramHash:
+    """The hash that a folder's run began with, whatever multipliers NumPy draws today."""
+    stored = NgramHash.load(folder / "hash.json")
+    if stored.projection.fingerprint != ours.projection.fingerprint:
+        raise InputError(
+            f"{folder} was hashed for another tokenizer than {config.data.tokenizer!r}; restore "
+            "that tokenizer or start another run."
+        )
+    return stored
+
+
+def _check_same(config: Config, folder: Path) -> None:
+    stored = load_config(folder / "config.json")
     ours, theirs = _flatten(asdict(config)), _flatten(asdict(stored))
     for name in ours:
         if ours[name] != theirs[name] and not name.startswith(_CHANGEABLE):
@@ -346,12 +375,19 @@ def _check_same(config: Config, stored: Config, folder: Path) -> None:
             )
 
 
-def _check_texts(texts: dict[str, str], folder: Path) -> None:
-    """Compares the fingerprints of the tokenized corpora with those a resumed run began with."""
-    if not (folder / "config.json").exists() or not (folder / "texts.json").exists():
+def _check_texts(texts: dict[str, Any], folder: Path) -> None:
+    """Compares the fingerprints of tokenizer and corpora with those a resumed run began with."""
+    path = folder / "texts.json"
+    if not path.exists():
         return
-    begun = json.loads((folder / "texts.json").read_text())
-    changed = [name for name in texts if begun.get(name) != texts[name]]
+    begun = json.loads(path.read_text())
+    if begun["tokenizer"] != texts["tokenizer"]:
+        raise InputError(
+            f"{folder} was begun with another tokenizer; restore that, or give another --run "
+            "folder to start anew."
+        )
+    ours, theirs = texts["corpora"], begun["corpora"]
+    changed = [name for name in ours if theirs.get(name) != ours[name]]
     if changed:
         raise InputError(
             f"The text of {', '.join(changed)} is not what {folder} was begun with; restore it, or "

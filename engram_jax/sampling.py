@@ -1,5 +1,6 @@
 """Sampled continuations of a prompt: a full forward pass over a fixed window for every token."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -47,13 +48,9 @@ def sample(
     Raises:
         InputError: a setting is out of range, or the prompt is no valid Unicode.
     """
-    vocabulary = run.config.model.vocabulary
     if tokens < 1:
         raise InputError(f"A continuation of {tokens} tokens is none; ask for at least 1.")
-    if temperature < 0:
-        raise InputError(f"The temperature is {temperature}; it must be 0 or more.")
-    if top_k is not None and not 1 <= top_k <= vocabulary:
-        raise InputError(f"top_k is {top_k}; the vocabulary allows 1 to {vocabulary}.")
+    check_drawing(temperature, top_k, run.config.model.vocabulary)
     tokenizer = run.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     start = len(ids)
@@ -64,11 +61,24 @@ def sample(
             window = ids[-run.config.data.sequence_length :]
             batch = run.put(_window_batch(run, window))
             last = jnp.int32(len(window) - 1)
-            ids.append(int(next_token(weights, batch, last, jax.random.fold_in(key, number))))
-            if ids[-1] == tokenizer.eos_id:
+            following = int(next_token(weights, batch, last, jax.random.fold_in(key, number)))
+            if following == tokenizer.eos_id:
                 break
+            ids.append(following)
     # Decoded with the prompt: some tokenizers drop the space that begins a text.
     return tokenizer.decode(ids)[len(tokenizer.decode(ids[:start])) :]
+
+
+def check_drawing(temperature: float, top_k: int | None, vocabulary: int) -> None:
+    """Looks whether tokens can be drawn so.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"The temperature is {temperature}; it must be 0 or more.")
+    if top_k is not None and not 1 <= top_k <= vocabulary:
+        raise InputError(f"top_k is {top_k}; the vocabulary allows 1 to {vocabulary}.")
 
 
 def _window_batch(run: Run, window: list[int]) -> Batch:

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ from engram_jax.loss import token_losses
 from engram_jax.memory import lookup
 from engram_jax.memory.row_adam import update_rows
 from engram_jax.metrics import MetricsLog
+from engram_jax.processes import leads, together
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState
 from engram_jax.typing import Parameters, PyTree
@@ -119,15 +120,21 @@ def train(
         Diverged: NaN or Inf; names the step and the newest checkpoint.
     """
     config = run.config
-    leads = jax.process_index() == 0
-    with jax.set_mesh(run.mesh), run.exclusively():
+    if start_step is not None and start_from is None:
+        raise InputError("--start-step chooses a checkpoint of --start-from; give that too.")
+    with jax.set_mesh(run.mesh), run.exclusively(), ExitStack() as stack:
         corpora = run.corpora()
+        with together("find room for a checkpoint"):
+            run.checkpoints.require_space(run.abstract_state())
         state = _first_state(run, start_from, start_step)
         step = int(state.step)
         train_step = make_train_step(run)
         scorer = make_scorer(run)
+        log = None
+        with together("open the log"):
+            if leads():
+                log = stack.enter_context(MetricsLog(run.folder, resume_step=step))
         with (
-            MetricsLog(run.folder, resume_step=step) if leads else nullcontext() as log,
             _stop_signal() as stopped,
             make_batches(
                 corpora,
@@ -147,7 +154,7 @@ def train(
                 total=config.train.steps,
                 initial=step,
                 unit="step",
-                disable=not leads,
+                disable=not leads(),
                 mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants few lines
             ) as bar,
         ):
@@ -264,33 +271,45 @@ class _Progress:
 def _first_state(run: Run, start_from: Path | None, start_step: int | None) -> TrainState:
     """The newest checkpoint's state, or a new one, perhaps with another run's weights."""
     if run.checkpoints.steps():
+        if start_from is not None and leads():
+            print(f"{run.folder} has checkpoints: it goes on with them, not from {start_from}.")
         return run.restore()
-    state = run.initial_state()
     if start_from is None:
-        return state
-    other = Run.open(start_from)
+        return run.initial_state()
+    with together(f"start from {start_from}"):
+        other = _fitting_run(run, start_from)
+    # Their checkpoints, in the shapes and on the devices of this run.
+    weights = replace(run, checkpoints=other.checkpoints).restore_weights(start_step)
+    state = run.initial_state()
+    tables = {
+        layer: replace(table, rows=weights.rows[layer]) for layer, table in state.tables.items()
+    }
+    state = replace(state, params=weights.params, tables=tables)
+    run.save(state)  # or a run killed before its first checkpoint would forget where it came from
+    return state
+
+
+def _fitting_run(run: Run, folder: Path) -> Run:
+    """The run in another folder, if its weights can begin this run."""
+    other = Run.open(folder)
     if other.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise InputError(
-            f"{start_from} has another tokenizer than this run, so its embeddings mean other "
+            f"{folder} has another tokenizer than this run, so its embeddings mean other "
             "tokens; give this run the same data.tokenizer."
         )
     ours, theirs = run.ngram_hash, other.ngram_hash
     if ours and theirs and ours.fingerprint != theirs.fingerprint:
         raise InputError(
-            f"{start_from} hashes with {theirs.fingerprint}, this run with {ours.fingerprint}: its "
+            f"{folder} hashes with {theirs.fingerprint}, this run with {ours.fingerprint}: its "
             "table rows would mean other n-grams. Give this run the same memory and tokenizer."
         )
-    weights = other.restore_weights(start_step)
-    taken = (weights.params, weights.rows)
-    wanted = (state.params, state.weights.rows)
-    if _shapes(taken) != _shapes(wanted):
+    wanted, found = run.abstract_state().weights, other.abstract_state().weights
+    if _shapes((wanted.params, wanted.rows)) != _shapes((found.params, found.rows)):
         raise InputError(
-            f"The model in {start_from} has other parameters than this run; give this run the "
-            "same model and memory sizes."
+            f"The model in {folder} has other parameters than this run; give this run the same "
+            "model and memory sizes."
         )
-    params, rows = jax.device_put(taken, jax.tree.map(lambda leaf: leaf.sharding, wanted))
-    tables = {layer: replace(table, rows=rows[layer]) for layer, table in state.tables.items()}
-    return replace(state, params=params, tables=tables)
+    return other
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

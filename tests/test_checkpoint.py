@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -140,7 +141,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "garbled manifest": (lambda d: (d / "manifest.json").write_bytes(b"\xff{"), "is unreadable"),
     "flipped manifest": (lambda d: flip_a_byte(d / "manifest.json"), "is unreadable"),
     "empty manifest": (lambda d: (d / "manifest.json").write_text(""), "is unreadable"),
-    "no manifest": (lambda d: (d / "manifest.json").unlink(), "is unreadable"),
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), "is missing"),
 }
 
 
@@ -226,9 +227,22 @@ def test_a_disk_too_small_is_found_before_writing(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(saved.states[10]))
-    with pytest.raises(InputError, match=f"step 30 .*{needed:,} bytes and has 999 free"):
+    with pytest.raises(InputError, match=f"needs {needed:,} bytes, and 999 are free"):
         saved.checkpoints.save(30, saved.states[10], config={})
     assert {path.name for path in saved.folder.iterdir()} == {"00000010", "00000020"}
+
+
+def test_a_manifest_that_cannot_be_read_now_is_no_damage(
+    saved: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that drops out must not send a run back to an older checkpoint."""
+
+    def fail(path: Path, *_: object, **__: object) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(OSError, match="Stale"):
+        saved.checkpoints.restore(saved.abstract)
 
 
 def test_a_disk_that_fills_up_while_writing(saved: SimpleNamespace) -> None:
@@ -236,7 +250,7 @@ def test_a_disk_that_fills_up_while_writing(saved: SimpleNamespace) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(InputError, match=r"step 30 does not fit .*: free some space"):
+        with pytest.raises(InputError, match=r"does not fit .*; free some space"):
             saved.checkpoints.save(30, large, config={})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

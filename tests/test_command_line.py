@@ -45,11 +45,19 @@ def test_unknown_config_lists_the_known() -> None:
         parse(Options, "", ["defalt"])
 
 
-def test_unknown_flag_names_a_near_one(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        parse(Options, "", ["--model.widht", "3"])
-    assert exit_info.value.code == 2
-    assert "--model.width" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--model.widht", "3"], "no '--model.widht' here, perhaps --model.width"),
+        (["--train.steps", "3", "--nonsense"], "no '--nonsense' here"),
+        (["--profile", "dense"], "no 'dense' here.* name comes first"),
+    ],
+)
+def test_unknown_flag_lists_the_known(args: list[str], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence) as refused:
+        parse(Options, "", args)
+    for flag in ("--run", "--model.attention.heads", "--data.pad-id", "--memory.adam.b1"):
+        assert flag in str(refused.value)
 
 
 def test_value_that_cannot_work_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,11 +85,25 @@ def test_models_without_gates_skip_what_needs_them(eval_program, memory, untrain
         (["--max-tokens", "0"], "--max-tokens is 0"),
         (["--sample-tokens", "-1"], "--sample-tokens is -1"),
         (["--top-k", "0"], "top_k is 0"),
+        (["--temperature", "nan"], "temperature is nan"),
     ],
 )
 def test_what_cannot_be_done_is_said(eval_program, run, flags, sentence):
     with pytest.raises(InputError, match=sentence):
         eval_program([str(run.folder), *flags])
+
+
+def test_other_sources_are_checked_like_the_runs_own(eval_program, run, tmp_path):
+    (tmp_path / "book.txt").write_text("One long document. " * 50)
+    with pytest.raises(InputError, match="held out"):
+        eval_program([str(run.folder), "--sources", str(tmp_path / "book.txt")])
+    with pytest.raises(InputError, match="Two sources are called"):
+        eval_program([str(run.folder), "--sources", *run.config.data.sources[:1] * 2])
+
+
+def test_a_text_for_a_model_without_gates_is_refused(eval_program, untrained):
+    with pytest.raises(InputError, match="no gates"):
+        eval_program([str(untrained("dense").folder), "--text", "Wales"])
 
 
 def test_a_folder_that_is_no_run_is_refused(eval_program, run, tmp_path):

@@ -133,7 +133,7 @@ def test_rows_follow_the_formula(
 
 
 def test_rows_follow_the_formula_across_blocks_of_the_remainder() -> None:
-    """The remainders are taken 16,384 at a time; products come close to 2⁶³ here."""
+    """The remainders are taken 8,192 at a time; products come close to 2⁶³ here."""
     ngram_hash = NgramHash.build(
         HashSpec(layers=(2,), rows_per_head=(640_000, 2_262_400), heads=2, seed=5),
         VocabularyProjection.identity(129_280),

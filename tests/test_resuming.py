@@ -159,6 +159,34 @@ def test_start_from_takes_weights_alone(tiny: Config, trained: Run, tmp_path: Pa
     assert losses(second.folder)[0][1] < losses(trained.folder)[0][1]
 
 
+@pytest.mark.usefixtures("one_device")
+def test_where_a_run_started_from_is_remembered(
+    tiny: Config, trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also by a run that ends before its first own checkpoint, and goes on without the flag."""
+    whole = Run.start(tiny, tmp_path / "whole")
+    expected = train(whole, start_from=trained.folder)
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    parts = Run.start(tiny, tmp_path / "parts")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainer._Progress, "update", kill)
+        train(parts, start_from=trained.folder)
+    assert_identical(train(parts), expected)
+    train(parts, start_from=tmp_path / "elsewhere")
+    assert "goes on with them, not from" in capsys.readouterr().out
+
+
+def test_a_step_to_start_from_needs_a_run(tiny: Config, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--start-from"):
+        train(Run.start(tiny, tmp_path / "run"), start_step=3)
+
+
 def test_start_from_refuses_a_step_that_was_not_saved(
     tiny: Config, trained: Run, tmp_path: Path
 ) -> None:

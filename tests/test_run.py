@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from tiny_runs import assert_identical, tiny_config, vary
 
 from engram_jax import run as run_module
 from engram_jax.compression import VocabularyProjection
-from engram_jax.config import Config
+from engram_jax.config import Config, save_config
 from engram_jax.data.pipeline import make_batches
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
@@ -76,6 +77,46 @@ def test_unreadable_text_leaves_no_folder_behind(config: Config, tmp_path: Path)
     Run.start(config, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"sequence_length": 100_000}, "too few for one row"),
+        ({"weights": (1.0, -1.0)}, "weights must be positive"),
+    ],
+)
+def test_rows_that_cannot_be_made_leave_no_folder_behind(
+    config: Config, tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        Run.start(vary(config, data=change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_begun_in_the_folder_meanwhile_is_noticed(
+    config: Config, tmp_path: Path
+) -> None:
+    run = Run.start(config, tmp_path / "run")
+    save_config(vary(config, optimizer={"learning_rate": 0.5}), tmp_path / "run" / "config.json")
+    with pytest.raises(InputError, match="learning_rate"):
+        train(run)
+
+
+def test_a_full_disk_is_found_before_the_first_step(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.start(config, tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
+    with pytest.raises(InputError, match="999 are free"):
+        train(run)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_file_is_no_run_folder(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("notes")
+    with pytest.raises(InputError, match="is a file"):
+        Run.start(config, tmp_path / "notes")
+
+
 def test_nothing_held_out_is_refused_before_training(config: Config, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("One long document. " * 500)
     data = replace(config.data, sources=(str(tmp_path / "book.txt"),), held_out=1e-6)
@@ -129,7 +170,7 @@ def test_a_folder_with_something_else_is_refused(tiny: Config, tmp_path: Path) -
 
 def test_a_start_that_was_killed_is_started_again(tiny: Config, tmp_path: Path) -> None:
     Run.start(tiny, tmp_path / "run")
-    (tmp_path / "run" / "config.json").rename(tmp_path / "run" / "config.partial")
+    (tmp_path / "run" / "config.json").rename(tmp_path / "run" / "partial-config.json")
     again = Run.start(tiny, tmp_path / "run")
     assert Run.open(tmp_path / "run").ngram_hash.fingerprint == again.ngram_hash.fingerprint
 
@@ -151,8 +192,17 @@ def test_a_hash_of_another_tokenizer_is_refused(tiny: Config, saved: Run) -> Non
     NgramHash.build(saved.ngram_hash.spec, VocabularyProjection.identity(8192)).save(
         saved.folder / "hash.json"
     )
-    with pytest.raises(InputError, match="another tokenizer"):
+    with pytest.raises(InputError, match="hashed for another tokenizer"):
         Run.start(tiny, saved.folder)
+
+
+def test_another_tokenizer_is_not_called_another_text(config: Config, tmp_path: Path) -> None:
+    dense = vary(config, memory={"layers": ()})
+    Run.start(dense, tmp_path / "run")
+    texts = tmp_path / "run" / "texts.json"
+    texts.write_text(texts.read_text().replace('"tokenizer": "', '"tokenizer": "0'))
+    with pytest.raises(InputError, match="begun with another tokenizer"):
+        Run.start(dense, tmp_path / "run")
 
 
 def test_a_checkpoint_of_another_hash_is_refused(tiny: Config, saved: Run) -> None:
@@ -199,7 +249,7 @@ def test_a_checkpoint_holds_configuration_and_hash(trained: Run) -> None:
 def test_two_programs_do_not_train_in_one_folder(saved: Run, tiny: Config) -> None:
     holds = (
         "import pathlib, sys\n"
-        "from engram_jax.locks import hold_lock\n"
+        "from engram_jax.files import hold_lock\n"
         "with hold_lock(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"

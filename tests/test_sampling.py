@@ -83,7 +83,7 @@ def test_it_stops_at_the_end_of_the_document(engram):
     for sign in (1, -1):
         signed = params | {"norm": jax.tree.map(lambda leaf, s=sign: s * leaf, params["norm"])}
         texts.append(sample(run, replace(weights, params=signed), "", tokens=9, temperature=0.0))
-    assert "" in texts
+    assert "" in texts  # nor does eos leave its name
 
 
 def test_sampling_writes_nothing(engram):
@@ -98,6 +98,7 @@ def test_sampling_writes_nothing(engram):
     [
         ({"tokens": 0}, "0 tokens"),
         ({"tokens": 1, "temperature": -1.0}, "temperature is -1"),
+        ({"tokens": 1, "temperature": float("nan")}, "temperature is nan"),
         ({"tokens": 1, "top_k": 0}, "top_k is 0"),
         ({"tokens": 1, "top_k": 8193}, "1 to 8192"),
     ],

@@ -28,7 +28,7 @@ from engram_jax.data.sources import (
     source_name,
 )
 from engram_jax.errors import InputError
-from engram_jax.locks import hold_lock
+from engram_jax.files import hold_lock
 from engram_jax.tokenizer import Tokenizer
 
 # Written into the name of every cache folder: raise it when what is stored changes.
@@ -219,15 +219,17 @@ def build_corpus(
     cache = Path(cache)
     name = source_name(path)
     with _disk_errors(cache):
-        cache.mkdir(parents=True, exist_ok=True)
         survey = _survey(path, cache)
         identity = (FORMAT, survey.fingerprint, tokenizer.fingerprint, tokenizer.vocab_size)
         specials = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
         folder = cache / f"{name}-{_digest(repr((*identity, *specials)).encode()).hex()}"
-        # Only a saving of work: each build writes a folder of its own.
-        with hold_lock(folder.with_name(f"{folder.name}.lock")):
-            if not (folder / "manifest.json").is_file():
-                _build(path, name, tokenizer, survey, folder)
+        manifest = folder / "manifest.json"
+        if not manifest.is_file():  # a complete one may lie where nobody may write
+            # The lock only saves work: each build writes a folder of its own.
+            cache.mkdir(parents=True, exist_ok=True)
+            with hold_lock(folder.with_name(f"{folder.name}.lock")):
+                if not manifest.is_file():
+                    _build(path, name, tokenizer, survey, folder)
     return Corpus(folder, held_out)
 
 
@@ -250,7 +252,7 @@ def _survey(path: Path, cache: Path) -> Survey:
     begun = time.time_ns()
     survey = _read_once(path)
     if begun - max(changed for *_, changed in files) > _CLOCK_TICK_NS:
-        record.parent.mkdir(exist_ok=True)
+        record.parent.mkdir(parents=True, exist_ok=True)
         partial = record.with_suffix(f".{token_hex(4)}")
         partial.write_text(json.dumps(survey._asdict()))
         partial.replace(record)

@@ -120,6 +120,17 @@ class BatchIterator(Iterator[Batch]):
         self._batches = None
 
 
+def mix_rows(
+    corpora: Sequence[Corpus], weights: Sequence[float], sequence_length: int, seed: int
+) -> RowMixture:
+    """The training rows of several corpora; see `make_batches`."""
+    packed = [
+        PackedRows(corpus.train, sequence_length, seed, source)
+        for source, corpus in enumerate(corpora)
+    ]
+    return RowMixture(packed, weights)
+
+
 def make_batches(
     corpora: Sequence[Corpus],
     weights: Sequence[float] = (),
@@ -160,13 +171,8 @@ def make_batches(
     """
     if min(first_batch, workers, prefetch) < 0:
         raise InputError("first_batch, workers and prefetch must not be negative.")
-    packed = [
-        PackedRows(corpus.train, sequence_length, seed, source)
-        for source, corpus in enumerate(corpora)
-    ]
-    builder = BatchBuilder(
-        RowMixture(packed, weights), batch_size, accumulation, planner, process_index, process_count
-    )
+    rows = mix_rows(corpora, weights, sequence_length, seed)
+    builder = BatchBuilder(rows, batch_size, accumulation, planner, process_index, process_count)
     numbers = MapDataset.range(first_batch, first_batch + _ENDLESS).map(builder)
     if not workers:
         reading = ReadOptions(num_threads=min(1, prefetch), prefetch_buffer_size=prefetch)

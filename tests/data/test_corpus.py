@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small_corpora import ByteTokenizer, random_texts, write_jsonl
 
-from engram_jax import locks
+from engram_jax import files
 from engram_jax.data import corpus as corpus_module
 from engram_jax.data.corpus import build_corpus
 from engram_jax.errors import InputError
@@ -139,7 +139,7 @@ def test_two_builds_at_once_give_one_corpus(tmp_path, monkeypatch, locking):
         def refuse(*_):
             raise OSError(errno.ENOTSUP, "no locks here")
 
-        monkeypatch.setattr(locks.fcntl, "flock", refuse)
+        monkeypatch.setattr(files.fcntl, "flock", refuse)
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     barrier = threading.Barrier(2)
     tokenizers = [ByteTokenizer(), ByteTokenizer()]
