@@ -9,7 +9,7 @@ from typing import Any, Literal
 from engram_jax.errors import InputError
 from engram_jax.files import written_whole
 from engram_jax.hashing import HashSpec
-from engram_jax.memory.row_adam import RowAdam
+from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.model import DecoderConfig, MemorySites
 from engram_jax.optimizer import OptimizerConfig
 from engram_jax.sharding import MeshConfig
@@ -40,7 +40,7 @@ class MemoryConfig:
     row_width: int = 24
     hash_seed: int = 0
     init_scale: float = 0.0
-    adam: RowAdam = field(default_factory=RowAdam)
+    adam: RowAdamConfig = field(default_factory=RowAdamConfig)
 
     def __post_init__(self) -> None:
         if self.layers:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from engram_jax.data.packing import Batch
 from engram_jax.memory import lookup
-from engram_jax.memory.plan import LayerPlan
+from engram_jax.memory.plan import SlotPlan
 from engram_jax.model import Gates
 from engram_jax.typing import Parameters
 
@@ -17,8 +17,8 @@ from engram_jax.typing import Parameters
 def token_losses(
     graph: Any,
     params: Parameters,
-    gathered: Mapping[int, Float[Array, "U F"]],
-    layers: Mapping[int, LayerPlan],
+    rows: Mapping[int, Float[Array, "S U F"]],
+    slots: Mapping[int, SlotPlan],
     batch: Batch,
 ) -> tuple[Float[Array, "B T"], Gates]:
     """Cross-entropy of every token in nats, and the gates of the Engram layers.
@@ -26,13 +26,11 @@ def token_losses(
     Args:
         graph: the decoder without its parameters.
         params: the parameters.
-        gathered: the distinct rows by layer id; a layer that is missing adds nothing.
-        layers: the layers' part of the memory plan.
-        batch: one micro-batch; its plan is the tokens' part of the memory plan.
+        rows: the devices' distinct rows by layer id; a layer that is missing adds nothing.
+        slots: how the micro-batch's tokens find them.
+        batch: one micro-batch; its plan is not used.
     """
-    memory = {
-        layer: lookup.expand(rows, layers[layer], batch.plan) for layer, rows in gathered.items()
-    }
+    memory = {layer: lookup.expand(of_layer, slots[layer]) for layer, of_layer in rows.items()}
     decoder = nnx.merge(graph, params)
     logits, gates = decoder(batch.tokens, memory, batch.segments, batch.positions)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets), gates

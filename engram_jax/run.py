@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -28,14 +27,15 @@ from engram_jax.data.sources import resolve_source, source_name
 from engram_jax.errors import InputError
 from engram_jax.files import hold_lock, written_whole
 from engram_jax.hashing import NgramHash
-from engram_jax.memory.layout import init_table
+from engram_jax.memory.layout import LANES, init_table, record_words
 from engram_jax.memory.plan import Planner
+from engram_jax.memory.row_adam import RowAdam, make_row_adam
 from engram_jax.model import Decoder
 from engram_jax.optimizer import make_optimizer, make_schedule
 from engram_jax.processes import leads, together
 from engram_jax.sharding import (
     BATCH_ABT,
-    PLAN_AOBT,
+    ROWS_SU,
     TABLE_RF,
     WHOLE,
     MeshConfig,
@@ -78,6 +78,7 @@ class Run:
         graph: the decoder without its parameters; `nnx.merge(graph, params)` gives the decoder.
         schedule: learning rate by step.
         optimizer: optimizer of the dense parameters.
+        row_adam: optimizer of the tables' rows.
         checkpoints: the folder's checkpoints.
     """
 
@@ -89,6 +90,7 @@ class Run:
     graph: Any
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
+    row_adam: RowAdam
     checkpoints: Checkpoints
 
     @classmethod
@@ -114,17 +116,7 @@ class Run:
     @classmethod
     def _check_start(cls, config: Config, folder: Path) -> "Run":
         """Makes the run without writing to its folder: what is wrong leaves none behind."""
-        tokenizer = _load_tokenizer(config)
-        if tokenizer.vocab_size != config.model.vocabulary:
-            raise InputError(
-                f"Tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces and the "
-                f"model has {config.model.vocabulary}; "
-                f"set model.vocabulary to {tokenizer.vocab_size}."
-            )
-        ngram_hash = None
-        if config.memory.layers:
-            spec = config.memory.hash_spec(tokenizer.pad_id)
-            ngram_hash = NgramHash.build(spec, project_vocabulary(tokenizer))
+        tokenizer, ngram_hash = _make_hash(config)
         resumes = (folder / "config.json").exists()
         if resumes:
             _check_same(config, folder)
@@ -160,6 +152,15 @@ class Run:
         return cls._assemble(folder, config, tokenizer, ngram_hash, mesh)
 
     @classmethod
+    def assemble(cls, config: Config, mesh: jax.sharding.Mesh) -> "Run":
+        """A run without a folder, for a mesh that may not be there: to compile what it would run.
+
+        Raises:
+            InputError: as `start`.
+        """
+        return cls._assemble(Path("nowhere"), config, *_make_hash(config), mesh)
+
+    @classmethod
     def _assemble(
         cls,
         folder: Path,
@@ -172,6 +173,13 @@ class Run:
             raise InputError(
                 f"A table's rows, multiples of 4,096, do not divide over {mesh.size} devices; use "
                 "a power of two of them."
+            )
+        words, platform = record_words(config.memory.row_width), mesh.devices.flat[0].platform
+        if ngram_hash is not None and platform == "tpu" and words % LANES:
+            raise InputError(
+                f"Rows of {config.memory.row_width} make records of {words} words, which do not "
+                f"fill the {LANES} lanes of a TPU: it would copy the tables at every step. Set "
+                "memory.row_width to at least 22; 42, 85 and 127 fill their lines best."
             )
         rows = config.data.batch_size // config.train.accumulation
         if rows % mesh.size:
@@ -193,6 +201,7 @@ class Run:
             graph=graph,
             schedule=schedule,
             optimizer=make_optimizer(config.optimizer, schedule),
+            row_adam=make_row_adam(config.memory.adam, schedule, config.train.steps),
             checkpoints=Checkpoints(
                 folder / "checkpoints",
                 keep=config.train.keep_checkpoints,
@@ -221,28 +230,29 @@ class Run:
             yield
 
     def planner(self) -> Planner | None:
-        """The planner of training batches."""
+        """The planner of this process's batches; None for a model without memory."""
         if self.ngram_hash is None:
             return None
-        return Planner(self.ngram_hash, batch_shards=self.mesh.size)
+        local = len(self.mesh.local_devices)
+        return Planner(self.ngram_hash, shards=self.mesh.size, local_shards=local)
 
     def put(self, batch: Batch) -> Batch:
         """Sends this process's part of a batch to the devices, split as the step wants it."""
 
-        def put_local(array: np.ndarray) -> jax.Array:
-            sharding = jax.NamedSharding(self.mesh, BATCH_ABT)
-            return jax.make_array_from_process_local_data(sharding, array)
+        return jax.tree.map(
+            lambda array, place: jax.make_array_from_process_local_data(place, array),
+            batch,
+            self.batch_sharding(batch),
+        )
 
-        def put_global(array: np.ndarray, spec: jax.P) -> jax.Array:
-            sharding = jax.NamedSharding(self.mesh, spec)
-            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-        plan = batch.plan
-        if plan is not None:
-            tokens = jax.tree.map(lambda array: put_global(array, PLAN_AOBT), plan.tokens)
-            rest = jax.tree.map(lambda array: put_global(array, WHOLE), plan._replace(tokens=None))
-            plan = rest._replace(tokens=tokens)
-        return Batch._make([*map(put_local, batch[:-1]), plan])
+    def batch_sharding(self, batch: Batch) -> Any:
+        """How the arrays of such a batch lie on the mesh."""
+        places = jax.tree.map(lambda _: jax.NamedSharding(self.mesh, BATCH_ABT), batch)
+        if batch.plan is not None:
+            by_device = jax.NamedSharding(self.mesh, ROWS_SU)
+            rows = jax.tree.map(lambda _: by_device, batch.plan.rows)
+            places = places._replace(plan=places.plan._replace(rows=rows))
+        return places
 
     def corpora(self, sources: Sequence[str] = ()) -> list[Corpus]:
         """The corpora, tokenized now if they are not in the cache; by default those of the run.
@@ -294,16 +304,11 @@ class Run:
         return self.checkpoints.restore(self.abstract_state(), step)[1]
 
     def restore_weights(self, step: int | None = None) -> Weights:
-        """As `restore`, without reading the optimizer's part, which is twice as large."""
-        state = self.abstract_state()
-        wanted = {
-            "step": state.step,
-            "params": state.params,
-            "tables": {layer: {"rows": table.rows} for layer, table in state.tables.items()},
-        }
-        _, found = self.checkpoints.restore(wanted, step, partial=True)
-        rows = {layer: table["rows"] for layer, table in found["tables"].items()}
-        return Weights(found["step"], found["params"], rows)
+        """As `restore`, without the state of the dense parameters' optimizer."""
+        weights: Weights = self.checkpoints.restore(
+            self.abstract_state().weights, step, partial=True
+        )[1]
+        return weights
 
     def save(self, state: TrainState) -> Path:
         """Saves the state as a checkpoint of its step, with the configuration and the hash."""
@@ -346,6 +351,20 @@ def _load_tokenizer(config: Config) -> Tokenizer:
     return load_tokenizer(
         data.tokenizer, pad_id=data.pad_id, bos_id=data.bos_id, eos_id=data.eos_id
     )
+
+
+def _make_hash(config: Config) -> tuple[Tokenizer, NgramHash | None]:
+    """The tokenizer, and the hash of the memory if there is one."""
+    tokenizer = _load_tokenizer(config)
+    if tokenizer.vocab_size != config.model.vocabulary:
+        raise InputError(
+            f"Tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces and the model "
+            f"has {config.model.vocabulary}; set model.vocabulary to {tokenizer.vocab_size}."
+        )
+    if not config.memory.layers:
+        return tokenizer, None
+    spec = config.memory.hash_spec(tokenizer.pad_id)
+    return tokenizer, NgramHash.build(spec, project_vocabulary(tokenizer))
 
 
 def _make_decoder(config: Config, key: jax.Array) -> Decoder:

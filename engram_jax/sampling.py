@@ -35,7 +35,7 @@ def sample(
 
     Args:
         run: the run.
-        weights: parameters and rows.
+        weights: parameters and tables.
         prompt: the text so far; "" samples a document from its beginning.
         tokens: most tokens to add.
         temperature: what logits are divided by; 0 takes the likeliest token.
@@ -100,12 +100,10 @@ def _make_next_token(run: Run, temperature: float, top_k: int | None) -> NextTok
 
     def next_token(weights: Weights, batch: Batch, last: Array, key: Array) -> Int32[Array, ""]:
         memory = {}
-        if weights.rows:
-            plan = jax.tree.map(lambda array: array[0], batch.plan.tokens)
-            for layer, rows in weights.rows.items():
-                of_layer = batch.plan.layers[layer]
-                gathered = lookup.gather_rows(rows, of_layer.rows)
-                memory[layer] = lookup.expand(gathered, of_layer, plan)
+        for layer, table in weights.tables.items():
+            rows = lookup.read_rows(table, batch.plan.rows[layer], run.row_adam, weights.step)
+            slots = jax.tree.map(lambda array: array[0], batch.plan.slots[layer])
+            memory[layer] = lookup.expand(rows, slots)
         decoder = nnx.merge(run.graph, weights.params)
         by_position, _ = decoder(batch.tokens[0], memory, batch.segments[0], batch.positions[0])
         logits = jax.sharding.reshard(by_position, jax.P())[0, last]

@@ -41,8 +41,8 @@ class MeshConfig:
 # Where the arrays of a run lie; the letters spell their axes.
 WHOLE = jax.P()
 BATCH_ABT = jax.P(None, TOKEN_AXES)
-PLAN_AOBT = jax.P(None, None, TOKEN_AXES)
 TABLE_RF = jax.P(TOKEN_AXES)
+ROWS_SU = jax.P(TOKEN_AXES)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

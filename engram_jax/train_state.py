@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 import jax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from engram_jax.memory.layout import Table
 from engram_jax.typing import Parameters, PyTree
@@ -19,12 +19,12 @@ class Weights:
     Attributes:
         step: optimizer steps behind it.
         params: dense parameters, as nested dicts with the modules' names.
-        rows: rows of the memory tables by layer id.
+        tables: memory tables by layer id; what the row optimizer owes idle rows is in their state.
     """
 
     step: Int32[Array, ""]
     params: Parameters
-    rows: dict[int, Float[Array, "R F"]]
+    tables: dict[int, Table]
 
 
 @no_type_check  # as above
@@ -48,6 +48,4 @@ class TrainState:
     @property
     def weights(self) -> Weights:
         """What a forward pass reads of it."""
-        return Weights(
-            self.step, self.params, {layer: table.rows for layer, table in self.tables.items()}
-        )
+        return Weights(self.step, self.params, self.tables)

@@ -25,7 +25,7 @@ from engram_jax.errors import InputError
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
 from engram_jax.loss import token_losses
 from engram_jax.memory import lookup
-from engram_jax.memory.row_adam import update_rows
+from engram_jax.memory.plan import MemoryPlan
 from engram_jax.metrics import MetricsLog
 from engram_jax.processes import leads, together
 from engram_jax.run import Run
@@ -42,53 +42,60 @@ def make_train_step(run: Run) -> TrainStep:
     Gather the distinct rows once; run the micro-batches, which read them by plan; sum gradients of
     parameters and rows in float32; clip both by their common norm; update.
     """
-    optimizer, schedule, graph = run.optimizer, run.schedule, run.graph
-    adam, clip_norm = run.config.memory.adam, run.config.optimizer.clip_norm
+    optimizer, row_adam, graph = run.optimizer, run.row_adam, run.graph
+    clip_norm = run.config.optimizer.clip_norm
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        plans = batch.plan.layers if state.tables else {}
-        gathered = {
-            layer: lookup.gather_rows(table.rows, plans[layer].rows)
-            for layer, table in state.tables.items()
+        step, tables = state.step, state.tables
+        plans, slots = batch.plan or MemoryPlan({}, {})
+        rows = {
+            layer: lookup.read_rows(table, plans[layer], row_adam, step)
+            for layer, table in tables.items()
         }
         targets = batch.target_mask.sum()
 
-        def loss(params: Parameters, gathered: dict[int, Array], part: Batch) -> Array:
-            losses, _ = token_losses(graph, params, gathered, plans, part)
-            return jnp.sum(losses * part.target_mask) / targets
+        def loss(params: Parameters, rows: dict[int, Array], part: tuple[Batch, Any]) -> Array:
+            batch, slots = part
+            losses, _ = token_losses(graph, params, rows, slots, batch)
+            return jnp.sum(losses * batch.target_mask) / targets
 
-        def accumulate(total: Any, part: Batch) -> tuple[Any, None]:
-            new = jax.value_and_grad(loss, argnums=(0, 1))(state.params, gathered, part)
+        def accumulate(total: Any, part: tuple[Batch, Any]) -> tuple[Any, None]:
+            new = jax.value_and_grad(loss, argnums=(0, 1))(state.params, rows, part)
             return jax.tree.map(jnp.add, total, new), None
 
-        nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, (state.params, gathered)))
-        parts = batch._replace(plan=batch.plan.tokens if plans else None)
-        (loss_value, gradients), _ = jax.lax.scan(accumulate, nothing, parts)
+        nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, (state.params, rows)))
+        parts = batch._replace(plan=None), slots
+        (loss_value, (dense, by_row)), _ = jax.lax.scan(accumulate, nothing, parts)
 
-        norm = optax.tree.norm(gradients)
+        own = {
+            layer: lookup.own_gradients(table, plans[layer], by_row[layer])
+            for layer, table in tables.items()
+        }
+        rows_square_norm = sum((part.square_norm for part in own.values()), jnp.zeros(()))
+        norm = jnp.sqrt(optax.tree.norm(dense, squared=True) + rows_square_norm)
         scale = jnp.minimum(1.0, clip_norm / norm)
-        dense, by_row = jax.tree.map(lambda gradient: gradient * scale, gradients)
+        dense = jax.tree.map(lambda gradient: gradient * scale, dense)
         updates, optimizer_state = optimizer.update(dense, state.optimizer, state.params)
-        learning_rate = schedule(state.step)
         new_state = TrainState(
-            step=state.step + 1,
+            step=step + 1,
             params=optax.apply_updates(state.params, updates),
             optimizer=optimizer_state,
             tables={
-                layer: update_rows(
-                    table, plans[layer].rows, gathered[layer], by_row[layer], learning_rate, adam
+                layer: lookup.update_rows(
+                    *(table, plans[layer], by_row[layer], own[layer]), scale, row_adam, step
                 )
-                for layer, table in state.tables.items()
+                for layer, table in tables.items()
             },
         )
         metrics = {
             "loss": loss_value,
             "gradient_norm": norm,
-            "row_gradient_norm": optax.tree.norm(gradients[1]),
-            "learning_rate": learning_rate,
+            "row_gradient_norm": jnp.sqrt(rows_square_norm),
+            "learning_rate": run.schedule(step),
         }
         for layer, plan in plans.items():
-            metrics[f"distinct_rows_{layer}"] = plan.distinct_rows
+            metrics[f"rows_asked_{layer}"] = jnp.sum(plan.distinct)
+            metrics[f"exchange_rounds_{layer}"] = jnp.max(plan.rounds)
         return new_state, metrics
 
     return jax.jit(train_step, donate_argnums=0)
@@ -282,7 +289,8 @@ def _first_state(run: Run, start_from: Path | None, start_step: int | None) -> T
     weights = replace(run, checkpoints=other.checkpoints).restore_weights(start_step)
     state = run.initial_state()
     tables = {
-        layer: replace(table, rows=weights.rows[layer]) for layer, table in state.tables.items()
+        layer: lookup.settle(table, other.row_adam, weights.step)
+        for layer, table in weights.tables.items()
     }
     state = replace(state, params=weights.params, tables=tables)
     run.save(state)  # or a run killed before its first checkpoint would forget where it came from
@@ -304,7 +312,7 @@ def _fitting_run(run: Run, folder: Path) -> Run:
             "table rows would mean other n-grams. Give this run the same memory and tokenizer."
         )
     wanted, found = run.abstract_state().weights, other.abstract_state().weights
-    if _shapes((wanted.params, wanted.rows)) != _shapes((found.params, found.rows)):
+    if _shapes(wanted) != _shapes(found):
         raise InputError(
             f"The model in {folder} has other parameters than this run; give this run the same "
             "model and memory sizes."

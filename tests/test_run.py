@@ -275,7 +275,7 @@ def test_seeds_differ(tiny: Config, tmp_path: Path) -> None:
         for seed in (0, 1)
     )
     assert np.any(one.params["embedding"] != other.params["embedding"])
-    assert np.any(one.tables[1].rows != other.tables[1].rows)
+    assert np.any(one.tables[1].records != other.tables[1].records)
 
 
 def test_the_initial_state_does_not_depend_on_the_mesh(

@@ -19,6 +19,8 @@ from lively import enliven
 from engram_jax import run as run_module
 from engram_jax.config import Config, DataConfig, MemoryConfig, TrainConfig
 from engram_jax.layers.attention import AttentionConfig
+from engram_jax.memory.layout import Table, pack
+from engram_jax.memory.places import stored_places
 from engram_jax.metrics import read_metrics
 from engram_jax.model import DecoderConfig, Gates
 from engram_jax.run import Run
@@ -78,17 +80,24 @@ def plain_pass(run: Run, weights: Weights) -> PlainPass:
     Rows are taken by the hash, without a plan, padding or a mesh.
     """
     decoder = nnx.merge(run.graph, jax.tree.map(jnp.asarray, jax.device_get(weights.params)))
-    tables = jax.device_get(weights.rows)
+    tables = {layer: np.asarray(table.unpack().value) for layer, table in weights.tables.items()}
     decode = nnx.jit(lambda decoder, *inputs: decoder(*inputs))
 
     def apply(tokens: Tokens, segments: Tokens, positions: Tokens) -> tuple[Array, Gates]:
         memory = {}
         for layer, table in tables.items():
-            rows = table[run.ngram_hash.hash_tokens(layer, tokens, segments)]
-            memory[layer] = rows.reshape(*tokens.shape, -1)
+            numbers = run.ngram_hash.hash_tokens(layer, tokens, segments)
+            memory[layer] = table[stored_places(numbers, len(table))].reshape(*tokens.shape, -1)
         return decode(decoder, *jax.tree.map(jnp.asarray, (tokens, memory, segments, positions)))
 
     return apply
+
+
+def scale_rows(table: Table, factor: float) -> Table:
+    """The table with its rows' values multiplied."""
+    rows = jax.device_get(table.unpack())
+    records = pack(jax.tree.map(jnp.asarray, rows._replace(value=factor * rows.value)))
+    return replace(table, records=jax.device_put(records, table.records.sharding))
 
 
 @contextmanager

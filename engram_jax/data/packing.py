@@ -33,7 +33,11 @@ class Rows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The rows of one optimizer step, as A micro-batches (see `Rows`), and their memory plan."""
+    """The rows of one optimizer step, as A micro-batches (see `Rows`).
+
+    Attributes:
+        plan: the `MemoryPlan` of the step; None for a model without memory.
+    """
 
     tokens: Int32[Any, "A B T"]
     targets: Int32[Any, "A B T"]

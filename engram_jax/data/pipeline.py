@@ -39,8 +39,8 @@ class BatchBuilder:
         rows: where rows come from.
         batch_size: rows of one optimizer step, over all micro-batches and processes.
         accumulation: number A of micro-batches.
-        planner: maps the step's tokens and segments, int32 [A, B, T] of all processes, to the
-            memory plan; None for a model without memory.
+        planner: maps this process's tokens and segments, int32 [A, B, T], to the memory plan; None
+            for a model without memory.
         process_index: which slice this process takes.
         process_count: how many slices there are.
 
@@ -75,16 +75,11 @@ class BatchBuilder:
         mine = slice(self.process_index * local, (self.process_index + 1) * local)
         first = number * self.batch_size
         indices = first + np.arange(self.batch_size).reshape(self.accumulation, micro)
+        rows = self.rows.rows(indices[:, mine].reshape(-1))
+        batch = Batch(*(field.reshape(self.accumulation, local, -1) for field in rows))
         if self.planner is None:
-            return self._read(indices[:, mine])
-        # The plan is of the whole step, so every process reads all of its tokens.
-        whole = self._read(indices)
-        plan = self.planner(whole.tokens, whole.segments)
-        return Batch._make([*(np.ascontiguousarray(field[:, mine]) for field in whole[:-1]), plan])
-
-    def _read(self, indices: np.ndarray) -> Batch:
-        rows = self.rows.rows(indices.reshape(-1))
-        return Batch(*(field.reshape(*indices.shape, -1) for field in rows))
+            return batch
+        return batch._replace(plan=self.planner(batch.tokens, batch.segments))
 
 
 class BatchIterator(Iterator[Batch]):

@@ -82,7 +82,7 @@ def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap
     Args:
         run: the run.
         scorer: as `make_scorer` gives it; the compiled shape is that of evaluation.
-        weights: parameters and rows.
+        weights: parameters and tables.
         text: any text.
 
     Raises:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from engram_jax.data.corpus import Corpus, CorpusView
 from engram_jax.data.packing import Batch, pack_held_out
 from engram_jax.loss import token_losses
 from engram_jax.memory import lookup
+from engram_jax.memory.plan import MemoryPlan
 from engram_jax.model import Gates
 from engram_jax.run import Run
 from engram_jax.train_state import Weights
@@ -73,20 +74,19 @@ def make_scorer(run: Run, suppress: Suppress = "nothing") -> Scorer:
     """
 
     def score(weights: Weights, batch: Batch) -> tuple[Float[Array, "A B T"], StepGates]:
-        plans = batch.plan.layers if weights.rows else {}
-        gathered: dict[int, Array] = {}
+        plans, slots = batch.plan or MemoryPlan({}, {})
+        rows: dict[int, Array] = {}
         if suppress != "output":
-            for layer, rows in weights.rows.items():
-                gathered[layer] = lookup.gather_rows(rows, plans[layer].rows)
+            for layer, table in weights.tables.items():
+                rows[layer] = lookup.read_rows(table, plans[layer], run.row_adam, weights.step)
         if suppress == "rows":
-            gathered = jax.tree.map(jnp.zeros_like, gathered)
+            rows = jax.tree.map(jnp.zeros_like, rows)
 
-        def score_part(part: Batch) -> tuple[Array, Gates]:
-            return token_losses(run.graph, weights.params, gathered, plans, part)
+        def score_part(part: tuple[Batch, Any]) -> tuple[Array, Gates]:
+            batch, slots = part
+            return token_losses(run.graph, weights.params, rows, slots, batch)
 
-        return jax.lax.map(
-            score_part, batch._replace(plan=batch.plan.tokens if weights.rows else None)
-        )
+        return jax.lax.map(score_part, (batch._replace(plan=None), slots))
 
     return jax.jit(score)
 
@@ -104,7 +104,7 @@ def evaluate_held_out(
     Args:
         run: the run.
         scorer: as `make_scorer` gives it.
-        weights: parameters and rows.
+        weights: parameters and tables.
         corpora: where the documents come from.
         max_tokens: most tokens per corpus; None scores all.
 
@@ -121,9 +121,10 @@ def evaluate_held_out(
         documents = len(corpus.held_out)
         sums = DocumentSums(np.zeros(documents), np.zeros(documents))
         for packed in pack_held_out(corpus.held_out, data.sequence_length, rows):
-            plan = planner(packed.tokens[None], packed.segments[None]) if planner else None
-            batch = Batch._make([*(field[None] for field in packed[:-1]), plan])
-            by_token, _ = scorer(weights, run.put(_own_rows(batch)))
+            batch = _own_rows(Batch(*(field[None] for field in packed[:-1])))
+            if planner:
+                batch = batch._replace(plan=planner(batch.tokens, batch.segments))
+            by_token, _ = scorer(weights, run.put(batch))
             by_token = np.asarray(multihost_utils.process_allgather(by_token, tiled=True))[0]
             weighted = by_token.astype(np.float64) * packed.target_mask
             np.add.at(sums.losses, packed.documents, weighted)
@@ -170,7 +171,7 @@ def _own_rows(batch: Batch) -> Batch:
     """This process's rows of a batch that every process built whole."""
     rows = batch.tokens.shape[1] // jax.process_count()
     mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-    return Batch._make([*(field[:, mine] for field in batch[:-1]), batch.plan])
+    return jax.tree.map(lambda field: field[:, mine], batch)
 
 
 def _tokens_per_byte(view: CorpusView) -> float:

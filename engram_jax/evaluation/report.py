@@ -63,7 +63,7 @@ def evaluate(
     Args:
         run: the run.
         scorer: of the whole model, as `make_scorer` gives it.
-        weights: parameters and rows.
+        weights: parameters and tables.
         corpora: where the documents come from.
         max_tokens: most tokens per corpus; None scores all.
 
@@ -77,7 +77,7 @@ def evaluate(
     with jax.set_mesh(run.mesh):
         whole = score(scorer)
         suppressed: dict[Suppress, dict[str, Score]] = {
-            part: score(make_scorer(run, part)) for part in _ABLATIONS if weights.rows
+            part: score(make_scorer(run, part)) for part in _ABLATIONS if weights.tables
         }
     harms = {
         part: {name: difference(scores[name], whole[name]) for name in whole}

@@ -1,70 +1,205 @@
-"""From tables to memory vectors: rows → distinct n-grams → tokens, and the way back.
+"""Tables to memory vectors and back: read the distinct rows, spread them, sum, update.
 
-The forward pass reads each distinct row once (`gather_rows`) and spreads it (`expand`). The
-backward pass of `expand` is two segment sums in the orders of the plan: it gives one gradient per
-distinct row, which is all that the row optimizer needs.
+`read_rows` brings each device the distinct rows that its tokens need; `expand` spreads them to
+tokens, and its backward pass sums the gradients of equal rows; `own_gradients` brings those to the
+devices that own the rows, and `update_rows` takes the optimizer's step there. Everything runs on a
+mesh (of one device, too), and nothing but gathers and scatters touches an array of R rows.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import get_abstract_mesh
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Int32, UInt32
 
-from engram_jax.memory.plan import LayerPlan, TokenPlan
+from engram_jax.memory.exchange import Route
+from engram_jax.memory.layout import Rows, Table, pack, unpack
+from engram_jax.memory.plan import RowPlan, SlotPlan
+from engram_jax.memory.row_adam import RowAdam
+from engram_jax.sharding import TOKEN_AXES
 from pallas_kernels import hashed_gather
 
-
-def gather_rows(table: Shaped[Array, "R *F"], rows: Int32[Array, "U"]) -> Shaped[Array, "U *F"]:
-    """Reads a plan's rows, on every device alike; padding (row numbers from R up) reads as zero."""
-    return table.at[rows].get(
-        mode="fill",
-        fill_value=0,
-        indices_are_sorted=True,
-        unique_indices=True,
-        out_sharding=None if get_abstract_mesh().empty else jax.P(),
-    )
+_BY_DEVICE = jax.P(TOKEN_AXES)  # tables by R, plans by S, tokens by B
 
 
-def expand(
-    gathered: Float[Array, "U F"],
-    layer: LayerPlan,
-    tokens: TokenPlan,
-) -> Float[Array, "B T E"]:
-    """Spreads gathered rows to the memory vector of every token: its H rows, order-major.
+def read_rows(
+    table: Table, plan: RowPlan, adam: RowAdam, step: Int32[Array, ""]
+) -> Float[Array, "S U F"]:
+    """Each device's distinct rows, as the forward pass of step `step` + 1 reads them.
 
-    Args:
-        gathered: the distinct rows, as `gather_rows` gives them.
-        layer: this layer's part of the plan.
-        tokens: one micro-batch of the plan's tokens: arrays [orders, B, T].
+    The row optimizer adds what it owes idle rows to this copy; the table stays as it is.
+    Padding reads as zero.
     """
-    spec = jax.typeof(tokens.ngram_of_token).sharding.spec
-    if not any(spec):
-        return _expand(gathered, layer.slot_of_ngram, layer.slot_order, *tokens)
 
-    def expand_own(gathered: Array, *indices: Array) -> Array:
-        # Forward, the rows become each device's own; backward, this sums over the devices.
-        axes = tuple(axis for entry in spec if entry for axis in entry)
-        return _expand(jax.lax.pcast(gathered, axes, to="varying"), *indices)
+    def read_own(table: Table, plan: RowPlan, step: Array) -> Float[Array, "1 U F"]:
+        def answer(own_rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
+            return adam.current(_gather(table, own_rows), step)
+
+        route = _route(table, plan)
+        if route.shards == 1:
+            return answer(route.rows)[None]
+
+        def fetch_further(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            number, rows = state
+            fetched, here = route.fetch(number, answer)
+            return number + 1, jnp.where(here[:, None], fetched, rows)
+
+        first, _ = route.fetch(jnp.int32(0), answer)
+        return _further_rounds(route, fetch_further, first)[None]
 
     return jax.shard_map(
-        expand_own,
-        in_specs=(jax.P(), jax.P(), jax.P(), spec, spec),
-        out_specs=jax.P(*spec[1:], None),
-    )(gathered, layer.slot_of_ngram, layer.slot_order, *tokens)
+        read_own, in_specs=(_BY_DEVICE, _BY_DEVICE, jax.P()), out_specs=_BY_DEVICE
+    )(table, plan, step)
 
 
-def _expand(
-    gathered: Float[Array, "U F"],
-    slot_of_ngram: Int32[Array, "orders G K"],
-    slot_order: Int32[Array, "U"],
-    ngram_of_token: Int32[Array, "orders B T"],
-    token_order: Int32[Array, "orders B T"],
-) -> Float[Array, "B T E"]:
-    orders, ngrams, _ = slot_of_ngram.shape
-    of_ngram = hashed_gather.gather(gathered, slot_of_ngram.reshape(-1), slot_order)
-    of_ngram = of_ngram.reshape(orders, ngrams, -1)
-    of_token = [
-        hashed_gather.gather(values, ngram.reshape(-1), order.reshape(-1))
-        for values, ngram, order in zip(of_ngram, ngram_of_token, token_order, strict=True)
-    ]
-    return jnp.concatenate(of_token, axis=-1).reshape(*ngram_of_token.shape[1:], -1)
+def expand(rows: Float[Array, "S U F"], plan: SlotPlan) -> Float[Array, "B T E"]:
+    """Spreads rows to the memory vector of every token of a micro-batch: its H rows, order-major.
+
+    Args:
+        rows: each device's distinct rows, as `read_rows` gives them.
+        plan: slots and order of one micro-batch: arrays [B, T, H].
+    """
+
+    def expand_own(rows: Array, slots: Array, order: Array) -> Float[Array, "B T E"]:
+        values = hashed_gather.gather(rows[0], slots.reshape(-1), order.reshape(-1))
+        return values.reshape(*slots.shape[:2], -1)
+
+    return jax.shard_map(expand_own, in_specs=_BY_DEVICE, out_specs=_BY_DEVICE)(rows, *plan)
+
+
+@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OwnGradients:
+    """Row gradients with their owners: what the first round brought, and the norm of all rounds.
+
+    Attributes:
+        rows: distinct own row numbers of every device, ascending; padding from R / S up.
+        sums: their gradients, summed over all devices.
+        square_norm: squared norm of all rows' gradients, those of later rounds included.
+    """
+
+    rows: Int32[Array, "S n"]
+    sums: Float[Array, "S n F"]
+    square_norm: Float[Array, ""]
+
+
+def own_gradients(table: Table, plan: RowPlan, gradient: Float[Array, "S U F"]) -> OwnGradients:
+    """Brings the row gradients of all devices to the rows' owners, and sums those of equal rows."""
+
+    def deliver_own(table: Table, plan: RowPlan, gradient: Array) -> OwnGradients:
+        route = _route(table, plan)
+        if route.shards == 1:
+            rows, sums = route.rows, gradient[0]
+            return OwnGradients(rows[None], sums[None], jax.lax.psum(jnp.sum(sums**2), TOKEN_AXES))
+
+        def add_norm(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            number, total = state
+            return number + 1, total + jnp.sum(route.deliver(number, gradient[0])[1] ** 2)
+
+        rows, sums = route.deliver(jnp.int32(0), gradient[0])
+        square_norm = _further_rounds(route, add_norm, jnp.sum(sums**2))
+        return OwnGradients(rows[None], sums[None], jax.lax.psum(square_norm, TOKEN_AXES))
+
+    return jax.shard_map(
+        deliver_own,
+        in_specs=_BY_DEVICE,
+        out_specs=OwnGradients(_BY_DEVICE, _BY_DEVICE, jax.P()),  # type: ignore[arg-type]
+    )(table, plan, gradient)
+
+
+def update_rows(
+    table: Table,
+    plan: RowPlan,
+    gradient: Float[Array, "S U F"],
+    own: OwnGradients,
+    scale: Float[Array, ""],
+    adam: RowAdam,
+    step: Int32[Array, ""],
+) -> Table:
+    """The table after step `step` + 1; donate the table, so that it is updated in place.
+
+    Args:
+        table: the table.
+        plan: the step's rows.
+        gradient: each device's row gradients, from which later rounds are brought again.
+        own: what `own_gradients` made of them.
+        scale: what all gradients are multiplied by (clipping).
+        adam: the row optimizer.
+        step: optimizer steps done before this one.
+    """
+
+    def update_own(
+        table: Table, plan: RowPlan, gradient: Array, own: OwnGradients, scale: Array, step: Array
+    ) -> Table:
+        def write(table: Table, rows: Array, sums: Array) -> Table:
+            new = adam.update(_gather(table, rows, distinct=True), sums * scale, step)
+            return _scatter(table, rows, new)
+
+        def write_further(state: tuple[Array, Table]) -> tuple[Array, Table]:
+            number, table = state
+            return number + 1, write(table, *route.deliver(number, gradient[0]))
+
+        route = _route(table, plan)
+        table = write(table, own.rows[0], own.sums[0])
+        return table if route.shards == 1 else _further_rounds(route, write_further, table)
+
+    by_device = OwnGradients(_BY_DEVICE, _BY_DEVICE, jax.P())  # type: ignore[arg-type]
+    return jax.shard_map(
+        update_own,
+        in_specs=(_BY_DEVICE, _BY_DEVICE, _BY_DEVICE, by_device, jax.P(), jax.P()),
+        out_specs=_BY_DEVICE,
+    )(table, plan, gradient, own, scale, step)
+
+
+def settle(table: Table, adam: RowAdam, step: Int32[Array, ""]) -> Table:
+    """A table of the rows with what the optimizer owes them after `step` steps, and no moments.
+
+    For export, and where another optimizer takes over; made in parts of 4,096 rows a device. The
+    table itself stays as it is, and is what checkpoints hold: settling twice is not bit for bit
+    settling once.
+    """
+
+    def settle_record(record: UInt32[Array, "words"], step: Array) -> UInt32[Array, "words"]:
+        value = adam.current(unpack(record[None], table.width), step)
+        nothing = jnp.zeros_like(value)
+        return pack(Rows(value, nothing, nothing, jnp.zeros(1, jnp.int32)))[0]
+
+    def settle_own(table: Table, step: Array) -> Table:
+        settled = partial(settle_record, step=step)
+        return replace(table, records=jax.lax.map(settled, table.records, batch_size=4096))
+
+    in_specs = (_BY_DEVICE, jax.P())
+    return jax.jit(jax.shard_map(settle_own, in_specs=in_specs, out_specs=_BY_DEVICE))(table, step)
+
+
+def _route(table: Table, plan: RowPlan) -> Route:
+    """This device's distinct rows; inside `shard_map`, where R is what it owns."""
+    rounds = jax.lax.pmax(plan.rounds[0], TOKEN_AXES)
+    return Route(plan.rows[0], rounds, len(table.records), TOKEN_AXES)
+
+
+def _further_rounds[State](
+    route: Route, body: Callable[[tuple[Array, State]], tuple[Array, State]], state: State
+) -> State:
+    """Runs rounds 1, 2, … of the exchange, of which there are mostly none."""
+    return jax.lax.while_loop(lambda carry: carry[0] < route.rounds, body, (jnp.int32(1), state))[1]
+
+
+def _gather(table: Table, rows: Int32[Array, "n"], *, distinct: bool = False) -> Rows:
+    """Reads rows; numbers beyond the table read as zeros."""
+    records = table.records.at[rows].get(
+        mode="fill", fill_value=0, indices_are_sorted=distinct, unique_indices=distinct
+    )
+    return unpack(records, table.width)
+
+
+def _scatter(table: Table, rows: Int32[Array, "n"], new: Rows) -> Table:
+    """The table with distinct ascending rows replaced; those beyond it are dropped."""
+    records = table.records.at[rows].set(
+        pack(new), mode="drop", indices_are_sorted=True, unique_indices=True
+    )
+    return replace(table, records=records)

@@ -1,9 +1,9 @@
 """The memory plan: which rows one optimizer step touches, and how tokens find them. Pure NumPy.
 
-Built on the host, in the input pipeline. N-grams repeat, so each distinct one is hashed once; and
-different n-grams collide in rows, so each distinct row is read and updated once. Shapes are
-static: the bounds are exact (tokens × columns), and what is not used is padding. Plans
-hold NumPy arrays on the host and JAX arrays on the device.
+Built on the host, in the input pipeline, by every process for its own devices. A device asks for
+each of its rows once, however often its tokens meet it; rows are ordered by their place, hence by
+the device that owns them. Shapes are static: the bound U is exact (tokens × columns), and what is
+not used is padding. Plans hold NumPy arrays on the host and JAX arrays on the devices.
 """
 
 from typing import Any, NamedTuple
@@ -11,64 +11,61 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32
 
+from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
+from engram_jax.memory.places import exchange_capacity, stored_places
+
+MOST_ROUNDS = 2**15  # the device computes with 32 bits where a round begins
 
 
-class LayerPlan(NamedTuple):
-    """The rows of one layer's table. G: n-grams per order = tokens of the step; U = orders·G·K.
-
-    Attributes:
-        rows: distinct table rows, ascending; then padding, R, R+1, … (R: padded rows), which a
-            gather fills with zeros and a scatter drops.
-        slot_of_ngram: position in `rows` of every n-gram's row in every head.
-        slot_order: stable order that sorts the flattened `slot_of_ngram`.
-        distinct_rows: how many of `rows` are not padding.
-    """
-
-    rows: Int32[Any, "U"]
-    slot_of_ngram: Int32[Any, "orders G K"]
-    slot_order: Int32[Any, "U"]
-    distinct_rows: Int32[Any, ""]
-
-
-class TokenPlan(NamedTuple):
-    """How the tokens of the A micro-batches find their n-grams; shared by all layers and heads.
+class RowPlan(NamedTuple):
+    """The rows of one layer's table that every device asks for in a step.
 
     Attributes:
-        ngram_of_token: for every order, which distinct n-gram of the step ends at this token.
-        token_order: order that sorts the tokens of one micro-batch on one device by their n-gram;
-            indices into the device's own B·T tokens.
+        rows: distinct places, ascending; then padding, R, R+1, … (R: padded rows).
+        rounds: rounds of the exchange that the device needs, a power of two; mostly 1.
+        distinct: how many of `rows` are not padding.
     """
 
-    ngram_of_token: Int32[Any, "A orders B T"]
-    token_order: Int32[Any, "A orders B T"]
+    rows: Int32[Any, "S U"]
+    rounds: Int32[Any, "S"]
+    distinct: Int32[Any, "S"]
+
+
+class SlotPlan(NamedTuple):
+    """How the tokens of the A micro-batches find the rows of one layer on their device.
+
+    Attributes:
+        slots: for every token and column, which of the device's rows it reads.
+        order: stable order that sorts the slots of one micro-batch on one device, flattened.
+    """
+
+    slots: Int32[Any, "A B T H"]
+    order: Int32[Any, "A B T H"]
 
 
 class MemoryPlan(NamedTuple):
-    """The plan of one optimizer step.
+    """The plan of one optimizer step, by layer id."""
 
-    Attributes:
-        tokens: from tokens to n-grams.
-        layers: from n-grams to rows, by layer id.
-        distinct_ngrams: how many n-grams are not padding, by order.
-    """
-
-    tokens: TokenPlan
-    layers: dict[int, LayerPlan]
-    distinct_ngrams: Int32[Any, "orders"]
+    rows: dict[int, RowPlan]
+    slots: dict[int, SlotPlan]
 
 
 class Planner:
-    """Maps the tokens of an optimizer step to its memory plan.
+    """Maps the tokens of this process's part of a step to its memory plan.
 
     Args:
         ngram_hash: the hash.
-        batch_shards: devices that B is split over (their tokens are contiguous in B).
+        shards: devices S of all processes, over which tables and tokens are split.
+        local_shards: this process's devices; its B is split over them evenly.
     """
 
-    def __init__(self, ngram_hash: NgramHash, *, batch_shards: int = 1) -> None:
+    def __init__(
+        self, ngram_hash: NgramHash, *, shards: int = 1, local_shards: int | None = None
+    ) -> None:
         self.ngram_hash = ngram_hash
-        self.batch_shards = batch_shards
+        self.shards = shards
+        self.local_shards = shards if local_shards is None else local_shards
 
     def __call__(
         self, tokens: Int[np.ndarray, "A B T"], segments: Int[np.ndarray, "A B T"] | None = None
@@ -80,74 +77,86 @@ class Planner:
             segments: document number of every position; None: a row is one document.
 
         Raises:
-            InputError: a token id is outside the vocabulary.
+            InputError: a token id is outside the vocabulary; a degenerate hash.
         """
         window = [ids.reshape(-1) for ids in self.ngram_hash.look_back(tokens, segments)]
-        size = self.ngram_hash.projection.size
-        keys = window[0].view(np.int64)
-        ngram_of_token, examples = [], []
-        for older in window[1:]:
-            # An n-gram is an (n−1)-gram and one older token: numbering the distinct ones order by
-            # order keeps the keys below tokens × V′, whatever N.
-            numbers, _, example = _number_distinct(keys * size + older.view(np.int64))
-            keys = numbers.astype(np.int64)
-            ngram_of_token.append(numbers)
-            examples.append(example)
+        rows, slots = {}, {}
+        for index, layer in enumerate(self.ngram_hash.spec.layers):
+            padded_rows = self.ngram_hash.padded_rows[index]
+            by_column = np.concatenate(list(self.ngram_hash.hash_window(layer, window)))
+            places = stored_places(by_column, padded_rows)
+            rows[layer], slots[layer] = self._plan_layer(places, tokens.shape, padded_rows)
+        return MemoryPlan(rows, slots)
 
-        orders = [
-            [ids[example] for ids in window[: order + 2]] for order, example in enumerate(examples)
-        ]
-        of_token = np.stack(ngram_of_token, 0).reshape(-1, *tokens.shape).swapaxes(0, 1)
-        return MemoryPlan(
-            tokens=TokenPlan(np.ascontiguousarray(of_token), self._order_tokens(of_token)),
-            layers={
-                layer: self._plan_layer(index, orders, tokens.size)
-                for index, layer in enumerate(self.ngram_hash.spec.layers)
-            },
-            distinct_ngrams=np.array([len(example) for example in examples], np.int32),
-        )
+    def _plan_layer(
+        self, places: Int32[np.ndarray, "H tokens"], shape: tuple[int, ...], padded_rows: int
+    ) -> tuple[RowPlan, SlotPlan]:
+        micro_batches, batch, length = shape
+        columns, devices = len(places), self.local_shards
+        # The tokens of device d are a contiguous part of B in each of the A micro-batches.
+        of_device = places.reshape(columns, micro_batches, devices, -1).transpose(2, 1, 3, 0)
+        by_device = of_device.reshape(devices, -1)
+        bound = by_device.shape[1]
+        rows = np.empty((devices, bound), np.int32)
+        slots, order = np.empty_like(rows), np.empty_like(rows)
+        distinct, rounds = np.empty(devices, np.int32), np.empty(devices, np.int32)
+        for device, keys in enumerate(by_device):
+            sorted_slots, positions, found = _number_distinct(keys)
+            slots[device][positions] = sorted_slots
+            rows[device, : len(found)] = found
+            rows[device, len(found) :] = padded_rows + np.arange(bound - len(found))
+            distinct[device] = len(found)
+            rounds[device] = self._rounds(found, bound, padded_rows)
+            order[device] = _split_order(positions, micro_batches)
 
-    def _order_tokens(
-        self, ngram_of_token: Int32[np.ndarray, "A orders B T"]
-    ) -> Int32[np.ndarray, "A orders B T"]:
-        shape = ngram_of_token.shape
-        by_device = ngram_of_token.reshape(*shape[:2], self.batch_shards, -1)
-        order = np.argsort(by_device, axis=-1, kind="stable").astype(np.int32)
-        return order.reshape(shape)
+        def by_token(array: Int32[np.ndarray, "S U"]) -> Int32[np.ndarray, "A B T H"]:
+            parted = array.reshape(devices, micro_batches, -1).swapaxes(0, 1)
+            return np.ascontiguousarray(parted).reshape(micro_batches, batch, length, columns)
 
-    def _plan_layer(self, index: int, orders: list[list[np.ndarray]], tokens: int) -> LayerPlan:
-        ngram_hash = self.ngram_hash
-        layer, beyond = ngram_hash.spec.layers[index], ngram_hash.padded_rows[index]
-        rows = np.full((len(orders), ngram_hash.spec.heads, tokens), beyond, np.int32)
-        for order, window in enumerate(orders):
-            (rows_of_order,) = ngram_hash.hash_window(layer, window, least_order=order + 2)
-            rows[order, :, : len(window[0])] = rows_of_order
-        by_ngram = rows.swapaxes(1, 2).reshape(-1)
-        slots, slot_order, firsts = _number_distinct(by_ngram)
-        distinct = by_ngram[firsts]
-        distinct = distinct[distinct < beyond]
-        padding = beyond + np.arange(len(by_ngram) - len(distinct), dtype=np.int32)
-        return LayerPlan(
-            rows=np.concatenate([distinct, padding]),
-            slot_of_ngram=slots.reshape(len(orders), tokens, -1),
-            slot_order=slot_order,
-            distinct_rows=np.array(len(distinct), np.int32),
-        )
+        return RowPlan(rows, rounds, distinct), SlotPlan(by_token(slots), by_token(order))
+
+    def _rounds(self, found: Int32[np.ndarray, "distinct"], bound: int, padded_rows: int) -> int:
+        """The least power of two of rounds in which no owner is asked for more than it can answer.
+
+        Round k of n asks for the k-th of n equal parts of every owner's rows (see `exchange`).
+        Parts of 2n lie within parts of n: what one device needs is enough for all that need less.
+        """
+        capacity, owned = exchange_capacity(bound, self.shards), padded_rows // self.shards
+        owner, own = np.divmod(found.astype(np.int64), owned)
+        rounds = 1
+        while np.bincount(owner * rounds + own * rounds // owned).max() > capacity:
+            rounds *= 2
+        if rounds > MOST_ROUNDS:
+            raise InputError(
+                f"The rows of a batch lie so near to each other that they need {rounds} rounds of "
+                "exchange; this hash is no hash. Choose more rows or another seed."
+            )
+        return rounds
 
 
 def _number_distinct(
-    keys: Int[np.ndarray, "n"],
-) -> tuple[Int32[np.ndarray, "n"], Int32[np.ndarray, "n"], Int[np.ndarray, "distinct"]]:
+    keys: Int32[np.ndarray, "n"],
+) -> tuple[Int32[np.ndarray, "n"], Int[np.ndarray, "n"], Int32[np.ndarray, "distinct"]]:
     """Numbers the distinct keys in ascending order.
 
-    Returns the number of every key, the stable order that sorts the keys, and where each distinct
-    key stands first.
+    Returns the numbers in the order of the sorted keys, the position that each of these has in
+    `keys`, and the distinct keys.
     """
-    order = np.argsort(keys, kind="stable")
-    ascending = keys[order]
+    # One sort of 64-bit words, key above position, is several times as fast as a stable argsort.
+    words = keys.astype(np.int64) << 32
+    words |= np.arange(len(keys))
+    words.sort()
+    positions = words & 0xFFFFFFFF
+    ascending = (words >> 32).astype(np.int32)
     is_new = np.empty(len(keys), bool)
     is_new[:1] = True
     np.not_equal(ascending[1:], ascending[:-1], out=is_new[1:])
-    numbers = np.empty(len(keys), np.int32)
-    numbers[order] = np.cumsum(is_new, dtype=np.int32) - 1
-    return numbers, order.astype(np.int32), order[is_new]
+    return np.cumsum(is_new, dtype=np.int32) - 1, positions, ascending[is_new]
+
+
+def _split_order(positions: Int[np.ndarray, "n"], parts: int) -> Int32[np.ndarray, "n"]:
+    """The sorting order of each of the equal parts, one after another, from that of the whole."""
+    if parts == 1:
+        return positions.astype(np.int32)
+    part, within = np.divmod(positions, len(positions) // parts)
+    return within[np.argsort(part, kind="stable")].astype(np.int32)

@@ -106,10 +106,10 @@ def test_losses_are_those_of_evaluation(run, read):
 
 
 def test_reading_writes_nothing(weights, read):
-    before = jax.device_get(weights.rows)
+    before = jax.device_get(weights.tables)
     first, second = read(TEXT), read(TEXT)
     np.testing.assert_array_equal(first.gates[1], second.gates[1])
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(weights.rows))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(weights.tables))
 
 
 def test_colors_rank_the_gates():

@@ -4,7 +4,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from tiny_runs import plain_pass
+from tiny_runs import plain_pass, scale_rows
 
 from engram_jax.evaluation.held_out import (
     DocumentSums,
@@ -106,11 +106,11 @@ def test_pooling_weighs_by_tokens():
 def test_dropped_output_is_the_backbone_alone(run, weights):
     """Without its Engram parameters and rows, a model scores what the suppressed one scores."""
     scores = evaluate_held_out(run, make_scorer(run, "output"), weights, run.corpora())
-    other_rows = {1: 7 * weights.rows[1]}
+    other_tables = {1: scale_rows(weights.tables[1], 7)}
     params = jax.tree.map(lambda leaf: leaf, weights.params)
     engram = params["blocks"][1]["engram"]
     params["blocks"][1]["engram"] = jax.tree.map(lambda leaf: leaf + 1, engram)
-    changed = replace(weights, params=params, rows=other_rows)
+    changed = replace(weights, params=params, tables=other_tables)
     assert evaluate_held_out(run, make_scorer(run, "output"), changed, run.corpora()) == scores
     whole = make_scorer(run)
     assert evaluate_held_out(run, whole, changed, run.corpora()) != scores
@@ -118,7 +118,7 @@ def test_dropped_output_is_the_backbone_alone(run, weights):
 
 @pytest.mark.usefixtures("in_mesh")
 def test_zeroed_rows_equal_rows_of_zeros(run, weights):
-    zeros = replace(weights, rows={1: 0 * weights.rows[1]})
+    zeros = replace(weights, tables={1: scale_rows(weights.tables[1], 0)})
     suppressed = evaluate_held_out(run, make_scorer(run, "rows"), weights, run.corpora())
     assert suppressed == evaluate_held_out(run, make_scorer(run), zeros, run.corpora())
     assert suppressed != evaluate_held_out(run, make_scorer(run), weights, run.corpora())

@@ -9,6 +9,8 @@ from jaxtyping import Int32
 from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
 from engram_jax.hashing import HashSpec, NgramHash
+from engram_jax.memory import plan as plan_module
+from engram_jax.memory.places import exchange_capacity, stored_places
 from engram_jax.memory.plan import MemoryPlan, Planner
 
 
@@ -19,14 +21,16 @@ def make_hash(max_order: int = 3, rows: int = 11, heads: int = 2, vocabulary: in
     return NgramHash.build(spec, VocabularyProjection.identity(vocabulary))
 
 
-def expand(plan: MemoryPlan, layer: int) -> Int32[np.ndarray, "A B T H"]:
-    """What the device does with rows, done with row numbers."""
-    of_layer = plan.layers[layer]
-    of_ngram = of_layer.rows[of_layer.slot_of_ngram]
-    orders = [
-        of_ngram[order][plan.tokens.ngram_of_token[:, order]] for order in range(len(of_ngram))
-    ]
-    return np.concatenate(orders, axis=-1)
+def split(array: np.ndarray, shards: int) -> np.ndarray:
+    """[A, B, T, …] as [shards, A, B/shards, T, …]: what every device holds."""
+    return array.reshape(len(array), shards, -1, *array.shape[2:]).swapaxes(0, 1)
+
+
+def expand(plan: MemoryPlan, layer: int, shards: int) -> Int32[np.ndarray, "A B T H"]:
+    """What the devices do with rows, done with places."""
+    slots = split(plan.slots[layer].slots, shards)
+    places = np.stack([rows[s] for rows, s in zip(plan.rows[layer].rows, slots, strict=True)])
+    return places.swapaxes(0, 1).reshape(plan.slots[layer].slots.shape)
 
 
 @st.composite
@@ -54,55 +58,52 @@ def is_stable_order(keys: np.ndarray, order: np.ndarray) -> bool:
 
 
 @settings(max_examples=200, deadline=None)
-@given(steps(), st.sampled_from([2, 3, 4]), st.sampled_from([2, 11, 500]))
+@given(steps(), st.sampled_from([2, 3, 4]), st.sampled_from([2, 11, 5000]))
 def test_plans(step: tuple[np.ndarray, np.ndarray, int], max_order: int, rows: int) -> None:
     tokens, segments, shards = step
     ngram_hash = make_hash(max_order, rows)
-    plan = Planner(ngram_hash, batch_shards=shards)(tokens, segments)
-    window = np.stack(ngram_hash.look_back(tokens, segments), axis=-1).reshape(-1, max_order)
-
+    plan = Planner(ngram_hash, shards=shards)(tokens, segments)
+    bound = tokens.size * ngram_hash.columns // shards
     for index, layer in enumerate(ngram_hash.spec.layers):
-        of_layer, bound = plan.layers[layer], tokens.size * ngram_hash.columns
-        hashed = ngram_hash.hash_tokens(layer, tokens, segments)
-        np.testing.assert_array_equal(expand(plan, layer), hashed)
+        padded_rows = ngram_hash.padded_rows[index]
+        places = stored_places(ngram_hash.hash_tokens(layer, tokens, segments), padded_rows)
+        np.testing.assert_array_equal(expand(plan, layer, shards), places)
+        of_rows, of_slots = plan.rows[layer], plan.slots[layer]
+        for device, own in enumerate(split(places, shards)):
+            distinct = np.unique(own)
+            assert of_rows.distinct[device] == len(distinct)
+            padding = padded_rows + np.arange(bound - len(distinct))
+            expected = np.concatenate([distinct, padding])
+            np.testing.assert_array_equal(of_rows.rows[device], expected)
+            slots, order = (split(array, shards)[device] for array in of_slots)
+            for slots_of_part, order_of_part in zip(slots, order, strict=True):
+                assert is_stable_order(slots_of_part.reshape(-1), order_of_part.reshape(-1))
 
-        distinct = np.unique(hashed)
-        assert of_layer.distinct_rows == len(distinct)
-        np.testing.assert_array_equal(of_layer.rows[: len(distinct)], distinct)
-        first_padding = ngram_hash.padded_rows[index]
-        np.testing.assert_array_equal(
-            of_layer.rows[len(distinct) :], first_padding + np.arange(bound - len(distinct))
-        )
-        assert of_layer.slot_of_ngram.min() >= 0
-        assert of_layer.slot_of_ngram.max() < bound
-        assert is_stable_order(of_layer.slot_of_ngram.reshape(-1), of_layer.slot_order)
-        # What is not a row of the table is not a row of any n-gram that is there.
-        for order, count in enumerate(plan.distinct_ngrams):
-            assert (of_layer.slot_of_ngram[order, :count] < of_layer.distinct_rows).all()
-            assert (of_layer.slot_of_ngram[order, count:] >= of_layer.distinct_rows).all()
 
-    for order in range(2, max_order + 1):
-        assert plan.distinct_ngrams[order - 2] == len(np.unique(window[:, :order], axis=0))
-        numbers = plan.tokens.ngram_of_token[:, order - 2]
-        assert set(numbers.reshape(-1)) == set(range(plan.distinct_ngrams[order - 2]))
-    by_device = [array.reshape(*array.shape[:2], shards, -1) for array in plan.tokens]
-    for place in np.ndindex(by_device[0].shape[:3]):
-        assert is_stable_order(by_device[0][place], by_device[1][place])
+def test_every_process_plans_its_own_part() -> None:
+    tokens = np.random.default_rng(0).integers(0, 6, (2, 8, 5), dtype=np.int32)
+    whole = Planner(make_hash(), shards=4)(tokens)
+    for process in range(2):
+        mine = slice(4 * process, 4 * process + 4)
+        part = Planner(make_hash(), shards=4, local_shards=2)(tokens[:, mine])
+        for layer in (0, 2):
+            for a, b in zip(part.slots[layer], whole.slots[layer], strict=True):
+                np.testing.assert_array_equal(a, b[:, mine])
+            for a, b in zip(part.rows[layer], whole.rows[layer], strict=True):
+                np.testing.assert_array_equal(a, b[2 * process : 2 * process + 2])
 
 
 def test_shapes_and_dtypes_do_not_depend_on_the_tokens() -> None:
-    planner = Planner(make_hash(), batch_shards=2)
+    planner = Planner(make_hash(), shards=2)
     shape = (2, 4, 8)
-    generator = np.random.default_rng(0)
-    varied = planner(generator.integers(0, 6, shape, dtype=np.int32))
+    varied = planner(np.random.default_rng(0).integers(0, 6, shape, dtype=np.int32))
     for tokens in (np.zeros(shape, np.int32), np.full(shape, -1, np.int32)):
         plan = planner(tokens, np.ones(shape, np.int32))
-        assert plan.layers.keys() == varied.layers.keys()
-        for layer in plan.layers:
-            for a, b in zip(plan.layers[layer], varied.layers[layer], strict=True):
-                assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.dtype == np.int32
-        for a, b in zip(plan.tokens, varied.tokens, strict=True):
-            assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.dtype == np.int32
+        for part, other in zip(plan, varied, strict=True):
+            assert part.keys() == other.keys() == {0, 2}
+            for layer in part:
+                for a, b in zip(part[layer], other[layer], strict=True):
+                    assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.dtype == np.int32
 
 
 def test_a_step_without_repeats_has_no_padding() -> None:
@@ -110,19 +111,38 @@ def test_a_step_without_repeats_has_no_padding() -> None:
     ngram_hash = make_hash(max_order=2, rows=50_000, heads=1, vocabulary=64)
     tokens = np.arange(64, dtype=np.int32).reshape(1, 1, 64)
     plan = Planner(ngram_hash)(tokens)
-    hashed = ngram_hash.hash_tokens(0, tokens)
-    assert len(np.unique(hashed)) == hashed.size  # no collision, or this tests nothing
-    np.testing.assert_array_equal(plan.layers[0].rows, np.sort(hashed.reshape(-1)))
-    np.testing.assert_array_equal(expand(plan, 0), hashed)
+    places = stored_places(ngram_hash.hash_tokens(0, tokens), ngram_hash.padded_rows[0])
+    assert len(np.unique(places)) == places.size  # no collision, or this tests nothing
+    np.testing.assert_array_equal(plan.rows[0].rows[0], np.sort(places.reshape(-1)))
+    np.testing.assert_array_equal(expand(plan, 0, 1), places)
 
 
-def test_large_vocabularies_and_orders_do_not_overflow_the_keys() -> None:
-    spec = HashSpec(layers=(0,), max_order=5, heads=2, rows_per_head=(997,) * 4)
-    ngram_hash = NgramHash.build(spec, VocabularyProjection.identity(300_000))
-    generator = np.random.default_rng(0)
-    tokens = generator.choice(np.array([0, 299_998, 299_999], np.int32), (1, 2, 400))
-    plan = Planner(ngram_hash)(tokens)
-    np.testing.assert_array_equal(expand(plan, 0), ngram_hash.hash_tokens(0, tokens))
+def test_rounds_are_as_few_as_every_pair_of_devices_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows that crowd at one owner take more rounds, in each of which no pair overflows."""
+    planner = Planner(make_hash(), shards=4)
+    bound, padded_rows = 512, 8192
+    capacity, owned = exchange_capacity(bound, 4), padded_rows // 4
+
+    def fullest(found: np.ndarray, rounds: int) -> int:
+        own, owner = found % owned, found // owned
+        return max(
+            np.count_nonzero((owner == device) & (own * rounds // owned == part))
+            for device in range(4)
+            for part in range(rounds)
+        )
+
+    spread = np.arange(0, padded_rows, padded_rows // bound, dtype=np.int32)
+    crowded = owned + np.arange(0, owned, 4, dtype=np.int32)
+    at_one_place = owned + np.arange(300, dtype=np.int32)
+    for found, rounds in ((spread, 1), (crowded, 4), (at_one_place, 16)):
+        assert planner._rounds(found, bound, padded_rows) == rounds
+        assert fullest(found, rounds) <= capacity
+        assert rounds == 1 or fullest(found, rounds // 2) > capacity
+    monkeypatch.setattr(plan_module, "MOST_ROUNDS", 8)
+    with pytest.raises(InputError, match="16 rounds"):
+        planner._rounds(at_one_place, bound, padded_rows)
 
 
 def test_an_id_outside_the_vocabulary_is_refused() -> None:

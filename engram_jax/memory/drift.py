@@ -1,0 +1,151 @@
+"""How far dense Adam carries a row that no gradient reaches any more. Pure NumPy.
+
+A row last written by step s, with moments m and v, moves on by momentum. In all, it moves by
+
+    −Σₖ lrᵢ · β₁ᵏ m / (1−β₁ⁱ) / (√(β₂ᵏ v / (1−β₂ⁱ)) + ε)  =  −m Σₖ aₖ / (bₖ √v + ε)
+
+over k = 1, 2, …, with i = s + k: aₖ = lrᵢ β₁ᵏ/(1−β₁ⁱ), bₖ = √(β₂ᵏ/(1−β₂ⁱ)). These are hundreds of
+terms for every element.
+Seen as a function of x = ε/√v, the sum is Σ (aₖ/bₖ) · bₖ/(bₖ + x), the integral of a smooth
+function of log b against the weights aₖ/bₖ. A Gauss rule in log b replaces the hundreds of atoms
+by a few: 5 nodes for (0.9, 0.999), 9 for (0.9, 0.95), whatever ε and v are. (In b itself the rule
+would converge slowly, since the function has its pole at −x, arbitrarily near.)
+
+What a row owes between two steps is the difference of two such sums: the drift from s on, less
+what is left of it at the later step, where the moments have decayed.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from engram_jax.errors import InputError
+
+# Relative errors of the sum over steps, against its total, and of the Gauss rule.
+_TAIL = 1e-8
+_RULE = 1e-7
+_MOST_NODES = 24
+_MOST_TERMS = 4000
+_TOO_SLOW = (
+    "With b1 {b1} and b2 {b2}, idle rows come to rest too slowly for exact row Adam; raise b2, "
+    "lower b1, or take lazy row Adam."
+)
+
+
+class Drift(NamedTuple):
+    """The Gauss rule of every step: drift = −m Σⱼ weightⱼ / (nodeⱼ √v + ε).
+
+    Attributes:
+        nodes: b, for a row last written by step s = 0, 1, … steps.
+        weights: a.
+    """
+
+    nodes: Float32[np.ndarray, "steps nodes"]
+    weights: Float32[np.ndarray, "steps nodes"]
+
+
+def make_drift(
+    learning_rate: Callable[[np.ndarray], np.ndarray], steps: int, b1: float, b2: float
+) -> Drift:
+    """The drift of rows last written by step 0 … steps.
+
+    Args:
+        learning_rate: by the number of finished steps, as optax's schedules: step i has that of
+            i − 1. It is asked beyond `steps`, where momentum would still push.
+        steps: last step of the run.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+
+    Raises:
+        InputError: the decays let an idle row move without bound (b1² ≥ b2), or too slowly come to
+            rest for a short rule.
+    """
+    if not 0 <= b1 < 1 or not b1**2 < b2 < 1:
+        raise InputError(
+            f"Exact row Adam needs b1² < b2 < 1, or idle rows never come to rest; they are {b1} "
+            f"and {b2}. Change them, or take lazy row Adam."
+        )
+    ratio = b1 / math.sqrt(b2)
+    terms = 1 if b1 == 0 else max(1, math.ceil(math.log(_TAIL * (1 - ratio)) / math.log(ratio)))
+    if terms > _MOST_TERMS:
+        raise InputError(_TOO_SLOW.format(b1=b1, b2=b2))
+    rates = np.asarray(learning_rate(np.arange(steps + terms)), np.float64)
+    last_written = np.arange(steps + 1)
+    for count in range(1, _MOST_NODES + 1):
+        # The error is largest where bias correction spreads b the most, at the first steps.
+        probes = np.unique(np.minimum([0, 1, 2, 4, 8, 16, 64, 256, 1024, steps], steps))
+        rule = _gauss_rules(probes, rates, terms, count, b1, b2)
+        if _error(probes, rates, terms, rule, b1, b2) < _RULE:
+            break
+    else:
+        raise InputError(_TOO_SLOW.format(b1=b1, b2=b2))
+    blocks = [
+        _gauss_rules(block, rates, terms, count, b1, b2)
+        for block in np.array_split(last_written, -(-len(last_written) // 512))
+    ]
+    nodes, weights = (
+        np.concatenate(parts).astype(np.float32) for parts in zip(*blocks, strict=True)
+    )
+    return Drift(nodes, weights)
+
+
+def _atoms(
+    last_written: np.ndarray, rates: np.ndarray, terms: int, b1: float, b2: float
+) -> tuple[Float64[np.ndarray, "rules terms"], Float64[np.ndarray, "rules terms"]]:
+    """a and b of every term."""
+    after = np.arange(1, terms + 1)
+    step = last_written[:, None] + after
+    a = rates[step - 1] * float(b1) ** after / -np.expm1(step * _log(b1))
+    b = np.sqrt(b2**after / -np.expm1(step * _log(b2)))
+    return a, b
+
+
+def _log(decay: float) -> float:
+    return math.log(decay) if decay else -math.inf
+
+
+def _gauss_rules(
+    last_written: np.ndarray, rates: np.ndarray, terms: int, count: int, b1: float, b2: float
+) -> tuple[Float64[np.ndarray, "rules nodes"], Float64[np.ndarray, "rules nodes"]]:
+    """Nodes b and weights a of the rules with `count` nodes: Lanczos, then Golub and Welsch."""
+    a, b = _atoms(last_written, rates, terms, b1, b2)
+    measure, position = a / b, np.log(b)
+    count = min(count, terms)
+    total = measure.sum(axis=1)
+    basis = [np.sqrt(measure / np.where(total > 0, total, 1)[:, None])]
+    jacobi = np.zeros((len(a), count, count))
+    for column in range(count):
+        image = position * basis[-1]
+        jacobi[:, column, column] = (image * basis[-1]).sum(axis=1)
+        for _ in range(2):  # twice is enough
+            for vector in basis:
+                image -= (image * vector).sum(axis=1, keepdims=True) * vector
+        norm = np.linalg.norm(image, axis=1)
+        if column + 1 < count:
+            jacobi[:, column, column + 1] = jacobi[:, column + 1, column] = norm
+        basis.append(image / np.where(norm > 0, norm, 1)[:, None])
+    position, vectors = np.linalg.eigh(jacobi)
+    nodes = np.exp(position)
+    return nodes, vectors[:, 0] ** 2 * total[:, None] * nodes
+
+
+def _error(
+    last_written: np.ndarray,
+    rates: np.ndarray,
+    terms: int,
+    rule: tuple[np.ndarray, np.ndarray],
+    b1: float,
+    b2: float,
+) -> float:
+    """Largest relative error of rules against the sums they stand for, over x = ε/√v."""
+    a, b = _atoms(last_written, rates, terms, b1, b2)
+    nodes, weights = rule
+    worst = 0.0
+    for x in np.logspace(-8, 6, 57):
+        exact = (a / (b + x)).sum(axis=1)
+        error = np.abs((weights / (nodes + x)).sum(axis=1) - exact)
+        worst = max(worst, float(np.max(error / np.where(exact > 0, exact, 1))))
+    return worst

@@ -1,0 +1,110 @@
+"""Rows between the devices that want them and the devices that own them; inside `shard_map`.
+
+A device's distinct rows ascend, so those of one owner stand together, and so do those of any part
+of the owner's rows. Round k of n exchanges the k-th of n equal parts of every owner's rows; in a
+round, every device asks every other for at most C rows (`exchange_capacity`). One round is the
+rule; more come where a pair of devices has too much for each other. A row belongs to one round, the
+same on all devices, so that its owner has all its gradients in that round.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from engram_jax.memory.places import exchange_capacity
+
+
+@dataclass(frozen=True)
+class Route:
+    """One device's distinct rows, on their way to their owners.
+
+    Attributes:
+        rows: distinct places, ascending, then padding from R up.
+        rounds: rounds n of this step, the same on all devices.
+        owned: rows that each device owns, R / S.
+        axes: mesh axes over which tables and tokens are split.
+    """
+
+    rows: Int32[Array, "U"]
+    rounds: Int32[Array, ""]
+    owned: int
+    axes: tuple[str, ...]
+
+    @property
+    def shards(self) -> int:
+        """Devices S."""
+        return jax.lax.axis_size(self.axes)
+
+    @property
+    def capacity(self) -> int:
+        """Rows C that a pair of devices exchanges in a round."""
+        return exchange_capacity(len(self.rows), self.shards)
+
+    def fetch(
+        self, number: Int32[Array, ""], answer: Callable[[Int32[Array, "n"]], Float[Array, "n F"]]
+    ) -> tuple[Float[Array, "U F"], Bool[Array, "U"]]:
+        """What the owners answer for each distinct row, and which rows this round concerns.
+
+        Args:
+            number: the round.
+            answer: run by the owner: from its own row numbers to what it sends; numbers from
+                `owned` up stand for nothing.
+        """
+        starts, ends, asked = self._ask(number)
+        sent = answer(asked).reshape(self.shards, self.capacity, -1)
+        received = self._swap(sent).reshape(self.shards * self.capacity, -1)
+        owner = self.rows // self.owned
+        position = jnp.arange(len(self.rows)) - starts.at[owner].get(mode="fill", fill_value=0)
+        count = (ends - starts).at[owner].get(mode="fill", fill_value=0)
+        here = (position >= 0) & (position < count)
+        slot = jnp.where(here, owner * self.capacity + position, len(received))
+        return received.at[slot].get(mode="fill", fill_value=0), here
+
+    def deliver(
+        self, number: Int32[Array, ""], gradient: Float[Array, "U F"]
+    ) -> tuple[Int32[Array, "n"], Float[Array, "n F"]]:
+        """The distinct own rows that devices send gradients for in a round, and their sums.
+
+        Equal rows are summed in the order of the devices that sent them. Row numbers ascend and
+        are distinct; those from `owned` up stand for nothing.
+        """
+        starts, ends, asked = self._ask(number)
+        index = starts[:, None] + jnp.arange(self.capacity)[None]
+        sent = gradient.at[index].get(mode="fill", fill_value=0)
+        sent = jnp.where((index < ends[:, None])[..., None], sent, 0)
+        received = self._swap(sent).reshape(len(asked), -1)
+        order = jnp.argsort(asked, stable=True)
+        ascending = asked[order]
+        is_new = jnp.concatenate([jnp.ones(1, bool), ascending[1:] != ascending[:-1]])
+        segment = jnp.cumsum(is_new) - 1
+        sums = jax.ops.segment_sum(
+            received[order], segment, num_segments=len(asked), indices_are_sorted=True
+        )
+        padding = self.owned + 1 + jnp.arange(len(asked), dtype=jnp.int32)
+        rows = padding.at[segment].set(ascending, indices_are_sorted=True)
+        return rows, sums
+
+    def _ask(
+        self, number: Int32[Array, ""]
+    ) -> tuple[Int32[Array, "S"], Int32[Array, "S"], Int32[Array, "n"]]:
+        """Where each owner's part of `rows` begins and ends, and what this device is asked for."""
+        first = jnp.arange(self.shards, dtype=jnp.int32) * self.owned
+
+        def begin(number: Array) -> Int32[Array, "S"]:
+            # ⌈number · owned / rounds⌉ without leaving 32 bits.
+            whole, rest = self.owned // self.rounds, self.owned % self.rounds
+            edge = number * whole + -(-number * rest // self.rounds)
+            return jnp.searchsorted(self.rows, first + edge, method="compare_all")
+
+        starts, ends = begin(number), begin(number + 1)
+        index = starts[:, None] + jnp.arange(self.capacity)[None]
+        wanted = self.rows.at[index].get(mode="clip") - first[:, None]
+        wanted = jnp.where(index < ends[:, None], wanted, self.owned)
+        return starts, ends, self._swap(wanted).reshape(-1)
+
+    def _swap(self, by_other: Array) -> Array:
+        """Sends part s to device s; part s of the result came from device s."""
+        return jax.lax.all_to_all(by_other, self.axes, split_axis=0, concat_axis=0, tiled=True)
