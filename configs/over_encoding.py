@@ -1,6 +1,8 @@
 """The baseline of the default run: the same tables, averaged into the input embedding.
 
 Command: `python train.py over_encoding`.
+Cost: as the default run.
+Expect: held-out loss on prose 4.85 nats per token, 0.13 below the dense twin.
 """
 
 from engram_jax.config import Config, MemoryConfig

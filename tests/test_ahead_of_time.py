@@ -1,0 +1,160 @@
+"""Programs compiled for TPU slices that are not there, and what is read from them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_runs import vary
+
+from engram_jax.ahead_of_time import (
+    Collective,
+    Cost,
+    compile_cost,
+    compile_costs,
+    read_collectives,
+    topology_mesh,
+)
+from engram_jax.command_line import load_named_config
+from engram_jax.errors import InputError
+from engram_jax.memory import lookup
+from engram_jax.memory.layout import Table, record_words
+from engram_jax.memory.plan import RowPlan, SlotPlan
+from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, make_row_adam
+from engram_jax.run import Run
+from engram_jax.sharding import TOKEN_AXES, MeshConfig
+
+TOPOLOGY = "v5p:2x2x1"
+TOKENS, COLUMNS = 1024, 16  # of one chip
+
+
+@pytest.fixture(scope="module")
+def mesh() -> jax.sharding.Mesh:
+    return topology_mesh(TOPOLOGY, MeshConfig(fsdp=2))
+
+
+def abstract(
+    mesh: jax.sharding.Mesh, shape: tuple[int, ...], dtype: type = jnp.int32
+) -> jax.ShapeDtypeStruct:
+    place = jax.NamedSharding(mesh, jax.P(TOKEN_AXES) if shape else jax.P())
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+
+def compile_memory_part(mesh: jax.sharding.Mesh, width: int, rows: int) -> Cost:
+    """Lookup and update of one table as one program."""
+    adam: RowAdam = make_row_adam(
+        RowAdamConfig(form="exact"), lambda done: jnp.full(jnp.shape(done), 1e-3), 100
+    )
+    chips, asked = mesh.size, TOKENS * COLUMNS
+    table = Table(abstract(mesh, (rows, record_words(width)), jnp.uint32), width)
+    plan = RowPlan(
+        abstract(mesh, (chips, asked)), abstract(mesh, (chips,)), abstract(mesh, (chips,))
+    )
+    slots = SlotPlan(*[abstract(mesh, (chips, TOKENS, COLUMNS))] * 2)
+
+    def part(table: Table, plan: RowPlan, slots: SlotPlan, step: jax.Array):
+        rows = lookup.read_rows(table, plan, adam, step)
+        memory, pullback = jax.vjp(lambda rows: lookup.expand(rows, slots), rows)
+        (gradient,) = pullback(memory)
+        own = lookup.own_gradients(table, plan, gradient)
+        scale = jnp.minimum(1, 1 / own.square_norm)
+        return lookup.update_rows(table, plan, gradient, own, scale, adam, step)
+
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(part, donate_argnums=0)
+        return compile_cost(jitted, table, plan, slots, abstract(mesh, ()))
+
+
+@pytest.mark.parametrize(
+    "width", [80, *(pytest.param(width, marks=pytest.mark.slow) for width in (128, 160, 256))]
+)
+def test_on_v5p_only_gathers_and_scatters_meet_the_table(
+    mesh: jax.sharding.Mesh, width: int
+) -> None:
+    """No instruction but those makes an array of R rows, and temporaries do not grow with R."""
+    costs = {}
+    for rows in (3 << 20, 3 << 22):  # too large for the memory on the chip
+        costs[rows] = compile_memory_part(mesh, width, rows)
+        own = rows // mesh.size
+        for line in costs[rows].text.splitlines():
+            made = re.match(rf"\s*(?:ROOT )?%[\w.-]+ = (.*?)\[{own},\d+\]\S* ([\w-]+)\((.*)", line)
+            if not made or made[1].startswith("("):  # tuples hand on what others made
+                continue
+            kind, rest = made[2], made[3]
+            if kind == "fusion":
+                assert re.search(r"op_name=\"[^\"]*scatter", rest), line
+            else:
+                assert re.fullmatch(
+                    "parameter|get-tuple-element|bitcast|scatter|gather|while|call", kind
+                ), line
+    small, large = costs.values()
+    assert small.temporaries == large.temporaries
+    more_rows = 3 * (3 << 20) // mesh.size
+    assert large.arguments - small.arguments == more_rows * record_words(width) * 4
+
+
+def test_the_exchange_sends_a_fraction_of_what_xlas_own_partitioning_sends(
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """One row of [tokens × columns] asked from each owner, against an all-reduce of everything."""
+    width = 80
+    ours = compile_memory_part(mesh, width, 1 << 16)
+    assert {part.kind for part in ours.collectives} == {"all-to-all", "all-reduce"}
+    for part in ours.collectives:
+        assert part.kind == "all-to-all" or part.sent <= 2 * 8, part  # scalars
+        assert part.group == mesh.size
+    # Rows there, gradients back, row numbers twice; capacity is 1.25 of the mean and 6σ.
+    asked = TOKENS * COLUMNS
+    expected = asked * 1.25 * (2 * width + 2) * 4 * (mesh.size - 1) / mesh.size
+    assert expected < ours.sent < 1.2 * expected
+
+
+def test_the_whole_step_of_the_default_run_compiles() -> None:
+    config = load_named_config("default")
+    run = Run.assemble(config, topology_mesh(TOPOLOGY, config.mesh))
+    costs = compile_costs(run)
+    assert set(costs) == {"lookup", "row update", "training step"}
+    step = costs["training step"]
+    assert step.temporaries > costs["lookup"].temporaries > 0
+    assert step.sent > 4 * 3_000_000  # every parameter's gradient is summed over the chips
+    table = run.ngram_hash.padded_rows[0] * record_words(config.memory.row_width) * 4
+    assert step.arguments > table / run.mesh.size
+
+
+def test_rows_that_do_not_fill_lanes_are_refused_on_tpu() -> None:
+    config = vary(load_named_config("default"), memory={"row_width": 16})
+    with pytest.raises(InputError, match=r"64 words.*at least 22"):
+        Run.assemble(config, topology_mesh(TOPOLOGY, config.mesh))
+
+
+def test_an_unknown_topology_is_refused() -> None:
+    with pytest.raises(InputError, match="v9z:2x2"):
+        topology_mesh("v9z:2x2", MeshConfig())
+
+
+def test_collectives_are_read_with_groups_trips_and_bytes() -> None:
+    text = """
+HloModule jit_f
+
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %gather.1 = f32[8,4]{1,0} all-gather(%x), replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+
+%inner.2 (p: f32[4]) -> f32[4] {
+  %sum.1 = bf16[16]{0} all-reduce(%y), replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+ENTRY %main.3 (a: f32[8]) -> f32[8] {
+  %swap.1 = s32[4,6]{1,0} all-to-all(%a), replica_groups=mesh['data'=2,'fsdp'=2] {'data','fsdp'}
+  %loop.1 = (s32[], f32[8]) while(%t), condition=%cond.1, body=%body.1, KNOWN
+  %loop.2 = (s32[], f32[8]) while(%t), condition=%cond.2, body=%inner.2
+}
+""".replace("KNOWN", 'backend_config={"known_trip_count":{"n":"30"}}')
+    found = list(read_collectives(text))
+    assert found == [
+        Collective("all-gather", "f32[8,4]{1,0}", 2, 30, 64),
+        Collective("all-reduce", "bf16[16]{0}", 4, 0, 48),
+        Collective("all-to-all", "s32[4,6]{1,0}", 4, 1, 72),
+    ]
+    assert np.sum([part.sent * part.trips for part in found]) == 64 * 30 + 72
