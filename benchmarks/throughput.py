@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 
 from engram_jax.command_line import load_named_config
+from engram_jax.config import Config
 from engram_jax.data.pipeline import make_batches, prefetch_to_device
 from engram_jax.run import Run
 from engram_jax.trainer import make_train_step
@@ -26,9 +27,8 @@ CONFIGS = ("dense", "over_encoding", "default")
 class Training:
     """A run in progress that nobody logs, evaluates or saves; `stack` closes its pipeline."""
 
-    def __init__(self, name: str, folder: Path, stack: ExitStack) -> None:
-        config = load_named_config(name)
-        run = Run.start(config, folder / name)
+    def __init__(self, config: Config, folder: Path, stack: ExitStack) -> None:
+        run = Run.start(config, folder)
         stack.enter_context(jax.set_mesh(run.mesh))
         batches = make_batches(
             run.corpora(),
@@ -54,7 +54,9 @@ class Training:
 def measure(rounds: int, steps: int) -> dict[str, np.ndarray]:
     """Tokens per second of every config in every round; the configs take turns."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        trainings = {name: Training(name, Path(folder), stack) for name in CONFIGS}
+        trainings = {
+            name: Training(load_named_config(name), Path(folder) / name, stack) for name in CONFIGS
+        }
         for training in trainings.values():  # compiles
             training.advance(2)
         rates = [

@@ -84,54 +84,81 @@ class Planner:
         for index, layer in enumerate(self.ngram_hash.spec.layers):
             padded_rows = self.ngram_hash.padded_rows[index]
             by_column = np.concatenate(list(self.ngram_hash.hash_window(layer, window)))
-            places = stored_places(by_column, padded_rows)
-            rows[layer], slots[layer] = self._plan_layer(places, tokens.shape, padded_rows)
+            places = stored_places(by_column, padded_rows).T.reshape(*tokens.shape, -1)
+            rows[layer], slots[layer] = plan_places(
+                places, padded_rows, shards=self.shards, local_shards=self.local_shards
+            )
         return MemoryPlan(rows, slots)
 
-    def _plan_layer(
-        self, places: Int32[np.ndarray, "H tokens"], shape: tuple[int, ...], padded_rows: int
-    ) -> tuple[RowPlan, SlotPlan]:
-        micro_batches, batch, length = shape
-        columns, devices = len(places), self.local_shards
-        # The tokens of device d are a contiguous part of B in each of the A micro-batches.
-        of_device = places.reshape(columns, micro_batches, devices, -1).transpose(2, 1, 3, 0)
-        by_device = of_device.reshape(devices, -1)
-        bound = by_device.shape[1]
-        rows = np.empty((devices, bound), np.int32)
-        slots, order = np.empty_like(rows), np.empty_like(rows)
-        distinct, rounds = np.empty(devices, np.int32), np.empty(devices, np.int32)
-        for device, keys in enumerate(by_device):
-            sorted_slots, positions, found = _number_distinct(keys)
-            slots[device][positions] = sorted_slots
-            rows[device, : len(found)] = found
-            rows[device, len(found) :] = padded_rows + np.arange(bound - len(found))
-            distinct[device] = len(found)
-            rounds[device] = self._rounds(found, bound, padded_rows)
-            order[device] = _split_order(positions, micro_batches)
 
-        def by_token(array: Int32[np.ndarray, "S U"]) -> Int32[np.ndarray, "A B T H"]:
-            parted = array.reshape(devices, micro_batches, -1).swapaxes(0, 1)
-            return np.ascontiguousarray(parted).reshape(micro_batches, batch, length, columns)
+def plan_places(
+    places: Int32[np.ndarray, "A B T H"],
+    padded_rows: int,
+    *,
+    shards: int = 1,
+    local_shards: int = 1,
+) -> tuple[RowPlan, SlotPlan]:
+    """Plans the rows of one table.
 
-        return RowPlan(rows, rounds, distinct), SlotPlan(by_token(slots), by_token(order))
+    Args:
+        places: where the rows of every token and column stand.
+        padded_rows: rows R of the table.
+        shards: devices S of all processes.
+        local_shards: this process's devices.
 
-    def _rounds(self, found: Int32[np.ndarray, "distinct"], bound: int, padded_rows: int) -> int:
-        """The least power of two of rounds in which no owner is asked for more than it can answer.
+    Raises:
+        InputError: the rows lie too near to each other for the exchange.
+    """
+    # The tokens of a device are a contiguous part of B in each of the A micro-batches.
+    micro_batches = len(places)
+    parted = places.reshape(micro_batches, local_shards, -1).swapaxes(0, 1)
+    by_device = parted.reshape(local_shards, -1)
+    bound = by_device.shape[1]
+    rows = np.empty((local_shards, bound), np.int32)
+    slots, order = np.empty_like(rows), np.empty_like(rows)
+    distinct, rounds = np.empty(local_shards, np.int32), np.empty(local_shards, np.int32)
+    for device, keys in enumerate(by_device):
+        sorted_slots, positions, found = _number_distinct(keys)
+        slots[device][positions] = sorted_slots
+        rows[device, : len(found)] = found
+        rows[device, len(found) :] = padded_rows + np.arange(bound - len(found))
+        distinct[device] = len(found)
+        rounds[device] = exchange_rounds(
+            found, exchange_capacity(bound, shards), padded_rows // shards
+        )
+        order[device] = _split_order(positions, micro_batches)
 
-        Round k of n asks for the k-th of n equal parts of every owner's rows (see `exchange`).
-        Parts of 2n lie within parts of n: what one device needs is enough for all that need less.
-        """
-        capacity, owned = exchange_capacity(bound, self.shards), padded_rows // self.shards
-        owner, own = np.divmod(found.astype(np.int64), owned)
-        rounds = 1
-        while np.bincount(owner * rounds + own * rounds // owned).max() > capacity:
-            rounds *= 2
-        if rounds > MOST_ROUNDS:
-            raise InputError(
-                f"The rows of a batch lie so near to each other that they need {rounds} rounds of "
-                "exchange; this hash is no hash. Choose more rows or another seed."
-            )
-        return rounds
+    def by_token(array: Int32[np.ndarray, "S U"]) -> Int32[np.ndarray, "A B T H"]:
+        parted = array.reshape(local_shards, micro_batches, -1).swapaxes(0, 1)
+        return np.ascontiguousarray(parted).reshape(places.shape)
+
+    return RowPlan(rows, rounds, distinct), SlotPlan(by_token(slots), by_token(order))
+
+
+def exchange_rounds(found: Int32[np.ndarray, "distinct"], capacity: int, owned: int) -> int:
+    """The least power of two of rounds in which no device is asked for more than it can answer.
+
+    Round k of n asks for the k-th of n equal parts of every owner's rows (see `exchange`). Parts of
+    2n lie within parts of n: what one device needs is enough for all that need less.
+
+    Args:
+        found: places that one device asks for.
+        capacity: what a pair of devices exchanges in a round.
+        owned: rows that each device owns.
+
+    Raises:
+        InputError: more than `MOST_ROUNDS` are needed.
+    """
+    owner, own = np.divmod(found.astype(np.int64), owned)
+    rounds = 1
+    while np.bincount(owner * rounds + own * rounds // owned).max() > capacity:
+        rounds *= 2
+    if rounds > MOST_ROUNDS:
+        raise InputError(
+            f"The rows of a batch lie so near to each other that they need {rounds} rounds of "
+            "exchange; this hash is no hash. Choose more rows or another seed."
+        )
+    return rounds
 
 
 def _number_distinct(

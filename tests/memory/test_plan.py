@@ -11,7 +11,7 @@ from engram_jax.errors import InputError
 from engram_jax.hashing import HashSpec, NgramHash
 from engram_jax.memory import plan as plan_module
 from engram_jax.memory.places import exchange_capacity, stored_places
-from engram_jax.memory.plan import MemoryPlan, Planner
+from engram_jax.memory.plan import MemoryPlan, Planner, exchange_rounds
 
 
 def make_hash(max_order: int = 3, rows: int = 11, heads: int = 2, vocabulary: int = 6) -> NgramHash:
@@ -121,7 +121,6 @@ def test_rounds_are_as_few_as_every_pair_of_devices_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows that crowd at one owner take more rounds, in each of which no pair overflows."""
-    planner = Planner(make_hash(), shards=4)
     bound, padded_rows = 512, 8192
     capacity, owned = exchange_capacity(bound, 4), padded_rows // 4
 
@@ -137,12 +136,12 @@ def test_rounds_are_as_few_as_every_pair_of_devices_allows(
     crowded = owned + np.arange(0, owned, 4, dtype=np.int32)
     at_one_place = owned + np.arange(300, dtype=np.int32)
     for found, rounds in ((spread, 1), (crowded, 4), (at_one_place, 16)):
-        assert planner._rounds(found, bound, padded_rows) == rounds
+        assert exchange_rounds(found, capacity, owned) == rounds
         assert fullest(found, rounds) <= capacity
         assert rounds == 1 or fullest(found, rounds // 2) > capacity
     monkeypatch.setattr(plan_module, "MOST_ROUNDS", 8)
     with pytest.raises(InputError, match="16 rounds"):
-        planner._rounds(at_one_place, bound, padded_rows)
+        exchange_rounds(at_one_place, capacity, owned)
 
 
 def test_an_id_outside_the_vocabulary_is_refused() -> None:

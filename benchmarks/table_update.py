@@ -1,0 +1,218 @@
+"""What a step costs as the table grows: touched rows against a dense optax Adam.
+
+    python -m benchmarks.table_update [--most-rows 64_000_000]
+
+Two measurements, every larger table in turn with the smallest in one process:
+
+1. the memory part alone (lookup, expansion to tokens, gradients back to rows, exact row update) for
+   8,192 tokens of 16 columns, rows drawn at random, width 16, tables filled with random values; and
+   beside it, as far as memory allows, a plain gather with its dense gradient and `optax.adam`;
+2. the whole training step of the default run, its table from an eighth of its size to eight times.
+
+Writes `docs/table_update.png`.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from matplotlib.figure import Figure
+
+from benchmarks.throughput import Training
+from engram_jax.command_line import load_named_config
+from engram_jax.memory import lookup
+from engram_jax.memory.layout import Rows, Table, pack, record_words
+from engram_jax.memory.plan import RowPlan, SlotPlan, plan_places
+from engram_jax.memory.row_adam import RowAdamConfig, make_row_adam
+from engram_jax.sharding import TOKEN_AXES, MeshConfig, make_mesh
+
+TOKENS, COLUMNS, WIDTH = 8192, 16, 16
+PLANS = 6
+CHUNK = 1 << 18
+PICTURE = Path("docs/table_update.png")
+MESH = make_mesh(MeshConfig(), jax.devices()[:1])
+
+type Advance = Callable[[int], float]
+
+
+def draw_places(rows: int, seed: int) -> np.ndarray:
+    """[tokens, columns] places, uniform over the table."""
+    return np.random.default_rng(seed).integers(0, rows, (TOKENS, COLUMNS), dtype=np.int32)
+
+
+def fill_table(rows: int) -> Table:
+    """A table as after many steps: random rows, moments and clocks, made a part at a time."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def fill(records: jax.Array, number: jax.Array) -> jax.Array:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), number), 4)
+        part = Rows(
+            value=jax.random.normal(keys[0], (CHUNK, WIDTH)),
+            mean=1e-3 * jax.random.normal(keys[1], (CHUNK, WIDTH)),
+            square=1e-6 * jax.random.uniform(keys[2], (CHUNK, WIDTH)),
+            clock=jax.random.randint(keys[3], (CHUNK,), 1, 1000),
+        )
+        start = (number * CHUNK, jnp.int32(0))
+        return jax.lax.dynamic_update_slice(records, pack(part), start)
+
+    records = jnp.zeros((rows, record_words(WIDTH)), jnp.uint32)
+    for number in range(rows // CHUNK):
+        records = fill(records, jnp.int32(number))
+    return Table(records, WIDTH)
+
+
+def put[Tree](tree: Tree) -> Tree:
+    """On the mesh of one device, without a copy."""
+    place = jax.NamedSharding(MESH, jax.P(TOKEN_AXES))
+    return jax.device_put(tree, place, donate=True)
+
+
+def touched_rows(rows: int) -> Advance:
+    """A function of the number of steps: runs them and returns the seconds of one."""
+    adam = make_row_adam(RowAdamConfig(form="exact"), lambda done: 1e-3 + 0.0 * done, 2000)
+    plans = []
+    for seed in range(PLANS):
+        row_plan, slot_plan = plan_places(draw_places(rows, seed)[None, None], rows)
+        plans.append(put((row_plan, SlotPlan(*(part[0] for part in slot_plan)))))
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(table: Table, plan: tuple[RowPlan, SlotPlan], done: jax.Array) -> Table:
+        row_plan, slots = plan
+        read = lookup.read_rows(table, row_plan, adam, done)
+        memory, pullback = jax.vjp(lambda read: lookup.expand(read, slots), read)
+        (gradient,) = pullback(memory)  # of its squares' sum, a gradient as good as any
+        own = lookup.own_gradients(table, row_plan, gradient)
+        scale = jnp.minimum(1, jax.lax.rsqrt(own.square_norm))
+        return lookup.update_rows(table, row_plan, gradient, own, scale, adam, done)
+
+    table, done = put(fill_table(rows)), 1000
+
+    def advance(steps: int) -> float:
+        nonlocal table, done
+        start = time.perf_counter()
+        for _ in range(steps):
+            with jax.set_mesh(MESH):
+                table = step(table, plans[done % PLANS], jnp.int32(done))
+            done += 1
+        jax.block_until_ready(table)
+        return (time.perf_counter() - start) / steps
+
+    return advance
+
+
+def densely(rows: int) -> Advance:
+    """As `touched_rows`, with a dense gradient and optax.adam over the whole table."""
+    optimizer = optax.adam(1e-3)
+    places = [jnp.asarray(draw_places(rows, seed)) for seed in range(PLANS)]
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(table: jax.Array, state: optax.OptState, places: jax.Array) -> tuple:
+        gradient = jax.grad(lambda table: 0.5 * jnp.sum(table[places] ** 2))(table)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(table, updates), state
+
+    table = jax.random.normal(jax.random.key(0), (rows, WIDTH))
+    state, done = optimizer.init(table), 0
+
+    def advance(steps: int) -> float:
+        nonlocal table, state, done
+        start = time.perf_counter()
+        for _ in range(steps):
+            table, state = step(table, state, places[done % PLANS])
+            done += 1
+        jax.block_until_ready(table)
+        return (time.perf_counter() - start) / steps
+
+    return advance
+
+
+def compare(smallest: Advance, larger: Advance, rounds: int, steps: int) -> tuple[float, ...]:
+    """Median seconds of a step with either table, median ratio and its quartiles."""
+    for advance in (smallest, larger):
+        advance(2)
+    pairs = [(smallest(steps), larger(steps)) for _ in range(rounds)]
+    ratios = [large / small for small, large in pairs]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
+    return (*medians, middle, low, high)
+
+
+def memory_part(most_rows: int, most_dense: int, rounds: int) -> dict[str, dict[int, float]]:
+    """Prints and returns seconds of a step by rows, for both ways."""
+    seconds: dict[str, dict[int, float]] = {"touched rows": {}, "dense optax.adam": {}}
+    for name, make, most in (
+        ("touched rows", touched_rows, most_rows),
+        ("dense optax.adam", densely, most_dense),
+    ):
+        smallest = make(1 << 20)
+        for rows in (1 << 22, 1 << 24, 1 << 26):
+            if rows > most:
+                break
+            small, large, ratio, low, high = compare(smallest, make(rows), rounds, 4)
+            seconds[name] |= {1 << 20: small, rows: large}
+            print(
+                f"{name:<17} {1 << 20:>11,} → {rows:>11,} rows: {small * 1e3:8.1f} → "
+                f"{large * 1e3:8.1f} ms, ×{ratio:.2f} (quartiles {low:.2f} … {high:.2f})"
+            )
+    return seconds
+
+
+def whole_step(rounds: int) -> None:
+    """Prints what the default run's step costs with its table grown 64 times."""
+    config = load_named_config("default")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        trainings = []
+        for factor in (1 / 8, 8):
+            rows = tuple(round(count * factor) for count in config.memory.rows_per_head)
+            sized = replace(config, memory=replace(config.memory, rows_per_head=rows))
+            trainings.append(Training(sized, Path(folder) / str(factor), stack))
+        one, other = trainings
+        small, large, ratio, low, high = compare(
+            lambda steps: one.advance(steps) / steps,
+            lambda steps: other.advance(steps) / steps,
+            rounds,
+            4,
+        )
+    print(
+        f"whole default step, table × 64: {small * 1e3:.1f} → {large * 1e3:.1f} ms, "
+        f"×{ratio:.3f} (quartiles {low:.3f} … {high:.3f})"
+    )
+
+
+def draw(seconds: dict[str, dict[int, float]]) -> None:
+    """Writes the picture."""
+    figure = Figure(figsize=(5.2, 3.4), dpi=160, layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log")
+    axes.set(xlabel="rows of the table", ylabel="milliseconds of a step")
+    for (name, by_rows), color in zip(seconds.items(), ("#c2402f", "#4a5568"), strict=True):
+        milliseconds = [1e3 * value for value in by_rows.values()]
+        axes.plot(list(by_rows), milliseconds, "o-", color=color, label=name)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(PICTURE)
+
+
+def main(most_rows: int = 1 << 26, most_dense: int = 1 << 24, rounds: int = 9) -> None:
+    """Measures, prints, draws.
+
+    Args:
+        most_rows: rows of the largest table of touched rows; 2²⁶ take 17 GB.
+        most_dense: rows of the largest dense table; 2²⁴ take 5 GB.
+        rounds: measurements of each pair of tables, taken in turn.
+    """
+    draw(memory_part(most_rows, most_dense, rounds))
+    whole_step(rounds)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
