@@ -187,7 +187,7 @@ class NgramHash:
         return window
 
     def hash_window(
-        self, layer: int, window: Sequence[UInt64[np.ndarray, "G"]], least_order: int = 2
+        self, layer: int, window: Sequence[UInt64[np.ndarray, "G"]]
     ) -> Iterator[Int32[np.ndarray, "K G"]]:
         """Yields, order by order, the table rows of the n-grams that a window spells.
 
@@ -197,16 +197,14 @@ class NgramHash:
             layer: layer id, one of `spec.layers`.
             window: x, x₋₁, … as `look_back` gives them, flattened. If it is shorter than N, only
                 the orders it reaches are hashed.
-            least_order: where to begin.
         """
         index = self.spec.layers.index(layer)
         multipliers = self.multipliers[index].astype(np.uint64)
         mix = window[0] * multipliers[0]
         for order in range(2, len(window) + 1):
             mix ^= window[order - 1] * multipliers[order - 1]
-            if order >= least_order:
-                primes, offsets = self.primes[index, order - 2], self.offsets[index, order - 2]
-                yield _remainders(mix, primes, offsets)
+            primes, offsets = self.primes[index, order - 2], self.offsets[index, order - 2]
+            yield _remainders(mix, primes, offsets)
 
     def hash_tokens(
         self,

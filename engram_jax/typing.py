@@ -6,8 +6,8 @@
 | T      | time (tokens)                     | R      | rows of one layer's table, padded        |
 | D      | model width                       | F      | width of one row of a table              |
 | M      | residual branches (1 = plain)     | E      | memory width = H·F                       |
-| N      | largest n-gram order              | U      | distinct rows of a step (static bound)   |
-| K      | hash heads per order              | G      | distinct n-grams of a step (bound)       |
+| N      | largest n-gram order              | U      | distinct rows a device asks for (bound)  |
+| K      | hash heads per order              | G      | n-grams hashed together                  |
 | V      | tokenizer vocabulary              | L      | memory layers                            |
 | A      | micro-batches of a step           | S      | table shards                             |
 | Q      | query heads of attention          | J      | key/value heads of attention             |
