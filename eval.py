@@ -40,7 +40,7 @@ class EvalOptions:
         step: step of the checkpoint; the newest by default.
         sources: what to score: shipped corpora or paths, of which the held-out share counts; those
             of the run by default.
-        max_tokens: most held-out tokens per source; all by default.
+        max_tokens: how many held-out tokens to score per source; all by default.
         text: text of the gate map; by default, the beginning of a held-out document.
         text_file: file with the text of the gate map (UTF-8).
         prompt: text to continue.

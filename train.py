@@ -1,6 +1,12 @@
-"""Trains a named run, or resumes it: `python train.py [CONFIG] [--run FOLDER] [--a.b VALUE …]`."""
+"""Trains a named run, or resumes it: `python train.py [CONFIG] [--run FOLDER] [--a.b VALUE …]`.
+
+The flags most often wanted: --run, --data.sources, --train.steps, --data.batch-size, --model.width,
+--model.layers, --memory.rows-per-head, --optimizer.learning-rate. A flag without values, where it
+takes several, means none of them.
+"""
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +17,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax
 
 from engram_jax.command_line import parse
-from engram_jax.errors import one_sentence
+from engram_jax.errors import InputError, one_sentence
+from engram_jax.processes import leads
 from engram_jax.run import Run
 from engram_jax.sampling import sample
 from engram_jax.trainer import Diverged, train
 
 PROMPT = "The city is the capital of"
+INTERRUPTED = 128 + signal.SIGINT  # the exit status of a run that was asked to stop
 
 
 @dataclass(frozen=True)
@@ -43,23 +51,35 @@ def main() -> None:
     """Parses the command line, trains, and says what to do next."""
     options, config = parse(TrainOptions, __doc__ or "")
     if options.distributed:
-        jax.distributed.initialize()
-    run = Run.start(config, options.run or Path("runs") / config.name)
-    state = train(
-        run,
+        _join_processes()
+    run = Run.start(
+        config,
+        options.run or Path("runs") / config.name,
         start_from=options.start_from,
         start_step=options.start_step,
-        profile=options.profile,
     )
-    if jax.process_index() > 0:
-        return
-    print(f"{run.folder} holds {int(state.step)} of {config.train.steps} steps.")
-    if state.step == config.train.steps and jax.process_count() == 1:
+    state = train(run, profile=options.profile)
+    stopped = state.step < config.train.steps
+    if leads():
+        print(f"{run.folder} holds {int(state.step)} of {config.train.steps} steps.")
+        print(
+            "The same command goes on with it." if stopped else f"Next: python eval.py {run.folder}"
+        )
+    if stopped:
+        sys.exit(INTERRUPTED)
+    if jax.process_count() == 1:
         continuation = sample(run, state.weights, PROMPT, tokens=40, temperature=0.7, top_k=40)
         print(f"A continuation: {PROMPT}{continuation}")
-        print(f"Next: python eval.py {run.folder}")
-    elif state.step < config.train.steps:
-        print("The same command goes on with it.")
+
+
+def _join_processes() -> None:
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"--distributed finds no other processes to join ({error}): start this under SLURM, on "
+            "every worker of a TPU slice, or under MPI; on one machine leave the flag out."
+        ) from error
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""What a configuration costs on a TPU pod, read from its compiled programs; no TPU is needed.
+"""What a configuration costs on a TPU slice, read from its compiled programs; no TPU is needed.
 
-    python -m engram_jax.ahead_of_time [CONFIG] --topology v5p:4x4x4 [--a.b VALUE …]
+Compiles the lookup of one table, its row update, and the whole training step, and prints bytes per
+chip: arguments, temporaries, and what the collectives send over the interconnect.
 
-Compiles the lookup of one table, its row update, and the whole training step with the `libtpu` that
-jax's own `tpu` extra names, and prints bytes per chip: arguments, temporaries, and what the
-collectives send over the interconnect. The compiler's memory figures are sound; its own cost
-estimate is not (it counts a gather's whole operand and a loop's body once), so the bytes sent are
-computed here from the collectives' shapes, groups and trip counts.
+Needs libtpu (`pip install -e '.[tpu]'`).
 """
+
+# The compiler's memory figures are sound; its own cost estimate is not (it counts a gather's whole
+# operand and a loop's body once), so the bytes sent are computed here from the collectives' shapes,
+# groups and trip counts.
 
 import math
 import os
@@ -104,8 +105,8 @@ def topology_mesh(topology: str, config: MeshConfig) -> jax.sharding.Mesh:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as error:  # what it raises differs from version to version
         raise InputError(
-            f"The topology {topology!r} cannot be had ({error}); install the extra `tpu`, and name "
-            "a generation and a shape, such as v5p:4x4x4 or v6e:2x2."
+            f"The topology {topology!r} cannot be had ({error}); install libtpu (pip install -e "
+            "'.[tpu]'), and name a generation and a shape, such as v5p:4x4x4 or v6e:2x2."
         ) from error
     return make_mesh(config, devices)
 
@@ -276,7 +277,8 @@ class Options:
 
 def main() -> None:
     """Parses the command line, compiles, prints a table and the collectives."""
-    options, config = parse(Options, __doc__ or "")
+    program = "python -m engram_jax.ahead_of_time"
+    options, config = parse(Options, __doc__ or "", program=program)
     mesh = topology_mesh(options.topology, config.mesh)
     run = Run.assemble(config, mesh)
     print(f"{config.name} on {mesh.size} chips ({options.topology}), MB per chip and step")

@@ -116,6 +116,23 @@ class Checkpoints:
         if shutil.disk_usage(there).free < _size(state):
             raise self._full(state)
 
+    def require(self, step: int | None = None) -> list[int]:
+        """As `steps`, if there are any, and that of `step` among them.
+
+        Raises:
+            InputError: it is not there.
+        """
+        found = self.steps()
+        if not found:
+            raise InputError(
+                f"{self._folder} has no complete checkpoint: start the run from its beginning."
+            )
+        if step is not None and step not in found:
+            raise InputError(
+                f"{self._folder} has no checkpoint of step {step}: choose one of {found}."
+            )
+        return found
+
     def restore(
         self,
         abstract: PyTree[jax.ShapeDtypeStruct],
@@ -134,15 +151,7 @@ class Checkpoints:
             InputError: there is none, the asked one (or all) is damaged, or it is of another
                 identity or has other arrays.
         """
-        found = self.steps()
-        if step is not None and step not in found:
-            raise InputError(
-                f"{self._folder} has no checkpoint of step {step}: choose one of {found}."
-            )
-        if not found:
-            raise InputError(
-                f"{self._folder} has no complete checkpoint: start the run from its beginning."
-            )
+        found = self.require(step)
         wanted = {
             name: leaf
             if leaf.sharding is not None

@@ -36,7 +36,11 @@ def load_named_config(name: str) -> Config:
 
 
 def parse[Options](
-    options: type[Options], description: str, args: Sequence[str] | None = None
+    options: type[Options],
+    description: str,
+    args: Sequence[str] | None = None,
+    *,
+    program: str | None = None,
 ) -> tuple[Options, Config]:
     """Reads `[CONFIG] [--flag value …]`: options of the program, then fields of the config.
 
@@ -44,9 +48,11 @@ def parse[Options](
         options: a dataclass whose fields become flags of their own name.
         description: what `--help` says first.
         args: the words after the program's name; None takes the process's.
+        program: how the program is started; by default by the name of its file.
 
     Raises:
-        InputError: an unknown configuration or flag; the sentence lists those there are.
+        InputError: an unknown configuration or flag; the sentence lists those there are, of flags
+            those of its group.
         SystemExit: values that cannot work, after a message that names them; or `--help`.
     """
     words = list(sys.argv[1:] if args is None else args)
@@ -64,7 +70,7 @@ def parse[Options](
         command,
         default=command(options(), config),
         args=words,
-        prog=f"{Path(sys.argv[0]).name} [CONFIG]",
+        prog=f"{program or Path(sys.argv[0]).name} [CONFIG]",
         description=f"{description}\n\nConfigurations:\n{runs}\n\nShown below: {name}.",
         return_unknown_args=True,
     )
@@ -74,9 +80,19 @@ def parse[Options](
         raise InputError(
             f"There is no {unknown[0]!r} here"
             f"{', perhaps ' + ' or '.join(near) + ' is meant' if near else ''}. A configuration's "
-            f"name comes first; the flags are {', '.join(flags)}."
+            f"name comes first; the flags are {', '.join(_flags_near(unknown[0], flags))} (see "
+            "--help)."
         )
     return parsed.options, parsed.config
+
+
+def _flags_near(unknown: str, flags: Sequence[str]) -> list[str]:
+    """The flags of the unknown one's group; if it has none, those of no group and the groups."""
+    group = unknown.rpartition(".")[0]
+    if group and (members := [flag for flag in flags if flag.startswith(f"{group}.")]):
+        return members
+    groups = dict.fromkeys(f"{flag.partition('.')[0]}.…" for flag in flags if "." in flag)
+    return [*(flag for flag in flags if "." not in flag), *groups]
 
 
 def _flags(options: Any, prefix: str = "--") -> Iterator[str]:

@@ -20,7 +20,7 @@ class MemoryConfig:
     """The memory: its hash, its tables and how the network reads them.
 
     Attributes:
-        layers: zero-based ids of the blocks with memory; () is a model without.
+        layers: zero-based ids of the blocks with memory; a flag without values is a model without.
         fusion: "engram" (gated, before the block), or "over_encoding" (the baseline: averaged
             into the input embedding; layers must be 0).
         max_order: largest n-gram order N; the paper sets model.engram.dilation to the same.
@@ -82,9 +82,9 @@ class DataConfig:
     """The text and how it is cut.
 
     Attributes:
-        sources: names of shipped corpora, or paths (.jsonl, .txt, .parquet, .arrayrecord;
-            JSONL also as .gz, .xz, .zst).
-        weights: share of every source; () takes them as large as they are.
+        sources: names of shipped corpora, files (.jsonl, also .gz, .xz, .zst; .txt, which is one
+            document; .parquet; .arrayrecord), or folders of such files.
+        weights: share of every source; by default they are taken as large as they are.
         tokenizer: "default", or the path of a SentencePiece .model or a tokenizer.json.
         pad_id: padding id, for a tokenizer that names none; also what the hash reads before a
             document's beginning.
@@ -137,7 +137,7 @@ class TrainConfig:
         seed: seed of the parameters and of the order of the documents.
         log_every: steps between lines of metrics.
         evaluate_every: steps between held-out evaluations; 0 evaluates at the end alone.
-        evaluate_tokens: most held-out tokens per source of such an evaluation.
+        evaluate_tokens: held-out tokens scored per source in such an evaluation, if it has as many.
         checkpoint_every: steps between checkpoints; 0 saves at the end alone.
         keep_checkpoints: checkpoints kept.
     """

@@ -1,6 +1,8 @@
 """The one error that speaks to users, and how programs end."""
 
 import errno
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,9 @@ def one_sentence() -> Iterator[None]:
         yield
     except InputError as error:
         problem = str(error)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor fail when flushing
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -8,7 +8,7 @@ and what evaluation writes.
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from engram_jax.sharding import (
 )
 from engram_jax.tokenizer import Tokenizer, load_tokenizer
 from engram_jax.train_state import TrainState, Weights
-from engram_jax.typing import Parameters
+from engram_jax.typing import Parameters, PyTree
 
 # What a start that was killed before it wrote config.json leaves in the folder.
 _BEGUN = {
@@ -80,6 +80,8 @@ class Run:
         optimizer: optimizer of the dense parameters.
         row_adam: optimizer of the tables' rows.
         checkpoints: the folder's checkpoints.
+        start_from: folder of another run whose weights begin this one; None: random ones do.
+        start_step: which checkpoint of that run; None: the newest.
     """
 
     folder: Path
@@ -92,17 +94,37 @@ class Run:
     optimizer: optax.GradientTransformation
     row_adam: RowAdam
     checkpoints: Checkpoints
+    start_from: Path | None = None
+    start_step: int | None = None
 
     @classmethod
-    def start(cls, config: Config, folder: Path) -> "Run":
+    def start(
+        cls,
+        config: Config,
+        folder: Path,
+        *,
+        start_from: Path | None = None,
+        start_step: int | None = None,
+    ) -> "Run":
         """Makes the folder, or takes one that holds a run of this very configuration.
 
+        Args:
+            config: the configuration.
+            folder: the run folder.
+            start_from: folder of another run, if that run's weights begin this one.
+            start_step: which checkpoint of that run; None: the newest.
+
         Raises:
-            InputError: the folder holds something else, the tokenizer does not fit the model, or
-                sizes do not divide the mesh.
+            InputError: the folder holds something else, the tokenizer does not fit the model,
+                sizes do not divide the mesh, or the other run's weights do not fit.
         """
         with together(f"begin the run in {folder}"):
             run = cls._check_start(config, folder)
+            run = replace(run, start_from=start_from, start_step=start_step)
+            if start_step is not None and start_from is None:
+                raise InputError("--start-step chooses a checkpoint of --start-from; give both.")
+            if start_from is not None and not run.checkpoints.steps():
+                run.fitting(start_from).checkpoints.require(start_step)
         with together(f"write to {folder}"):
             if leads() and not (folder / "config.json").exists():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -277,7 +299,8 @@ class Run:
             if not len(corpus.held_out):
                 raise InputError(
                     f"None of the {corpus.manifest.documents} documents of {corpus.name} is held "
-                    "out for evaluation; raise data.held_out, or cut the text into more documents."
+                    "out for evaluation; raise data.held_out, or cut the text into more documents "
+                    "(a .txt file is one; of JSON Lines, every line)."
                 )
         return corpora
 
@@ -309,6 +332,34 @@ class Run:
             self.abstract_state().weights, step, partial=True
         )[1]
         return weights
+
+    def fitting(self, folder: Path) -> "Run":
+        """The run in another folder, whose weights can begin this one.
+
+        Raises:
+            InputError: there is none, or its tokenizer, hash or sizes are others.
+        """
+        other = Run.open(folder)
+        if other.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise InputError(
+                f"{folder} has another tokenizer than this run, so its embeddings mean other "
+                "tokens; give this run the same data.tokenizer."
+            )
+        ours, theirs = self.ngram_hash, other.ngram_hash
+        if ours and theirs and ours.fingerprint != theirs.fingerprint:
+            raise InputError(
+                f"{folder} hashes with {theirs.fingerprint}, this run with {ours.fingerprint}: its "
+                "table rows would mean other n-grams. Give this run the same memory and tokenizer."
+            )
+        wanted, found = (_shapes(run.abstract_state().weights) for run in (self, other))
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise InputError(
+                    f"The model in {folder} has other weights than this run: at {name} "
+                    f"{found.get(name, 'nothing')} there, {wanted.get(name, 'nothing')} here; give "
+                    "this run the same model and memory sizes."
+                )
+        return other
 
     def save(self, state: TrainState) -> Path:
         """Saves the state as a checkpoint of its step, with the configuration and the hash."""
@@ -390,7 +441,8 @@ def _check_same(config: Config, folder: Path) -> None:
         if ours[name] != theirs[name] and not name.startswith(_CHANGEABLE):
             raise InputError(
                 f"{folder} holds a run with {name} {theirs[name]}, not {ours[name]}; give that "
-                "value to resume it, or another --run folder to start anew."
+                "value to resume it, or another --run folder to start anew, with its weights if "
+                f"you add --start-from {folder}."
             )
 
 
@@ -412,6 +464,13 @@ def _check_texts(texts: dict[str, Any], folder: Path) -> None:
             f"The text of {', '.join(changed)} is not what {folder} was begun with; restore it, or "
             "give another --run folder to start anew."
         )
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves
+    }
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,7 +20,6 @@ from tqdm import tqdm
 
 from engram_jax.data.packing import Batch
 from engram_jax.data.pipeline import make_batches, prefetch_to_device
-from engram_jax.errors import InputError
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
 from engram_jax.loss import token_losses
 from engram_jax.memory import lookup
@@ -30,7 +28,7 @@ from engram_jax.metrics import MetricsLog
 from engram_jax.processes import leads, together
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState
-from engram_jax.typing import Parameters, PyTree
+from engram_jax.typing import Parameters
 
 type Metrics = dict[str, Array]
 type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -108,8 +106,6 @@ class Diverged(RuntimeError):
 def train(
     run: Run,
     *,
-    start_from: Path | None = None,
-    start_step: int | None = None,
     profile: bool = False,
 ) -> TrainState:
     """Trains to the configured number of steps, from the newest checkpoint if there is one.
@@ -118,8 +114,6 @@ def train(
 
     Args:
         run: the run.
-        start_from: folder of another run whose parameters and tables begin this one.
-        start_step: which checkpoint of that run; None: the newest.
         profile: write a trace of ten steps to the run folder.
 
     Raises:
@@ -127,13 +121,11 @@ def train(
         Diverged: NaN or Inf; names the step and the newest checkpoint.
     """
     config = run.config
-    if start_step is not None and start_from is None:
-        raise InputError("--start-step chooses a checkpoint of --start-from; give that too.")
     with jax.set_mesh(run.mesh), run.exclusively(), ExitStack() as stack:
         corpora = run.corpora()
         with together("find room for a checkpoint"):
             run.checkpoints.require_space(run.abstract_state())
-        state = _first_state(run, start_from, start_step)
+        state = _first_state(run)
         step = int(state.step)
         train_step = make_train_step(run)
         scorer = make_scorer(run)
@@ -275,8 +267,9 @@ class _Progress:
         )
 
 
-def _first_state(run: Run, start_from: Path | None, start_step: int | None) -> TrainState:
+def _first_state(run: Run) -> TrainState:
     """The newest checkpoint's state, or a new one, perhaps with another run's weights."""
+    start_from = run.start_from
     if run.checkpoints.steps():
         if start_from is not None and leads():
             print(f"{run.folder} has checkpoints: it goes on with them, not from {start_from}.")
@@ -284,45 +277,19 @@ def _first_state(run: Run, start_from: Path | None, start_step: int | None) -> T
     if start_from is None:
         return run.initial_state()
     with together(f"start from {start_from}"):
-        other = _fitting_run(run, start_from)
+        other = run.fitting(start_from)
     # Their checkpoints, in the shapes and on the devices of this run.
-    weights = replace(run, checkpoints=other.checkpoints).restore_weights(start_step)
+    weights = replace(run, checkpoints=other.checkpoints).restore_weights(run.start_step)
     state = run.initial_state()
     tables = {
         layer: lookup.settle(table, other.row_adam, weights.step)
         for layer, table in weights.tables.items()
     }
     state = replace(state, params=weights.params, tables=tables)
+    if leads():
+        print(f"{run.folder} begins with the weights of step {int(weights.step)} of {start_from}.")
     run.save(state)  # or a run killed before its first checkpoint would forget where it came from
     return state
-
-
-def _fitting_run(run: Run, folder: Path) -> Run:
-    """The run in another folder, if its weights can begin this run."""
-    other = Run.open(folder)
-    if other.tokenizer.fingerprint != run.tokenizer.fingerprint:
-        raise InputError(
-            f"{folder} has another tokenizer than this run, so its embeddings mean other "
-            "tokens; give this run the same data.tokenizer."
-        )
-    ours, theirs = run.ngram_hash, other.ngram_hash
-    if ours and theirs and ours.fingerprint != theirs.fingerprint:
-        raise InputError(
-            f"{folder} hashes with {theirs.fingerprint}, this run with {ours.fingerprint}: its "
-            "table rows would mean other n-grams. Give this run the same memory and tokenizer."
-        )
-    wanted, found = run.abstract_state().weights, other.abstract_state().weights
-    if _shapes(wanted) != _shapes(found):
-        raise InputError(
-            f"The model in {folder} has other parameters than this run; give this run the same "
-            "model and memory sizes."
-        )
-    return other
-
-
-def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def train_part(
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", count, rank)
     try:
-        train(Run.start(tiny(data, steps), folder), start_from=start)
+        train(Run.start(tiny(data, steps), folder, start_from=start))
     except InputError as error:
         (folder.parent / f"error-{rank}.txt").write_text(str(error))
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_runs import TrainWhole, assert_identical, losses, vary
@@ -143,9 +142,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 def test_start_from_takes_weights_alone(tiny: Config, trained: Run, tmp_path: Path) -> None:
     first = trained.restore()
-    second = Run.start(vary(tiny, mesh={"fsdp": 4}), tmp_path / "second")
+    config = vary(tiny, mesh={"fsdp": 4})
+    second = Run.start(config, tmp_path / "second", start_from=trained.folder, start_step=6)
     with jax.set_mesh(second.mesh):
-        state = trainer._first_state(second, trained.folder, None)
+        state = trainer._first_state(second)
     fresh = second.initial_state()
     assert_identical(
         replace(state, optimizer=fresh.optimizer, tables={}),
@@ -158,7 +158,7 @@ def test_start_from_takes_weights_alone(tiny: Config, trained: Run, tmp_path: Pa
     np.testing.assert_array_equal(value, settled.unpack().value)
     assert not any(np.any(part) for part in state_of_rows)
     assert table.records.sharding.is_equivalent_to(fresh.tables[1].records.sharding, 2)
-    train(second, start_from=trained.folder, start_step=6)
+    train(second)
     assert losses(second.folder)[0][1] < losses(trained.folder)[0][1]
 
 
@@ -167,8 +167,7 @@ def test_where_a_run_started_from_is_remembered(
     tiny: Config, trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also by a run that ends before its first own checkpoint, and goes on without the flag."""
-    whole = Run.start(tiny, tmp_path / "whole")
-    expected = train(whole, start_from=trained.folder)
+    expected = train(Run.start(tiny, tmp_path / "whole", start_from=trained.folder))
 
     class Killed(Exception):
         pass
@@ -176,25 +175,28 @@ def test_where_a_run_started_from_is_remembered(
     def kill(*_: Any, **__: Any) -> None:
         raise Killed
 
-    parts = Run.start(tiny, tmp_path / "parts")
+    parts = tmp_path / "parts"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(trainer._Progress, "update", kill)
-        train(parts, start_from=trained.folder)
-    assert_identical(train(parts), expected)
-    train(parts, start_from=tmp_path / "elsewhere")
+        train(Run.start(tiny, parts, start_from=trained.folder))
+    assert f"begins with the weights of step 6 of {trained.folder}" in capsys.readouterr().out
+    assert_identical(train(Run.start(tiny, parts)), expected)
+    train(Run.start(tiny, parts, start_from=tmp_path / "elsewhere"))
     assert "goes on with them, not from" in capsys.readouterr().out
 
 
 def test_a_step_to_start_from_needs_a_run(tiny: Config, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--start-from"):
-        train(Run.start(tiny, tmp_path / "run"), start_step=3)
+        Run.start(tiny, tmp_path / "run", start_step=3)
+    assert not (tmp_path / "run").exists()
 
 
 def test_start_from_refuses_a_step_that_was_not_saved(
     tiny: Config, trained: Run, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"no checkpoint of step 3: choose one of \[6\]"):
-        train(Run.start(tiny, tmp_path / "run"), start_from=trained.folder, start_step=3)
+        Run.start(tiny, tmp_path / "run", start_from=trained.folder, start_step=3)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("one_device")
@@ -202,35 +204,29 @@ def test_start_from_refuses_a_step_that_was_not_saved(
     ("change", "message"),
     [
         ({"memory": {"hash_seed": 1}}, "other n-grams"),
-        ({"memory": {"row_width": 4}}, "other parameters"),
-        ({"model": {"width": 16}}, "other parameters"),
-        ({"memory": {"layers": ()}}, "other parameters"),
+        (
+            {"memory": {"row_width": 4}},
+            r"blocks/1/engram/key \(1, 32, 32\) there, \(1, 16, 32\) here",
+        ),
+        ({"model": {"width": 16}}, "other weights"),
+        ({"memory": {"layers": ()}}, "there, nothing here"),
     ],
 )
 def test_start_from_refuses_what_does_not_fit(
     tiny: Config,
     trained: Run,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     change: dict[str, dict[str, Any]],
     message: str,
 ) -> None:
-    def zeros(run: Run) -> TrainState:
-        """Of the initial state's shapes, which decide; the state itself takes long to compile."""
-        return jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
-            run.abstract_state(),
-        )
-
-    monkeypatch.setattr(Run, "initial_state", zeros)
-    second = Run.start(vary(tiny, **change), tmp_path / "second")
+    """And leaves no folder behind, so that the command, corrected, is not refused for it."""
     with pytest.raises(InputError, match=message):
-        train(second, start_from=trained.folder)
-    assert losses(second.folder) == [] and second.checkpoints.steps() == []
+        Run.start(vary(tiny, **change), tmp_path / "second", start_from=trained.folder)
+    assert not (tmp_path / "second").exists()
 
 
 @pytest.mark.usefixtures("one_device")
 def test_start_from_refuses_a_folder_without_a_run(tiny: Config, tmp_path: Path) -> None:
-    run = Run.start(tiny, tmp_path / "run")
     with pytest.raises(InputError, match="run folder"):
-        train(run, start_from=tmp_path / "nothing")
+        Run.start(tiny, tmp_path / "run", start_from=tmp_path / "nothing")
+    assert not (tmp_path / "run").exists()

@@ -39,7 +39,7 @@ class GateMap:
 
     Attributes:
         texts: what each token adds to the text; "" for a token that ends inside a character.
-        labels: what to show for each token: its text, or its piece where the text is "".
+        labels: what to show for each token: its text, or "·" where that is "".
         losses: cross-entropy of each token in nats.
         gates: by layer id, the gate of each token, the mean over the branches.
         max_order: largest n-gram order N that the memory reads.
@@ -119,9 +119,7 @@ def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap
     texts = list(_token_texts(tokenizer, ids))
     return GateMap(
         texts=texts,
-        labels=[
-            text or tokenizer.piece(int(token)) for text, token in zip(texts, ids, strict=True)
-        ],
+        labels=[text or "·" for text in texts],
         losses=losses[:-1],  # position i predicts token i + 1, and bos stands before the text
         gates={layer: values[1:] for layer, values in gates.items()},
         max_order=run.config.memory.max_order,
@@ -347,7 +345,8 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 1.5rem 0 0; }
 <p>The redder a token, the wider its gate opened for the memory of the n-grams that end there,
 compared with the other tokens of this text. Every color scale gives the gates of its layer in this
 text: least, quartiles, greatest. Hover over a token for its gate, its loss in nats and its n-grams
-(⊢ begins the text; before hashing, n-grams lose case and accents).</p>
+(⊢ begins the text, · is a part of the character after it; before hashing, n-grams lose case and
+accents).</p>
 PANELS
 </html>
 """

@@ -98,6 +98,7 @@ def evaluate_held_out(
     corpora: Sequence[Corpus],
     *,
     max_tokens: int | None = None,
+    scored: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, Score]:
     """Scores the held-out documents of every corpus.
 
@@ -106,7 +107,8 @@ def evaluate_held_out(
         scorer: as `make_scorer` gives it.
         weights: parameters and tables.
         corpora: where the documents come from.
-        max_tokens: most tokens per corpus; None scores all.
+        max_tokens: how many tokens to score per corpus, from its first document on; None: all.
+        scored: called after every batch with the number of its tokens, to show progress.
 
     Returns:
         Scores by corpus name; they are sums over all processes' rows, the same on each.
@@ -126,10 +128,14 @@ def evaluate_held_out(
                 batch = batch._replace(plan=planner(batch.tokens, batch.segments))
             by_token, _ = scorer(weights, run.put(batch))
             by_token = np.asarray(multihost_utils.process_allgather(by_token, tiled=True))[0]
-            weighted = by_token.astype(np.float64) * packed.target_mask
-            np.add.at(sums.losses, packed.documents, weighted)
-            np.add.at(sums.tokens, packed.documents, packed.target_mask)
-            if max_tokens is not None and sums.tokens.sum() >= max_tokens:
+            mask = packed.target_mask
+            if max_tokens is not None:
+                left = max_tokens - sums.tokens.sum()
+                mask = mask * (np.cumsum(mask, dtype=np.int64).reshape(mask.shape) <= left)
+            np.add.at(sums.losses, packed.documents, by_token.astype(np.float64) * mask)
+            np.add.at(sums.tokens, packed.documents, mask)
+            scored(int(mask.sum()))
+            if sums.tokens.sum() == max_tokens:
                 break
         scores[corpus.name] = _summarize(sums, _tokens_per_byte(corpus.held_out))
     return scores
@@ -174,9 +180,13 @@ def _own_rows(batch: Batch) -> Batch:
     return jax.tree.map(lambda field: field[:, mine], batch)
 
 
+def count_targets(view: CorpusView) -> int:
+    """The tokens of some documents that are scored: all but each one's bos."""
+    return int(view.token_count - len(view))
+
+
 def _tokens_per_byte(view: CorpusView) -> float:
-    # A document's bos is no target.
-    return float((view.token_count - len(view)) / view.byte_lengths.sum())
+    return float(count_targets(view) / view.byte_lengths.sum())
 
 
 def _summarize(sums: DocumentSums, tokens_per_byte: float) -> Score:

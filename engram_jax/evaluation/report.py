@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 from engram_jax.data.corpus import Corpus
 from engram_jax.evaluation.held_out import (
     Score,
     Scorer,
     Suppress,
+    count_targets,
     difference,
     evaluate_held_out,
     make_scorer,
@@ -65,19 +67,31 @@ def evaluate(
         scorer: of the whole model, as `make_scorer` gives it.
         weights: parameters and tables.
         corpora: where the documents come from.
-        max_tokens: most tokens per corpus; None scores all.
+        max_tokens: how many tokens to score per corpus; None: all.
 
     Raises:
         InputError: a corpus holds no held-out documents.
     """
 
-    def score(scorer: Scorer) -> dict[str, Score]:
-        return evaluate_held_out(run, scorer, weights, corpora, max_tokens=max_tokens)
+    parts: list[Suppress] = list(_ABLATIONS) if weights.tables else []
+    tokens = sum(count_targets(corpus.held_out) for corpus in corpora)
+    if max_tokens is not None:
+        tokens = sum(min(max_tokens, count_targets(corpus.held_out)) for corpus in corpora)
+    with (
+        jax.set_mesh(run.mesh),
+        tqdm(total=tokens * (1 + len(parts)), unit=" tokens", unit_scale=True, leave=False) as bar,
+    ):
 
-    with jax.set_mesh(run.mesh):
-        whole = score(scorer)
-        suppressed: dict[Suppress, dict[str, Score]] = {
-            part: score(make_scorer(run, part)) for part in _ABLATIONS if weights.tables
+        def score(scorer: Scorer, title: str) -> dict[str, Score]:
+            bar.set_description(title)
+            return evaluate_held_out(
+                run, scorer, weights, corpora, max_tokens=max_tokens, scored=bar.update
+            )
+
+        whole = score(scorer, "scoring the whole model")
+        suppressed = {
+            part: score(make_scorer(run, part), f"scoring with {_ABLATIONS[part]}")
+            for part in parts
         }
     harms = {
         part: {name: difference(scores[name], whole[name]) for name in whole}

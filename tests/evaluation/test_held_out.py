@@ -133,19 +133,22 @@ def test_evaluating_changes_nothing(run, weights):
 
 
 @pytest.mark.usefixtures("in_mesh")
-def test_fewer_tokens_take_whole_batches_from_the_beginning(run, weights):
+@pytest.mark.parametrize("max_tokens", [1, 70, 8 * 24 + 5])
+def test_fewer_tokens_are_the_first_documents(run, weights, max_tokens):
     corpora, scorer = run.corpora(), make_scorer(run)
     whole = evaluate_held_out(run, scorer, weights, corpora)
-    part = evaluate_held_out(run, scorer, weights, corpora, max_tokens=1)
+    progress: list[int] = []
+    part = evaluate_held_out(
+        run, scorer, weights, corpora, max_tokens=max_tokens, scored=progress.append
+    )
+    assert sum(progress) == max_tokens * len(part)
     for name, score in part.items():
-        assert 1 <= score.tokens <= 8 * run.config.data.sequence_length
-        assert score.tokens < whole[name].tokens
-        np.testing.assert_array_equal(
-            score.by_document.tokens[:3], whole[name].by_document.tokens[:3]
-        )
-        np.testing.assert_array_equal(
-            score.by_document.losses[:3], whole[name].by_document.losses[:3]
-        )
+        assert score.tokens == max_tokens < whole[name].tokens
+        ours, all_of_it = score.by_document, whole[name].by_document
+        complete = np.flatnonzero(ours.tokens == all_of_it.tokens)
+        np.testing.assert_array_equal(complete, np.arange(len(complete)))
+        np.testing.assert_array_equal(ours.losses[complete], all_of_it.losses[complete])
+        assert not np.any(ours.tokens[len(complete) + 1 :])
 
 
 def test_report_prints_every_figure(run, weights):
