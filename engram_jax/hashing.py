@@ -7,14 +7,14 @@ same arithmetic on the device.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int32, Int64, UInt64
+from jaxtyping import Int, Int32, Int64, UInt32, UInt64
 from sympy import nextprime
 
 from engram_jax.compression import VocabularyProjection
@@ -32,8 +32,9 @@ CONVENTIONS = (
     "a dead position reads as pad",
 )
 
-# Elements hashed at a time: the 64-bit buffers (64 KiB) stay in the cache and off mmap.
-_BLOCK = 8192
+# Elements hashed at a time: few enough that their 64-bit buffers (128 KiB) stay in the cache, enough
+# that NumPy's calls cost little beside them.
+_BLOCK = 16_384
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,8 @@ class NgramHash:
 
     def hash_window(
         self, layer: int, window: Sequence[UInt64[np.ndarray, "G"]]
-    ) -> Iterator[Int32[np.ndarray, "K G"]]:
-        """Yields, order by order, the table rows of the n-grams that a window spells.
+    ) -> Int32[np.ndarray, "H G"]:
+        """Table rows of the n-grams that a window spells, column by column, order-major.
 
         Equations 1 and 2: mixₙ = x·m₀ ⊕ x₋₁·m₁ ⊕ … ⊕ x₋₍ₙ₋₁₎·mₙ₋₁, row = mixₙ mod prime + offset.
 
@@ -200,11 +201,16 @@ class NgramHash:
         """
         index = self.spec.layers.index(layer)
         multipliers = self.multipliers[index].astype(np.uint64)
-        mix = window[0] * multipliers[0]
-        for order in range(2, len(window) + 1):
-            mix ^= window[order - 1] * multipliers[order - 1]
-            primes, offsets = self.primes[index, order - 2], self.offsets[index, order - 2]
-            yield _remainders(mix, primes, offsets)
+        count, heads = len(window[0]), self.spec.heads
+        rows = np.empty((len(window) - 1, heads, count), np.uint32)
+        for start in range(0, count, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            mix = window[0][block] * multipliers[0]
+            for back in range(1, len(window)):
+                mix ^= window[back][block] * multipliers[back]
+                primes, offsets = self.primes[index, back - 1], self.offsets[index, back - 1]
+                _reduce(mix, primes, offsets, out=rows[back - 1, :, block])
+        return rows.reshape(-1, count).view(np.int32)
 
     def hash_tokens(
         self,
@@ -217,7 +223,7 @@ class NgramHash:
         Args and errors are those of `look_back`; `layer` is one of `spec.layers`.
         """
         window = [ids.reshape(-1) for ids in self.look_back(tokens, segments)]
-        rows = np.concatenate(list(self.hash_window(layer, window)))
+        rows = self.hash_window(layer, window)
         return rows.reshape(self.columns, *tokens.shape).transpose(*range(1, tokens.ndim + 1), 0)
 
     @cached_property
@@ -293,28 +299,22 @@ def _unused_primes(least: int, count: int, used: set[int]) -> list[int]:
     return primes
 
 
-def _remainders(
+def _reduce(
     mix: UInt64[np.ndarray, "G"],
     primes: Int64[np.ndarray, "K"],
     offsets: Int64[np.ndarray, "K"],
-) -> Int32[np.ndarray, "K G"]:
-    """mix mod prime + offset, for every prime.
+    out: UInt32[np.ndarray, "K G"],
+) -> None:
+    """Writes mix mod prime + offset, for every prime.
 
     NumPy divides 64-bit integers by a scalar with SIMD multiplications but takes remainders one
     by one, so the remainder is mix − quotient·prime; and since it fits 32 bits, the product and
     the difference are taken modulo 2³², on twice as many lanes.
     """
-    rows = np.empty((len(primes), len(mix)), np.uint32)
-    quotient = np.empty(min(_BLOCK, len(mix)), np.uint64)
-    for start in range(0, len(mix), _BLOCK):
-        block = mix[start : start + _BLOCK]
-        low = block.astype(np.uint32)
-        whole = quotient[: len(block)]
-        for head, (prime, offset) in enumerate(zip(primes, offsets, strict=True)):
-            out = rows[head, start : start + _BLOCK]
-            np.floor_divide(block, np.uint64(prime), out=whole)
-            np.copyto(out, whole, casting="unsafe")
-            np.multiply(out, np.uint32(prime), out=out)
-            np.subtract(low, out, out=out)
-            np.add(out, np.uint32(offset), out=out)
-    return rows.view(np.int32)
+    low, quotient = mix.astype(np.uint32), np.empty_like(mix)
+    for row, prime, offset in zip(out, primes, offsets, strict=True):
+        np.floor_divide(mix, np.uint64(prime), out=quotient)
+        np.copyto(row, quotient, casting="unsafe")
+        np.multiply(row, np.uint32(prime), out=row)
+        np.subtract(low, row, out=row)
+        np.add(row, np.uint32(offset), out=row)

@@ -83,7 +83,7 @@ class Planner:
         rows, slots = {}, {}
         for index, layer in enumerate(self.ngram_hash.spec.layers):
             padded_rows = self.ngram_hash.padded_rows[index]
-            by_column = np.concatenate(list(self.ngram_hash.hash_window(layer, window)))
+            by_column = self.ngram_hash.hash_window(layer, window)
             places = stored_places(by_column, padded_rows).T.reshape(*tokens.shape, -1)
             rows[layer], slots[layer] = plan_places(
                 places, padded_rows, shards=self.shards, local_shards=self.local_shards
