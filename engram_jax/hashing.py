@@ -32,8 +32,8 @@ CONVENTIONS = (
     "a dead position reads as pad",
 )
 
-# Elements hashed at a time: few enough that their 64-bit buffers (128 KiB) stay in the cache, enough
-# that NumPy's calls cost little beside them.
+# Elements hashed at a time: few enough that their 64-bit buffers (128 KiB) stay in the cache, and
+# enough that NumPy's calls cost little beside them.
 _BLOCK = 16_384
 
 
