@@ -25,6 +25,7 @@ from engram_jax.memory.drift import Drift, make_drift
 from engram_jax.memory.layout import Rows
 
 type Schedule = Callable[[Array], Array]  # learning rate by the number of finished steps
+type RowAdamForm = Literal["exact", "lazy"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class RowAdamConfig:
         eps: added to the root of the second moment.
     """
 
-    form: Literal["exact", "lazy"] = "lazy"
+    form: RowAdamForm = "lazy"
     factor: float = 5.0
     b1: float = 0.9
     b2: float = 0.999
