@@ -36,7 +36,7 @@ def hash_plainly(ngram_hash: NgramHash, tokens: np.ndarray) -> list[np.ndarray]:
         for order in range(1, len(window)):
             mix = np.bitwise_xor(mix, window[order] * multipliers[order])
             columns += [mix % prime for prime in primes[order - 1]]
-        layers.append(np.stack(columns, axis=2))
+        layers.append(np.moveaxis(np.stack(columns), 0, 2))  # laid out as ours, for equal work
     return layers
 
 

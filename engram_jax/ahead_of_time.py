@@ -19,12 +19,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Read when libtpu is loaded: there is no metadata server to ask.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,12 +95,21 @@ def topology_mesh(topology: str, config: MeshConfig) -> jax.sharding.Mesh:
     Raises:
         InputError: libtpu is missing or knows no such topology, or sizes do not fit it.
     """
+    # Read when libtpu is loaded: there is no metadata server to ask, nor a TPU to be alone with.
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5p-8"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+    ):
+        os.environ.setdefault(name, value)
     try:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as error:  # what it raises differs from version to version
         raise InputError(
-            f"The topology {topology!r} cannot be had ({error}); install libtpu (pip install -e "
-            "'.[tpu]'), and name a generation and a shape, such as v5p:4x4x4 or v6e:2x2."
+            f"The topology {topology!r} cannot be had ({error}); name a generation and a shape, "
+            "such as v5p:4x4x4 or v6e:2x2, and install libtpu if it is missing (pip install -e "
+            "'.[tpu]')."
         ) from error
     return make_mesh(config, devices)
 
@@ -170,9 +173,10 @@ def read_collectives(text: str) -> Iterator[Collective]:
         if not found or f"{found[2]}-done" in line:
             continue
         shape, kind, started = found[1], found[2], found[3]
-        if started:  # (operand, result, …): the result is the second
-            shapes = re.findall(r"\w+\[[\d,]*\]", shape)
-            shape = shapes[1] if len(shapes) > 1 else shapes[0]
+        if started and kind in ("all-gather", "collective-permute"):
+            # (operands, results, and for a permute two scalars): the results are what arrives.
+            shapes = re.findall(r"\w+\[\d[\d,]*\](?:\{[^}]*\})?", shape)
+            shape = ", ".join(shapes[len(shapes) // 2 :])
         group = _group_size(line)
         result = sum(_size(part) for part in re.findall(r"\w+\[[\d,]*\]", shape))
         share = (group - 1) / group
@@ -277,6 +281,7 @@ class Options:
 
 def main() -> None:
     """Parses the command line, compiles, prints a table and the collectives."""
+    jax.config.update("jax_platforms", "cpu")  # the host's; a TPU would be taken from its users
     program = "python -m engram_jax.ahead_of_time"
     options, config = parse(Options, __doc__ or "", program=program)
     mesh = topology_mesh(options.topology, config.mesh)

@@ -30,7 +30,7 @@ try:
 except ImportError:  # the path until Orbax moves it
     from orbax.checkpoint.experimental import v1 as ocp
 
-FORMAT = 2  # 1 had models whose embedding entered unscaled
+FORMAT = 3  # 1 had models whose embedding entered unscaled, 2 tables of four arrays
 STATE = "state"
 MANIFEST = "manifest.json"
 PARTIAL = "partial-"  # being written or removed
@@ -106,15 +106,18 @@ class Checkpoints:
             raise
         return final
 
-    def require_space(self, state: PyTree) -> None:
+    def require_space(self, state: PyTree, *, all_to_come: bool = False) -> None:
         """Looks whether a checkpoint of the state (arrays, or their shapes) fits on the disk.
+
+        With `all_to_come`, as many as a run has at most: those it keeps, and a new one until it is
+        complete.
 
         Raises:
             InputError: it does not.
         """
-        there = next(path for path in [self._folder, *self._folder.parents] if path.exists())
-        if shutil.disk_usage(there).free < _size(state):
-            raise self._full(state)
+        count = max(self._keep + 1 - len(self.steps()), 1) if all_to_come else 1
+        if self._free() < count * _size(state):
+            raise self._full(state, count)
 
     def require(self, step: int | None = None) -> list[int]:
         """As `steps`, if there are any, and that of `step` among them.
@@ -159,7 +162,8 @@ class Checkpoints:
             for name, leaf in _named(abstract).items()
         }
         for candidate in [step] if step is not None else reversed(found):
-            damage = self._damage(candidate, wanted, partial)
+            with together(f"read the checkpoint of step {candidate}"):
+                damage = self._damage(candidate, wanted, partial)
             if all_agree(damage is None):
                 with _orbax_context(partial):
                     arrays = ocp.load(self._path(candidate) / STATE, wanted)
@@ -251,12 +255,15 @@ class Checkpoints:
                 # Under another name first: a kill in between must leave no half checkpoint behind.
                 shutil.rmtree(path.rename(path.with_name(PARTIAL + path.name)))
 
-    def _full(self, state: PyTree) -> InputError:
+    def _free(self) -> int:
         there = next(path for path in [self._folder, *self._folder.parents] if path.exists())
+        return shutil.disk_usage(there).free
+
+    def _full(self, state: PyTree, count: int = 1) -> InputError:
+        what = "A checkpoint does" if count == 1 else f"{count} checkpoints do"
         return InputError(
-            f"A checkpoint does not fit in {self._folder}: it needs {_size(state):,} bytes, and "
-            f"{shutil.disk_usage(there).free:,} are free; free some space or keep fewer "
-            "checkpoints."
+            f"{what} not fit in {self._folder}: that needs {count * _size(state):,} bytes, and "
+            f"{self._free():,} are free; free some space or keep fewer checkpoints."
         )
 
 

@@ -31,10 +31,10 @@ def together(what: str) -> Iterator[None]:
     Raises:
         InputError: another process failed to do `what`; that process raises its own error.
     """
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         failure = error
     if not all_agree(failure is None):
         raise failure or InputError(f"Another process could not {what}; see its error.")

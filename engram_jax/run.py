@@ -27,7 +27,7 @@ from engram_jax.data.sources import resolve_source, source_name
 from engram_jax.errors import InputError
 from engram_jax.files import hold_lock, written_whole
 from engram_jax.hashing import NgramHash
-from engram_jax.memory.layout import LANES, init_table, record_words
+from engram_jax.memory.layout import LANES, Table, init_table, record_words
 from engram_jax.memory.plan import Planner
 from engram_jax.memory.row_adam import RowAdam, make_row_adam
 from engram_jax.model import Decoder
@@ -48,7 +48,8 @@ from engram_jax.typing import Parameters, PyTree
 
 # What a start that was killed before it wrote config.json leaves in the folder.
 _BEGUN = {
-    *("hash.json", "partial-hash.json", "texts.json", "partial-texts.json", "partial-config.json"),
+    *("lock", "hash.json", "partial-hash.json", "texts.json", "partial-texts.json"),
+    "partial-config.json",
 }
 
 
@@ -128,12 +129,17 @@ class Run:
         with together(f"write to {folder}"):
             if leads() and not (folder / "config.json").exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                if run.ngram_hash is not None:
-                    run.ngram_hash.save(folder / "hash.json")
-                with written_whole(folder / "texts.json") as partial:
-                    partial.write_text(json.dumps(run._texts(), indent=1) + "\n")
-                save_config(config, folder / "config.json")
+                with _locked(folder):
+                    run._write_beginning()
         return run
+
+    def _write_beginning(self) -> None:
+        """Writes what defines the run; config.json, last, says that all of it is there."""
+        if self.ngram_hash is not None:
+            self.ngram_hash.save(self.folder / "hash.json")
+        with written_whole(self.folder / "texts.json") as partial:
+            partial.write_text(json.dumps(self._texts(), indent=1) + "\n")
+        save_config(self.config, self.folder / "config.json")
 
     @classmethod
     def _check_start(cls, config: Config, folder: Path) -> "Run":
@@ -241,13 +247,7 @@ class Run:
         with ExitStack() as stack:
             with together(f"train in {self.folder}"):
                 if leads():
-                    try:
-                        stack.enter_context(hold_lock(self.folder / "lock", wait=False))
-                    except BlockingIOError as error:
-                        raise InputError(
-                            f"Another process is training in {self.folder}; wait for it, or name "
-                            "another --run folder."
-                        ) from error
+                    stack.enter_context(_locked(self.folder))
                 _check_same(self.config, self.folder)  # somebody may have begun another since
             yield
 
@@ -308,6 +308,16 @@ class Run:
         """The state before the first step, made where it lies."""
         return jax.jit(self._make_state, out_shardings=self._shardings())(
             jax.random.key(self.config.train.seed)
+        )
+
+    def first_state(self, params: Parameters, tables: dict[int, Table]) -> TrainState:
+        """The state before the first step with these parameters and tables."""
+        shardings = self._shardings()
+        return TrainState(
+            step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
+            params=params,
+            optimizer=jax.jit(self.optimizer.init, out_shardings=shardings.optimizer)(params),
+            tables=tables,
         )
 
     def abstract_state(self) -> TrainState:
@@ -397,6 +407,19 @@ class Run:
         )
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold_lock(folder / "lock", wait=False))
+        except BlockingIOError as error:
+            raise InputError(
+                f"Another process is training in {folder}; wait for it, or name another --run "
+                "folder."
+            ) from error
+        yield
+
+
 def _load_tokenizer(config: Config) -> Tokenizer:
     data = config.data
     return load_tokenizer(
@@ -431,6 +454,11 @@ def _stored_hash(ours: NgramHash, config: Config, folder: Path) -> NgramHash:
             f"{folder} was hashed for another tokenizer than {config.data.tokenizer!r}; restore "
             "that tokenizer or start another run."
         )
+    if stored.spec != ours.spec:
+        raise InputError(
+            f"{folder / 'hash.json'} is of another memory than {folder / 'config.json'}: "
+            f"{stored.spec} there, {ours.spec} here; restore it from a checkpoint's folder."
+        )
     return stored
 
 
@@ -449,9 +477,13 @@ def _check_same(config: Config, folder: Path) -> None:
 def _check_texts(texts: dict[str, Any], folder: Path) -> None:
     """Compares the fingerprints of tokenizer and corpora with those a resumed run began with."""
     path = folder / "texts.json"
-    if not path.exists():
-        return
-    begun = json.loads(path.read_text())
+    try:
+        begun = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(
+            f"{path}, the fingerprints of the texts, is missing or damaged ({error}); restore it, "
+            "or give another --run folder to start anew."
+        ) from error
     if begun["tokenizer"] != texts["tokenizer"]:
         raise InputError(
             f"{folder} was begun with another tokenizer; restore that, or give another --run "

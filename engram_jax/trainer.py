@@ -24,8 +24,8 @@ from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer
 from engram_jax.loss import token_losses
 from engram_jax.memory import lookup
 from engram_jax.memory.plan import MemoryPlan
-from engram_jax.metrics import MetricsLog
-from engram_jax.processes import leads, together
+from engram_jax.metrics import MetricsLog, read_metrics
+from engram_jax.processes import all_agree, leads, together
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState
 from engram_jax.typing import Parameters
@@ -123,8 +123,8 @@ def train(
     config = run.config
     with jax.set_mesh(run.mesh), run.exclusively(), ExitStack() as stack:
         corpora = run.corpora()
-        with together("find room for a checkpoint"):
-            run.checkpoints.require_space(run.abstract_state())
+        with together("find room for the checkpoints"):
+            run.checkpoints.require_space(run.abstract_state(), all_to_come=True)
         state = _first_state(run)
         step = int(state.step)
         train_step = make_train_step(run)
@@ -161,6 +161,19 @@ def train(
             traced = range(step + 5, step + 15)
             trace = ExitStack()
             saved = step if run.checkpoints.steps() else None
+
+            def evaluate() -> None:
+                scores = evaluate_held_out(
+                    run, scorer, state.weights, corpora, max_tokens=config.train.evaluate_tokens
+                )
+                progress.report(step, scores)
+
+            def evaluates(step: int) -> bool:
+                return is_due(step, config.train.evaluate_every, config.train.steps)
+
+            # A run that was killed between a save and the evaluation of that step lacks its line.
+            if step and evaluates(step) and all_agree(not leads() or _lacks_score(run, step)):
+                evaluate()
             for batch in prefetch_to_device(batches, run.put):
                 if step == config.train.steps or stopped(step):
                     break
@@ -171,23 +184,23 @@ def train(
                 progress.update(step, metrics)
                 if step == traced.stop:
                     trace.close()
-                if is_due(step, config.train.evaluate_every, config.train.steps):
-                    progress.drain()
-                    scores = evaluate_held_out(
-                        run, scorer, state.weights, corpora, max_tokens=config.train.evaluate_tokens
-                    )
-                    progress.report(step, scores)
-                # After the evaluation: a resumed run has all lines up to the step it begins with.
                 if is_due(step, config.train.checkpoint_every, config.train.steps):
                     progress.drain()
                     run.save(state)
                     saved = step
                     progress.restart_clock()
+                if evaluates(step):
+                    progress.drain()
+                    evaluate()
             progress.drain()
             if step != saved:
                 run.save(state)
             trace.close()
     return state
+
+
+def _lacks_score(run: Run, step: int) -> bool:
+    return all(line["step"] != step for line in read_metrics(run.folder, "held_out"))
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -280,12 +293,10 @@ def _first_state(run: Run) -> TrainState:
         other = run.fitting(start_from)
     # Their checkpoints, in the shapes and on the devices of this run.
     weights = replace(run, checkpoints=other.checkpoints).restore_weights(run.start_step)
-    state = run.initial_state()
-    tables = {
-        layer: lookup.settle(table, other.row_adam, weights.step)
-        for layer, table in weights.tables.items()
-    }
-    state = replace(state, params=weights.params, tables=tables)
+    tables = weights.tables
+    for layer in tables:
+        tables[layer] = lookup.settle(tables[layer], other.row_adam, weights.step)
+    state = run.first_state(weights.params, tables)
     if leads():
         print(f"{run.folder} begins with the weights of step {int(weights.step)} of {start_from}.")
     run.save(state)  # or a run killed before its first checkpoint would forget where it came from

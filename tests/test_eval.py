@@ -32,7 +32,7 @@ def test_everything_is_printed_and_written(eval_program, run, capsys):
     text = "Alexander the Great <b>"
     eval_program([str(run.folder), "--text", text, "--prompt", "born in", "--sample-tokens", "3"])
     printed = capsys.readouterr().out
-    assert "tiny, step 0 of 3" in printed
+    assert "tiny, step 2 of 3" in printed
     assert "perplexity" in printed and "rows zeroed" in printed and "born in|" in printed
     results = json.loads((run.folder / "eval.json").read_text(encoding="utf-8"))
     assert results["gates"]["text"] == text
@@ -54,7 +54,7 @@ def test_sources_and_texts_can_be_chosen(eval_program, run, tmp_path, capsys):
     eval_program(
         [
             *(str(run.folder), "--sources", run.config.data.sources[1], "--sample-tokens", "0"),
-            *("--text-file", str(tmp_path / "text.txt"), "--max-tokens", "50", "--step", "0"),
+            *("--text-file", str(tmp_path / "text.txt"), "--max-tokens", "50", "--step", "2"),
         ]
     )
     results = json.loads((run.folder / "eval.json").read_text(encoding="utf-8"))

@@ -28,9 +28,10 @@ def test_loss_falls(tiny: Config, tmp_path: Path) -> None:
 
 
 def test_all_meshes_give_the_losses_of_one_device(tiny: Config, train_whole: TrainWhole) -> None:
+    config = vary(tiny, train={"steps": 20})
     curves = {}
-    for shape in ((1, 1), (2, 4), (8, 1)):
-        run, state = train_whole(tiny, *shape)
+    for shape in ((1, 1), (1, 8), (2, 4), (8, 1)):
+        run, state = train_whole(config, *shape)
         assert run.mesh.devices.shape == shape
         curves[shape] = read_metrics(run.folder), losses(run.folder, "held_out")
         for table in state.tables.values():
@@ -39,7 +40,8 @@ def test_all_meshes_give_the_losses_of_one_device(tiny: Config, train_whole: Tra
         if shape == (2, 4):
             kernel = state.params["blocks"][0]["feed_forward"]["up"]
             assert kernel.addressable_shards[0].data.size == kernel.size // 4
-    for shape in ((2, 4), (8, 1)):
+    for shape in ((1, 8), (2, 4), (8, 1)):
+        assert len(curves[shape][0]) == 20
         # More devices ask for the same rows.
         for one, many in zip(curves[1, 1][0], curves[shape][0], strict=True):
             assert one["rows_asked_1"] < many["rows_asked_1"] <= 8 * one["rows_asked_1"]
@@ -48,6 +50,15 @@ def test_all_meshes_give_the_losses_of_one_device(tiny: Config, train_whole: Tra
             expected, found = ([line[name] for line in curves[s][0]] for s in ((1, 1), shape))
             np.testing.assert_allclose(found, expected, rtol=rtol, err_msg=name)
         np.testing.assert_allclose(curves[shape][1], curves[1, 1][1], rtol=1e-5)
+
+
+def test_two_runs_on_one_mesh_are_the_same_bit_for_bit(
+    tiny: Config, trained: Run, tmp_path: Path
+) -> None:
+    again = Run.start(tiny, tmp_path / "again")
+    assert again.mesh.shape == trained.mesh.shape and again.mesh.size == 8
+    assert_identical(train(again), trained.restore())
+    assert losses(again.folder) == losses(trained.folder)
 
 
 @pytest.mark.usefixtures("one_device")

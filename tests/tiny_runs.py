@@ -19,8 +19,9 @@ from lively import enliven
 from engram_jax import run as run_module
 from engram_jax.config import Config, DataConfig, MemoryConfig, TrainConfig
 from engram_jax.layers.attention import AttentionConfig
-from engram_jax.memory.layout import Table, pack
+from engram_jax.memory.layout import Rows, Table, pack
 from engram_jax.memory.places import stored_places
+from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.metrics import read_metrics
 from engram_jax.model import DecoderConfig, Gates
 from engram_jax.run import Run
@@ -63,14 +64,24 @@ def tiny_config(folder: Path) -> Config:
 
 
 def make_run(folder: Path, memory: str) -> Run:
-    """Starts a run with "engram", "over_encoding" or "dense" memory; saves an enlivened step 0."""
+    """Starts a run with "engram", "over_encoding" or "dense" memory; saves an enlivened step 2.
+
+    Its rows were written by steps 0 to 2, so exact row Adam owes many of them something.
+    """
     config = tiny_config(folder)
     layers = {"engram": (1,), "over_encoding": (0,), "dense": ()}[memory]
     fusion = "over_encoding" if memory == "over_encoding" else "engram"
-    config = replace(config, memory=replace(config.memory, layers=layers, fusion=fusion))
+    adam = RowAdamConfig(form="exact")
+    config = replace(config, memory=replace(config.memory, layers=layers, fusion=fusion, adam=adam))
     run = Run.start(config, folder / "run")
     state = run.initial_state()
-    run.save(replace(state, params=enliven(state.params)))
+    state = replace(
+        state,
+        step=jax.device_put(jnp.int32(2), state.step.sharding),
+        params=enliven(state.params),
+        tables={layer: use_rows(table, steps=2) for layer, table in state.tables.items()},
+    )
+    run.save(state)
     return run
 
 
@@ -80,7 +91,12 @@ def plain_pass(run: Run, weights: Weights) -> PlainPass:
     Rows are taken by the hash, without a plan, padding or a mesh.
     """
     decoder = nnx.merge(run.graph, jax.tree.map(jnp.asarray, jax.device_get(weights.params)))
-    tables = {layer: np.asarray(table.unpack().value) for layer, table in weights.tables.items()}
+    tables = {
+        layer: np.asarray(
+            jax.jit(run.row_adam.current)(*jax.device_get((table.unpack(), weights.step)))
+        )
+        for layer, table in weights.tables.items()
+    }
     decode = nnx.jit(lambda decoder, *inputs: decoder(*inputs))
 
     def apply(tokens: Tokens, segments: Tokens, positions: Tokens) -> tuple[Array, Gates]:
@@ -94,9 +110,23 @@ def plain_pass(run: Run, weights: Weights) -> PlainPass:
 
 
 def scale_rows(table: Table, factor: float) -> Table:
-    """The table with its rows' values multiplied."""
+    """The table with its rows' values and first moments multiplied."""
     rows = jax.device_get(table.unpack())
-    records = pack(jax.tree.map(jnp.asarray, rows._replace(value=factor * rows.value)))
+    rows = rows._replace(value=factor * rows.value, mean=factor * rows.mean)
+    return _with_rows(table, rows)
+
+
+def use_rows(table: Table, steps: int) -> Table:
+    """The table as if each row had last been written by one of these steps, or by none."""
+    rows, generator = jax.device_get(table.unpack()), np.random.default_rng(5)
+    clock = generator.integers(0, steps + 1, len(rows.clock), dtype=np.int32)
+    written = np.float32(clock > 0)[:, None]
+    mean = written * generator.normal(size=rows.mean.shape).astype(np.float32)
+    return _with_rows(table, rows._replace(mean=mean, square=mean**2, clock=clock))
+
+
+def _with_rows(table: Table, rows: Rows) -> Table:
+    records = pack(jax.tree.map(jnp.asarray, rows))
     return replace(table, records=jax.device_put(records, table.records.sharding))
 
 

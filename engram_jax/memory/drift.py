@@ -95,12 +95,12 @@ def make_drift(
 def _atoms(
     last_written: np.ndarray, rates: np.ndarray, terms: int, b1: float, b2: float
 ) -> tuple[Float64[np.ndarray, "rules terms"], Float64[np.ndarray, "rules terms"]]:
-    """a and b of every term."""
+    """a/b and log b of every term; in logarithms, as both a and b of late terms underflow."""
     after = np.arange(1, terms + 1)
     step = last_written[:, None] + after
-    a = rates[step - 1] * float(b1) ** after / -np.expm1(step * _log(b1))
-    b = np.sqrt(b2**after / -np.expm1(step * _log(b2)))
-    return a, b
+    log_b = (after * _log(b2) - np.log(-np.expm1(step * _log(b2)))) / 2
+    log_a = after * _log(b1) - np.log(-np.expm1(step * _log(b1)))
+    return rates[step - 1] * np.exp(log_a - log_b), log_b
 
 
 def _log(decay: float) -> float:
@@ -111,12 +111,11 @@ def _gauss_rules(
     last_written: np.ndarray, rates: np.ndarray, terms: int, count: int, b1: float, b2: float
 ) -> tuple[Float64[np.ndarray, "rules nodes"], Float64[np.ndarray, "rules nodes"]]:
     """Nodes b and weights a of the rules with `count` nodes: Lanczos, then Golub and Welsch."""
-    a, b = _atoms(last_written, rates, terms, b1, b2)
-    measure, position = a / b, np.log(b)
+    measure, position = _atoms(last_written, rates, terms, b1, b2)
     count = min(count, terms)
     total = measure.sum(axis=1)
     basis = [np.sqrt(measure / np.where(total > 0, total, 1)[:, None])]
-    jacobi = np.zeros((len(a), count, count))
+    jacobi = np.zeros((len(measure), count, count))
     for column in range(count):
         image = position * basis[-1]
         jacobi[:, column, column] = (image * basis[-1]).sum(axis=1)
@@ -141,11 +140,11 @@ def _error(
     b2: float,
 ) -> float:
     """Largest relative error of rules against the sums they stand for, over x = ε/√v."""
-    a, b = _atoms(last_written, rates, terms, b1, b2)
+    measure, position = _atoms(last_written, rates, terms, b1, b2)
     nodes, weights = rule
-    worst = 0.0
+    b, errors = np.exp(position), []
     for x in np.logspace(-8, 6, 57):
-        exact = (a / (b + x)).sum(axis=1)
+        exact = (measure * (b / (b + x))).sum(axis=1)
         error = np.abs((weights / (nodes + x)).sum(axis=1) - exact)
-        worst = max(worst, float(np.max(error / np.where(exact > 0, exact, 1))))
-    return worst
+        errors.append(error / np.where(exact > 0, exact, 1))
+    return float(np.max(errors))  # NaN if any is

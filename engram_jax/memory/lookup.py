@@ -22,6 +22,7 @@ from engram_jax.memory.row_adam import RowAdam
 from engram_jax.sharding import TOKEN_AXES
 from pallas_kernels import hashed_gather
 
+PART = 8192  # rows gathered at a time, where only a part of them is kept
 _BY_DEVICE = jax.P(TOKEN_AXES)  # tables by R, plans by S, tokens by B
 
 
@@ -36,7 +37,11 @@ def read_rows(
 
     def read_own(table: Table, plan: RowPlan, step: Array) -> Float[Array, "1 U F"]:
         def answer(own_rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
-            return adam.current(_gather(table, own_rows), step)
+            def read(row: Int32[Array, ""]) -> Float[Array, "F"]:
+                return adam.current(_gather(table, row[None]), step)[0]
+
+            # In parts: a record is three times as large as what is sent of it.
+            return jax.lax.map(read, own_rows, batch_size=PART)
 
         route = _route(table, plan)
         if route.shards == 1:
@@ -158,9 +163,9 @@ def update_rows(
 def settle(table: Table, adam: RowAdam, step: Int32[Array, ""]) -> Table:
     """A table of the rows with what the optimizer owes them after `step` steps, and no moments.
 
-    For export, and where another optimizer takes over; made in parts of 4,096 rows a device. The
-    table itself stays as it is, and is what checkpoints hold: settling twice is not bit for bit
-    settling once.
+    For export, and where another optimizer takes over; made in parts, in the memory of the table,
+    which is donated. Checkpoints hold tables unsettled: settling twice is not bit for bit settling
+    once.
     """
 
     def settle_record(record: UInt32[Array, "words"], step: Array) -> UInt32[Array, "words"]:
@@ -170,10 +175,10 @@ def settle(table: Table, adam: RowAdam, step: Int32[Array, ""]) -> Table:
 
     def settle_own(table: Table, step: Array) -> Table:
         settled = partial(settle_record, step=step)
-        return replace(table, records=jax.lax.map(settled, table.records, batch_size=4096))
+        return replace(table, records=jax.lax.map(settled, table.records, batch_size=PART))
 
-    in_specs = (_BY_DEVICE, jax.P())
-    return jax.jit(jax.shard_map(settle_own, in_specs=in_specs, out_specs=_BY_DEVICE))(table, step)
+    settle_all = jax.shard_map(settle_own, in_specs=(_BY_DEVICE, jax.P()), out_specs=_BY_DEVICE)
+    return jax.jit(settle_all, donate_argnums=0)(table, step)
 
 
 def _route(table: Table, plan: RowPlan) -> Route:

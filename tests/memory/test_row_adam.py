@@ -183,7 +183,8 @@ def test_impossible_hyperparameters_are_refused(fields: dict, message: str) -> N
         RowAdamConfig(**fields)
 
 
-def test_rows_that_come_to_rest_too_slowly_are_refused() -> None:
-    config = RowAdamConfig(form="exact", b1=0.99, b2=0.9802)
+@pytest.mark.parametrize(("b1", "b2"), [(0.99, 0.9802), (0.5, 0.26), (0.1, 0.011)])
+def test_rows_that_come_to_rest_too_slowly_are_refused(b1: float, b2: float) -> None:
+    config = RowAdamConfig(form="exact", b1=b1, b2=b2)
     with pytest.raises(InputError, match="lazy"):
         make_row_adam(config, constant(0.1), 3)

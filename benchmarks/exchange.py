@@ -1,0 +1,123 @@
+"""The exchange on a TPU slice against XLA's own partitioned gather, compiled without a TPU.
+
+    python -m benchmarks.exchange [--topology v5p:4x4x4]
+
+One table of Engram-27B (16 columns of 2,262,400 rows of width 80), every chip asks for the rows of
+4,096 tokens; exact row Adam. Prints what each chip sends over the interconnect and the temporaries
+that it needs. XLA's gather is `table.at[numbers].get()` of a table of bare embeddings, split by
+row. Needs libtpu (`pip install -e '.[tpu]'`).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.sharding import AxisType
+from jaxtyping import Array
+
+from engram_jax.ahead_of_time import Cost, compile_cost, topology_mesh
+from engram_jax.memory import lookup
+from engram_jax.memory.layout import Table, record_words
+from engram_jax.memory.plan import RowPlan, SlotPlan
+from engram_jax.memory.row_adam import RowAdamConfig, make_row_adam
+from engram_jax.sharding import TOKEN_AXES, MeshConfig
+
+COLUMNS, WIDTH = 16, 80
+ROWS = -(-COLUMNS * 2_262_500 // 4096) * 4096
+
+
+class Costs(NamedTuple):
+    """Of one step on one chip.
+
+    Attributes:
+        lookup: distinct rows brought and spread to [T, E] in bfloat16.
+        update: row gradients brought to the owners, and exact row Adam.
+        gather: XLA's gather, by dtype of the table.
+    """
+
+    lookup: Cost
+    update: Cost
+    gather: dict[str, Cost]
+
+
+def measure(topology: str, tokens: int, rows: int = ROWS) -> Costs:
+    """Compiles all of them.
+
+    Args:
+        topology: such as "v5p:4x4x4".
+        tokens: of one chip.
+        rows: of the table.
+    """
+    mesh = topology_mesh(topology, MeshConfig())
+    chips, asked = mesh.size, tokens * COLUMNS
+    adam = make_row_adam(
+        RowAdamConfig(form="exact"), lambda done: jnp.full(jnp.shape(done), 1e-3), 100
+    )
+
+    def abstract(*shape: int, dtype: Any = jnp.int32) -> Any:
+        place = jax.NamedSharding(mesh, jax.P(TOKEN_AXES) if shape else jax.P())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    table = Table(abstract(rows, record_words(WIDTH), dtype=jnp.uint32), WIDTH)
+    plan = RowPlan(abstract(chips, asked), abstract(chips), abstract(chips))
+    slots = SlotPlan(*[abstract(chips, tokens, COLUMNS)] * 2)
+    gradient = abstract(chips, asked, WIDTH, dtype=jnp.float32)
+
+    def look_up(table: Table, plan: RowPlan, slots: SlotPlan, step: Array) -> Array:
+        rows = lookup.read_rows(table, plan, adam, step)
+        return lookup.expand(rows, slots).astype(jnp.bfloat16)
+
+    def update(table: Table, plan: RowPlan, gradient: Array, step: Array) -> Table:
+        own = lookup.own_gradients(table, plan, gradient)
+        return lookup.update_rows(table, plan, gradient, own, jnp.float32(1), adam, step)
+
+    with jax.set_mesh(mesh):
+        ours = (
+            compile_cost(jax.jit(look_up), table, plan, slots, abstract()),
+            compile_cost(jax.jit(update, donate_argnums=0), table, plan, gradient, abstract()),
+        )
+    return Costs(*ours, _gather(mesh, rows, tokens))
+
+
+def _gather(mesh: jax.sharding.Mesh, rows: int, tokens: int) -> dict[str, Cost]:
+    free = jax.sharding.Mesh(
+        mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names)
+    )
+    by_row = jax.NamedSharding(free, jax.P(TOKEN_AXES))
+    numbers = jax.ShapeDtypeStruct((mesh.size * tokens, COLUMNS), jnp.int32, sharding=by_row)
+    gather = jax.jit(
+        lambda table, numbers: table.at[numbers].get(mode="clip"), out_shardings=by_row
+    )
+    return {
+        dtype: compile_cost(
+            gather, jax.ShapeDtypeStruct((rows, WIDTH), dtype, sharding=by_row), numbers
+        )
+        for dtype in ("bfloat16", "float32")
+    }
+
+
+def main(topology: str = "v5p:4x4x4", tokens: int = 4096) -> None:
+    """Compiles and prints.
+
+    Args:
+        topology: TPU generation and shape.
+        tokens: of one chip.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    costs = measure(topology, tokens)
+    print(f"{topology}, {ROWS:,} rows of {WIDTH}, {tokens:,} tokens a chip; MB per chip and step")
+    print(f"{'':<26}{'sent':>10}{'temporaries':>14}")
+    named = {"lookup": costs.lookup, "row update": costs.update}
+    named |= {f"XLA's gather, {dtype}": cost for dtype, cost in costs.gather.items()}
+    for name, cost in named.items():
+        print(f"{name:<26}{cost.sent / 1e6:>10,.1f}{cost.temporaries / 1e6:>14,.1f}")
+    least = costs.gather["bfloat16"]
+    print(
+        f"\nXLA's gather in bfloat16 sends {least.sent / costs.lookup.sent:.0f} × what the lookup "
+        f"does, with {least.temporaries / costs.lookup.temporaries:.1f} × its temporaries."
+    )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
