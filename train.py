@@ -35,6 +35,8 @@ class TrainOptions:
         run: run folder; runs/NAME by default. A folder that holds this run is resumed.
         start_from: folder of another run whose weights begin this one.
         start_step: which checkpoint of that run; the newest by default.
+        reschedule: go on with a run under another number of steps, learning rate or row optimizer
+            than it began with.
         profile: write a trace of ten steps to FOLDER/profile (for TensorBoard or Perfetto).
         distributed: join the other processes of a pod, SLURM job or cluster first
             (`jax.distributed.initialize`).
@@ -43,6 +45,7 @@ class TrainOptions:
     run: Path | None = None
     start_from: Path | None = None
     start_step: int | None = None
+    reschedule: bool = False
     profile: bool = False
     distributed: bool = False
 
@@ -57,6 +60,7 @@ def main() -> None:
         options.run or Path("runs") / config.name,
         start_from=options.start_from,
         start_step=options.start_step,
+        reschedule=options.reschedule,
     )
     state = train(run, profile=options.profile)
     stopped = state.step < config.train.steps

@@ -53,13 +53,13 @@ class Checkpoints:
         """Raises InputError unless at least one checkpoint is to be kept."""
         if keep < 1:
             raise InputError(f"At least 1 checkpoint must be kept, not {keep}: raise `keep`.")
-        self._folder = folder.absolute()  # Orbax takes no relative path
+        self.folder = folder.absolute()  # Orbax takes no relative path
         self._keep = keep
         self._identity = dict(identity)
 
     def steps(self) -> list[int]:
         """The steps whose checkpoint was completed, ascending: only those have their final name."""
-        names = {path.name.removesuffix(REPLACED) for path in self._folder.glob("*")}
+        names = {path.name.removesuffix(REPLACED) for path in self.folder.glob("*")}
         return sorted(int(name) for name in names if re.fullmatch(r"\d{8,}", name))
 
     def save(
@@ -81,11 +81,11 @@ class Checkpoints:
             InputError: the disk is too small or full; the earlier checkpoints are untouched.
         """
         arrays = _named(state)
-        final = self._folder / f"{step:08d}"
-        partial = self._folder / f"{PARTIAL}{step:08d}"
+        final = self.folder / f"{step:08d}"
+        partial = self.folder / f"{PARTIAL}{step:08d}"
         with together(f"begin the checkpoint of step {step}"):
             if leads():
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 self._tidy()
                 self.require_space(arrays)
                 partial.mkdir()
@@ -128,11 +128,11 @@ class Checkpoints:
         found = self.steps()
         if not found:
             raise InputError(
-                f"{self._folder} has no complete checkpoint: start the run from its beginning."
+                f"{self.folder} has no complete checkpoint: start the run from its beginning."
             )
         if step is not None and step not in found:
             raise InputError(
-                f"{self._folder} has no checkpoint of step {step}: choose one of {found}."
+                f"{self.folder} has no checkpoint of step {step}: choose one of {found}."
             )
         return found
 
@@ -166,7 +166,7 @@ class Checkpoints:
                 damage = self._damage(candidate, wanted, partial)
             if all_agree(damage is None):
                 with _orbax_context(partial):
-                    arrays = ocp.load(self._path(candidate) / STATE, wanted)
+                    arrays = ocp.load(self.path(candidate) / STATE, wanted)
                 leaves = [arrays[name] for name in wanted]
                 return candidate, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
             if leads() and step is None:
@@ -177,12 +177,13 @@ class Checkpoints:
                 )
         which = f"of step {step}" if step is not None else f"of every step ({found})"
         raise InputError(
-            f"The checkpoint {which} in {self._folder} is damaged"
+            f"The checkpoint {which} in {self.folder} is damaged"
             f"{f' ({damage})' if damage else ''}: restore another step or start the run anew."
         )
 
-    def _path(self, step: int) -> Path:
-        final = self._folder / f"{step:08d}"
+    def path(self, step: int) -> Path:
+        """The folder of a checkpoint."""
+        final = self.folder / f"{step:08d}"
         return final if final.exists() else final.with_name(final.name + REPLACED)
 
     def _damage(
@@ -192,7 +193,7 @@ class Checkpoints:
 
         Process 0 reads the files for all.
         """
-        folder = self._path(step)
+        folder = self.path(step)
         try:
             content = _read_manifest(folder / MANIFEST)
         except FileNotFoundError:
@@ -219,23 +220,23 @@ class Checkpoints:
     def _check_identity(self, step: int, content: Mapping[str, Any]) -> None:
         if content["format"] != FORMAT:
             raise InputError(
-                f"The checkpoint of step {step} in {self._folder} has format {content['format']}, "
+                f"The checkpoint of step {step} in {self.folder} has format {content['format']}, "
                 f"and this version reads {FORMAT}: use the version that wrote it."
             )
         saved = content["identity"]
         for name in sorted(saved.keys() | self._identity.keys()):
             if saved.get(name) != self._identity.get(name):
                 raise InputError(
-                    f"The checkpoint of step {step} in {self._folder} was made with another {name} "
+                    f"The checkpoint of step {step} in {self.folder} was made with another {name} "
                     f"({saved.get(name)}, here {self._identity.get(name)}): use the {name} of that "
                     "run or another run folder."
                 )
 
     def _tidy(self) -> None:
         """Removes what a killed save left, and finishes a replacement that a kill interrupted."""
-        for leftover in self._folder.glob(f"{PARTIAL}*"):
+        for leftover in self.folder.glob(f"{PARTIAL}*"):
             shutil.rmtree(leftover)
-        for replaced in self._folder.glob(f"*{REPLACED}"):
+        for replaced in self.folder.glob(f"*{REPLACED}"):
             final = replaced.with_name(replaced.name.removesuffix(REPLACED))
             if final.exists():
                 shutil.rmtree(replaced)
@@ -248,21 +249,21 @@ class Checkpoints:
         if final.exists():
             final.rename(replaced)
         partial.rename(final)
-        _sync(self._folder)
+        _sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        for path in [self._path(step) for step in self.steps()[: -self._keep]]:
+        for path in [self.path(step) for step in self.steps()[: -self._keep]]:
             if path != final:
                 # Under another name first: a kill in between must leave no half checkpoint behind.
                 shutil.rmtree(path.rename(path.with_name(PARTIAL + path.name)))
 
     def _free(self) -> int:
-        there = next(path for path in [self._folder, *self._folder.parents] if path.exists())
+        there = next(path for path in [self.folder, *self.folder.parents] if path.exists())
         return shutil.disk_usage(there).free
 
     def _full(self, state: PyTree, count: int = 1) -> InputError:
         what = "A checkpoint does" if count == 1 else f"{count} checkpoints do"
         return InputError(
-            f"{what} not fit in {self._folder}: that needs {count * _size(state):,} bytes, and "
+            f"{what} not fit in {self.folder}: that needs {count * _size(state):,} bytes, and "
             f"{self._free():,} are free; free some space or keep fewer checkpoints."
         )
 

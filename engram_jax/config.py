@@ -29,6 +29,7 @@ class MemoryConfig:
         row_width: width F of a row.
         hash_seed: seed of the hash multipliers.
         init_scale: standard deviation of the rows at the start.
+        frozen: the tables are read and not trained.
         adam: the row optimizer.
     """
 
@@ -40,6 +41,7 @@ class MemoryConfig:
     row_width: int = 24
     hash_seed: int = 0
     init_scale: float = 0.0
+    frozen: bool = False
     adam: RowAdamConfig = field(default_factory=RowAdamConfig)
 
     def __post_init__(self) -> None:

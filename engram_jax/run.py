@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array, Int32
 
 from engram_jax.checkpoint import Checkpoints
 from engram_jax.compression import project_vocabulary
@@ -27,6 +28,7 @@ from engram_jax.data.sources import resolve_source, source_name
 from engram_jax.errors import InputError
 from engram_jax.files import hold_lock, written_whole
 from engram_jax.hashing import NgramHash
+from engram_jax.memory import lookup
 from engram_jax.memory.layout import LANES, Table, init_table, record_words
 from engram_jax.memory.plan import Planner
 from engram_jax.memory.row_adam import RowAdam, make_row_adam
@@ -63,6 +65,13 @@ _CHANGEABLE = (
     "train.evaluate_",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+)
+
+
+# What may change if `reschedule` is given: how it goes on learning, from the newest checkpoint.
+_RESCHEDULABLE = (
+    *("optimizer.", "train.steps", "memory.frozen"),
+    *(f"memory.adam.{name}" for name in ("factor", "b1", "b2", "eps")),
 )
 
 
@@ -106,6 +115,7 @@ class Run:
         *,
         start_from: Path | None = None,
         start_step: int | None = None,
+        reschedule: bool = False,
     ) -> "Run":
         """Makes the folder, or takes one that holds a run of this very configuration.
 
@@ -114,13 +124,15 @@ class Run:
             folder: the run folder.
             start_from: folder of another run, if that run's weights begin this one.
             start_step: which checkpoint of that run; None: the newest.
+            reschedule: take a folder whose run has other optimizers or another number of steps,
+                and go on with these; the folder's configuration is then this one.
 
         Raises:
             InputError: the folder holds something else, the tokenizer does not fit the model,
                 sizes do not divide the mesh, or the other run's weights do not fit.
         """
         with together(f"begin the run in {folder}"):
-            run = cls._check_start(config, folder)
+            run = cls._check_start(config, folder, reschedule)
             run = replace(run, start_from=start_from, start_step=start_step)
             if start_step is not None and start_from is None:
                 raise InputError("--start-step chooses a checkpoint of --start-from; give both.")
@@ -131,6 +143,9 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
                 with _locked(folder):
                     run._write_beginning()
+            elif leads() and reschedule:
+                with _locked(folder):
+                    save_config(config, folder / "config.json")
         return run
 
     def _write_beginning(self) -> None:
@@ -142,12 +157,12 @@ class Run:
         save_config(self.config, self.folder / "config.json")
 
     @classmethod
-    def _check_start(cls, config: Config, folder: Path) -> "Run":
+    def _check_start(cls, config: Config, folder: Path, reschedule: bool) -> "Run":
         """Makes the run without writing to its folder: what is wrong leaves none behind."""
         tokenizer, ngram_hash = _make_hash(config)
         resumes = (folder / "config.json").exists()
         if resumes:
-            _check_same(config, folder)
+            _check_same(config, folder, reschedule=reschedule)
             if ngram_hash is not None:
                 ngram_hash = _stored_hash(ngram_hash, config, folder)
         elif folder.exists() and not folder.is_dir():
@@ -229,7 +244,7 @@ class Run:
             graph=graph,
             schedule=schedule,
             optimizer=make_optimizer(config.optimizer, schedule),
-            row_adam=make_row_adam(config.memory.adam, schedule, config.train.steps),
+            row_adam=_make_row_adam(config),
             checkpoints=Checkpoints(
                 folder / "checkpoints",
                 keep=config.train.keep_checkpoints,
@@ -331,17 +346,39 @@ class Run:
     def restore(self, step: int | None = None) -> TrainState:
         """The newest intact checkpoint's state, or a given step's.
 
+        If the checkpoint's row optimizer or its schedule was another, its tables are settled by
+        that, once, and a sentence says so.
+
         Raises:
             InputError: there is none, or it belongs to another tokenizer, hash or model.
         """
-        return self.checkpoints.restore(self.abstract_state(), step)[1]
+        found, state = self.checkpoints.restore(self.abstract_state(), step)
+        return replace(state, tables=self._take_over(found, state.tables, state.step))
 
     def restore_weights(self, step: int | None = None) -> Weights:
         """As `restore`, without the state of the dense parameters' optimizer."""
-        weights: Weights = self.checkpoints.restore(
-            self.abstract_state().weights, step, partial=True
-        )[1]
-        return weights
+        abstract = self.abstract_state().weights
+        found, weights = self.checkpoints.restore(abstract, step, partial=True)
+        return replace(weights, tables=self._take_over(found, weights.tables, weights.step))
+
+    def _take_over(
+        self, checkpoint: int, tables: dict[int, Table], step: Int32[Array, ""]
+    ) -> dict[int, Table]:
+        """A checkpoint's tables for this run's row optimizer."""
+        theirs = load_config(self.checkpoints.path(checkpoint) / "config.json")
+        if not tables or _row_adam_facts(theirs) == _row_adam_facts(self.config):
+            return tables
+        if leads():
+            print(
+                f"The checkpoint of step {checkpoint} in {self.checkpoints.folder} had another row "
+                "optimizer or schedule: its tables are settled up to that step."
+            )
+        owes, keep = _make_row_adam(theirs), not self.config.memory.frozen
+        with jax.set_mesh(self.mesh):
+            return {
+                layer: lookup.settle(table, owes, step, keep_moments=keep)
+                for layer, table in tables.items()
+            }
 
     def fitting(self, folder: Path) -> "Run":
         """The run in another folder, whose weights can begin this one.
@@ -446,6 +483,21 @@ def _make_decoder(config: Config, key: jax.Array) -> Decoder:
     return Decoder(config.model, config.memory.sites, rngs=nnx.Rngs(params=params, memory=memory))
 
 
+def _make_row_adam(config: Config) -> RowAdam:
+    adam = config.memory.adam
+    if config.memory.frozen:
+        adam = replace(adam, form="lazy")  # which owes nothing
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    return make_row_adam(adam, schedule, config.train.steps)
+
+
+def _row_adam_facts(config: Config) -> tuple[Any, ...]:
+    """What `_make_row_adam` depends on."""
+    optimizer = config.optimizer
+    schedule = optimizer.learning_rate, optimizer.warmup_steps, optimizer.final_fraction
+    return config.memory.adam, config.memory.frozen, schedule, config.train.steps
+
+
 def _stored_hash(ours: NgramHash, config: Config, folder: Path) -> NgramHash:
     """The hash that a folder's run began with, whatever multipliers NumPy draws today."""
     stored = NgramHash.load(folder / "hash.json")
@@ -462,16 +514,19 @@ def _stored_hash(ours: NgramHash, config: Config, folder: Path) -> NgramHash:
     return stored
 
 
-def _check_same(config: Config, folder: Path) -> None:
+def _check_same(config: Config, folder: Path, *, reschedule: bool = False) -> None:
     stored = load_config(folder / "config.json")
     ours, theirs = _flatten(asdict(config)), _flatten(asdict(stored))
     for name in ours:
-        if ours[name] != theirs[name] and not name.startswith(_CHANGEABLE):
-            raise InputError(
-                f"{folder} holds a run with {name} {theirs[name]}, not {ours[name]}; give that "
-                "value to resume it, or another --run folder to start anew, with its weights if "
-                f"you add --start-from {folder}."
-            )
+        same = ours[name] == theirs[name] or name.startswith(_CHANGEABLE)
+        if same or (reschedule and name.startswith(_RESCHEDULABLE)):
+            continue
+        change = "add --reschedule to go on with yours, " if name.startswith(_RESCHEDULABLE) else ""
+        raise InputError(
+            f"{folder} holds a run with {name} {theirs[name]}, not {ours[name]}; give that value "
+            f"to resume it, {change}or another --run folder to start anew (from its weights with "
+            f"--start-from {folder})."
+        )
 
 
 def _check_texts(texts: dict[str, Any], folder: Path) -> None:

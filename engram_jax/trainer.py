@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from engram_jax.data.packing import Batch
 from engram_jax.data.pipeline import make_batches, prefetch_to_device
+from engram_jax.errors import InputError
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
 from engram_jax.loss import token_losses
 from engram_jax.memory import lookup
@@ -41,7 +42,7 @@ def make_train_step(run: Run) -> TrainStep:
     parameters and rows in float32; clip both by their common norm; update.
     """
     optimizer, row_adam, graph = run.optimizer, run.row_adam, run.graph
-    clip_norm = run.config.optimizer.clip_norm
+    clip_norm, frozen = run.config.optimizer.clip_norm, run.config.memory.frozen
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         step, tables = state.step, state.tables
@@ -50,24 +51,25 @@ def make_train_step(run: Run) -> TrainStep:
             layer: lookup.read_rows(table, plans[layer], row_adam, step)
             for layer, table in tables.items()
         }
+        trained = {} if frozen else rows
         targets = batch.target_mask.sum()
 
-        def loss(params: Parameters, rows: dict[int, Array], part: tuple[Batch, Any]) -> Array:
+        def loss(params: Parameters, trained: dict[int, Array], part: tuple[Batch, Any]) -> Array:
             batch, slots = part
-            losses, _ = token_losses(graph, params, rows, slots, batch)
+            losses, _ = token_losses(graph, params, rows | trained, slots, batch)
             return jnp.sum(losses * batch.target_mask) / targets
 
         def accumulate(total: Any, part: tuple[Batch, Any]) -> tuple[Any, None]:
-            new = jax.value_and_grad(loss, argnums=(0, 1))(state.params, rows, part)
+            new = jax.value_and_grad(loss, argnums=(0, 1))(state.params, trained, part)
             return jax.tree.map(jnp.add, total, new), None
 
-        nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, (state.params, rows)))
+        nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, (state.params, trained)))
         parts = batch._replace(plan=None), slots
         (loss_value, (dense, by_row)), _ = jax.lax.scan(accumulate, nothing, parts)
 
         own = {
-            layer: lookup.own_gradients(table, plans[layer], by_row[layer])
-            for layer, table in tables.items()
+            layer: lookup.own_gradients(tables[layer], plans[layer], gradient)
+            for layer, gradient in by_row.items()
         }
         rows_square_norm = sum((part.square_norm for part in own.values()), jnp.zeros(()))
         norm = jnp.sqrt(optax.tree.norm(dense, squared=True) + rows_square_norm)
@@ -78,11 +80,12 @@ def make_train_step(run: Run) -> TrainStep:
             step=step + 1,
             params=optax.apply_updates(state.params, updates),
             optimizer=optimizer_state,
-            tables={
+            tables=tables
+            | {
                 layer: lookup.update_rows(
-                    *(table, plans[layer], by_row[layer], own[layer]), scale, row_adam, step
+                    *(tables[layer], plans[layer], gradient, own[layer]), scale, row_adam, step
                 )
-                for layer, table in tables.items()
+                for layer, gradient in by_row.items()
             },
         )
         metrics = {
@@ -127,6 +130,11 @@ def train(
             run.checkpoints.require_space(run.abstract_state(), all_to_come=True)
         state = _first_state(run)
         step = int(state.step)
+        if step > config.train.steps:
+            raise InputError(
+                f"{run.folder} is at step {step}, beyond train.steps {config.train.steps}; give "
+                "more."
+            )
         train_step = make_train_step(run)
         scorer = make_scorer(run)
         log = None
@@ -293,9 +301,10 @@ def _first_state(run: Run) -> TrainState:
         other = run.fitting(start_from)
     # Their checkpoints, in the shapes and on the devices of this run.
     weights = replace(run, checkpoints=other.checkpoints).restore_weights(run.start_step)
-    tables = weights.tables
-    for layer in tables:
-        tables[layer] = lookup.settle(tables[layer], other.row_adam, weights.step)
+    tables = {
+        layer: lookup.settle(table, run.row_adam, weights.step)
+        for layer, table in weights.tables.items()
+    }
     state = run.first_state(weights.params, tables)
     if leads():
         print(f"{run.folder} begins with the weights of step {int(weights.step)} of {start_from}.")

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -17,8 +18,9 @@ from tiny_runs import TrainWhole, assert_identical, losses, vary
 from train_tiny import STEPS, train_tiny
 
 from engram_jax import trainer
-from engram_jax.config import Config
+from engram_jax.config import Config, load_config
 from engram_jax.errors import InputError
+from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.metrics import MetricsLog, read_metrics
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState
@@ -229,3 +231,73 @@ def test_start_from_refuses_a_folder_without_a_run(tiny: Config, tmp_path: Path)
     with pytest.raises(InputError, match="run folder"):
         Run.start(tiny, tmp_path / "run", start_from=tmp_path / "nothing")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def saved(trained: Run, tmp_path: Path) -> Path:
+    """A copy of the trained run's folder."""
+    return Path(shutil.copytree(trained.folder, tmp_path / "saved"))
+
+
+def test_another_schedule_settles_the_tables_once(
+    tiny: Config, trained: Run, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows read as they did under the old schedule, and have their momentum still."""
+    longer = vary(tiny, train={"steps": 9}, optimizer={"learning_rate": 0.03})
+    with pytest.raises(InputError, match=r"optimizer\.learning_rate.*--reschedule"):
+        Run.start(longer, saved)
+    run = Run.start(longer, saved, reschedule=True)
+    assert load_config(saved / "config.json") == longer
+    assert load_config(run.checkpoints.path(6) / "config.json") == tiny
+    old, new = trained.restore(), run.restore()
+    assert "of step 6" in capsys.readouterr().out
+    assert_identical(replace(new, tables={}), replace(old, tables={}))
+
+    def read(run: Run, state: TrainState) -> np.ndarray:
+        rows, step = jax.device_get((state.tables[1].unpack(), state.step))
+        return np.asarray(jax.jit(run.row_adam.current)(rows, step))
+
+    np.testing.assert_allclose(read(run, new), read(trained, old), rtol=1e-6, atol=1e-7)
+    before, after = old.tables[1].unpack(), new.tables[1].unpack()
+    assert np.abs(after.value - before.value).max() > 1e-3  # or nothing was owed
+    np.testing.assert_array_equal(after.clock > 0, before.clock > 0)
+    idle = 6 - np.asarray(before.clock)[:, None]
+    np.testing.assert_allclose(after.mean, before.mean * 0.9**idle, rtol=1e-5)
+    np.testing.assert_allclose(after.square, before.square * 0.999**idle, rtol=1e-5)
+    weights = Run.open(saved).restore_weights(6)
+    np.testing.assert_allclose(read(run, replace(new, tables=weights.tables)), read(run, new))
+
+    assert train(run).step == 9
+    assert "settled" in capsys.readouterr().out
+    assert [step for step, _ in losses(saved)] == list(range(1, 10))
+    # The checkpoint of step 9 has the new schedule.
+    Run.start(longer, saved).restore()
+    assert "settled" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="at step 9, beyond"):
+        train(Run.start(vary(longer, train={"steps": 8}), saved, reschedule=True))
+
+
+def test_what_a_schedule_is_not_stays_refused(tiny: Config, saved: Path) -> None:
+    for change in ({"model": {"remat": True}}, {"memory": {"adam": RowAdamConfig(form="lazy")}}):
+        with pytest.raises(InputError, match="to resume it, or another --run folder"):
+            Run.start(vary(tiny, **change), saved, reschedule=True)
+
+
+def test_a_frozen_table_stays_bit_for_bit_while_the_network_learns(
+    tiny: Config, trained: Run, saved: Path
+) -> None:
+    frozen = vary(tiny, train={"steps": 9}, memory={"frozen": True})
+    run = Run.start(frozen, saved, reschedule=True)
+    first = run.restore()
+    last = train(run)
+    assert_identical(last.tables, first.tables)
+    assert all(line["row_gradient_norm"] == 0 for line in read_metrics(saved)[6:])
+    assert np.any(last.params["embedding"] != first.params["embedding"])
+    # What was owed is paid, and nothing is left that would move a row.
+    value, *state_of_rows = first.tables[1].unpack()
+    old = trained.restore()
+    owed_paid = jax.jit(trained.row_adam.current)(
+        *jax.device_get((old.tables[1].unpack(), old.step))
+    )
+    np.testing.assert_allclose(value, owed_paid, rtol=1e-6, atol=1e-7)
+    assert not any(np.any(part) for part in state_of_rows)

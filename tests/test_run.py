@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_runs import assert_identical, tiny_config, vary
+from tiny_runs import assert_identical, on_devices, tiny_config, vary
 
 from engram_jax import run as run_module
 from engram_jax.compression import VocabularyProjection
@@ -230,6 +230,22 @@ def test_a_run_opens_on_one_device_whatever_trained_it(trained: Run) -> None:
     opened = Run.open(trained.folder)
     assert (trained.mesh.size, opened.mesh.size) == (8, 1)
     assert_identical(opened.restore(), trained.restore())
+
+
+def test_a_state_moves_between_numbers_of_devices_bit_for_bit(
+    tiny: Config, trained: Run, tmp_path: Path
+) -> None:
+    first, source = trained.restore(), trained.checkpoints
+    for number, devices in enumerate((8, 4, 1, 8)):
+        with on_devices(devices):
+            run = Run.start(tiny, tmp_path / str(number))
+        state = replace(run, checkpoints=source).restore()
+        shards = state.tables[1].records.addressable_shards
+        assert len({shard.device for shard in shards}) == devices
+        assert {len(shard.data) * devices for shard in shards} == {len(first.tables[1].records)}
+        assert_identical(state, first)
+        run.save(state)
+        source = run.checkpoints
 
 
 def test_weights_are_read_without_the_optimizers_part(trained: Run) -> None:

@@ -160,18 +160,27 @@ def update_rows(
     )(table, plan, gradient, own, scale, step)
 
 
-def settle(table: Table, adam: RowAdam, step: Int32[Array, ""]) -> Table:
-    """A table of the rows with what the optimizer owes them after `step` steps, and no moments.
+def settle(
+    table: Table, adam: RowAdam, step: Int32[Array, ""], *, keep_moments: bool = False
+) -> Table:
+    """A table whose rows are owed nothing after `step` steps.
 
-    For export, and where another optimizer takes over; made in parts, in the memory of the table,
-    which is donated. Checkpoints hold tables unsettled: settling twice is not bit for bit settling
-    once.
+    For export, and where another optimizer or schedule takes over; made in parts, in the memory of
+    the table, which is donated. Checkpoints hold tables unsettled: settling twice is not bit for
+    bit settling once.
+
+    Args:
+        table: the table.
+        adam: the optimizer that owes.
+        step: optimizer steps done.
+        keep_moments: moments and clocks go on; otherwise the rows start anew, as at step 0.
     """
 
     def settle_record(record: UInt32[Array, "words"], step: Array) -> UInt32[Array, "words"]:
-        value = adam.current(unpack(record[None], table.width), step)
-        nothing = jnp.zeros_like(value)
-        return pack(Rows(value, nothing, nothing, jnp.zeros(1, jnp.int32)))[0]
+        rows = adam.settled(unpack(record[None], table.width), step)
+        if not keep_moments:
+            rows = jax.tree.map(jnp.zeros_like, rows)._replace(value=rows.value)
+        return pack(rows)[0]
 
     def settle_own(table: Table, step: Array) -> Table:
         settled = partial(settle_record, step=step)

@@ -81,6 +81,16 @@ class RowAdam:
         # differently, in programs of different meshes.
         return jax.lax.optimization_barrier(gathered.value + self._owed(gathered, step))
 
+    def settled(self, gathered: Rows, step: Int32[Array, ""]) -> Rows:
+        """The rows with nothing owed up to step `step`; they go on from there as they would have.
+
+        Exactly so in real numbers, not bit for bit: a run that settled is another run.
+        """
+        if self.drift is None:
+            return gathered
+        value, (mean, square) = self.current(gathered, step), self._decayed(gathered, step)
+        return Rows(value, mean, square, jnp.where(gathered.clock > 0, step, 0))
+
     def update(self, gathered: Rows, gradient: Float[Array, "U F"], step: Int32[Array, ""]) -> Rows:
         """The rows, moments and clocks after step `step` + 1.
 
