@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from engram_jax.ahead_of_time import Cost, compile_cost, topology_mesh
 from engram_jax.memory import lookup
-from engram_jax.memory.layout import Table, record_words
+from engram_jax.memory.layout import RecordLayout, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdamConfig, make_row_adam
 from engram_jax.sharding import TOKEN_AXES, MeshConfig
@@ -59,7 +59,8 @@ def measure(topology: str, tokens: int, rows: int = ROWS) -> Costs:
         place = jax.NamedSharding(mesh, jax.P(TOKEN_AXES) if shape else jax.P())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    table = Table(abstract(rows, record_words(WIDTH), dtype=jnp.uint32), WIDTH)
+    layout = RecordLayout(WIDTH)
+    table = Table(abstract(rows, layout.words, dtype=jnp.uint32), layout, layer=0)
     plan = RowPlan(abstract(chips, asked), abstract(chips), abstract(chips))
     slots = SlotPlan(*[abstract(chips, tokens, COLUMNS)] * 2)
     gradient = abstract(chips, asked, WIDTH, dtype=jnp.float32)

@@ -31,12 +31,13 @@ from matplotlib.figure import Figure
 from benchmarks.throughput import Training
 from engram_jax.command_line import load_named_config
 from engram_jax.memory import lookup
-from engram_jax.memory.layout import Rows, Table, pack, record_words
+from engram_jax.memory.layout import RecordLayout, Rows, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan, plan_places
 from engram_jax.memory.row_adam import RowAdamConfig, make_row_adam
 from engram_jax.sharding import TOKEN_AXES, MeshConfig, make_mesh
 
 TOKENS, COLUMNS, WIDTH = 8192, 16, 16
+LAYOUT = RecordLayout(WIDTH)
 PLANS = 6
 CHUNK = 1 << 18
 PICTURE = Path("docs/table_update.png")
@@ -63,12 +64,12 @@ def fill_table(rows: int) -> Table:
             clock=jax.random.randint(keys[3], (CHUNK,), 1, 1000),
         )
         start = (number * CHUNK, jnp.int32(0))
-        return jax.lax.dynamic_update_slice(records, pack(part), start)
+        return jax.lax.dynamic_update_slice(records, LAYOUT.pack(part), start)
 
-    records = jnp.zeros((rows, record_words(WIDTH)), jnp.uint32)
+    records = jnp.zeros((rows, LAYOUT.words), jnp.uint32)
     for number in range(rows // CHUNK):
         records = fill(records, jnp.int32(number))
-    return Table(records, WIDTH)
+    return Table(records, LAYOUT, layer=0)
 
 
 def put[Tree](tree: Tree) -> Tree:

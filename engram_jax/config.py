@@ -9,6 +9,7 @@ from typing import Any, Literal
 from engram_jax.errors import InputError
 from engram_jax.files import written_whole
 from engram_jax.hashing import HashSpec
+from engram_jax.memory.layout import RecordLayout, StorageConfig
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.model import DecoderConfig, MemorySites
 from engram_jax.optimizer import OptimizerConfig
@@ -31,6 +32,7 @@ class MemoryConfig:
         init_scale: standard deviation of the rows at the start.
         frozen: the tables are read and not trained.
         adam: the row optimizer.
+        storage: precision of the rows and of their moments.
     """
 
     layers: tuple[int, ...] = (1,)
@@ -43,6 +45,7 @@ class MemoryConfig:
     init_scale: float = 0.0
     frozen: bool = False
     adam: RowAdamConfig = field(default_factory=RowAdamConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
         if self.layers:
@@ -65,6 +68,11 @@ class MemoryConfig:
             pad_id=pad_id,
             seed=self.hash_seed,
         )
+
+    @property
+    def layout(self) -> RecordLayout:
+        """What is stored of a row."""
+        return RecordLayout(self.row_width, self.storage)
 
     @property
     def sites(self) -> MemorySites:

@@ -29,7 +29,7 @@ from engram_jax.errors import InputError
 from engram_jax.files import hold_lock, written_whole
 from engram_jax.hashing import NgramHash
 from engram_jax.memory import lookup
-from engram_jax.memory.layout import LANES, Table, init_table, record_words
+from engram_jax.memory.layout import LANES, Table, init_table
 from engram_jax.memory.plan import Planner
 from engram_jax.memory.row_adam import RowAdam, make_row_adam
 from engram_jax.model import Decoder
@@ -217,12 +217,13 @@ class Run:
                 f"A table's rows, multiples of 4,096, do not divide over {mesh.size} devices; use "
                 "a power of two of them."
             )
-        words, platform = record_words(config.memory.row_width), mesh.devices.flat[0].platform
+        words, platform = config.memory.layout.words, mesh.devices.flat[0].platform
         if ngram_hash is not None and platform == "tpu" and words % LANES:
             raise InputError(
                 f"Rows of {config.memory.row_width} make records of {words} words, which do not "
-                f"fill the {LANES} lanes of a TPU: it would copy the tables at every step. Set "
-                "memory.row_width to at least 22; 42, 85 and 127 fill their lines best."
+                f"fill the {LANES} lanes of a TPU: it would copy the tables at every step. Raise "
+                "memory.row_width; in float32, 22 is the least, and 42, 85 and 127 fill their "
+                "lines best."
             )
         rows = config.data.batch_size // config.train.accumulation
         if rows % mesh.size:
@@ -235,6 +236,7 @@ class Run:
         identity = {"tokenizer": tokenizer.fingerprint}
         if ngram_hash is not None:
             identity["hash"] = ngram_hash.fingerprint
+            identity["record"] = str(config.memory.layout)
         return cls(
             folder=folder,
             config=config,
@@ -398,6 +400,12 @@ class Run:
                 f"{folder} hashes with {theirs.fingerprint}, this run with {ours.fingerprint}: its "
                 "table rows would mean other n-grams. Give this run the same memory and tokenizer."
             )
+        if ours and self.config.memory.layout != other.config.memory.layout:
+            raise InputError(
+                f"{folder} stores its rows as {other.config.memory.layout}, this run as "
+                f"{self.config.memory.layout}; give this run the same memory.row_width and "
+                "memory.storage."
+            )
         wanted, found = (_shapes(run.abstract_state().weights) for run in (self, other))
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
@@ -424,7 +432,8 @@ class Run:
         memory = self.config.memory
         tables = {
             layer: init_table(
-                jax.random.fold_in(tables_key, layer), rows, memory.row_width, memory.init_scale
+                *(jax.random.fold_in(tables_key, layer), rows, memory.layout, layer),
+                memory.init_scale,
             )
             for layer, rows in zip(
                 memory.layers, self.ngram_hash.padded_rows if self.ngram_hash else [], strict=True

@@ -20,7 +20,7 @@ from engram_jax.ahead_of_time import (
 from engram_jax.command_line import load_named_config
 from engram_jax.errors import InputError
 from engram_jax.memory import lookup
-from engram_jax.memory.layout import Table, record_words
+from engram_jax.memory.layout import RecordLayout, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, make_row_adam
 from engram_jax.run import Run
@@ -49,7 +49,8 @@ def compile_memory_part(mesh: jax.sharding.Mesh, width: int, rows: int) -> Cost:
         RowAdamConfig(form="exact"), lambda done: jnp.full(jnp.shape(done), 1e-3), 100
     )
     chips, asked = mesh.size, TOKENS * COLUMNS
-    table = Table(abstract(mesh, (rows, record_words(width)), jnp.uint32), width)
+    layout = RecordLayout(width)
+    table = Table(abstract(mesh, (rows, layout.words), jnp.uint32), layout, layer=1)
     plan = RowPlan(
         abstract(mesh, (chips, asked)), abstract(mesh, (chips,)), abstract(mesh, (chips,))
     )
@@ -134,7 +135,7 @@ def test_the_whole_step_of_the_default_run_compiles() -> None:
     step = costs["training step"]
     assert step.temporaries > costs["lookup"].temporaries > 0
     assert step.sent > 4 * 3_000_000  # every parameter's gradient is summed over the chips
-    table = run.ngram_hash.padded_rows[0] * record_words(config.memory.row_width) * 4
+    table = run.ngram_hash.padded_rows[0] * config.memory.layout.words * 4
     assert step.arguments > table / run.mesh.size
 
 

@@ -13,7 +13,6 @@ from tiny_runs import scale_rows, vary
 from engram_jax.config import Config
 from engram_jax.data.packing import Batch
 from engram_jax.data.pipeline import make_batches
-from engram_jax.memory.layout import record_words
 from engram_jax.memory.places import stored_places
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.run import Run
@@ -130,7 +129,7 @@ def test_a_step_costs_the_same_whatever_the_tables_size(
         with jax.set_mesh(run.mesh):
             compiled = make_train_step(run).lower(run.abstract_state(), first_batch(run)).compile()
         memory = compiled.memory_analysis()
-        table = run.ngram_hash.padded_rows[0] * record_words(config.memory.row_width) * 4
+        table = run.ngram_hash.padded_rows[0] * config.memory.layout.words * 4
         return memory.temp_size_in_bytes, memory.alias_size_in_bytes, table // run.mesh.size
 
     small, large = compile_step(500), compile_step(40_000)

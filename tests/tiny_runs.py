@@ -19,7 +19,7 @@ from lively import enliven
 from engram_jax import run as run_module
 from engram_jax.config import Config, DataConfig, MemoryConfig, TrainConfig
 from engram_jax.layers.attention import AttentionConfig
-from engram_jax.memory.layout import Rows, Table, pack
+from engram_jax.memory.layout import Rows, Table
 from engram_jax.memory.places import stored_places
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.metrics import read_metrics
@@ -126,7 +126,7 @@ def use_rows(table: Table, steps: int) -> Table:
 
 
 def _with_rows(table: Table, rows: Rows) -> Table:
-    records = pack(jax.tree.map(jnp.asarray, rows))
+    records = table.layout.pack(jax.tree.map(jnp.asarray, rows))
     return replace(table, records=jax.device_put(records, table.records.sharding))
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from engram_jax.memory.exchange import Route
-from engram_jax.memory.layout import Rows, Table, pack, unpack
+from engram_jax.memory.layout import Rows, Table, mix
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.sharding import TOKEN_AXES
@@ -142,7 +142,7 @@ def update_rows(
     ) -> Table:
         def write(table: Table, rows: Array, sums: Array) -> Table:
             new = adam.update(_gather(table, rows, distinct=True), sums * scale, step)
-            return _scatter(table, rows, new)
+            return _scatter(table, rows, new, step)
 
         def write_further(state: tuple[Array, Table]) -> tuple[Array, Table]:
             number, table = state
@@ -177,10 +177,10 @@ def settle(
     """
 
     def settle_record(record: UInt32[Array, "words"], step: Array) -> UInt32[Array, "words"]:
-        rows = adam.settled(unpack(record[None], table.width), step)
+        rows = adam.settled(table.layout.unpack(record[None]), step)
         if not keep_moments:
             rows = jax.tree.map(jnp.zeros_like, rows)._replace(value=rows.value)
-        return pack(rows)[0]
+        return table.layout.pack(rows)[0]
 
     def settle_own(table: Table, step: Array) -> Table:
         settled = partial(settle_record, step=step)
@@ -208,12 +208,15 @@ def _gather(table: Table, rows: Int32[Array, "n"], *, distinct: bool = False) ->
     records = table.records.at[rows].get(
         mode="fill", fill_value=0, indices_are_sorted=distinct, unique_indices=distinct
     )
-    return unpack(records, table.width)
+    return table.layout.unpack(records)
 
 
-def _scatter(table: Table, rows: Int32[Array, "n"], new: Rows) -> Table:
+def _scatter(table: Table, rows: Int32[Array, "n"], new: Rows, step: Int32[Array, ""]) -> Table:
     """The table with distinct ascending rows replaced; those beyond it are dropped."""
+    # Random bits by table, row of the whole table and step, hence the same on every mesh.
+    place = rows + jax.lax.axis_index(TOKEN_AXES) * len(table.records)
+    noise = mix(mix(place.astype(jnp.uint32)) + mix(step.astype(jnp.uint32)) + table.layer)
     records = table.records.at[rows].set(
-        pack(new), mode="drop", indices_are_sorted=True, unique_indices=True
+        table.layout.pack(new, noise), mode="drop", indices_are_sorted=True, unique_indices=True
     )
     return replace(table, records=records)

@@ -108,7 +108,10 @@ class RowAdam:
             clock = jnp.full_like(gathered.clock, step + 1)
             corrections = step + 1
         mean = config.b1 * mean + (1 - config.b1) * gradient
-        square = config.b2 * square + (1 - config.b2) * gradient**2
+        gradient_square = gradient**2
+        if square.shape != gradient.shape:  # one for the row
+            gradient_square = jnp.mean(gradient_square, axis=1, keepdims=True)
+        square = config.b2 * square + (1 - config.b2) * gradient_square
         corrected_mean = _correct_bias(mean, config.b1, corrections)
         corrected_square = _correct_bias(square, config.b2, corrections)
         movement = corrected_mean / (jnp.sqrt(corrected_square) + config.eps)
@@ -130,7 +133,7 @@ class RowAdam:
         return self._whole_drift(gathered.mean, gathered.square, gathered.clock) - left
 
     def _whole_drift(
-        self, mean: Float[Array, "U F"], square: Float[Array, "U F"], last: Int32[Array, "#U"]
+        self, mean: Float[Array, "U F"], square: Float[Array, "U #F"], last: Int32[Array, "#U"]
     ) -> Float[Array, "U F"]:
         """How far rows with these moments after step `last` will move if they are left alone."""
         assert self.drift is not None
@@ -146,11 +149,11 @@ class RowAdam:
 
     def _decayed(
         self, gathered: Rows, step: Int32[Array, ""]
-    ) -> tuple[Float[Array, "U F"], Float[Array, "U F"]]:
+    ) -> tuple[Float[Array, "U F"], Float[Array, "U #F"]]:
         """The moments at `step`, after the steps without a gradient."""
         idle = (step - gathered.clock).astype(jnp.float32)[:, None]
 
-        def decay(moment: Float[Array, "U F"], factor: float) -> Float[Array, "U F"]:
+        def decay(moment: Float[Array, "U _"], factor: float) -> Float[Array, "U _"]:
             return moment * (jnp.exp(idle * math.log(factor)) if factor else idle == 0)
 
         return jax.lax.optimization_barrier(
@@ -177,8 +180,8 @@ def make_row_adam(config: RowAdamConfig, schedule: Schedule, steps: int) -> RowA
 
 
 def _correct_bias(
-    moment: Float[Array, "U F"], decay: float, count: Int32[Array, "#U"] | Int32[Array, ""]
-) -> Float[Array, "U F"]:
+    moment: Float[Array, "U _"], decay: float, count: Int32[Array, "#U"] | Int32[Array, ""]
+) -> Float[Array, "U _"]:
     """moment / (1 − decay^count); expm1, as 1 − 0.999 in float32 is off by 1e-5 of itself."""
     if decay == 0:
         return moment

@@ -11,7 +11,7 @@ from jax import Array
 from engram_jax.compression import VocabularyProjection
 from engram_jax.hashing import HashSpec, NgramHash
 from engram_jax.memory import lookup
-from engram_jax.memory.layout import Rows, Table, pack
+from engram_jax.memory.layout import RecordLayout, Rows, Table
 from engram_jax.memory.places import stored_places
 from engram_jax.memory.plan import MemoryPlan, Planner, RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
@@ -19,6 +19,7 @@ from engram_jax.sharding import BATCH_ABT, ROWS_SU, TABLE_RF, MeshConfig, make_m
 from engram_jax.typing import PyTree
 
 LAYER, WIDTH = 1, 6
+LAYOUT = RecordLayout(WIDTH)
 SPEC = HashSpec(layers=(LAYER,), max_order=3, heads=3, rows_per_head=(997, 1009))
 NGRAM_HASH = NgramHash.build(SPEC, VocabularyProjection.identity(20))
 ROWS = NGRAM_HASH.padded_rows[0]
@@ -87,7 +88,9 @@ def draw_cotangent(mesh: jax.sharding.Mesh, seed: int = 1) -> Array:
     return put(mesh, jax.random.normal(jax.random.key(seed), shape), BATCH_ABT)
 
 
-def draw_table(mesh: jax.sharding.Mesh, *, used: bool = False) -> Table:
+def draw_table(
+    mesh: jax.sharding.Mesh, *, used: bool = False, layout: RecordLayout = LAYOUT
+) -> Table:
     """A table of random rows; `used`: with moments and clocks, as after nine steps."""
     keys = jax.random.split(jax.random.key(0), 4)
     rows = jax.random.normal(keys[0], (ROWS, WIDTH))
@@ -97,4 +100,6 @@ def draw_table(mesh: jax.sharding.Mesh, *, used: bool = False) -> Table:
         touched = (clock > 0)[:, None]
         mean = jnp.where(touched, jax.random.normal(keys[2], rows.shape), 0)
         square = jnp.where(touched, jax.random.uniform(keys[3], rows.shape), 0)
-    return put(mesh, Table(pack(Rows(rows, mean, square, clock)), WIDTH))
+    if layout.storage.second_moment == "row":
+        square = square[:, :1]
+    return put(mesh, Table(layout.pack(Rows(rows, mean, square, clock)), layout, LAYER))

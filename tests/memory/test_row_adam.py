@@ -154,6 +154,32 @@ def test_a_row_touched_at_every_step_is_an_optax_adam() -> None:
         np.testing.assert_allclose(found.value, values, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["exact", "lazy"])
+def test_one_second_moment_a_row_is_that_of_the_mean_square(form: str) -> None:
+    """Against float64 Adam over touched steps (lazy) or all (exact), written out."""
+    steps, generator = 12, np.random.default_rng(3)
+    gradients = generator.normal(size=(steps, COUNT, WIDTH)).astype(np.float32)
+    touched = generator.random((steps, COUNT)) < 0.4
+    adam = make_row_adam(RowAdamConfig(form=form), constant(0.02), steps)
+    rows = untouched()._replace(square=jnp.zeros((COUNT, 1)))
+    found = run(adam, rows, gradients, touched)
+    value = np.asarray(rows.value, np.float64)
+    mean, square, count = np.zeros_like(value), np.zeros((COUNT, 1)), np.zeros((COUNT, 1))
+    for gradient, hit in zip(gradients.astype(np.float64), touched[..., None], strict=True):
+        moves = hit if form == "lazy" else np.ones_like(hit)
+        gradient = gradient * hit
+        count += moves
+        mean = np.where(moves, 0.9 * mean + 0.1 * gradient, mean)
+        mean_square = np.mean(gradient**2, axis=1, keepdims=True)
+        square = np.where(moves, 0.999 * square + 0.001 * mean_square, square)
+        seen = np.maximum(count, 1)
+        movement = (mean / (1 - 0.9**seen)) / (np.sqrt(square / (1 - 0.999**seen)) + 1e-8)
+        value = value - moves * 5 * 0.02 * movement
+    current = adam.current(found, jnp.int32(steps))
+    np.testing.assert_allclose(current, value, rtol=1e-4, atol=1e-5)
+    assert found.square.shape == (COUNT, 1)
+
+
 def test_drift_is_the_sum_over_all_later_steps() -> None:
     """Term by term in float64, at early and late steps, with ε from nothing to everything."""
     b1, b2, eps = 0.9, 0.95, 1e-8
