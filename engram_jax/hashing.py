@@ -220,6 +220,8 @@ class NgramHash:
     ) -> Int32[np.ndarray, "*batch T H"]:
         """Table rows of every position: head-local row plus the head's offset.
 
+        A part of T has the same rows as in the whole, if the N − 1 tokens before it come with it.
+
         Args and errors are those of `look_back`; `layer` is one of `spec.layers`.
         """
         window = [ids.reshape(-1) for ids in self.look_back(tokens, segments)]

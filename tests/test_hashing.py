@@ -132,8 +132,8 @@ def test_rows_follow_the_formula(
             assert row.tolist() == expected
 
 
-def test_rows_follow_the_formula_across_blocks_of_the_remainder() -> None:
-    """The remainders are taken 8,192 at a time; products come close to 2⁶³ here."""
+def test_rows_follow_the_formula_across_blocks() -> None:
+    """16,384 positions are hashed at a time; products come close to 2⁶³ here."""
     ngram_hash = NgramHash.build(
         HashSpec(layers=(2,), rows_per_head=(640_000, 2_262_400), heads=2, seed=5),
         VocabularyProjection.identity(129_280),
@@ -143,6 +143,22 @@ def test_rows_follow_the_formula_across_blocks_of_the_remainder() -> None:
     rows = ngram_hash.hash_tokens(2, tokens)
     expected = rows_in_python(ngram_hash, 2, tokens.tolist(), [0] * len(tokens))
     assert rows.tolist() == expected
+
+
+@settings(max_examples=25, deadline=None)
+@given(packed_batches(), st.data())
+def test_a_part_of_the_tokens_needs_those_just_before_it(
+    batch: tuple[np.ndarray, np.ndarray], data: st.DataObject
+) -> None:
+    """A process that builds a part of T hashes N − 1 tokens more, and drops their rows."""
+    tokens, segments = batch
+    ngram_hash = NgramHash.build(SMALL, VocabularyProjection.identity(9))
+    start = data.draw(st.integers(0, tokens.shape[1] - 1))
+    before = min(start, SMALL.max_order - 1)
+    part = slice(start - before, None)
+    rows = ngram_hash.hash_tokens(1, tokens[:, part], segments[:, part])[:, before:]
+    whole = ngram_hash.hash_tokens(1, tokens, segments)
+    np.testing.assert_array_equal(rows, whole[:, start:])
 
 
 @settings(max_examples=50, deadline=None)

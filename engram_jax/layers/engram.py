@@ -150,9 +150,48 @@ def convolve(
 ) -> Float[Array, "B T M D"]:
     """Causal depthwise convolution (inside eq. 5); the last tap weighs the current position.
 
-    Written as shifted products: XLA's grouped convolution is 100 times slower on CPU. A tap that
-    falls before the row, or in another document, reads zero.
+    A tap that falls before the row, or in another document, reads zero. If T is split over a mesh
+    axis, every device takes the positions that its taps reach from the device before it.
+
+    Raises:
+        InputError: a device's part of T is shorter than the taps reach.
     """
+    spec = jax.typeof(x).sharding.spec
+    axes = spec[1] if len(spec) > 1 else None
+    if axes is None:
+        return _convolve(x, taps, dilation, segments)
+    reach = (len(taps) - 1) * dilation
+    if segments is None:
+        segments = jnp.zeros_like(x[..., 0, 0], jnp.int32)
+
+    def convolve_own(x: Array, segments: Array, taps: Array) -> Float[Array, "B T M D"]:
+        if x.shape[1] < reach:
+            raise InputError(
+                f"A device's part of T has {x.shape[1]} positions and the convolution reaches "
+                f"{reach} back; split T over fewer devices."
+            )
+        shards = jax.lax.axis_size(axes)
+        after = [(shard, shard + 1) for shard in range(shards - 1)]
+        # The first device receives zeros, which is what a tap before the row reads.
+        wide, documents = (
+            jnp.concatenate([jax.lax.ppermute(part[:, -reach:], axes, after), part], axis=1)
+            for part in (x, segments)
+        )
+        return _convolve(wide, taps, dilation, documents)[:, reach:]
+
+    whole = jax.P()
+    return jax.shard_map(convolve_own, in_specs=(spec, jax.P(*spec[:2]), whole), out_specs=spec)(
+        x, segments, taps
+    )
+
+
+def _convolve(
+    x: Float[Array, "B T M D"],
+    taps: Float[Array, "kernel M D"],
+    dilation: int,
+    segments: Int32[Array, "B T"] | None,
+) -> Float[Array, "B T M D"]:
+    """Of whole rows; as shifted products: XLA's grouped convolution is 100 times slower on CPU."""
     total = x * taps[-1][None, None]
     for tap in range(1, len(taps)):
         shift = tap * dilation

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from golden import golden_form, load_golden, released_hash, set_golden_weights
 from jax import Array
+from jax.sharding import AxisType
 
 from engram_jax.errors import InputError
 from engram_jax.hashing import DEAD
@@ -412,3 +413,43 @@ def test_released_miniature(layer_id: int, masked: bool) -> None:
     if masked:
         np.testing.assert_array_equal(expected[~mask], hidden[0][~mask])
         np.testing.assert_array_equal(output[0][~mask], 0)
+
+
+@pytest.mark.parametrize("crossing", [False, True])
+def test_the_layer_is_the_same_with_its_tokens_split_over_devices(crossing: bool) -> None:
+    """Values and gradients, over B and T; the convolution reaches 9 positions back."""
+    config = EngramConfig(branches=2, cross_documents=crossing)
+    layer = make_layer(config)
+    hidden, memory = draw_inputs(config, length=48)
+    segments = jnp.asarray(np.repeat([[1, 2, 3, 4], [5, 6, 7, 0]], [11, 2, 24, 11], axis=1))
+    mask = segments > 0
+
+    def loss(hidden: Array, memory: Array, params: Any, *rest: Array) -> tuple[Array, Any]:
+        added, gates = nnx.merge(graph, params)(hidden, memory, *rest)
+        return jnp.sum(jnp.sin(added)), (added, gates)
+
+    graph, params = nnx.split(layer)
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    expected = run(hidden, memory, params, segments, mask)
+    mesh = jax.make_mesh((2, 4), ("data", "sequence"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        split = [
+            jax.device_put(array, jax.NamedSharding(mesh, jax.P("data", "sequence")))
+            for array in (hidden, memory, segments, mask)
+        ]
+        whole = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+        found = run(*split[:2], whole, *split[2:])
+        _, (added, _) = found[0]
+        assert added.sharding.spec[:2] == ("data", "sequence")
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def test_too_short_a_part_of_the_tokens_is_refused() -> None:
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh), pytest.raises(InputError, match=r"6 positions.*reaches 9"):
+        x = jnp.zeros((1, 48, 1, 3), out_sharding=jax.P(None, "sequence"))
+        convolve(x, jnp.ones((4, 1, 3)), 3, None)
