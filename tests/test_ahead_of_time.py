@@ -141,7 +141,7 @@ def test_the_whole_step_of_the_default_run_compiles() -> None:
 
 def test_rows_that_do_not_fill_lanes_are_refused_on_tpu() -> None:
     config = vary(load_named_config("default"), memory={"row_width": 16})
-    with pytest.raises(InputError, match=r"64 words.*at least 22"):
+    with pytest.raises(InputError, match=r"64 words.*22 is the least"):
         Run.assemble(config, topology_mesh(TOPOLOGY, config.mesh))
 
 

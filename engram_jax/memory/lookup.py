@@ -140,9 +140,19 @@ def update_rows(
     def update_own(
         table: Table, plan: RowPlan, gradient: Array, own: OwnGradients, scale: Array, step: Array
     ) -> Table:
-        def write(table: Table, rows: Array, sums: Array) -> Table:
+        def write_part(table: Table, part: tuple[Array, Array]) -> tuple[Table, None]:
+            rows, sums = part
             new = adam.update(_gather(table, rows, distinct=True), sums * scale, step)
-            return _scatter(table, rows, new, step)
+            return _scatter(table, rows, new, step), None
+
+        def write(table: Table, rows: Array, sums: Array) -> Table:
+            missing = -len(rows) % min(PART, len(rows))
+            padding = len(table.records) + 1 + len(rows) + jnp.arange(missing, dtype=jnp.int32)
+            rows = jnp.concatenate([rows, padding])
+            sums = jnp.pad(sums, ((0, missing), (0, 0)))
+            size = min(PART, len(rows))
+            parts = rows.reshape(-1, size), sums.reshape(-1, size, sums.shape[1])
+            return jax.lax.scan(write_part, table, parts)[0]
 
         def write_further(state: tuple[Array, Table]) -> tuple[Array, Table]:
             number, table = state
