@@ -1,8 +1,8 @@
 """Evaluates a trained run, with its memory and without: `python eval.py RUN [--flag VALUE …]`.
 
 Prints held-out loss, perplexity and bits per byte of every source, the same with the memory
-suppressed, and a sampled continuation. Writes `eval.json` and a gate map (`gates.html`,
-`gates.png`) into the run folder.
+suppressed, statistics of the memory, and a sampled continuation. Writes `eval.json`, a gate map
+(`gates.html`, `gates.png`) and a picture of the statistics (`memory.png`) into the run folder.
 """
 
 import json
@@ -22,10 +22,17 @@ from engram_jax.data.sources import resolve_source
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.evaluation.gate_map import read_gates, write_html, write_png
 from engram_jax.evaluation.held_out import make_scorer
+from engram_jax.evaluation.memory_report import (
+    MemoryStudy,
+    format_memory,
+    memory_json,
+    write_memory_png,
+)
 from engram_jax.evaluation.report import evaluate, format_report, to_json
 from engram_jax.files import written_whole
 from engram_jax.run import Run
 from engram_jax.sampling import check_drawing, sample
+from engram_jax.train_state import Weights
 
 MAP_TOKENS = 1024  # more makes a page that nobody reads
 OPENING_TOKENS = 160  # of a held-out document, if no text is given
@@ -41,6 +48,7 @@ class EvalOptions:
         sources: what to score: shipped corpora or paths, of which the held-out share counts; those
             of the run by default.
         max_tokens: how many held-out tokens to score per source; all by default.
+        statistics: of the memory; they read the text that the run was trained on.
         text: text of the gate map; by default, the beginning of a held-out document.
         text_file: file with the text of the gate map (UTF-8).
         prompt: text to continue.
@@ -54,6 +62,7 @@ class EvalOptions:
     step: int | None = None
     sources: tuple[str, ...] = ()
     max_tokens: int | None = None
+    statistics: bool = True
     text: str | None = None
     text_file: Path | None = None
     prompt: str = "The city of"
@@ -85,6 +94,7 @@ def main(args: Sequence[str] | None = None) -> None:
     print(f"{options.run}: {run.config.name}, step {step} of {run.config.train.steps}\n")
 
     # The slow part last: what is wrong with a text or a setting shows at once.
+    study = _study(run, weights) if weights.tables and options.statistics else None
     scorer = make_scorer(run)
     results: dict[str, Any] = {"run": run.config.name, "step": step}
     written = [options.run / "eval.json"]
@@ -108,9 +118,15 @@ def main(args: Sequence[str] | None = None) -> None:
         written += [options.run / "gates.html", options.run / "gates.png"]
         means = {str(layer): gates.mean() for layer, gates in gate_map.gates.items()}
         results["gates"] = {"text": text, "mean": means}
-    report = evaluate(run, scorer, weights, corpora, max_tokens=options.max_tokens)
+    report = evaluate(run, scorer, weights, corpora, max_tokens=options.max_tokens, watch=study)
     print(format_report(report))
     results["held_out"] = to_json(report)
+    if study:
+        found = study.report()
+        print(f"\n{format_memory(found)}")
+        results["memory"] = memory_json(found)
+        write_memory_png(found, options.run / "memory.png")
+        written.append(options.run / "memory.png")
     with written_whole(written[0]) as partial:
         partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if continuation:
@@ -143,6 +159,15 @@ def _given_text(options: EvalOptions) -> str | None:
     if text is not None and not text.strip():
         raise InputError("The text for the gate map is empty; give some, or leave it to eval.py.")
     return text
+
+
+def _study(run: Run, weights: Weights) -> MemoryStudy:
+    try:
+        return MemoryStudy(run, weights)
+    except InputError as error:
+        raise InputError(
+            f"{error} Or leave out the memory's statistics: --no-statistics."
+        ) from error
 
 
 def _opening(run: Run, corpus: Corpus) -> str:

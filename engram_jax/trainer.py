@@ -97,6 +97,7 @@ def make_train_step(run: Run) -> TrainStep:
         for layer, plan in plans.items():
             metrics[f"rows_asked_{layer}"] = jnp.sum(plan.distinct)
             metrics[f"exchange_rounds_{layer}"] = jnp.max(plan.rounds)
+            metrics[f"shard_load_{layer}"] = lookup.shard_load(tables[layer], plan)
         return new_state, metrics
 
     return jax.jit(train_step, donate_argnums=0)

@@ -45,7 +45,11 @@ def test_everything_is_printed_and_written(eval_program, run, capsys):
             assert without["loss"] - figures["loss"] == pytest.approx(
                 without["difference"], abs=1e-6
             )
-    assert (run.folder / "gates.png").read_bytes().startswith(b"\x89PNG")
+    assert "n-grams of 384 tokens that training read" in printed
+    assert [table["order"] for table in results["memory"]["tables"]] == [2, 3]
+    assert set(results["memory"]["frequencies"][0]["gates"]) == {"1"}
+    for name in ("gates.png", "memory.png"):
+        assert (run.folder / name).read_bytes().startswith(b"\x89PNG")
     assert "&lt;b&gt;" in (run.folder / "gates.html").read_text(encoding="utf-8")
 
 
@@ -55,11 +59,12 @@ def test_sources_and_texts_can_be_chosen(eval_program, run, tmp_path, capsys):
         [
             *(str(run.folder), "--sources", run.config.data.sources[1], "--sample-tokens", "0"),
             *("--text-file", str(tmp_path / "text.txt"), "--max-tokens", "50", "--step", "2"),
+            "--no-statistics",
         ]
     )
     results = json.loads((run.folder / "eval.json").read_text(encoding="utf-8"))
     assert set(results["held_out"]) == {"second", POOLED}
-    assert "sample" not in results
+    assert "sample" not in results and "memory" not in results
     assert "the first 1,024 of the text's" in capsys.readouterr().out
     assert len(run.tokenizer.encode(results["gates"]["text"])) == 1024
 
@@ -72,6 +77,21 @@ def test_models_without_gates_skip_what_needs_them(eval_program, memory, untrain
     assert not (run.folder / "gates.html").exists()
     ablations = results["held_out"][POOLED]["without_memory"]
     assert set(ablations) == (set() if memory == "dense" else {"output", "rows"})
+    assert (run.folder / "memory.png").exists() == ("memory" in results) == (memory != "dense")
+    if memory == "over_encoding":
+        assert [part["gates"] for part in results["memory"]["frequencies"]] == [{}, {}]
+
+
+def test_statistics_need_the_text_of_the_training(eval_program, run, tmp_path, monkeypatch):
+    source = Path(run.config.data.sources[0])
+    elsewhere = tmp_path / "kept.jsonl"
+    monkeypatch.setattr(sys.modules["eval"], "evaluate", lambda *_, **__: pytest.exit("too late"))
+    source.rename(elsewhere)
+    try:
+        with pytest.raises(InputError, match=r"first\.jsonl.*--no-statistics"):
+            eval_program([str(run.folder), "--sources", str(elsewhere)])
+    finally:
+        elsewhere.rename(source)
 
 
 @pytest.mark.parametrize(

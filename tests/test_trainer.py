@@ -45,6 +45,7 @@ def test_all_meshes_give_the_losses_of_one_device(tiny: Config, train_whole: Tra
         # More devices ask for the same rows.
         for one, many in zip(curves[1, 1][0], curves[shape][0], strict=True):
             assert one["rows_asked_1"] < many["rows_asked_1"] <= 8 * one["rows_asked_1"]
+            assert one["shard_load_1"] == 1 < many["shard_load_1"] <= 8
         tolerances = {"loss": 1e-5, "gradient_norm": 1e-4, "row_gradient_norm": 1e-4}
         for name, rtol in tolerances.items():
             expected, found = ([line[name] for line in curves[s][0]] for s in ((1, 1), shape))

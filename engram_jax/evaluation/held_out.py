@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Array, Float, Float32, Float64
 
 from engram_jax.data.corpus import Corpus, CorpusView
-from engram_jax.data.packing import Batch, pack_held_out
+from engram_jax.data.packing import Batch, HeldOutRows, pack_held_out
 from engram_jax.loss import token_losses
 from engram_jax.memory import lookup
 from engram_jax.memory.plan import MemoryPlan
@@ -23,6 +23,24 @@ from engram_jax.train_state import Weights
 type Suppress = Literal["nothing", "output", "rows"]
 type StepGates = dict[int, Float[Array, "A B T M"]]  # by layer id
 type Scorer = Callable[[Weights, Batch], tuple[Array, StepGates]]
+
+
+class ScoredBatch(NamedTuple):
+    """A batch and what it scored, for those who watch an evaluation.
+
+    Attributes:
+        source: name of the corpus.
+        rows: the batch.
+        mask: 1 where the loss counts.
+        losses: of every token, that of the token after it.
+        gates: by layer id.
+    """
+
+    source: str
+    rows: HeldOutRows
+    mask: Float32[np.ndarray, "B T"]
+    losses: Float[np.ndarray, "B T"]
+    gates: dict[int, Float[np.ndarray, "B T M"]]
 
 
 class DocumentSums(NamedTuple):
@@ -98,7 +116,7 @@ def evaluate_held_out(
     corpora: Sequence[Corpus],
     *,
     max_tokens: int | None = None,
-    scored: Callable[[int], object] = lambda tokens: None,
+    watch: Callable[[ScoredBatch], object] = lambda scored: None,
 ) -> dict[str, Score]:
     """Scores the held-out documents of every corpus.
 
@@ -108,7 +126,7 @@ def evaluate_held_out(
         weights: parameters and tables.
         corpora: where the documents come from.
         max_tokens: how many tokens to score per corpus, from its first document on; None: all.
-        scored: called after every batch with the number of its tokens, to show progress.
+        watch: called after every batch.
 
     Returns:
         Scores by corpus name; they are sums over all processes' rows, the same on each.
@@ -126,15 +144,15 @@ def evaluate_held_out(
             batch = _own_rows(Batch(*(field[None] for field in packed[:-1])))
             if planner:
                 batch = batch._replace(plan=planner(batch.tokens, batch.segments))
-            by_token, _ = scorer(weights, run.put(batch))
-            by_token = np.asarray(multihost_utils.process_allgather(by_token, tiled=True))[0]
+            read = multihost_utils.process_allgather(scorer(weights, run.put(batch)), tiled=True)
+            by_token, gates = jax.tree.map(lambda array: np.asarray(array)[0], read)
             mask = packed.target_mask
             if max_tokens is not None:
                 left = max_tokens - sums.tokens.sum()
                 mask = mask * (np.cumsum(mask, dtype=np.int64).reshape(mask.shape) <= left)
             np.add.at(sums.losses, packed.documents, by_token.astype(np.float64) * mask)
             np.add.at(sums.tokens, packed.documents, mask)
-            scored(int(mask.sum()))
+            watch(ScoredBatch(corpus.name, packed, mask, by_token, gates))
             if sums.tokens.sum() == max_tokens:
                 break
         scores[corpus.name] = _summarize(sums, _tokens_per_byte(corpus.held_out))

@@ -1,6 +1,6 @@
 """Held-out scores with and without the memory: measured, as a table, as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from tqdm import tqdm
 from engram_jax.data.corpus import Corpus
 from engram_jax.evaluation.held_out import (
     Score,
+    ScoredBatch,
     Scorer,
     Suppress,
     count_targets,
@@ -59,6 +60,7 @@ def evaluate(
     corpora: Sequence[Corpus],
     *,
     max_tokens: int | None = None,
+    watch: Callable[[Suppress, ScoredBatch], object] | None = None,
 ) -> dict[str, SourceReport]:
     """Scores every corpus, and all pooled under `POOLED`; with memory, also without it (§6.3).
 
@@ -68,11 +70,11 @@ def evaluate(
         weights: parameters and tables.
         corpora: where the documents come from.
         max_tokens: how many tokens to score per corpus; None: all.
+        watch: called after every batch with what was suppressed; the passes have the same batches.
 
     Raises:
         InputError: a corpus holds no held-out documents.
     """
-
     parts: list[Suppress] = list(_ABLATIONS) if weights.tables else []
     tokens = sum(count_targets(corpus.held_out) for corpus in corpora)
     if max_tokens is not None:
@@ -82,15 +84,20 @@ def evaluate(
         tqdm(total=tokens * (1 + len(parts)), unit=" tokens", unit_scale=True, leave=False) as bar,
     ):
 
-        def score(scorer: Scorer, title: str) -> dict[str, Score]:
+        def score(part: Suppress, scorer: Scorer, title: str) -> dict[str, Score]:
+            def see(scored: ScoredBatch) -> None:
+                bar.update(int(scored.mask.sum()))
+                if watch:
+                    watch(part, scored)
+
             bar.set_description(title)
             return evaluate_held_out(
-                run, scorer, weights, corpora, max_tokens=max_tokens, scored=bar.update
+                run, scorer, weights, corpora, max_tokens=max_tokens, watch=see
             )
 
-        whole = score(scorer, "scoring the whole model")
+        whole = score("nothing", scorer, "scoring the whole model")
         suppressed = {
-            part: score(make_scorer(run, part), f"scoring with {_ABLATIONS[part]}")
+            part: score(part, make_scorer(run, part), f"scoring with {_ABLATIONS[part]}")
             for part in parts
         }
     harms = {

@@ -43,6 +43,13 @@ class Route:
         """Rows C that a pair of devices exchanges in a round."""
         return exchange_capacity(len(self.rows), self.shards)
 
+    def load(self) -> Float[Array, ""]:
+        """Rows that all devices ask of the fullest owner, over the mean of all owners."""
+        edges = jnp.arange(self.shards + 1, dtype=jnp.int32) * self.owned
+        ends = jnp.searchsorted(self.rows, edges, method="compare_all")
+        asked = jax.lax.psum(jnp.diff(ends), self.axes)
+        return jnp.max(asked) / jnp.mean(asked)
+
     def fetch(
         self, number: Int32[Array, ""], answer: Callable[[Int32[Array, "n"]], Float[Array, "n F"]]
     ) -> tuple[Float[Array, "U F"], Bool[Array, "U"]]:

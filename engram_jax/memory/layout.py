@@ -72,7 +72,7 @@ class RecordLayout:
     @property
     def words(self) -> int:
         """Words of a record."""
-        words = sum(_words_of(count, kind) for count, kind in self._parts) + 1
+        words = self._clock + 1
         line = LANES if words > LANES // 2 else CACHE_LINE
         return -(-words // line) * line
 
@@ -83,6 +83,11 @@ class RecordLayout:
         if storage.second_moment == "row":  # alone in its word
             return [(width, storage.value), (width, storage.moments), (1, "float32")]
         return [(width, storage.value), (width, storage.moments), (width, storage.moments)]
+
+    @property
+    def _clock(self) -> int:
+        """Which word is the clock."""
+        return sum(_words_of(count, kind) for count, kind in self._parts)
 
     def pack(self, rows: Rows, noise: UInt32[Array, "n"] | None = None) -> UInt32[Array, "n words"]:
         """Records of rows.
@@ -112,9 +117,12 @@ class RecordLayout:
                 parts.append(jax.lax.bitcast_convert_type(words, jnp.float32))
             else:
                 parts.append(_unpack_halves(words, count))
-        clock = jax.lax.bitcast_convert_type(records[:, start], jnp.int32)
         value, mean, square = parts
-        return Rows(value, mean, square, clock)
+        return Rows(value, mean, square, self.clocks(records))
+
+    def clocks(self, records: UInt32[Array, "n words"]) -> Int32[Array, "n"]:
+        """Clocks of records; nothing else of them is read."""
+        return jax.lax.bitcast_convert_type(records[:, self._clock], jnp.int32)
 
 
 @no_type_check  # at run time: as a pytree it also holds shapes and shardings
@@ -136,6 +144,10 @@ class Table:
     def unpack(self) -> Rows:
         """All rows; on the device, a copy of the table."""
         return self.layout.unpack(self.records)
+
+    def clocks(self) -> Int32[Array, "R"]:
+        """The clock of every row: one word of each record, hence little beside the table."""
+        return self.layout.clocks(self.records)
 
 
 def init_table(key: Array, rows: int, layout: RecordLayout, layer: int, scale: float) -> Table:

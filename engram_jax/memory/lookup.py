@@ -170,6 +170,18 @@ def update_rows(
     )(table, plan, gradient, own, scale, step)
 
 
+def shard_load(table: Table, plan: RowPlan) -> Float[Array, ""]:
+    """Rows asked of the fullest device, over the mean of all; 1 on one device.
+
+    A row that several devices ask for counts for each, as it is sent to each.
+    """
+
+    def load_own(table: Table, plan: RowPlan) -> Float[Array, ""]:
+        return _route(table, plan).load()
+
+    return jax.shard_map(load_own, in_specs=_BY_DEVICE, out_specs=jax.P())(table, plan)
+
+
 def settle(
     table: Table, adam: RowAdam, step: Int32[Array, ""], *, keep_moments: bool = False
 ) -> Table:

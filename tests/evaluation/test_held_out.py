@@ -9,6 +9,7 @@ from tiny_runs import plain_pass, scale_rows
 from engram_jax.evaluation.held_out import (
     DocumentSums,
     Score,
+    ScoredBatch,
     difference,
     evaluate_held_out,
     make_scorer,
@@ -137,11 +138,14 @@ def test_evaluating_changes_nothing(run, weights):
 def test_fewer_tokens_are_the_first_documents(run, weights, max_tokens):
     corpora, scorer = run.corpora(), make_scorer(run)
     whole = evaluate_held_out(run, scorer, weights, corpora)
-    progress: list[int] = []
+    batches: list[ScoredBatch] = []
     part = evaluate_held_out(
-        run, scorer, weights, corpora, max_tokens=max_tokens, scored=progress.append
+        run, scorer, weights, corpora, max_tokens=max_tokens, watch=batches.append
     )
-    assert sum(progress) == max_tokens * len(part)
+    assert sum(batch.mask.sum() for batch in batches) == max_tokens * len(part)
+    for name, score in part.items():
+        losses = [np.sum(seen.losses * seen.mask) for seen in batches if seen.source == name]
+        assert sum(losses) == pytest.approx(score.loss * max_tokens, rel=1e-5)
     for name, score in part.items():
         assert score.tokens == max_tokens < whole[name].tokens
         ours, all_of_it = score.by_document, whole[name].by_document

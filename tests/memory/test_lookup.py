@@ -151,6 +151,20 @@ def test_more_rounds_give_the_same_step(name: str, monkeypatch: pytest.MonkeyPat
             np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", MESHES)
+def test_shard_load_counts_what_every_device_asks_of_each(name: str) -> None:
+    tokens, segments = draw_step()
+    mesh = mesh_of(name)
+    with jax.set_mesh(mesh):
+        rows = plan_step(mesh, tokens, segments).rows[LAYER]
+        load = jax.jit(lookup.shard_load)(draw_table(mesh), rows)
+    asked = np.zeros(mesh.size)
+    for part in np.split(places(tokens, segments), mesh.size, axis=1):
+        np.add.at(asked, np.unique(part) // (ROWS // mesh.size), 1)
+    assert load == pytest.approx(asked.max() / asked.mean(), rel=1e-6)
+    assert load == 1 if mesh.size == 1 else load > 1.01
+
+
 def test_padding_reads_zero_and_not_the_last_row() -> None:
     table = jax.tree.map(jnp.asarray, jax.device_get(draw_table(mesh_of("1"), used=True)))
     rows = jnp.array([0, ROWS - 1, ROWS, ROWS + 1], jnp.int32)
