@@ -4,17 +4,22 @@ import multiprocessing
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from tiny_runs import losses, tiny_config, vary
 
 from engram_jax.config import Config, TrainConfig
+from engram_jax.data.pipeline import make_batches
 from engram_jax.errors import InputError
 from engram_jax.files import hold_lock
+from engram_jax.memory import lookup
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.run import Run
 from engram_jax.sharding import MeshConfig
+from engram_jax.train_state import Weights
 from engram_jax.trainer import train
 
 pytestmark = pytest.mark.slow
@@ -46,9 +51,49 @@ def train_part(
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", count, rank)
     try:
-        train(Run.start(tiny(data, steps, devices), folder, start_from=start))
+        run = Run.start(tiny(data, steps, devices), folder, start_from=start)
+        train(run)
+        if start is not None:
+            write_memory(start, run, folder.parent / f"memory-{folder.name}-{rank}.npz")
     except InputError as error:
         (folder.parent / f"error-{rank}.txt").write_text(str(error))
+
+
+def write_memory(start: Path, run: Run, path: Path) -> None:
+    """Writes this process's part of the memory of the first batch, under another run's weights."""
+    with (
+        jax.set_mesh(run.mesh),
+        make_batches(
+            run.corpora(),
+            sequence_length=run.config.data.sequence_length,
+            batch_size=run.config.data.batch_size,
+            planner=run.planner(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ) as batches,
+    ):
+        source = Run.open(start).checkpoints
+        weights = replace(run, checkpoints=source).restore_weights(20)
+        batch = run.put(next(batches))
+        plans, slots = batch.plan
+
+        def read(weights: Weights, plans: Any, slots: Any) -> jax.Array:
+            rows = lookup.read_rows(weights.tables[1], plans[1], run.row_adam, weights.step)
+            return lookup.expand(rows, jax.tree.map(lambda array: array[0], slots[1]))
+
+        memory = jax.jit(read)(weights, plans, slots)
+    shards = {
+        str(part.index[0].start or 0): np.asarray(part.data) for part in memory.addressable_shards
+    }
+    np.savez(path, **shards)
+
+
+def read_memory(folder: Path) -> np.ndarray:
+    """What `write_memory` wrote in all processes of a run, in the order of the batch."""
+    shards = {}
+    for path in folder.parent.glob(f"memory-{folder.name}-*.npz"):
+        shards |= {int(name): array for name, array in np.load(path).items()}
+    return np.concatenate([shards[start] for start in sorted(shards)])
 
 
 def train_in(
@@ -80,6 +125,11 @@ def test_two_processes_train_resume_and_start_from_as_one(tmp_path: Path) -> Non
     for count in (1, 2):
         train_in(count, data, tmp_path / f"first-{count}")
         train_in(count, data, tmp_path / f"next-{count}", steps=6, start=tmp_path / "first-1")
+    train_in(1, data, tmp_path / "next-alone", devices=1, steps=6, start=tmp_path / "first-1")
+    expected = read_memory(tmp_path / "next-alone")
+    assert expected.shape == (8, 24, 4 * 8) and np.any(expected)
+    for count in (1, 2):
+        np.testing.assert_array_equal(read_memory(tmp_path / f"next-{count}"), expected)
     for name, other, steps in (
         ("first-1", "alone", 20),
         ("first-2", "alone", 20),
