@@ -48,7 +48,7 @@ class EvalOptions:
         sources: what to score: shipped corpora or paths, of which the held-out share counts; those
             of the run by default.
         max_tokens: how many held-out tokens to score per source; all by default.
-        statistics: of the memory; they read the text that the run was trained on.
+        statistics: report on the memory, too; that reads the text the run was trained on.
         text: text of the gate map; by default, the beginning of a held-out document.
         text_file: file with the text of the gate map (UTF-8).
         prompt: text to continue.

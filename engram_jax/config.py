@@ -42,9 +42,9 @@ class MemoryConfig:
     rows_per_head: tuple[int, ...] = (200_000, 200_000)
     row_width: int = 24
     hash_seed: int = 0
-    init_scale: float = 0.0
+    init_scale: float = 0.02
     frozen: bool = False
-    adam: RowAdamConfig = field(default_factory=RowAdamConfig)
+    adam: RowAdamConfig = field(default_factory=lambda: RowAdamConfig(factor=10.0))
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:

@@ -205,10 +205,8 @@ def test_start_from_refuses_a_step_that_was_not_saved(
     ("change", "message"),
     [
         ({"memory": {"hash_seed": 1}}, "other n-grams"),
-        (
-            {"memory": {"row_width": 4}},
-            r"blocks/1/engram/key \(1, 32, 32\) there, \(1, 16, 32\) here",
-        ),
+        ({"memory": {"row_width": 4}}, r"width=8.* this run as .*width=4"),
+        ({"model": {"feed_forward": 48}}, r"feed_forward/down \(32, 32\) there, \(48, 32\) here"),
         ({"model": {"width": 16}}, "other weights"),
         ({"memory": {"layers": ()}}, "there, nothing here"),
     ],

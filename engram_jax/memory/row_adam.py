@@ -40,7 +40,7 @@ class RowAdamConfig:
         eps: added to the root of the second moment.
     """
 
-    form: RowAdamForm = "lazy"
+    form: RowAdamForm = "exact"
     factor: float = 5.0
     b1: float = 0.9
     b2: float = 0.999
