@@ -124,7 +124,7 @@ def compile_costs(run: Run) -> dict[str, Cost]:
             slots = jax.tree.map(_without_first_axis, batch.plan.slots[layer])
             costs["lookup"] = compile_cost(jax.jit(_look_up(run)), table, plan, slots, state.step)
             gradient = jax.ShapeDtypeStruct(
-                (*plan.rows.shape, table.layout.width),
+                (*plan.places.shape, table.layout.width),
                 jnp.float32,
                 sharding=jax.NamedSharding(run.mesh, ROWS_SU),
             )

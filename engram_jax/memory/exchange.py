@@ -22,13 +22,13 @@ class Route:
     """One device's distinct rows, on their way to their owners.
 
     Attributes:
-        rows: distinct places, ascending, then padding from R up.
+        places: of the distinct rows, ascending, then padding from R up.
         rounds: rounds n of this step, the same on all devices.
         owned: rows that each device owns, R / S.
         axes: mesh axes over which tables and tokens are split.
     """
 
-    rows: Int32[Array, "U"]
+    places: Int32[Array, "U"]
     rounds: Int32[Array, ""]
     owned: int
     axes: tuple[str, ...]
@@ -41,12 +41,12 @@ class Route:
     @property
     def capacity(self) -> int:
         """Rows C that a pair of devices exchanges in a round."""
-        return exchange_capacity(len(self.rows), self.shards)
+        return exchange_capacity(len(self.places), self.shards)
 
     def load(self) -> Float[Array, ""]:
         """Rows that all devices ask of the fullest owner, over the mean of all owners."""
         edges = jnp.arange(self.shards + 1, dtype=jnp.int32) * self.owned
-        ends = jnp.searchsorted(self.rows, edges, method="compare_all")
+        ends = jnp.searchsorted(self.places, edges, method="compare_all")
         asked = jax.lax.psum(jnp.diff(ends), self.axes)
         return jnp.max(asked) / jnp.mean(asked)
 
@@ -63,8 +63,8 @@ class Route:
         starts, ends, asked = self._ask(number)
         sent = answer(asked).reshape(self.shards, self.capacity, -1)
         received = self._swap(sent).reshape(self.shards * self.capacity, -1)
-        owner = self.rows // self.owned
-        position = jnp.arange(len(self.rows)) - starts.at[owner].get(mode="fill", fill_value=0)
+        owner = self.places // self.owned
+        position = jnp.arange(len(self.places)) - starts.at[owner].get(mode="fill", fill_value=0)
         count = (ends - starts).at[owner].get(mode="fill", fill_value=0)
         here = (position >= 0) & (position < count)
         slot = jnp.where(here, owner * self.capacity + position, len(received))
@@ -97,18 +97,18 @@ class Route:
     def _ask(
         self, number: Int32[Array, ""]
     ) -> tuple[Int32[Array, "S"], Int32[Array, "S"], Int32[Array, "n"]]:
-        """Where each owner's part of `rows` begins and ends, and what this device is asked for."""
+        """Where each owner's part of `places` begins and ends, and what this device is asked for."""
         first = jnp.arange(self.shards, dtype=jnp.int32) * self.owned
 
         def begin(number: Array) -> Int32[Array, "S"]:
             # ⌈number · owned / rounds⌉ without leaving 32 bits.
             whole, rest = self.owned // self.rounds, self.owned % self.rounds
             edge = number * whole + -(-number * rest // self.rounds)
-            return jnp.searchsorted(self.rows, first + edge, method="compare_all")
+            return jnp.searchsorted(self.places, first + edge, method="compare_all")
 
         starts, ends = begin(number), begin(number + 1)
         index = starts[:, None] + jnp.arange(self.capacity)[None]
-        wanted = self.rows.at[index].get(mode="clip") - first[:, None]
+        wanted = self.places.at[index].get(mode="clip") - first[:, None]
         wanted = jnp.where(index < ends[:, None], wanted, self.owned)
         return starts, ends, self._swap(wanted).reshape(-1)
 

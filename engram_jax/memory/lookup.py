@@ -45,7 +45,7 @@ def read_rows(
 
         route = _route(table, plan)
         if route.shards == 1:
-            return answer(route.rows)[None]
+            return answer(route.places)[None]
 
         def fetch_further(state: tuple[Array, Array]) -> tuple[Array, Array]:
             number, rows = state
@@ -98,7 +98,7 @@ def own_gradients(table: Table, plan: RowPlan, gradient: Float[Array, "S U F"]) 
     def deliver_own(table: Table, plan: RowPlan, gradient: Array) -> OwnGradients:
         route = _route(table, plan)
         if route.shards == 1:
-            rows, sums = route.rows, gradient[0]
+            rows, sums = route.places, gradient[0]
             return OwnGradients(rows[None], sums[None], jax.lax.psum(jnp.sum(sums**2), TOKEN_AXES))
 
         def add_norm(state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -215,7 +215,7 @@ def settle(
 def _route(table: Table, plan: RowPlan) -> Route:
     """This device's distinct rows; inside `shard_map`, where R is what it owns."""
     rounds = jax.lax.pmax(plan.rounds[0], TOKEN_AXES)
-    return Route(plan.rows[0], rounds, len(table.records), TOKEN_AXES)
+    return Route(plan.places[0], rounds, len(table.records), TOKEN_AXES)
 
 
 def _further_rounds[State](

@@ -22,12 +22,12 @@ class RowPlan(NamedTuple):
     """The rows of one layer's table that every device asks for in a step.
 
     Attributes:
-        rows: distinct places, ascending; then padding, R, R+1, … (R: padded rows).
+        places: of the distinct rows, ascending; then padding, R, R+1, … (R: padded rows).
         rounds: rounds of the exchange that the device needs, a power of two; mostly 1.
-        distinct: how many of `rows` are not padding.
+        distinct: how many of `places` are not padding.
     """
 
-    rows: Int32[Any, "S U"]
+    places: Int32[Any, "S U"]
     rounds: Int32[Any, "S"]
     distinct: Int32[Any, "S"]
 

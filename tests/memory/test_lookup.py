@@ -249,7 +249,7 @@ def test_nan_in_padding_reaches_no_row() -> None:
     with jax.set_mesh(mesh):
         table, adam = draw_table(mesh), make_adam("exact")
         plan = plan_step(mesh, *draw_step())
-        gradient = put(mesh, jnp.full((1, plan.rows[LAYER].rows.shape[1], WIDTH), jnp.nan))
+        gradient = put(mesh, jnp.full((1, plan.rows[LAYER].places.shape[1], WIDTH), jnp.nan))
         distinct = int(plan.rows[LAYER].distinct[0])
         gradient = gradient.at[:, :distinct].set(1.0)
         own = lookup.own_gradients(table, plan.rows[LAYER], gradient)

@@ -29,7 +29,7 @@ def split(array: np.ndarray, shards: int) -> np.ndarray:
 def expand(plan: MemoryPlan, layer: int, shards: int) -> Int32[np.ndarray, "A B T H"]:
     """What the devices do with rows, done with places."""
     slots = split(plan.slots[layer].slots, shards)
-    places = np.stack([rows[s] for rows, s in zip(plan.rows[layer].rows, slots, strict=True)])
+    places = np.stack([rows[s] for rows, s in zip(plan.rows[layer].places, slots, strict=True)])
     return places.swapaxes(0, 1).reshape(plan.slots[layer].slots.shape)
 
 
@@ -74,7 +74,7 @@ def test_plans(step: tuple[np.ndarray, np.ndarray, int], max_order: int, rows: i
             assert of_rows.distinct[device] == len(distinct)
             padding = padded_rows + np.arange(bound - len(distinct))
             expected = np.concatenate([distinct, padding])
-            np.testing.assert_array_equal(of_rows.rows[device], expected)
+            np.testing.assert_array_equal(of_rows.places[device], expected)
             slots, order = (split(array, shards)[device] for array in of_slots)
             for slots_of_part, order_of_part in zip(slots, order, strict=True):
                 assert is_stable_order(slots_of_part.reshape(-1), order_of_part.reshape(-1))
@@ -113,7 +113,7 @@ def test_a_step_without_repeats_has_no_padding() -> None:
     plan = Planner(ngram_hash)(tokens)
     places = stored_places(ngram_hash.hash_tokens(0, tokens), ngram_hash.padded_rows[0])
     assert len(np.unique(places)) == places.size  # no collision, or this tests nothing
-    np.testing.assert_array_equal(plan.rows[0].rows[0], np.sort(places.reshape(-1)))
+    np.testing.assert_array_equal(plan.rows[0].places[0], np.sort(places.reshape(-1)))
     np.testing.assert_array_equal(expand(plan, 0, 1), places)
 
 
