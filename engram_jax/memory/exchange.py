@@ -97,7 +97,7 @@ class Route:
     def _ask(
         self, number: Int32[Array, ""]
     ) -> tuple[Int32[Array, "S"], Int32[Array, "S"], Int32[Array, "n"]]:
-        """Where each owner's part of `places` begins and ends, and what this device is asked for."""
+        """Where each owner's part of `places` begins and ends; what this device is asked for."""
         first = jnp.arange(self.shards, dtype=jnp.int32) * self.owned
 
         def begin(number: Array) -> Int32[Array, "S"]:
