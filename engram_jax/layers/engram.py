@@ -3,8 +3,10 @@
 The layer never knows where the memory came from: it takes the concatenated rows as an argument.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from engram_jax.errors import InputError
 from engram_jax.layers.norms import RMSNorm
+from pallas_kernels import gated_fusion
+from pallas_kernels.gated_fusion import FusionForm
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -35,6 +39,7 @@ class EngramConfig:
         dilation: distance of its taps in tokens; the paper takes the largest n-gram order N.
         convolution_epsilon: epsilon of the convolution's norm.
         cross_documents: the convolution sees packed neighbors, as the demo's does.
+        implementation: of `pallas_kernels.gated_fusion`; None picks it for the device.
     """
 
     branches: int = 1
@@ -47,6 +52,7 @@ class EngramConfig:
     dilation: int = 3
     convolution_epsilon: float = 1e-5
     cross_documents: bool = False
+    implementation: Literal["reference", "xla", "pallas_tpu"] | None = None
 
     def __post_init__(self) -> None:
         if min(self.branches, self.kernel, self.dilation) < 1:
@@ -60,7 +66,7 @@ class Engram(nnx.Module):
         width: model width D.
         memory_width: memory width E.
         config: the form of the layer.
-        dtype: dtype of the projections; norms, scores and gates are float32.
+        dtype: dtype of the projections; everything after them is float32.
         rngs: random streams.
     """
 
@@ -116,90 +122,86 @@ class Engram(nnx.Module):
         if self.config.bias:
             key += self.key_bias.astype(self.dtype)[None, None]
             value += self.value_bias.astype(self.dtype)[None, None]
+        return self.fuse(hidden, key, value, segments, token_mask)
 
-        gate = self.gate(hidden, key)
-        if token_mask is not None:
-            gate = jnp.where(token_mask[:, :, None], gate, 0)
-        gated = (gate[..., None] * value[:, :, None]).astype(self.dtype)
-        if not self.config.convolution:
-            return gated, gate
-        taps = self.convolution.astype(self.dtype)
-        if self.config.cross_documents:
+    def fuse(
+        self,
+        hidden: Float[Array, "B T M D"],
+        key: Float[Array, "B T M D"],
+        value: Float[Array, "B T D"],
+        segments: Int32[Array, "B T"] | None = None,
+        token_mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
+        """Eqs. 4–5, with the demo's signed root.
+
+        α = σ(sign(s)·√|s|) with s = ⟨RMSNorm(key), RMSNorm(h)⟩/√D; u = α·value; what is added is
+        u + SiLU(Conv(RMSNorm(u))). `pallas_kernels.gated_fusion.reference` is the definition.
+        """
+        config, taps = self.config, None
+        gain = self.key_norm.scale() * self.query_norm.scale()
+        if config.convolution:
+            taps = self.convolution * self.convolution_norm.scale()[None]
+        if config.cross_documents:
             segments = None
-        mixed = convolve(self.convolution_norm(gated), taps, self.config.dilation, segments)
-        return gated + jax.nn.silu(mixed), gate
-
-    def gate(
-        self, hidden: Float[Array, "B T M D"], key: Float[Array, "B T M D"]
-    ) -> Float[Array, "B T M"]:
-        """Eq. 4, with the demo's signed root: σ(sign(s)·√|s|), s = ⟨norm(key), norm(h)⟩/√D."""
-        query = self.query_norm(hidden.astype(jnp.float32))
-        key = self.key_norm(key.astype(jnp.float32))
-        score = jnp.sum(key * query, axis=-1) * hidden.shape[-1] ** -0.5
-        sign = jnp.sign(score)
-        if self.config.signed_root == "copysign":
-            sign = jnp.copysign(jnp.ones_like(score), score)
-        return jax.nn.sigmoid(sign * jnp.sqrt(jnp.maximum(jnp.abs(score), 1e-6)))
+        form = FusionForm(
+            config.norm_epsilon, config.signed_root, config.dilation, config.convolution_epsilon
+        )
+        fuse = partial(gated_fusion.fuse, form=form, implementation=config.implementation)
+        reach = (config.kernel - 1) * config.dilation if config.convolution else 0
+        tokens = (hidden, key, value, segments, token_mask)
+        return _fuse_own_tokens(fuse, reach, tokens, (gain, taps))
 
 
-def convolve(
-    x: Float[Array, "B T M D"],
-    taps: Float[Array, "kernel M D"],
-    dilation: int,
-    segments: Int32[Array, "B T"] | None,
-) -> Float[Array, "B T M D"]:
-    """Causal depthwise convolution (inside eq. 5); the last tap weighs the current position.
+def _fuse_own_tokens(
+    fuse: Callable[..., tuple[Array, Array]],
+    reach: int,
+    tokens: tuple[Any, ...],
+    parameters: tuple[Any, ...],
+) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
+    """Every device fuses its own tokens; XLA cannot split a kernel by itself.
 
-    A tap that falls before the row, or in another document, reads zero. If T is split over a mesh
-    axis, every device takes the positions that its taps reach from the device before it.
+    If T is split over a mesh axis, a device also takes the tokens that the convolution reaches from
+    the device before it.
+
+    Args:
+        fuse: `gated_fusion.fuse`.
+        reach: tokens that the convolution reaches back.
+        tokens: hidden, key, value [B, T, …], segments and token mask [B, T] or None.
+        parameters: gain and taps.
 
     Raises:
-        InputError: a device's part of T is shorter than the taps reach.
+        InputError: a device's part of T is shorter than the convolution reaches.
     """
-    spec = jax.typeof(x).sharding.spec
-    axes = spec[1] if len(spec) > 1 else None
-    if axes is None:
-        return _convolve(x, taps, dilation, segments)
-    reach = (len(taps) - 1) * dilation
-    if segments is None:
-        segments = jnp.zeros_like(x[..., 0, 0], jnp.int32)
 
-    def convolve_own(x: Array, segments: Array, taps: Array) -> Float[Array, "B T M D"]:
-        if x.shape[1] < reach:
-            raise InputError(
-                f"A device's part of T has {x.shape[1]} positions and the convolution reaches "
-                f"{reach} back; split T over fewer devices."
+    def fuse_own(tokens: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Array, Array]:
+        halo = reach if along_t else 0
+        if halo:
+            length = tokens[0].shape[1]
+            if length < halo:
+                raise InputError(
+                    f"A device's part of T has {length} positions and the convolution reaches "
+                    f"{halo} back; split T over fewer devices."
+                )
+            after = [(shard, shard + 1) for shard in range(jax.lax.axis_size(along_t) - 1)]
+            # The first device receives zeros, and a value of zero adds nothing.
+            tokens = jax.tree.map(
+                lambda part: jnp.concatenate(
+                    [jax.lax.ppermute(part[:, -halo:], along_t, after), part], axis=1
+                ),
+                tokens,
             )
-        shards = jax.lax.axis_size(axes)
-        after = [(shard, shard + 1) for shard in range(shards - 1)]
-        # The first device receives zeros, which is what a tap before the row reads.
-        wide, documents = (
-            jnp.concatenate([jax.lax.ppermute(part[:, -reach:], axes, after), part], axis=1)
-            for part in (x, segments)
-        )
-        return _convolve(wide, taps, dilation, documents)[:, reach:]
+        hidden, key, value, segments, token_mask = tokens
+        added, gate = fuse(hidden, key, value, *parameters, segments, token_mask)
+        return added[:, halo:], gate[:, halo:]
 
-    whole = jax.P()
-    return jax.shard_map(convolve_own, in_specs=(spec, jax.P(*spec[:2]), whole), out_specs=spec)(
-        x, segments, taps
-    )
-
-
-def _convolve(
-    x: Float[Array, "B T M D"],
-    taps: Float[Array, "kernel M D"],
-    dilation: int,
-    segments: Int32[Array, "B T"] | None,
-) -> Float[Array, "B T M D"]:
-    """Of whole rows; as shifted products: XLA's grouped convolution is 100 times slower on CPU."""
-    total = x * taps[-1][None, None]
-    for tap in range(1, len(taps)):
-        shift = tap * dilation
-        if shift >= x.shape[1]:
-            break
-        shifted = jnp.pad(x[:, :-shift], ((0, 0), (shift, 0), (0, 0), (0, 0)))
-        if segments is not None:
-            older = jnp.pad(segments[:, :-shift], ((0, 0), (shift, 0)), constant_values=-1)
-            shifted *= (older == segments)[:, :, None, None]
-        total += shifted * taps[-1 - tap][None, None]
-    return total
+    if jax.sharding.get_abstract_mesh().empty:
+        along_t = None
+        return fuse_own(tokens, parameters)
+    specs = jax.tree.map(lambda part: jax.typeof(part).sharding.spec, tokens)
+    along_t = specs[0][1]
+    return jax.shard_map(
+        fuse_own,
+        in_specs=(specs, jax.P()),
+        out_specs=(specs[0], jax.P(*specs[0][:3])),
+        check_vma=False,  # the hand-written backward pass gives each device's share of a gradient
+    )(tokens, parameters)

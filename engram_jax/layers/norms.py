@@ -28,6 +28,10 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalizes the last axis; the result has x's dtype."""
-        gain = self.gain + 1 if self.zero_centered else self.gain[...]
+        gain = self.scale()
         gain = gain.reshape((1,) * (x.ndim - gain.ndim) + gain.shape)
         return (normalize(x, self.epsilon) * gain).astype(x.dtype)
+
+    def scale(self) -> Float[Array, "*shape"]:
+        """What the normalized channels are multiplied by."""
+        return self.gain + 1 if self.zero_centered else self.gain[...]

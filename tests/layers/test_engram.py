@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 
 from engram_jax.errors import InputError
 from engram_jax.hashing import DEAD
-from engram_jax.layers.engram import Engram, EngramConfig, convolve
+from engram_jax.layers.engram import Engram, EngramConfig
 
 WIDTH, MEMORY = 5, 6
 
@@ -256,7 +256,7 @@ def test_the_signed_root_of_zero(signed_root: str, gates: set[float]) -> None:
     config = EngramConfig(branches=1, bias=False, norm_epsilon=1e-20, signed_root=signed_root)
     layer = Engram(WIDTH, MEMORY, config, rngs=nnx.Rngs(0))
     hidden = jnp.stack([jnp.ones((1, 2, 1, WIDTH)), -jnp.ones((1, 2, 1, WIDTH))])[:, 0]
-    gate = layer.gate(hidden, jnp.zeros((2, 2, 1, WIDTH)))
+    _, gate = layer.fuse(hidden, jnp.zeros((2, 2, 1, WIDTH)), jnp.zeros((2, 2, WIDTH)))
     assert all(min(abs(float(g) - expected) for expected in gates) < 1e-7 for g in gate.ravel())
 
     def loss(memory: Array) -> Array:
@@ -274,7 +274,8 @@ def test_gate_rises_with_the_score_and_is_one_half_at_zero() -> None:
     gates = []
     for score in scores:
         layer.query_norm.gain = nnx.Param(score.reshape(1, 1))
-        gates.append(layer.gate(jnp.ones((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1))).item())
+        one = jnp.ones((1, 1, 1, 1))
+        gates.append(layer.fuse(one, one, one[..., 0])[1].item())
     np.testing.assert_allclose(gates, 1 / (1 + np.exp([2, 0.5, -0.5, -2])), rtol=1e-6)
 
 
@@ -333,18 +334,6 @@ def test_bfloat16_stays_near_float32() -> None:
     np.testing.assert_allclose(output.astype(jnp.float32), expected, atol=0.02 * scale)
 
 
-@pytest.mark.parametrize("length", [1, 3, 4, 7, 12])
-def test_convolution_of_short_rows(length: int) -> None:
-    x = jax.random.normal(jax.random.key(0), (1, length, 2, 3))
-    taps = jax.random.normal(jax.random.key(1), (4, 2, 3))
-    expected = np.zeros(x.shape)
-    for t in range(length):
-        for tap in range(4):
-            if t - 3 * (3 - tap) >= 0:
-                expected[:, t] += np.asarray(taps)[tap] * np.asarray(x)[:, t - 3 * (3 - tap)]
-    np.testing.assert_allclose(convolve(x, taps, 3, None), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("change", [{"branches": 0}, {"kernel": 0}, {"dilation": 0}])
 def test_impossible_forms_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(InputError, match="at least 1"):
@@ -400,7 +389,8 @@ def test_released_miniature(layer_id: int, masked: bool) -> None:
     # precision; a key of ours that lies midway between two bfloat16 numbers may round the other
     # way, which moves one of the score's 64 terms (below 8 before the root) by 2⁻⁷ of itself.
     exact = np.einsum("bte,med->btmd", memory.astype(np.float64), keys.astype(np.float64))
-    exact_gate = layer.gate(jnp.asarray(hidden), jnp.asarray(exact.astype(ml_dtypes.bfloat16)))
+    exact_key = jnp.asarray(exact.astype(ml_dtypes.bfloat16))
+    _, exact_gate = layer.fuse(jnp.asarray(hidden), exact_key, jnp.zeros_like(exact_key[:, :, 0]))
     exact_gate = np.where(mask[:, None] | (not masked), exact_gate[0], 0)
     np.testing.assert_allclose(exact_gate, golden[f"gate_{which}"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(gate[0], golden[f"gate_{which}"], rtol=0, atol=1e-3)
@@ -449,7 +439,9 @@ def test_the_layer_is_the_same_with_its_tokens_split_over_devices(crossing: bool
 
 
 def test_too_short_a_part_of_the_tokens_is_refused() -> None:
+    layer = Engram(WIDTH, MEMORY, EngramConfig(), rngs=nnx.Rngs(0))
     mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh), pytest.raises(InputError, match=r"6 positions.*reaches 9"):
-        x = jnp.zeros((1, 48, 1, 3), out_sharding=jax.P(None, "sequence"))
-        convolve(x, jnp.ones((4, 1, 3)), 3, None)
+        split = jax.P(None, "sequence")
+        hidden = jnp.zeros((1, 48, 1, WIDTH), out_sharding=split)
+        layer(hidden, jnp.zeros((1, 48, MEMORY), out_sharding=split))

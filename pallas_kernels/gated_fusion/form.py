@@ -1,0 +1,48 @@
+"""What varies between the published forms of the fusion, and which taps of the convolution read."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+
+@dataclass(frozen=True)
+class FusionForm:
+    """The constants of the fusion.
+
+    Attributes:
+        epsilon: added to the mean square of keys and queries.
+        signed_root: what the signed root of a zero score is: "sign" gives 0, "copysign" ±10⁻³.
+        dilation: distance of the convolution's taps in tokens.
+        convolution_epsilon: added to the mean square of what enters the convolution.
+    """
+
+    epsilon: float
+    signed_root: Literal["sign", "copysign"] = "sign"
+    dilation: int = 1
+    convolution_epsilon: float = 1e-5
+
+    def root(self, score: Float[Array, "*n"]) -> Float[Array, "*n"]:
+        """sign(s)·√max(|s|, 10⁻⁶)."""
+        sign = jnp.sign(score)
+        if self.signed_root == "copysign":
+            sign = jnp.copysign(jnp.ones_like(score), score)
+        return sign * jnp.sqrt(jnp.maximum(jnp.abs(score), 1e-6))
+
+
+def normalize(x: Float[Array, "*n D"], epsilon: float) -> Float[Array, "*n D"]:
+    """x / √(mean(x²) + ε) over the last axis."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+
+
+def tap_reads(
+    segments: Int32[Array, "B T"] | None, length: int, distance: int
+) -> Bool[Array, "#B T"]:
+    """Whether the token `distance` back is in the row and in the same document."""
+    there = jnp.arange(length) >= distance
+    if segments is None or not distance:
+        return there[None]
+    older = jnp.pad(segments, ((0, 0), (min(distance, length), 0)))[:, :length]
+    return there[None] & (older == segments)

@@ -1,0 +1,164 @@
+"""One class for all implementations of the fusion: values, gradients, transforms, odd sizes."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import gated_fusion
+from pallas_kernels.gated_fusion import FusionForm, pallas_tpu
+from pallas_kernels.gated_fusion.api import IMPLEMENTATIONS
+
+type Fuse = Callable[..., tuple[Array, Array]]
+
+# B, T, M, D, taps; the tiles of "pallas_tpu" are as small as they can be: 16 or 32 tokens.
+SIZES = {
+    "several tiles, the last in part": (2, 40, 2, 24, 4),
+    "one token": (1, 1, 1, 8, 4),
+    "no convolution": (2, 19, 3, 8, 0),
+    "taps beyond the row": (1, 5, 2, 8, 4),
+    "one tap": (1, 33, 1, 130, 1),
+}
+LEAST_SCORE = 1e-3  # below it the root is too steep to compare floats
+
+
+class Inputs(NamedTuple):
+    hidden: Array
+    key: Array
+    value: Array
+    gain: Array
+    taps: Array | None
+
+
+def draw(size: tuple[int, ...], seed: int = 0, dtype: type = jnp.float32) -> tuple[Inputs, dict]:
+    batch, length, branches, width, kernel = size
+    generator = np.random.default_rng(seed)
+
+    def normal(*shape: int, dtype: type = jnp.float32) -> Array:
+        return jnp.asarray(generator.normal(size=shape), dtype)
+
+    rows = (batch, length, branches, width)
+    inputs = Inputs(
+        normal(*rows, dtype=dtype),
+        normal(*rows, dtype=dtype),
+        normal(batch, length, width, dtype=dtype),
+        1 + 0.3 * normal(branches, width),
+        normal(kernel, branches, width) if kernel else None,
+    )
+    segments = np.sort(generator.integers(0, 3, (batch, length)), axis=1).astype(np.int32)
+    mask = generator.random((batch, length)) < 0.9
+    return inputs, {"segments": jnp.asarray(segments), "token_mask": jnp.asarray(mask)}
+
+
+def forward_and_back(fuse: Fuse, inputs: Inputs, **named: Array) -> tuple:
+    """Values, and gradients for fixed cotangents of both results."""
+    (out, gate), pullback = jax.vjp(lambda *inputs: fuse(*inputs, **named), *inputs)
+    generator = np.random.default_rng(9)
+    cotangents = [jnp.asarray(generator.normal(size=x.shape), x.dtype) for x in (out, gate)]
+    return out, gate, pullback(tuple(cotangents))
+
+
+FORM = FusionForm(2.0**-23, dilation=3)
+reference = partial(gated_fusion.fuse, form=FORM, implementation="reference")
+
+
+def assert_near(found: tuple, expected: tuple, inputs: Inputs) -> None:
+    """Sums of n floats in another order differ by about √n roundings of their terms.
+
+    Terms are up to 16 times the sum's largest, since the root's slope is up to 1 / (2·√score).
+    """
+    open_gates = np.asarray(expected[1])[np.asarray(expected[1]) > 0]
+    roots = np.log(open_gates / (1 - open_gates))
+    assert (roots**2).min() > LEAST_SCORE, "choose another seed"
+    length = max(inputs.value.shape[0] * inputs.value.shape[1], inputs.value.shape[2])
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=16 * 2**-24 * (length**0.5 + 4) * abs(b).max()
+        )
+
+
+@pytest.mark.parametrize(
+    "implementation", [name for name in IMPLEMENTATIONS if name != "reference"]
+)
+class TestFuse:
+    @pytest.fixture
+    def fuse(self, implementation: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fuse]:
+        monkeypatch.setattr(pallas_tpu, "VMEM", 1)
+        simulated = pltpu.InterpretParams(detect_races=True)
+        with pltpu.force_tpu_interpret_mode(simulated):
+            yield partial(gated_fusion.fuse, form=FORM, implementation=implementation)
+        jax.clear_caches()  # what was traced for small tiles
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_values_and_gradients(self, fuse: Fuse, size: str) -> None:
+        inputs, documents = draw(SIZES[size])
+        run = jax.jit(partial(forward_and_back, fuse))
+        found, expected = run(inputs, **documents), forward_and_back(reference, inputs, **documents)
+        assert_near(found, expected, inputs)
+        again = run(inputs, **documents)
+        jax.tree.map(np.testing.assert_array_equal, again, found)
+
+    def test_without_documents_and_mask(self, fuse: Fuse) -> None:
+        inputs, _ = draw(SIZES["several tiles, the last in part"])
+        found = jax.jit(partial(forward_and_back, fuse))(inputs)
+        assert_near(found, forward_and_back(reference, inputs), inputs)
+
+    def test_one_document_a_token(self, fuse: Fuse) -> None:
+        """Then a tap reads nothing but the token itself."""
+        inputs, _ = draw((1, 20, 2, 8, 4))
+        segments = jnp.arange(20, dtype=jnp.int32)[None]
+        found, _ = fuse(*inputs, segments)
+        alone, _ = fuse(*inputs._replace(taps=inputs.taps[-1:]))
+        np.testing.assert_allclose(found, alone, rtol=1e-6, atol=1e-6)
+
+    def test_bfloat16(self, fuse: Fuse) -> None:
+        """Everything between is float32: one rounding at the end."""
+        inputs, documents = draw((2, 40, 2, 24, 4), dtype=jnp.bfloat16)
+        found = forward_and_back(fuse, inputs, **documents)
+        expected = forward_and_back(reference, inputs, **documents)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == b.dtype
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            # The other side of a rounding boundary is one step of 2⁻⁷ away at most.
+            np.testing.assert_allclose(a, b, rtol=2.0**-7, atol=1e-4 * abs(b).max())
+
+    def test_released_form(self, fuse: Fuse) -> None:
+        form = FusionForm(1e-20, signed_root="copysign")
+        inputs, documents = draw(SIZES["no convolution"])
+        expected = forward_and_back(partial(reference, form=form), inputs, **documents)
+        assert_near(
+            forward_and_back(partial(fuse, form=form), inputs, **documents), expected, inputs
+        )
+
+    def test_remat(self, fuse: Fuse, implementation: str) -> None:
+        if implementation.startswith("pallas"):
+            pytest.skip("JAX cannot differentiate a remat of a simulated kernel; see the compiled")
+        inputs, documents = draw((1, 20, 1, 8, 4))
+        kept = forward_and_back(fuse, inputs, **documents)
+        again = jax.jit(partial(forward_and_back, jax.checkpoint(fuse)))(inputs, **documents)
+        assert_near(again, kept, inputs)
+
+    def test_vmap(self, fuse: Fuse) -> None:
+        drawn = [draw((2, 20, 2, 8, 4), seed)[0] for seed in (1, 2)]
+        both = jax.tree.map(lambda *x: jnp.stack(x), *drawn)
+
+        def run(inputs: Inputs) -> tuple:
+            return forward_and_back(fuse, inputs)
+
+        found = jax.vmap(run)(both)
+        for index, inputs in enumerate(drawn):
+            assert_near(jax.tree.map(lambda x, i=index: x[i], found), run(inputs), inputs)
+
+
+def test_an_unknown_implementation_is_refused() -> None:
+    inputs, _ = draw((1, 2, 1, 8, 0))
+    with pytest.raises(ValueError, match=r"no fusion .fastest.*reference, xla, pallas_tpu"):
+        gated_fusion.fuse(*inputs, form=FORM, implementation="fastest")  # type: ignore[arg-type]
