@@ -194,7 +194,8 @@ def _look_up(run: Run) -> Any:
     def look_up(
         table: Table, plan: RowPlan, slots: SlotPlan, step: Int32[Array, ""]
     ) -> Float[Array, "B T E"]:
-        return lookup.expand(lookup.read_rows(table, plan, run.row_adam, step), slots)
+        rows = lookup.read_rows(table, plan, run.row_adam, step)
+        return lookup.expand(rows, slots, run.config.memory.gather)
 
     return look_up
 

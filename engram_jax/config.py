@@ -14,6 +14,7 @@ from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.model import DecoderConfig, MemorySites
 from engram_jax.optimizer import OptimizerConfig
 from engram_jax.sharding import MeshConfig
+from pallas_kernels.hashed_gather import GatherImplementation
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class MemoryConfig:
         frozen: the tables are read and not trained.
         adam: the row optimizer.
         storage: precision of the rows and of their moments.
+        gather: implementation of `pallas_kernels.hashed_gather` that spreads rows to tokens; None
+            picks it for the device.
     """
 
     layers: tuple[int, ...] = (1,)
@@ -46,6 +49,7 @@ class MemoryConfig:
     frozen: bool = False
     adam: RowAdamConfig = field(default_factory=lambda: RowAdamConfig(factor=10.0))
     storage: StorageConfig = field(default_factory=StorageConfig)
+    gather: GatherImplementation | None = None
 
     def __post_init__(self) -> None:
         if self.layers:

@@ -12,6 +12,7 @@ from engram_jax.memory import lookup
 from engram_jax.memory.plan import SlotPlan
 from engram_jax.model import Gates
 from engram_jax.typing import Parameters
+from pallas_kernels.hashed_gather import GatherImplementation
 
 
 def token_losses(
@@ -20,6 +21,7 @@ def token_losses(
     rows: Mapping[int, Float[Array, "S U F"]],
     slots: Mapping[int, SlotPlan],
     batch: Batch,
+    gather: GatherImplementation | None = None,
 ) -> tuple[Float[Array, "B T"], Gates]:
     """Cross-entropy of every token in nats, and the gates of the Engram layers.
 
@@ -29,8 +31,11 @@ def token_losses(
         rows: the devices' distinct rows by layer id; a layer that is missing adds nothing.
         slots: how the micro-batch's tokens find them.
         batch: one micro-batch; its plan is not used.
+        gather: implementation that spreads the rows to tokens; None picks it for the device.
     """
-    memory = {layer: lookup.expand(of_layer, slots[layer]) for layer, of_layer in rows.items()}
+    memory = {
+        layer: lookup.expand(of_layer, slots[layer], gather) for layer, of_layer in rows.items()
+    }
     decoder = nnx.merge(graph, params)
     logits, gates = decoder(batch.tokens, memory, batch.segments, batch.positions)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets), gates

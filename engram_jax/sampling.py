@@ -103,7 +103,7 @@ def _make_next_token(run: Run, temperature: float, top_k: int | None) -> NextTok
         for layer, table in weights.tables.items():
             rows = lookup.read_rows(table, batch.plan.rows[layer], run.row_adam, weights.step)
             slots = jax.tree.map(lambda array: array[0], batch.plan.slots[layer])
-            memory[layer] = lookup.expand(rows, slots)
+            memory[layer] = lookup.expand(rows, slots, run.config.memory.gather)
         decoder = nnx.merge(run.graph, weights.params)
         by_position, _ = decoder(batch.tokens[0], memory, batch.segments[0], batch.positions[0])
         logits = jax.sharding.reshard(by_position, jax.P())[0, last]

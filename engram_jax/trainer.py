@@ -43,6 +43,7 @@ def make_train_step(run: Run) -> TrainStep:
     """
     optimizer, row_adam, graph = run.optimizer, run.row_adam, run.graph
     clip_norm, frozen = run.config.optimizer.clip_norm, run.config.memory.frozen
+    gather = run.config.memory.gather
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         step, tables = state.step, state.tables
@@ -56,7 +57,7 @@ def make_train_step(run: Run) -> TrainStep:
 
         def loss(params: Parameters, trained: dict[int, Array], part: tuple[Batch, Any]) -> Array:
             batch, slots = part
-            losses, _ = token_losses(graph, params, rows | trained, slots, batch)
+            losses, _ = token_losses(graph, params, rows | trained, slots, batch, gather)
             return jnp.sum(losses * batch.target_mask) / targets
 
         def accumulate(total: Any, part: tuple[Batch, Any]) -> tuple[Any, None]:

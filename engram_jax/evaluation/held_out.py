@@ -102,7 +102,8 @@ def make_scorer(run: Run, suppress: Suppress = "nothing") -> Scorer:
 
         def score_part(part: tuple[Batch, Any]) -> tuple[Array, Gates]:
             batch, slots = part
-            return token_losses(run.graph, weights.params, rows, slots, batch)
+            gather = run.config.memory.gather
+            return token_losses(run.graph, weights.params, rows, slots, batch, gather)
 
         return jax.lax.map(score_part, (batch._replace(plan=None), slots))
 

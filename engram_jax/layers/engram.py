@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from engram_jax.errors import InputError
 from engram_jax.layers.norms import RMSNorm
 from pallas_kernels import gated_fusion
-from pallas_kernels.gated_fusion import FusionForm
+from pallas_kernels.gated_fusion import FusionForm, FusionImplementation
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -52,7 +52,7 @@ class EngramConfig:
     dilation: int = 3
     convolution_epsilon: float = 1e-5
     cross_documents: bool = False
-    implementation: Literal["reference", "xla", "pallas_tpu"] | None = None
+    implementation: FusionImplementation | None = None
 
     def __post_init__(self) -> None:
         if min(self.branches, self.kernel, self.dilation) < 1:

@@ -21,6 +21,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
+from pallas_kernels.hashed_gather import RowFormat
+from pallas_kernels.hashed_gather.format import pack_planes
+
 CACHE_LINE, LANES = 16, 128  # 32-bit words
 
 type Precision = Literal["float32", "bfloat16"]
@@ -77,17 +80,21 @@ class RecordLayout:
         return -(-words // line) * line
 
     @property
-    def _parts(self) -> list[tuple[int, Precision]]:
-        """Numbers and precision of value, mean and square."""
-        storage, width = self.storage, self.width
-        if storage.second_moment == "row":  # alone in its word
-            return [(width, storage.value), (width, storage.moments), (1, "float32")]
-        return [(width, storage.value), (width, storage.moments), (width, storage.moments)]
+    def value(self) -> RowFormat:
+        """Of the embedding, which comes first."""
+        return RowFormat(self.width, self.storage.value)
+
+    @property
+    def _parts(self) -> list[RowFormat]:
+        """Value, mean and square."""
+        moment = RowFormat(self.width, self.storage.moments)
+        alone = RowFormat(1)  # in its word
+        return [self.value, moment, alone if self.storage.second_moment == "row" else moment]
 
     @property
     def _clock(self) -> int:
         """Which word is the clock."""
-        return sum(_words_of(count, kind) for count, kind in self._parts)
+        return sum(part.words for part in self._parts)
 
     def pack(self, rows: Rows, noise: UInt32[Array, "n"] | None = None) -> UInt32[Array, "n words"]:
         """Records of rows.
@@ -97,11 +104,11 @@ class RecordLayout:
             noise: random bits of every row, for stochastic rounding; None rounds to the nearest.
         """
         words = []
-        for index, (part, (_, kind)) in enumerate(zip(rows[:3], self._parts, strict=True)):
-            if kind == "float32":
-                words.append(jax.lax.bitcast_convert_type(part, jnp.uint32))
+        for index, (part, form) in enumerate(zip(rows[:3], self._parts, strict=True)):
+            if form.precision == "bfloat16" and noise is not None:
+                words.append(pack_planes(_round(part, mix(noise + index)), 2))
             else:
-                words.append(_pack_halves(part, None if noise is None else mix(noise + index)))
+                words.append(form.encode(part))
         words.append(jax.lax.bitcast_convert_type(rows.clock[:, None], jnp.uint32))
         used = sum(part.shape[1] for part in words)
         padding = jnp.zeros((len(rows.clock), self.words - used), jnp.uint32)
@@ -110,13 +117,9 @@ class RecordLayout:
     def unpack(self, records: UInt32[Array, "n words"]) -> Rows:
         """Rows of records."""
         start, parts = 0, []
-        for count, kind in self._parts:
-            words = records[:, start : start + _words_of(count, kind)]
-            start += words.shape[1]
-            if kind == "float32":
-                parts.append(jax.lax.bitcast_convert_type(words, jnp.float32))
-            else:
-                parts.append(_unpack_halves(words, count))
+        for form in self._parts:
+            parts.append(form.decode(records[:, start : start + form.words]))
+            start += form.words
         value, mean, square = parts
         return Rows(value, mean, square, self.clocks(records))
 
@@ -176,27 +179,10 @@ def mix(bits: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
     return bits ^ (bits >> 16)
 
 
-def _words_of(count: int, kind: Precision) -> int:
-    return count if kind == "float32" else -(-count // 2)
-
-
-def _pack_halves(
-    part: Float[Array, "n F"], noise: UInt32[Array, "n"] | None
-) -> UInt32[Array, "n words"]:
-    """Two bfloat16 numbers a word: the first half of the row low, the second half high."""
-    count, width = part.shape
+def _round(part: Float[Array, "n F"], noise: UInt32[Array, "n"]) -> UInt32[Array, "n F"]:
+    """bfloat16 numbers, rounded stochastically: up as often as what is cut off is large."""
+    element = jnp.arange(part.shape[1], dtype=jnp.uint32)
+    random = mix(noise[:, None] + element[None]) >> 16
+    bits = jax.lax.bitcast_convert_type(part, jnp.uint32)
     nearest = jax.lax.bitcast_convert_type(part.astype(jnp.bfloat16), jnp.uint16)
-    halves = nearest.astype(jnp.uint32)
-    if noise is not None:
-        element = jnp.arange(width, dtype=jnp.uint32)
-        random = mix(noise[:, None] + element[None]) >> 16
-        bits = jax.lax.bitcast_convert_type(part, jnp.uint32)
-        halves = jnp.where(jnp.isfinite(part), (bits + random) >> 16, halves)
-    halves = jnp.concatenate([halves, jnp.zeros((count, width % 2), jnp.uint32)], axis=1)
-    low, high = jnp.split(halves, 2, axis=1)
-    return low | high << 16
-
-
-def _unpack_halves(words: UInt32[Array, "n words"], width: int) -> Float[Array, "n F"]:
-    bits = jnp.concatenate([words << 16, words & jnp.uint32(0xFFFF0000)], axis=1)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)[:, :width]
+    return jnp.where(jnp.isfinite(part), (bits + random) >> 16, nearest.astype(jnp.uint32))

@@ -37,6 +37,9 @@ def read_rows(
 
     def read_own(table: Table, plan: RowPlan, step: Array) -> Float[Array, "1 U F"]:
         def answer(own_rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
+            if adam.drift is None:  # nothing is owed
+                return hashed_gather.read(table.records, own_rows[:, None], table.layout.value)
+
             def read(row: Int32[Array, ""]) -> Float[Array, "F"]:
                 return adam.current(_gather(table, row[None]), step)[0]
 
@@ -60,19 +63,28 @@ def read_rows(
     )(table, plan, step)
 
 
-def expand(rows: Float[Array, "S U F"], plan: SlotPlan) -> Float[Array, "B T E"]:
+def expand(
+    rows: Float[Array, "S U F"],
+    plan: SlotPlan,
+    implementation: hashed_gather.GatherImplementation | None = None,
+) -> Float[Array, "B T E"]:
     """Spreads rows to the memory vector of every token of a micro-batch: its H rows, order-major.
 
     Args:
         rows: each device's distinct rows, as `read_rows` gives them.
         plan: slots and order of one micro-batch: arrays [B, T, H].
+        implementation: of the gather; None picks it for the device.
     """
 
     def expand_own(rows: Array, slots: Array, order: Array) -> Float[Array, "B T E"]:
-        values = hashed_gather.gather(rows[0], slots.reshape(-1), order.reshape(-1))
-        return values.reshape(*slots.shape[:2], -1)
+        return hashed_gather.expand(
+            rows[0], slots, order.reshape(-1), implementation=implementation
+        )
 
-    return jax.shard_map(expand_own, in_specs=_BY_DEVICE, out_specs=_BY_DEVICE)(rows, *plan)
+    # Kernels do not tell JAX over which axes their results vary; all vary over all here.
+    return jax.shard_map(expand_own, in_specs=_BY_DEVICE, out_specs=_BY_DEVICE, check_vma=False)(
+        rows, *plan
+    )
 
 
 @no_type_check  # at run time: as a pytree it also holds shapes and shardings

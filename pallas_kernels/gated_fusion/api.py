@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.gated_fusion import pallas_tpu, reference, xla
 from pallas_kernels.gated_fusion.form import FusionForm
 
-type Implementation = Literal["reference", "xla", "pallas_tpu"]
+type FusionImplementation = Literal["reference", "xla", "pallas_tpu"]
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "reference": reference.fuse,
@@ -27,7 +27,7 @@ def fuse(
     token_mask: Bool[Array, "B T"] | None = None,
     *,
     form: FusionForm,
-    implementation: Implementation | None = None,
+    implementation: FusionImplementation | None = None,
 ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
     """What to add to the residual branches, and the gates, in float32.
 

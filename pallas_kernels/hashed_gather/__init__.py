@@ -1,3 +1,7 @@
-"""Gather rows, with a backward pass that sums duplicates in an order the caller prepared."""
+"""Read rows of a table, and spread rows to tokens with a backward pass that sums duplicates."""
 
-from pallas_kernels.hashed_gather.api import gather as gather
+from pallas_kernels.hashed_gather.api import GatherImplementation as GatherImplementation
+from pallas_kernels.hashed_gather.api import expand as expand
+from pallas_kernels.hashed_gather.api import read as read
+from pallas_kernels.hashed_gather.format import Precision as Precision
+from pallas_kernels.hashed_gather.format import RowFormat as RowFormat

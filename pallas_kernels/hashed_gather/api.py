@@ -1,39 +1,74 @@
 """The door to the gather's implementations."""
 
-from collections.abc import Callable
+from types import ModuleType
 from typing import Literal
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from pallas_kernels.hashed_gather import reference, xla
+from pallas_kernels.hashed_gather import pallas_tpu, reference, xla
+from pallas_kernels.hashed_gather.format import RowFormat
 
-type Implementation = Literal["reference", "xla"]
+type GatherImplementation = Literal["reference", "xla", "pallas_tpu"]
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
-    "reference": reference.gather,
-    "xla": xla.gather,
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "reference": reference,
+    "xla": xla,
+    "pallas_tpu": pallas_tpu,
 }
 
 
-def gather(
-    values: Float[Array, "n F"],
-    indices: Int[Array, "m"],
-    order: Int[Array, "m"],
+def read(
+    table: UInt32[Array, "R words"],
+    numbers: Int32[Array, "*n H"],
+    form: RowFormat,
     *,
-    implementation: Implementation | None = None,
-) -> Float[Array, "m F"]:
-    """Reads values[indices]; the gradient sums the duplicates in the prepared order.
+    implementation: GatherImplementation | None = None,
+) -> Float[Array, "*n E"]:
+    """Reads rows of a table as it is stored, and decodes them: E = H·F numbers side by side.
+
+    There is no gradient: tables are no parameters. To read through distinct rows, give
+    `rows[slots]` for `numbers`.
 
     Args:
-        values: rows to read.
-        indices: row numbers, all in range.
-        order: stable order that sorts `indices`; deterministic backward passes walk along it.
-        implementation: None picks the fastest for the device, which is "xla" so far.
+        table: rows in words; what follows the first `form.words` is not read.
+        numbers: row numbers, H for each of n; those beyond the table read as zeros.
+        form: how the numbers of a row lie in its words.
+        implementation: None picks "xla", for no other has been measured on its device.
+
+    Raises:
+        ValueError: an implementation that does not exist, or cannot read such rows.
+    """
+    flat = numbers.reshape(-1, numbers.shape[-1])
+    rows = _module(implementation).read(table, flat, form)
+    return rows.reshape(*numbers.shape[:-1], -1)
+
+
+def expand(
+    values: Float[Array, "U F"],
+    slots: Int[Array, "*n H"],
+    order: Int[Array, "m"],
+    *,
+    implementation: GatherImplementation | None = None,
+) -> Float[Array, "*n E"]:
+    """values[slots], E = H·F numbers side by side; the gradient sums duplicates in a given order.
+
+    Sums are taken in float32.
+
+    Args:
+        values: distinct rows.
+        slots: which of them to read, H for each of n; all in range.
+        order: stable order that sorts the flattened slots; the backward pass walks along it.
+        implementation: None picks "xla", for no other has been measured on its device.
 
     Raises:
         ValueError: an implementation that does not exist.
     """
+    flat = slots.reshape(-1, slots.shape[-1])
+    return _module(implementation).expand(values, flat, order).reshape(*slots.shape[:-1], -1)
+
+
+def _module(implementation: GatherImplementation | None) -> ModuleType:
     name = implementation or "xla"
-    if name not in _IMPLEMENTATIONS:
-        raise ValueError(f"There is no gather {name!r}; there are {', '.join(_IMPLEMENTATIONS)}.")
-    return _IMPLEMENTATIONS[name](values, indices, order)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"There is no gather {name!r}; there are {', '.join(IMPLEMENTATIONS)}.")
+    return IMPLEMENTATIONS[name]

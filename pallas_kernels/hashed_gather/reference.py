@@ -1,11 +1,22 @@
-"""The definition of the gather: an indexed read; JAX derives the backward scatter-add."""
+"""The definition of the gather: indexed reads; JAX derives the backward scatter-add."""
 
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32, UInt32
+
+from pallas_kernels.hashed_gather.format import RowFormat
 
 
-def gather(
-    values: Float[Array, "n F"], indices: Int[Array, "m"], order: Int[Array, "m"]
-) -> Float[Array, "m F"]:
-    """values[indices]; `order` is not needed here."""
+def read(
+    table: UInt32[Array, "R words"], numbers: Int32[Array, "n H"], form: RowFormat
+) -> Float[Array, "n E"]:
+    """The rows, decoded, side by side."""
+    rows = form.decode(table[:, : form.words])[numbers]
+    return jnp.where((numbers < len(table))[..., None], rows, 0).reshape(len(numbers), -1)
+
+
+def expand(
+    values: Float[Array, "U F"], slots: Int[Array, "n H"], order: Int[Array, "m"]
+) -> Float[Array, "n E"]:
+    """values[slots]; `order` is not needed here."""
     del order
-    return values[indices]
+    return values[slots].reshape(len(slots), -1)

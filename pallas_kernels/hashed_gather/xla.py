@@ -6,38 +6,54 @@ GPU, XLA still uses atomics unless run with --xla_gpu_deterministic_ops.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32, UInt32
+
+from pallas_kernels.hashed_gather.format import RowFormat
+
+
+def read(
+    table: UInt32[Array, "R words"], numbers: Int32[Array, "n H"], form: RowFormat
+) -> Float[Array, "n E"]:
+    """Gathers words, then decodes them."""
+    words = table.at[numbers, : form.words].get(mode="fill", fill_value=0)
+    return form.decode(words).reshape(len(numbers), -1)
 
 
 @jax.custom_vjp
-def gather(
-    values: Float[Array, "n F"], indices: Int[Array, "m"], order: Int[Array, "m"]
-) -> Float[Array, "m F"]:
-    """values[indices]; `order` sorts `indices` stably and serves the backward pass."""
+def expand(
+    values: Float[Array, "U F"], slots: Int[Array, "n H"], order: Int[Array, "m"]
+) -> Float[Array, "n E"]:
+    """values[slots]; `order` sorts the slots stably and serves the backward pass."""
     del order
-    return values.at[indices].get(mode="promise_in_bounds")
+    return values.at[slots].get(mode="promise_in_bounds").reshape(len(slots), -1)
 
 
 def _forward(
-    values: Float[Array, "n F"], indices: Int[Array, "m"], order: Int[Array, "m"]
+    values: Float[Array, "U F"], slots: Int[Array, "n H"], order: Int[Array, "m"]
 ) -> tuple[Array, tuple[int, Array, Array]]:
-    return gather(values, indices, order), (values.shape[0], indices, order)
+    return expand(values, slots, order), (len(values), slots, order)
 
 
 def _backward(
-    residuals: tuple[int, Array, Array], cotangent: Float[Array, "m F"]
+    residuals: tuple[int, Array, Array], cotangent: Float[Array, "n E"]
 ) -> tuple[Array, np.ndarray, np.ndarray]:
-    rows, indices, order = residuals
+    rows, slots, order = residuals
+    by_slot = cotangent.reshape(slots.size, -1)
     sums = jax.ops.segment_sum(
-        cotangent.at[order].get(mode="promise_in_bounds", unique_indices=True),
-        indices.at[order].get(mode="promise_in_bounds", unique_indices=True),
+        by_slot.at[order].get(mode="promise_in_bounds", unique_indices=True).astype(jnp.float32),
+        slots.reshape(-1).at[order].get(mode="promise_in_bounds", unique_indices=True),
         num_segments=rows,
         indices_are_sorted=True,
         mode="promise_in_bounds",
     )
-    no_gradient = np.zeros(indices.shape, jax.dtypes.float0)
-    return sums, no_gradient, no_gradient
+    return sums.astype(cotangent.dtype), no_gradient(slots), no_gradient(order)
 
 
-gather.defvjp(_forward, _backward)
+def no_gradient(x: Int[Array, "*n"]) -> np.ndarray:
+    """The cotangent of integers."""
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+expand.defvjp(_forward, _backward)

@@ -14,8 +14,9 @@ from jax.sharding import AxisType
 
 from engram_jax.ahead_of_time import topology_mesh
 from engram_jax.sharding import MeshConfig
-from pallas_kernels import gated_fusion
+from pallas_kernels import gated_fusion, hashed_gather
 from pallas_kernels.gated_fusion import FusionForm
+from pallas_kernels.hashed_gather import RowFormat
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
@@ -69,3 +70,52 @@ def test_the_fusion_takes_no_memory_of_the_size_of_its_result(
         return jax.vjp(remat, *inputs)[1](cotangent)
 
     assert temporaries(chip, back, (size, dtype), *shapes) <= result + 2 * small
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        (RowFormat(80), 256),  # with its moments, as row Adam stores it
+        (RowFormat(160, "bfloat16"), 128),
+        (RowFormat(256, "float8"), 128),
+        (RowFormat(256), 256),
+    ],
+    ids=str,
+)
+def test_reading_takes_no_memory_of_the_size_of_the_table(
+    chip: jax.sharding.Mesh, form: RowFormat, words: int
+) -> None:
+    """Nor of the result: rows are decoded on their way."""
+    read = partial(hashed_gather.read, form=form, implementation="pallas_tpu")
+    rows, tokens = 2**21, 4096
+    taken = temporaries(chip, read, ((rows, words), jnp.uint32), ((tokens, 16), jnp.int32))
+    assert taken <= 4 * 2**20
+
+
+@pytest.mark.parametrize("width", [24, 80, 128])
+def test_spreading_rows_compiles(chip: jax.sharding.Mesh, width: int) -> None:
+    """Forward and backward, in a scan over micro-batches; temporaries are lines of rows."""
+    rows, tokens, columns = 2**15, 2048, 16
+
+    def run(values: jax.Array, slots: jax.Array, order: jax.Array, weight: jax.Array) -> jax.Array:
+        def add(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
+            slots, order = part
+
+            def loss(values: jax.Array) -> jax.Array:
+                out = hashed_gather.expand(values, slots, order, implementation="pallas_tpu")
+                return jnp.sum(out * weight)
+
+            return total + jax.grad(loss)(values), None
+
+        return jax.lax.scan(add, jnp.zeros_like(values), (slots, order))[0]
+
+    taken = temporaries(
+        chip,
+        run,
+        ((rows, width), jnp.float32),
+        ((2, tokens, columns), jnp.int32),
+        ((2, tokens * columns), jnp.int32),
+        ((tokens, columns * width), jnp.float32),
+    )
+    line = 512 * max(rows, tokens * columns)
+    assert taken <= 5 * line + 8 * 2**20
