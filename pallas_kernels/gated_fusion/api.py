@@ -1,20 +1,15 @@
 """The door to the fusion's implementations."""
 
-from collections.abc import Callable
-from typing import Literal
+from importlib import import_module
+from typing import Literal, get_args
 
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.gated_fusion import pallas_tpu, reference, xla
 from pallas_kernels.gated_fusion.form import FusionForm
 
-type FusionImplementation = Literal["reference", "xla", "pallas_tpu"]
+type FusionImplementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
-    "reference": reference.fuse,
-    "xla": xla.fuse,
-    "pallas_tpu": pallas_tpu.fuse,
-}
+IMPLEMENTATIONS: tuple[str, ...] = get_args(FusionImplementation.__value__)
 
 
 def fuse(
@@ -45,9 +40,14 @@ def fuse(
         implementation: None picks "xla", for no other has been measured on its device.
 
     Raises:
-        ValueError: an implementation that does not exist.
+        ValueError: an implementation that does not exist, or does not take this width.
     """
     name = implementation or "xla"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"There is no fusion {name!r}; there are {', '.join(IMPLEMENTATIONS)}.")
-    return IMPLEMENTATIONS[name](hidden, key, value, gain, taps, segments, token_mask, form)
+    # Imported when asked for: Pallas for GPU changes from one version of JAX to the next.
+    module = import_module(f"pallas_kernels.gated_fusion.{name}")
+    fused: tuple[Array, Array] = module.fuse(
+        hidden, key, value, gain, taps, segments, token_mask, form
+    )
+    return fused

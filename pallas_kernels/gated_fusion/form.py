@@ -31,6 +31,10 @@ class FusionForm:
             sign = jnp.copysign(jnp.ones_like(score), score)
         return sign * jnp.sqrt(jnp.maximum(jnp.abs(score), 1e-6))
 
+    def distances(self, kernel: int) -> tuple[int, ...]:
+        """How many tokens back each tap of a kernel reads."""
+        return tuple((kernel - 1 - tap) * self.dilation for tap in range(kernel))
+
 
 def normalize(x: Float[Array, "*n D"], epsilon: float) -> Float[Array, "*n D"]:
     """x / √(mean(x²) + ε) over the last axis."""
@@ -46,3 +50,17 @@ def tap_reads(
         return there[None]
     older = jnp.pad(segments, ((0, 0), (min(distance, length), 0)))[:, :length]
     return there[None] & (older == segments)
+
+
+def token_flags(
+    batch: int,
+    length: int,
+    segments: Int32[Array, "B T"] | None,
+    token_mask: Bool[Array, "B T"] | None,
+    distances: tuple[int, ...],
+) -> Int32[Array, "B T"]:
+    """For every token: bit 0, whether its gate may open; bit 1 + i, whether tap i reads."""
+    alive = jnp.ones((1, length), bool) if token_mask is None else token_mask
+    reads = [tap_reads(segments, length, distance) for distance in distances]
+    flags = sum(bit.astype(jnp.int32) << i for i, bit in enumerate([alive, *reads]))
+    return jnp.broadcast_to(flags, (batch, length))

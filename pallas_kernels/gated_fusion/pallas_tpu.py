@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.gated_fusion.form import FusionForm, tap_reads
+from pallas_kernels.gated_fusion.form import FusionForm, token_flags
 
 type Residuals = tuple[Any, ...]  # the arguments but the form, and the gates
 
@@ -66,7 +66,7 @@ def fuse(
         compiler_params=_COMPILER_PARAMS,
         name="gated_fusion",
     )
-    flags = tiles.flags(segments, token_mask, batch)
+    flags = token_flags(batch, tiles.length, segments, token_mask, tiles.distances)[..., None]
     return _one_by_one(run)(flags, hidden, key, value, *parameters)
 
 
@@ -120,7 +120,7 @@ def _backward(
         name="gated_fusion_backward",
     )
     d_hidden, d_key, d_value, *d_parameters = _one_by_one(run)(
-        tiles.flags(segments, token_mask, batch),
+        token_flags(batch, tiles.length, segments, token_mask, tiles.distances)[..., None],
         *(hidden, key, d_out, value, gate, d_gate),
         *before,
         *parameters,
@@ -168,8 +168,7 @@ class _Tiles:
     def of(hidden: Array, taps: Array | None, form: FusionForm, arrays: int) -> "_Tiles":
         """The largest tiles for which `arrays` arrays like `hidden` fit, twice, beside the rest."""
         _, length, branches, width = hidden.shape
-        kernel = 0 if taps is None else len(taps)
-        distances = tuple((kernel - 1 - tap) * form.dilation for tap in range(kernel))
+        distances = form.distances(0 if taps is None else len(taps))
         halo = -(-max((1, *distances)) // PACKED) * PACKED
         lanes = -(-width // 128) * 128
         branch = -(-branches // 4) * 4 * lanes
@@ -201,15 +200,6 @@ class _Tiles:
             return b, jnp.maximum(self.place(i, True) * ratio - 1, 0), 0
 
         return pl.BlockSpec((1, self.halo, width), index)
-
-    def flags(
-        self, segments: Array | None, token_mask: Array | None, batch: int
-    ) -> Int32[Array, "B T 1"]:
-        """For every token: bit 0, whether it is alive; bit 1 + i, whether tap i reads."""
-        alive = jnp.ones((1, self.length), bool) if token_mask is None else token_mask
-        reads = [tap_reads(segments, self.length, distance) for distance in self.distances]
-        flags = sum(bit.astype(jnp.int32) << i for i, bit in enumerate([alive, *reads]))
-        return jnp.broadcast_to(flags, (batch, self.length))[..., None]
 
 
 def _whole(x: Array) -> pl.BlockSpec:

@@ -146,8 +146,8 @@ def _taps(
     taps: Float[Array, "kernel M D"], length: int, form: FusionForm
 ) -> list[tuple[Float[Array, "M D"], int]]:
     """Weights and distances of the taps that reach into a row of `length` tokens."""
-    distances = [(len(taps) - 1 - tap) * form.dilation for tap in range(len(taps))]
-    return [(taps[i], distance) for i, distance in enumerate(distances) if distance < length]
+    distances = enumerate(form.distances(len(taps)))
+    return [(taps[tap], distance) for tap, distance in distances if distance < length]
 
 
 def _shift(x: Float[Array, "B T *n"], distance: int) -> Float[Array, "B T *n"]:

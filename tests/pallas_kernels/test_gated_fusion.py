@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
-from jax.experimental.pallas import tpu as pltpu
+from simulation import simulation
 
 from pallas_kernels import gated_fusion
-from pallas_kernels.gated_fusion import FusionForm, pallas_tpu
+from pallas_kernels.gated_fusion import FusionForm, pallas_gpu, pallas_tpu
 from pallas_kernels.gated_fusion.api import IMPLEMENTATIONS
 
 type Fuse = Callable[..., tuple[Array, Array]]
+type Draw = Callable[..., tuple["Inputs", dict[str, Array]]]
 
-# B, T, M, D, taps; the tiles of "pallas_tpu" are as small as they can be: 16 or 32 tokens.
+# B, T, M, D, taps; tiles have 16 or 32 tokens. The GPU kernel, whose simulation is slow, takes less
+# of each, D = 128, and strips of 8 tokens.
 SIZES = {
     "several tiles, the last in part": (2, 40, 2, 24, 4),
     "one token": (1, 1, 1, 8, 4),
@@ -36,7 +38,9 @@ class Inputs(NamedTuple):
     taps: Array | None
 
 
-def draw(size: tuple[int, ...], seed: int = 0, dtype: type = jnp.float32) -> tuple[Inputs, dict]:
+def draw_inputs(
+    size: tuple[int, ...], seed: int = 0, dtype: type = jnp.float32
+) -> tuple[Inputs, dict]:
     batch, length, branches, width, kernel = size
     generator = np.random.default_rng(seed)
 
@@ -44,9 +48,11 @@ def draw(size: tuple[int, ...], seed: int = 0, dtype: type = jnp.float32) -> tup
         return jnp.asarray(generator.normal(size=shape), dtype)
 
     rows = (batch, length, branches, width)
+    hidden = normal(*rows)
+    toward = jnp.asarray(generator.choice([-2.0, 2.0], rows[:3]), jnp.float32)[..., None]
     inputs = Inputs(
-        normal(*rows, dtype=dtype),
-        normal(*rows, dtype=dtype),
+        hidden.astype(dtype),
+        (normal(*rows) + toward * hidden).astype(dtype),  # few scores near zero
         normal(batch, length, width, dtype=dtype),
         1 + 0.3 * normal(branches, width),
         normal(kernel, branches, width) if kernel else None,
@@ -92,13 +98,21 @@ class TestFuse:
     @pytest.fixture
     def fuse(self, implementation: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fuse]:
         monkeypatch.setattr(pallas_tpu, "VMEM", 1)
-        simulated = pltpu.InterpretParams(detect_races=True)
-        with pltpu.force_tpu_interpret_mode(simulated):
+        monkeypatch.setattr(pallas_gpu, "STRIP", 8)
+        with simulation(implementation):
             yield partial(gated_fusion.fuse, form=FORM, implementation=implementation)
         jax.clear_caches()  # what was traced for small tiles
 
+    @pytest.fixture
+    def draw(self, implementation: str) -> Draw:
+        if implementation != "pallas_gpu":
+            return draw_inputs
+        return lambda size, *rest: draw_inputs(
+            (1, min(size[1], 18), min(size[2], 2), 128, size[4]), *rest
+        )
+
     @pytest.mark.parametrize("size", SIZES)
-    def test_values_and_gradients(self, fuse: Fuse, size: str) -> None:
+    def test_values_and_gradients(self, fuse: Fuse, draw: Draw, size: str) -> None:
         inputs, documents = draw(SIZES[size])
         run = jax.jit(partial(forward_and_back, fuse))
         found, expected = run(inputs, **documents), forward_and_back(reference, inputs, **documents)
@@ -106,22 +120,22 @@ class TestFuse:
         again = run(inputs, **documents)
         jax.tree.map(np.testing.assert_array_equal, again, found)
 
-    def test_without_documents_and_mask(self, fuse: Fuse) -> None:
+    def test_without_documents_and_mask(self, fuse: Fuse, draw: Draw) -> None:
         inputs, _ = draw(SIZES["several tiles, the last in part"])
         found = jax.jit(partial(forward_and_back, fuse))(inputs)
         assert_near(found, forward_and_back(reference, inputs), inputs)
 
-    def test_one_document_a_token(self, fuse: Fuse) -> None:
+    def test_one_document_a_token(self, fuse: Fuse, draw: Draw) -> None:
         """Then a tap reads nothing but the token itself."""
         inputs, _ = draw((1, 20, 2, 8, 4))
-        segments = jnp.arange(20, dtype=jnp.int32)[None]
+        segments = jnp.arange(inputs.value.shape[1], dtype=jnp.int32)[None]
         found, _ = fuse(*inputs, segments)
         alone, _ = fuse(*inputs._replace(taps=inputs.taps[-1:]))
         np.testing.assert_allclose(found, alone, rtol=1e-6, atol=1e-6)
 
-    def test_bfloat16(self, fuse: Fuse) -> None:
+    def test_bfloat16(self, fuse: Fuse, draw: Draw) -> None:
         """Everything between is float32: one rounding at the end."""
-        inputs, documents = draw((2, 40, 2, 24, 4), dtype=jnp.bfloat16)
+        inputs, documents = draw((2, 40, 2, 24, 4), 0, jnp.bfloat16)
         found = forward_and_back(fuse, inputs, **documents)
         expected = forward_and_back(reference, inputs, **documents)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -130,7 +144,7 @@ class TestFuse:
             # The other side of a rounding boundary is one step of 2⁻⁷ away at most.
             np.testing.assert_allclose(a, b, rtol=2.0**-7, atol=1e-4 * abs(b).max())
 
-    def test_released_form(self, fuse: Fuse) -> None:
+    def test_released_form(self, fuse: Fuse, draw: Draw) -> None:
         form = FusionForm(1e-20, signed_root="copysign")
         inputs, documents = draw(SIZES["no convolution"])
         expected = forward_and_back(partial(reference, form=form), inputs, **documents)
@@ -138,7 +152,7 @@ class TestFuse:
             forward_and_back(partial(fuse, form=form), inputs, **documents), expected, inputs
         )
 
-    def test_remat(self, fuse: Fuse, implementation: str) -> None:
+    def test_remat(self, fuse: Fuse, draw: Draw, implementation: str) -> None:
         if implementation.startswith("pallas"):
             pytest.skip("JAX cannot differentiate a remat of a simulated kernel; see the compiled")
         inputs, documents = draw((1, 20, 1, 8, 4))
@@ -146,8 +160,8 @@ class TestFuse:
         again = jax.jit(partial(forward_and_back, jax.checkpoint(fuse)))(inputs, **documents)
         assert_near(again, kept, inputs)
 
-    def test_vmap(self, fuse: Fuse) -> None:
-        drawn = [draw((2, 20, 2, 8, 4), seed)[0] for seed in (1, 2)]
+    def test_vmap(self, fuse: Fuse, draw: Draw) -> None:
+        drawn = [draw((2, 6, 2, 8, 3), seed)[0] for seed in (1, 2)]
         both = jax.tree.map(lambda *x: jnp.stack(x), *drawn)
 
         def run(inputs: Inputs) -> tuple:
@@ -158,7 +172,27 @@ class TestFuse:
             assert_near(jax.tree.map(lambda x, i=index: x[i], found), run(inputs), inputs)
 
 
+def test_a_width_that_the_gpu_kernel_does_not_take_is_refused() -> None:
+    inputs, _ = draw_inputs((1, 2, 1, 192, 0))
+    with pytest.raises(ValueError, match=r"128 divides, not 192.*'xla'"):
+        gated_fusion.fuse(*inputs, form=FORM, implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("width", "kernel"), [(256, 4), (2560, 4), (5120, 0)])
+def test_lowered_for_a_gpu(width: int, kernel: int, dtype: type) -> None:
+    """Without one: layouts and operations are checked, the machine code is not made."""
+    inputs, documents = draw_inputs((1, 40, 4, width, kernel), 0, dtype)
+    fuse = partial(gated_fusion.fuse, form=FORM, implementation="pallas_gpu")
+    lowered = (
+        jax.jit(partial(forward_and_back, fuse))
+        .trace(inputs, **documents)
+        .lower(lowering_platforms=("cuda",))
+    )
+    assert lowered.as_text().count("mosaic_gpu") >= 4
+
+
 def test_an_unknown_implementation_is_refused() -> None:
-    inputs, _ = draw((1, 2, 1, 8, 0))
+    inputs, _ = draw_inputs((1, 2, 1, 8, 0))
     with pytest.raises(ValueError, match=r"no fusion .fastest.*reference, xla, pallas_tpu"):
         gated_fusion.fuse(*inputs, form=FORM, implementation="fastest")  # type: ignore[arg-type]

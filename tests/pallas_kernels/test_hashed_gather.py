@@ -1,7 +1,6 @@
 """One class for all implementations of the gather: values, gradients, transforms, odd sizes."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -10,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import Array
-from jax.experimental.pallas import tpu as pltpu
+from simulation import simulation
 
 from pallas_kernels import hashed_gather
 from pallas_kernels.hashed_gather import RowFormat
@@ -61,8 +60,7 @@ def bound_of_sums(values: Array, slots: Array, cotangent: Array) -> np.ndarray:
 
 @pytest.fixture(params=[None, *IMPLEMENTATIONS])
 def implementation(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    on_tpu = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
-    with on_tpu if request.param == "pallas_tpu" else nullcontext():
+    with simulation(request.param):
         yield request.param
 
 
@@ -101,7 +99,7 @@ class TestExpand:
         np.testing.assert_array_equal(out.reshape(12, -1), expand(values, slots, order))
 
     def test_remat(self, expand: Gather, implementation: str | None) -> None:
-        if implementation == "pallas_tpu":
+        if str(implementation).startswith("pallas"):
             pytest.skip("JAX cannot differentiate a remat of a simulated kernel; see the compiled")
         values, slots, order, cotangent = draw(30, 25, 2, 4)
 
@@ -123,7 +121,7 @@ class TestExpand:
 
     def test_in_a_scan(self, expand: Gather, implementation: str | None) -> None:
         """The micro-batches of a step read the same rows one after another."""
-        if implementation == "pallas_tpu":
+        if str(implementation).startswith("pallas"):
             pytest.skip("JAX cannot differentiate a scan of a simulated kernel; see the compiled")
         values, slots, order, cotangent = draw(12, 10, 2, 5)
 
@@ -149,7 +147,7 @@ class TestExpand:
         np.testing.assert_array_equal(gradient[:, 0], np.bincount(slots[:, 0], minlength=9))
 
 
-@pytest.mark.parametrize("name", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize("name", ["xla", "pallas_tpu", "pallas_gpu"])
 def test_the_gradient_adds_duplicates_in_the_prepared_order(name: str) -> None:
     """What makes the sum the same on every device: 1 + 2⁻²⁴ + 2⁻²⁴ depends on the order."""
     values, tiny = jnp.zeros((1, 1)), 2.0**-24
@@ -160,7 +158,7 @@ def test_the_gradient_adds_duplicates_in_the_prepared_order(name: str) -> None:
         expand = partial(
             hashed_gather.expand, order=jnp.array(order, jnp.int32), implementation=name
         )
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        with simulation(name):
             _, pullback = jax.vjp(lambda v, expand=expand: expand(v, slots), values)
             sums.append(pullback(cotangent)[0].item())
     assert sums == [1.0, 1.0 + 2 * tiny]
@@ -221,13 +219,29 @@ def test_float8_scales_make_rows_fit() -> None:
     assert not np.any(form.decode(form.encode(jnp.zeros((2, 96)))))
 
 
-def test_rows_that_are_no_lines_are_refused() -> None:
+def test_lowered_for_a_gpu() -> None:
+    """Without one: layouts and operations are checked, the machine code is not made."""
+    values, slots, order, cotangent = draw(300, 40, 4, 80)
+
+    def run(values: Array, table: Array) -> tuple[Array, ...]:
+        expand = partial(hashed_gather.expand, implementation="pallas_gpu")
+        out, pullback = jax.vjp(lambda values: expand(values, slots, order), values)
+        form = RowFormat(160, "bfloat16")
+        read = hashed_gather.read(table, slots, form, implementation="pallas_gpu")
+        return out, pullback(cotangent)[0], read
+
+    traced = jax.jit(run).trace(values, jnp.zeros((300, 128), jnp.uint32))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 3
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
+def test_rows_that_are_no_lines_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"24 words.*whole lines of 128"):
         hashed_gather.read(
             jnp.zeros((4, 24), jnp.uint32),
             jnp.zeros((1, 1), jnp.int32),
             RowFormat(24),
-            implementation="pallas_tpu",
+            implementation=name,
         )
 
 

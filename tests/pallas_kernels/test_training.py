@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
+from simulation import simulation
 from tiny_runs import losses, on_devices, tiny_config, vary
 
 from engram_jax.config import Config, TrainConfig
@@ -36,7 +36,7 @@ def test_kernels_train_as_xla_does(tmp_path: Path) -> None:
     expected = train_one(config, tmp_path / "xla")
     engram = replace(config.model.engram, implementation="pallas_tpu")
     kernels = vary(config, model={"engram": engram}, memory={"gather": "pallas_tpu"})
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+    with simulation("pallas_tpu"):
         found = train_one(kernels, tmp_path / "kernels")
     jax.clear_caches()
     assert len(found) == 20 and found[-1][1] < found[0][1]

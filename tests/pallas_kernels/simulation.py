@@ -1,0 +1,15 @@
+"""Kernels on the CPU."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+
+def simulation(implementation: str | None) -> AbstractContextManager:
+    """Where a kernel for this implementation's device runs on the CPU; races are errors."""
+    if implementation == "pallas_tpu":
+        return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
+    if implementation == "pallas_gpu":
+        return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
+    return nullcontext()
