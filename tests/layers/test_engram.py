@@ -12,12 +12,15 @@ from flax import nnx
 from golden import golden_form, load_golden, released_hash, set_golden_weights
 from jax import Array
 from jax.sharding import AxisType
+from simulation import simulation
 
 from engram_jax.errors import InputError
 from engram_jax.hashing import DEAD
 from engram_jax.layers.engram import Engram, EngramConfig
+from pallas_kernels.gated_fusion import FusionImplementation
 
 WIDTH, MEMORY = 5, 6
+ON_CPU: tuple[FusionImplementation, ...] = ("reference", "xla", "pallas_tpu")
 
 
 def golden_rows(golden: dict[str, np.ndarray], sizes: dict[str, Any]) -> np.ndarray:
@@ -108,15 +111,18 @@ FORMS = {
 SEGMENTS = np.array([[1] * 5 + [2] * 2 + [3] * 7, [1] * 14], np.int32)
 
 
+@pytest.mark.parametrize("implementation", ON_CPU)
 @pytest.mark.parametrize("name", ["a_small", "b_small"])
-def test_golden_forward(name: str) -> None:
+def test_golden_forward(name: str, implementation: FusionImplementation) -> None:
     golden, sizes = load_golden(name)
     memory_width = golden["key_w"].shape[1]
-    layer = Engram(sizes["hidden"], memory_width, golden_form(sizes), rngs=nnx.Rngs(0))
+    form = replace(golden_form(sizes), implementation=implementation)
+    layer = Engram(sizes["hidden"], memory_width, form, rngs=nnx.Rngs(0))
     set_golden_weights(layer, golden)
     rows = golden_rows(golden, sizes)
     memory = golden["table"][rows].reshape(*rows.shape[:2], -1)
-    output, gate = apply(layer, jnp.asarray(golden["hidden"]), jnp.asarray(memory))
+    with simulation(implementation):
+        output, gate = apply(layer, jnp.asarray(golden["hidden"]), jnp.asarray(memory))
     np.testing.assert_allclose(gate, golden["gate"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(output, golden["output"], rtol=0, atol=1e-5)
 
@@ -347,9 +353,12 @@ def scaled_fp8(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int]) ->
     return values * scales.repeat(block[0], 0).repeat(block[1], 1).astype(np.float32)
 
 
+@pytest.mark.parametrize("implementation", ON_CPU)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layer_id", [1, 3])
-def test_released_miniature(layer_id: int, masked: bool) -> None:
+def test_released_miniature(
+    layer_id: int, masked: bool, implementation: FusionImplementation
+) -> None:
     """DeepSeek-V4.1's form, its fp8 weights, and its rows from our hash."""
     golden, sizes = load_golden("f_v41_mini")
     ngram_hash = released_hash(golden, sizes)
@@ -370,6 +379,7 @@ def test_released_miniature(layer_id: int, masked: bool) -> None:
         convolution=False,
         norm_epsilon=1e-20,
         signed_root="copysign",
+        implementation=implementation,
     )
     layer = Engram(width, memory.shape[-1], config, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
     # One matrix: the keys of all branches, then the value.
@@ -379,18 +389,22 @@ def test_released_miniature(layer_id: int, masked: bool) -> None:
     layer.query_norm.gain = nnx.Param(jnp.asarray(golden[f"q_weight_{layer_id}"]))
     before = {1: "hidden", 3: "output_masked_1" if masked else "output_1"}[layer_id]
     hidden = golden[before][None]
-    output, gate = apply(
-        layer,
-        jnp.asarray(hidden),
-        jnp.asarray(memory),
-        token_mask=jnp.asarray(mask[None]) if masked else None,
-    )
+    with simulation(implementation):
+        output, gate = apply(
+            layer,
+            jnp.asarray(hidden),
+            jnp.asarray(memory),
+            token_mask=jnp.asarray(mask[None]) if masked else None,
+        )
     # Both round keys to bfloat16. From keys that float64 computed all is equal to float32's
     # precision; a key of ours that lies midway between two bfloat16 numbers may round the other
     # way, which moves one of the score's 64 terms (below 8 before the root) by 2⁻⁷ of itself.
     exact = np.einsum("bte,med->btmd", memory.astype(np.float64), keys.astype(np.float64))
     exact_key = jnp.asarray(exact.astype(ml_dtypes.bfloat16))
-    _, exact_gate = layer.fuse(jnp.asarray(hidden), exact_key, jnp.zeros_like(exact_key[:, :, 0]))
+    with simulation(implementation):
+        _, exact_gate = layer.fuse(
+            jnp.asarray(hidden), exact_key, jnp.zeros_like(exact_key[:, :, 0])
+        )
     exact_gate = np.where(mask[:, None] | (not masked), exact_gate[0], 0)
     np.testing.assert_allclose(exact_gate, golden[f"gate_{which}"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(gate[0], golden[f"gate_{which}"], rtol=0, atol=1e-3)
