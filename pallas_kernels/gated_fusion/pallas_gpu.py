@@ -200,12 +200,12 @@ class _Block:
 
     def load(self, ref: Any, *index: Any) -> Float[Array, "channels"]:
         """This block's channels of ref[*index]."""
-        found = plgpu.load(ref.at[(*index, self.channels)], layout=self.layout, optimized=False)
+        found = plgpu.layout_cast(ref[(*index, self.channels)], self.layout)
         return found.astype(jnp.float32)
 
     def load_all(self, ref: Any, *index: Any) -> Float[Array, "channels"]:
         """ref[*index] of this block's own memory."""
-        return plgpu.load(ref.at[index], layout=self.layout, optimized=False)
+        return plgpu.layout_cast(ref[index], self.layout)
 
     def zeros(self) -> Float[Array, "channels"]:
         """No channels yet."""

@@ -108,10 +108,7 @@ def _copy_kernel(table: Any, numbers: Any, out: Any, *, count: int) -> None:
         places = [
             jnp.minimum(first + part * IN_FLIGHT + index, count - 1) for index in range(IN_FLIGHT)
         ]
-        lines = [
-            plgpu.load(table.at[numbers[place], words], layout=layout, optimized=False)
-            for place in places
-        ]
+        lines = [plgpu.layout_cast(table[numbers[place], words], layout) for place in places]
         for place, line in zip(places, lines, strict=True):
             out[place, words] = line
 
@@ -124,9 +121,7 @@ def _sum_kernel(by_slot: Any, order: Any, starts: Any, out: Any, *, rows: int) -
 
     def sum_row(row: Any, _: None) -> None:
         def add(index: Any, total: Array) -> Array:
-            return total + plgpu.load(
-                by_slot.at[order[index], words], layout=layout, optimized=False
-            )
+            return total + plgpu.layout_cast(by_slot[order[index], words], layout)
 
         nothing = plgpu.layout_cast(jnp.zeros((LANES,), jnp.float32), layout)
         out[row, words] = jax.lax.fori_loop(starts[row], starts[row + 1], add, nothing)
