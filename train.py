@@ -66,14 +66,14 @@ def main() -> None:
     stopped = state.step < config.train.steps
     if leads():
         print(f"{run.folder} holds {int(state.step)} of {config.train.steps} steps.")
-        print(
-            "The same command goes on with it." if stopped else f"Next: python eval.py {run.folder}"
-        )
+        python = "python" if "VIRTUAL_ENV" in os.environ else os.path.relpath(sys.executable)
+        following = f"Next: {python} eval.py {run.folder}"
+        print("The same command goes on with it." if stopped else following)
     if stopped:
         sys.exit(INTERRUPTED)
     if jax.process_count() == 1:
         continuation = sample(run, state.weights, PROMPT, tokens=40, temperature=0.7, top_k=40)
-        print(f"A continuation: {PROMPT}{continuation}")
+        print(f"Sample: {PROMPT}|{continuation}")
 
 
 def _join_processes() -> None:

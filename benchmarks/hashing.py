@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import tyro
 
 from engram_jax import HashSpec, NgramHash, load_tokenizer, project_vocabulary
 from engram_jax.data.corpus import build_corpus
@@ -89,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

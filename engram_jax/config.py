@@ -34,8 +34,8 @@ class MemoryConfig:
         frozen: the tables are read and not trained.
         adam: the row optimizer.
         storage: precision of the rows and of their moments.
-        gather: implementation of `pallas_kernels.hashed_gather` that spreads rows to tokens; None
-            picks it for the device.
+        gather: implementation of `pallas_kernels.hashed_gather` that reads rows and spreads them
+            to tokens; None is "xla".
     """
 
     layers: tuple[int, ...] = (1,)

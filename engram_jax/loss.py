@@ -31,7 +31,7 @@ def token_losses(
         rows: the devices' distinct rows by layer id; a layer that is missing adds nothing.
         slots: how the micro-batch's tokens find them.
         batch: one micro-batch; its plan is not used.
-        gather: implementation that spreads the rows to tokens; None picks it for the device.
+        gather: implementation that spreads the rows to tokens; None is "xla".
     """
     memory = {
         layer: lookup.expand(of_layer, slots[layer], gather) for layer, of_layer in rows.items()

@@ -6,6 +6,7 @@ and what evaluation writes.
 """
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -57,6 +58,9 @@ _BEGUN = {
 
 # What may change when a run is resumed: none of it changes what is learned.
 _CHANGEABLE = (
+    "memory.gather",
+    "model.attention.implementation",
+    "model.engram.implementation",
     "mesh.",
     "data.workers",
     "data.prefetch",
@@ -69,6 +73,7 @@ _CHANGEABLE = (
 
 
 # What may change if `reschedule` is given: how it goes on learning, from the newest checkpoint.
+_NEEDS = {"cudnn": "gpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}  # implementations
 _RESCHEDULABLE = (
     *("optimizer.", "train.steps", "memory.frozen"),
     *(f"memory.adam.{name}" for name in ("factor", "b1", "b2", "eps")),
@@ -225,6 +230,17 @@ class Run:
                 "memory.row_width; in float32, 22 is the least, and 42, 85 and 127 fill their "
                 "lines best."
             )
+        for flag, chosen in (
+            ("memory.gather", config.memory.gather),
+            ("model.engram.implementation", config.model.engram.implementation),
+            ("model.attention.implementation", config.model.attention.implementation),
+        ):
+            needed = _NEEDS.get(chosen or "", platform)
+            if needed != platform:
+                raise InputError(
+                    f"--{flag} {chosen} needs a {needed.upper()}, and this runs on {platform}; "
+                    "leave the flag out."
+                )
         rows = config.data.batch_size // config.train.accumulation
         if rows % mesh.size:
             raise InputError(
@@ -526,16 +542,31 @@ def _stored_hash(ours: NgramHash, config: Config, folder: Path) -> NgramHash:
 def _check_same(config: Config, folder: Path, *, reschedule: bool = False) -> None:
     stored = load_config(folder / "config.json")
     ours, theirs = _flatten(asdict(config)), _flatten(asdict(stored))
-    for name in ours:
-        same = ours[name] == theirs[name] or name.startswith(_CHANGEABLE)
-        if same or (reschedule and name.startswith(_RESCHEDULABLE)):
-            continue
-        change = "add --reschedule to go on with yours, " if name.startswith(_RESCHEDULABLE) else ""
-        raise InputError(
-            f"{folder} holds a run with {name} {theirs[name]}, not {ours[name]}; give that value "
-            f"to resume it, {change}or another --run folder to start anew (from its weights with "
-            f"--start-from {folder})."
-        )
+    changeable = _CHANGEABLE + (_RESCHEDULABLE if reschedule else ())
+    differ = [
+        name for name in ours if ours[name] != theirs[name] and not name.startswith(changeable)
+    ]
+    if not differ:
+        return
+    wanted = " ".join(_as_flag(name, theirs[name]) for name in differ if name != "name")
+    if "name" in differ:
+        wanted = f"the configuration {theirs['name']} {wanted}".strip()
+    message = f"{folder} holds another run: give {wanted} to resume it"
+    if all(name.startswith(_RESCHEDULABLE) for name in differ):
+        message += ", add --reschedule to go on with yours"
+    if any((folder / "checkpoints").glob("*")):
+        weights = f" (to begin with the weights of this one, add --start-from {folder})"
+    else:
+        message += f", delete {folder}, which has no checkpoint, to start anew"
+        weights = ""
+    raise InputError(f"{message}, or name another --run folder{weights}.")
+
+
+def _as_flag(name: str, value: Any) -> str:
+    """As one would type it."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    words = [shlex.quote(str(word)) for word in values]
+    return " ".join([f"--{name.replace('_', '-')}", *words])
 
 
 def _check_texts(texts: dict[str, Any], folder: Path) -> None:

@@ -101,9 +101,12 @@ def _make_next_token(run: Run, temperature: float, top_k: int | None) -> NextTok
     def next_token(weights: Weights, batch: Batch, last: Array, key: Array) -> Int32[Array, ""]:
         memory = {}
         for layer, table in weights.tables.items():
-            rows = lookup.read_rows(table, batch.plan.rows[layer], run.row_adam, weights.step)
+            gather = run.config.memory.gather
+            rows = lookup.read_rows(
+                table, batch.plan.rows[layer], run.row_adam, weights.step, gather
+            )
             slots = jax.tree.map(lambda array: array[0], batch.plan.slots[layer])
-            memory[layer] = lookup.expand(rows, slots, run.config.memory.gather)
+            memory[layer] = lookup.expand(rows, slots, gather)
         decoder = nnx.merge(run.graph, weights.params)
         by_position, _ = decoder(batch.tokens[0], memory, batch.segments[0], batch.positions[0])
         logits = jax.sharding.reshard(by_position, jax.P())[0, last]

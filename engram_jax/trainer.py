@@ -49,7 +49,7 @@ def make_train_step(run: Run) -> TrainStep:
         step, tables = state.step, state.tables
         plans, slots = batch.plan or MemoryPlan({}, {})
         rows = {
-            layer: lookup.read_rows(table, plans[layer], row_adam, step)
+            layer: lookup.read_rows(table, plans[layer], row_adam, step, gather)
             for layer, table in tables.items()
         }
         trained = {} if frozen else rows

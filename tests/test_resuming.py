@@ -242,7 +242,7 @@ def test_another_schedule_settles_the_tables_once(
 ) -> None:
     """Rows read as they did under the old schedule, and have their momentum still."""
     longer = vary(tiny, train={"steps": 9}, optimizer={"learning_rate": 0.03})
-    with pytest.raises(InputError, match=r"optimizer\.learning_rate.*--reschedule"):
+    with pytest.raises(InputError, match=r"optimizer\.learning-rate.*--reschedule"):
         Run.start(longer, saved)
     run = Run.start(longer, saved, reschedule=True)
     assert load_config(saved / "config.json") == longer
@@ -277,7 +277,7 @@ def test_another_schedule_settles_the_tables_once(
 
 def test_what_a_schedule_is_not_stays_refused(tiny: Config, saved: Path) -> None:
     for change in ({"model": {"remat": True}}, {"memory": {"adam": RowAdamConfig(form="lazy")}}):
-        with pytest.raises(InputError, match="to resume it, or another --run folder"):
+        with pytest.raises(InputError, match="to resume it, or name another --run folder"):
             Run.start(vary(tiny, **change), saved, reschedule=True)
 
 

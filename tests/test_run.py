@@ -22,6 +22,7 @@ from engram_jax.data.pipeline import make_batches
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.attention import AttentionConfig
+from engram_jax.layers.engram import EngramConfig
 from engram_jax.run import Run
 from engram_jax.sampling import sample
 from engram_jax.sharding import MeshConfig, make_mesh
@@ -61,6 +62,41 @@ def test_another_mesh_and_log_interval_may_resume(config: Config, tmp_path: Path
     assert Run.start(changed, tmp_path / "run").mesh.shape["fsdp"] == 2
 
 
+def test_all_that_differs_is_named_as_flags(config: Config, tmp_path: Path) -> None:
+    Run.start(config, tmp_path / "run")
+    sources = config.data.sources
+    changed = vary(config, data={"sources": sources[:1], "batch_size": 16})
+    wanted = rf"give --data.sources {sources[0]} {sources[1]} --data.batch-size 8 to resume it"
+    with pytest.raises(
+        InputError, match=f"{wanted}, delete .*no checkpoint.*another --run folder.$"
+    ):
+        Run.start(changed, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("flag", "section", "changed"),
+    [
+        ("memory.gather pallas_tpu needs a TPU", "memory", {"gather": "pallas_tpu"}),
+        (
+            "model.engram.implementation pallas_gpu needs a GPU",
+            "model",
+            {"engram": EngramConfig(implementation="pallas_gpu")},
+        ),
+        (
+            "model.attention.implementation cudnn needs a GPU",
+            "model",
+            {"attention": AttentionConfig(implementation="cudnn")},
+        ),
+    ],
+)
+def test_a_kernel_of_another_device_is_refused(
+    config: Config, tmp_path: Path, flag: str, section: str, changed: dict
+) -> None:
+    with pytest.raises(InputError, match=f"--{flag}, and this runs on cpu"):
+        Run.start(vary(config, **{section: changed}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_changed_text_is_refused(config: Config, tmp_path: Path) -> None:
     Run.start(config, tmp_path / "run")
     with Path(config.data.sources[0]).open("a") as file:
@@ -97,7 +133,7 @@ def test_another_run_begun_in_the_folder_meanwhile_is_noticed(
 ) -> None:
     run = Run.start(config, tmp_path / "run")
     save_config(vary(config, optimizer={"learning_rate": 0.5}), tmp_path / "run" / "config.json")
-    with pytest.raises(InputError, match="learning_rate"):
+    with pytest.raises(InputError, match="learning-rate"):
         train(run)
 
 
@@ -152,9 +188,9 @@ def test_a_folder_with_another_configuration_is_refused(tiny: Config, tmp_path: 
     Run.start(tiny, tmp_path / "run")
     before = (tmp_path / "run" / "config.json").read_bytes()
     for change, field in (
-        ({"optimizer": {"learning_rate": 0.5}}, r"optimizer\.learning_rate 0\.003, not 0\.5"),
-        ({"memory": {"rows_per_head": (500, 501)}}, r"memory\.rows_per_head \(500, 500\)"),
-        ({"model": {"remat": True}}, r"model\.remat False"),
+        ({"optimizer": {"learning_rate": 0.5}}, "--optimizer.learning-rate 0.003 to resume"),
+        ({"memory": {"rows_per_head": (500, 501)}}, "--memory.rows-per-head 500 500 to resume"),
+        ({"model": {"remat": True}}, "--model.remat False to resume"),
     ):
         with pytest.raises(InputError, match=field):
             Run.start(vary(tiny, **change), tmp_path / "run")

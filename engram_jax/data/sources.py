@@ -219,7 +219,9 @@ def _parse(line: bytes, where: str) -> Document:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: broken JSON ({error}); mend or remove it.") from error
+        what = getattr(error, "msg", str(error))
+        at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"{where}: broken JSON ({what}{at}); mend or remove it.") from error
     return _document(record, where)
 
 

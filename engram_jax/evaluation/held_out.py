@@ -96,7 +96,9 @@ def make_scorer(run: Run, suppress: Suppress = "nothing") -> Scorer:
         rows: dict[int, Array] = {}
         if suppress != "output":
             for layer, table in weights.tables.items():
-                rows[layer] = lookup.read_rows(table, plans[layer], run.row_adam, weights.step)
+                rows[layer] = lookup.read_rows(
+                    table, plans[layer], run.row_adam, weights.step, run.config.memory.gather
+                )
         if suppress == "rows":
             rows = jax.tree.map(jnp.zeros_like, rows)
 

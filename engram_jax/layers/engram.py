@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int32
 
 from engram_jax.errors import InputError
@@ -39,7 +40,7 @@ class EngramConfig:
         dilation: distance of its taps in tokens; the paper takes the largest n-gram order N.
         convolution_epsilon: epsilon of the convolution's norm.
         cross_documents: the convolution sees packed neighbors, as the demo's does.
-        implementation: of `pallas_kernels.gated_fusion`; None picks it for the device.
+        implementation: of `pallas_kernels.gated_fusion`; None is "xla".
     """
 
     branches: int = 1
@@ -161,7 +162,7 @@ def _fuse_own_tokens(
     """Every device fuses its own tokens; XLA cannot split a kernel by itself.
 
     If T is split over a mesh axis, a device also takes the tokens that the convolution reaches from
-    the device before it.
+    the device before it, at the price of a copy of its own with these in front.
 
     Args:
         fuse: `gated_fusion.fuse`.
@@ -170,7 +171,8 @@ def _fuse_own_tokens(
         parameters: gain and taps.
 
     Raises:
-        InputError: a device's part of T is shorter than the convolution reaches.
+        InputError: a device's part of T is shorter than the convolution reaches; an axis that is
+            neither B nor T is split.
     """
 
     def fuse_own(tokens: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Array, Array]:
@@ -194,11 +196,16 @@ def _fuse_own_tokens(
         added, gate = fuse(hidden, key, value, *parameters, segments, token_mask)
         return added[:, halo:], gate[:, halo:]
 
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind is not AxisType.Explicit for kind in mesh.axis_types):
         along_t = None
         return fuse_own(tokens, parameters)
     specs = jax.tree.map(lambda part: jax.typeof(part).sharding.spec, tokens)
     along_t = specs[0][1]
+    if any(axis is not None for axis in specs[0][2:]):
+        raise InputError(
+            f"The residual stream lies as {specs[0]}; Engram takes it split over B and T alone."
+        )
     return jax.shard_map(
         fuse_own,
         in_specs=(specs, jax.P()),

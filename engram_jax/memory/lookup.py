@@ -21,24 +21,39 @@ from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.sharding import TOKEN_AXES
 from pallas_kernels import hashed_gather
+from pallas_kernels.hashed_gather import GatherImplementation
 
 PART = 8192  # rows gathered at a time, where only a part of them is kept
 _BY_DEVICE = jax.P(TOKEN_AXES)  # tables by R, plans by S, tokens by B
 
 
 def read_rows(
-    table: Table, plan: RowPlan, adam: RowAdam, step: Int32[Array, ""]
+    table: Table,
+    plan: RowPlan,
+    adam: RowAdam,
+    step: Int32[Array, ""],
+    gather: GatherImplementation | None = None,
 ) -> Float[Array, "S U F"]:
     """Each device's distinct rows, as the forward pass of step `step` + 1 reads them.
 
     The row optimizer adds what it owes idle rows to this copy; the table stays as it is.
     Padding reads as zero.
+
+    Args:
+        table: the table.
+        plan: the step's rows.
+        adam: the row optimizer.
+        step: optimizer steps done.
+        gather: how rows are read that are owed nothing; None is "xla". (Rows that are owed
+            something need their moments, too, which XLA reads.)
     """
 
     def read_own(table: Table, plan: RowPlan, step: Array) -> Float[Array, "1 U F"]:
         def answer(own_rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
             if adam.drift is None:  # nothing is owed
-                return hashed_gather.read(table.records, own_rows[:, None], table.layout.value)
+                return hashed_gather.read(
+                    table.records, own_rows[:, None], table.layout.value, implementation=gather
+                )
 
             def read(row: Int32[Array, ""]) -> Float[Array, "F"]:
                 return adam.current(_gather(table, row[None]), step)[0]
@@ -59,27 +74,28 @@ def read_rows(
         return _further_rounds(route, fetch_further, first)[None]
 
     return jax.shard_map(
-        read_own, in_specs=(_BY_DEVICE, _BY_DEVICE, jax.P()), out_specs=_BY_DEVICE
+        read_own,
+        in_specs=(_BY_DEVICE, _BY_DEVICE, jax.P()),
+        out_specs=_BY_DEVICE,
+        check_vma=False,  # see `expand`
     )(table, plan, step)
 
 
 def expand(
     rows: Float[Array, "S U F"],
     plan: SlotPlan,
-    implementation: hashed_gather.GatherImplementation | None = None,
+    gather: GatherImplementation | None = None,
 ) -> Float[Array, "B T E"]:
     """Spreads rows to the memory vector of every token of a micro-batch: its H rows, order-major.
 
     Args:
         rows: each device's distinct rows, as `read_rows` gives them.
         plan: slots and order of one micro-batch: arrays [B, T, H].
-        implementation: of the gather; None picks it for the device.
+        gather: how rows are read; None is "xla".
     """
 
     def expand_own(rows: Array, slots: Array, order: Array) -> Float[Array, "B T E"]:
-        return hashed_gather.expand(
-            rows[0], slots, order.reshape(-1), implementation=implementation
-        )
+        return hashed_gather.expand(rows[0], slots, order.reshape(-1), implementation=gather)
 
     # Kernels do not tell JAX over which axes their results vary; all vary over all here.
     return jax.shard_map(expand_own, in_specs=_BY_DEVICE, out_specs=_BY_DEVICE, check_vma=False)(

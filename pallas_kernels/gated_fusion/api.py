@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.gated_fusion.form import FusionForm
+from pallas_kernels.gated_fusion.form import MOST_TAPS, FusionForm
 
 type FusionImplementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 
@@ -37,14 +37,16 @@ def fuse(
             in another document, and before the row.
         token_mask: False where the gate is closed.
         form: the constants.
-        implementation: None picks "xla", for no other has been measured on its device.
+        implementation: None is "xla", for no other has been measured on its device.
 
     Raises:
-        ValueError: an implementation that does not exist, or does not take this width.
+        ValueError: an implementation that does not exist, or does not take these sizes.
     """
     name = implementation or "xla"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"There is no fusion {name!r}; there are {', '.join(IMPLEMENTATIONS)}.")
+    if taps is not None and len(taps) > MOST_TAPS:
+        raise ValueError(f"The convolution has {len(taps)} taps; it may have {MOST_TAPS}.")
     # Imported when asked for: Pallas for GPU changes from one version of JAX to the next.
     module = import_module(f"pallas_kernels.gated_fusion.{name}")
     fused: tuple[Array, Array] = module.fuse(

@@ -5,7 +5,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
+
+MOST_TAPS = 30  # a bit each in a token's flags
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class FusionForm:
         if self.signed_root == "copysign":
             sign = jnp.copysign(jnp.ones_like(score), score)
         return sign * jnp.sqrt(jnp.maximum(jnp.abs(score), 1e-6))
+
+    def root_slope(self, score: Float[Array, "*n"]) -> Float[Array, "*n"]:
+        """The derivative of `root`."""
+        size = jnp.abs(score)
+        return jnp.where(size > 1e-6, 0.5 * jax.lax.rsqrt(jnp.maximum(size, 1e-6)), 0)
 
     def distances(self, kernel: int) -> tuple[int, ...]:
         """How many tokens back each tap of a kernel reads."""
@@ -64,3 +72,8 @@ def token_flags(
     reads = [tap_reads(segments, length, distance) for distance in distances]
     flags = sum(bit.astype(jnp.int32) << i for i, bit in enumerate([alive, *reads]))
     return jnp.broadcast_to(flags, (batch, length))
+
+
+def no_gradients(*integers: Array | None) -> list[np.ndarray | None]:
+    """The cotangents of integers."""
+    return [None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in integers]

@@ -1,9 +1,11 @@
-"""The fusion on GPU, by Mosaic GPU: two kernels forward, two backward, at one read of each input.
+"""The fusion on GPU, by Mosaic GPU: two kernels forward, two backward.
 
 Hidden states and keys only make the gate, and the gate, a number a token and branch, is all that
 the rest needs of them. So one kernel reads them and sums (`_sums_kernel`), and another reads the
-value and mixes (`_mix_kernel`); the backward pass mirrors both. Each block of threads walks along a
-strip of tokens, with one part of the channels in registers (`_sums_kernel`: with all of them).
+value and mixes (`_mix_kernel`); the backward pass mirrors both (`_unmix_kernel`, `_ungate_kernel`)
+and keeps the sums. What has branches and width is so read once in each pass; the value, which has
+no branches, once more by XLA for its mean square. Each block of threads walks along a strip of
+tokens, with one part of the channels in registers (`_sums_kernel`: with all of them).
 """
 
 from functools import partial
@@ -16,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.gated_fusion.form import FusionForm, token_flags
+from pallas_kernels.gated_fusion.form import FusionForm, no_gradients, token_flags
 
-type Residuals = tuple[Any, ...]  # the arguments but the form, and the gates
+type Residuals = tuple[Any, ...]  # the arguments but the form, the gates, and what made them
 
 STRIP = 128  # tokens of a block; a backward pass reads those of one reach of the taps twice
 THREADS = 128  # of a warpgroup, each with as many channels
@@ -40,28 +42,38 @@ def fuse(
     Raises:
         ValueError: D is no multiple of 128.
     """
+    return _forward(hidden, key, value, gain, taps, segments, token_mask, form)[0]
+
+
+def _forward(
+    hidden: Array,
+    key: Array,
+    value: Array,
+    gain: Array,
+    taps: Array | None,
+    segments: Array | None,
+    token_mask: Array | None,
+    form: FusionForm,
+) -> tuple[tuple[Array, Array], Residuals]:
     if hidden.shape[3] % THREADS:
         raise ValueError(
             f"The GPU kernel needs a width that {THREADS} divides, not {hidden.shape[3]}; take the "
             "implementation 'xla'."
         )
     flags = _flags(hidden, taps, segments, token_mask, form)
-    score, _, _ = _score(hidden, key, gain, form)
-    gate = jnp.where((flags & 1)[..., None] != 0, jax.nn.sigmoid(form.root(score)), 0)
+    scores = _score(hidden, key, gain, form)
+    gate = jnp.where((flags & 1)[..., None] != 0, jax.nn.sigmoid(form.root(scores[0])), 0)
     scale, _ = _scale(gate, value, form)
     out = _launch(_mix_kernel, hidden, [value, gate, scale, flags], taps, form, [hidden])
-    return out[0], gate
-
-
-def _forward(*arguments: Any) -> tuple[tuple[Array, Array], Residuals]:
-    out, gate = fuse(*arguments)
-    return (out, gate), (*arguments[:7], gate)
+    arguments = hidden, key, value, gain, taps, segments, token_mask
+    return (out[0], gate), (*arguments, gate, *scores)
 
 
 def _backward(
     form: FusionForm, residuals: Residuals, cotangents: tuple[Array, Array]
 ) -> tuple[Array | np.ndarray | None, ...]:
-    hidden, key, value, gain, taps, segments, token_mask, gate = residuals
+    hidden, key, value, gain, taps, segments, token_mask, gate, *scores = residuals
+    score, hidden_size, key_size = scores
     d_out, d_gate = cotangents
     batch, length, branches, width = hidden.shape
     strips, parts = pl.cdiv(length, STRIP), width // _part(width)
@@ -86,10 +98,7 @@ def _backward(
         d_square = -0.5 * jnp.sum(d_scale * scale**3, axis=-1, keepdims=True)
         d_value += 2 / width * d_square * value.astype(jnp.float32)
 
-    score, hidden_size, key_size = _score(hidden, key, gain, form)
-    steep = jnp.abs(score) > 1e-6
-    d_root = jnp.where(steep, 0.5 * jax.lax.rsqrt(jnp.where(steep, jnp.abs(score), 1)), 0)
-    d_score = d_gate * gate * (1 - gate) * d_root
+    d_score = d_gate * gate * (1 - gate) * form.root_slope(score)
     both = d_score * hidden_size * key_size * width**-0.5
     own = d_score * score / width
     gain_by_strip = jax.ShapeDtypeStruct((batch, strips, branches, width), jnp.float32)
@@ -105,10 +114,7 @@ def _backward(
         *(d_hidden, d_key, d_value.astype(value.dtype)),
         jnp.sum(d_gain, axis=(0, 1)).astype(gain.dtype),
         None if taps is None else jnp.sum(d_taps[0], axis=(0, 1)).astype(taps.dtype),
-        *[
-            None if x is None else np.zeros(x.shape, jax.dtypes.float0)
-            for x in (segments, token_mask)
-        ],
+        *no_gradients(segments, token_mask),
     )
 
 
@@ -117,7 +123,7 @@ fuse.defvjp(_forward, _backward)
 
 def _part(width: int) -> int:
     """Channels of a block: up to four a thread."""
-    return next(THREADS * n for n in (4, 3, 2, 1) if not width % (THREADS * n))
+    return next(THREADS * n for n in (4, 2, 1) if not width % (THREADS * n))
 
 
 def _flags(
@@ -196,7 +202,8 @@ class _Block:
         self.channels = pl.ds(self.part * size, size)
         self.first = self.strip * STRIP
         self.last = jnp.minimum(self.first + STRIP, length)
-        self.layout = plgpu.Layout.WG_STRIDED((size,), vec_size=size // THREADS)
+        vector = next(n for n in (4, 2, 1) if not size % (THREADS * n))
+        self.layout = plgpu.Layout.WG_STRIDED((size,), vec_size=vector)
 
     def load(self, ref: Any, *index: Any) -> Float[Array, "channels"]:
         """This block's channels of ref[*index]."""
@@ -257,11 +264,11 @@ def _mix_kernel(
 
     def visit(token: Any, _: None) -> None:
         v, bits = block.load(value, block.row, token), flags[block.row, token]
-        older = [block.load(value, block.row, _back(token, d)) for d in distances]
         for m in range(branches):
             added = gate[block.row, token, m] * v
             if distances:
-                mixed = _convolve(block, taps, scale, older, token, bits, m, distances)
+                older = _older(block, value, scale, token, bits, m, distances)
+                mixed = _convolve(block, taps, older, m)
                 added += mixed * jax.nn.sigmoid(mixed)
             out[block.row, token, m, block.channels] = added.astype(out.dtype)
 
@@ -304,14 +311,14 @@ def _unmix_kernel(
     def visit_token(token: Any) -> None:
         own = token < block.last
         v, bits = block.load(value, block.row, token), flags[block.row, token]
-        older = [block.load(value, block.row, _back(token, d)) for d in distances]
         d_v = block.zeros()
         for m in range(branches):
             place = (block.row, token, m)
             d_added = block.load(d_out, *place)
             d_v += gate[place] * d_added
             if distances:
-                mixed = _convolve(block, taps, scale, older, token, bits, m, distances)
+                older = _older(block, value, scale, token, bits, m, distances)
+                mixed = _convolve(block, taps, older, m)
                 slope = jax.nn.sigmoid(mixed)
                 d_mixed = d_added * slope * (1 + mixed * (1 - slope))
                 later[m, slot_of(token)] = d_mixed
@@ -325,11 +332,10 @@ def _unmix_kernel(
                 d_normed = block.zeros()
                 for tap, distance in enumerate(distances):
                     ahead = jnp.minimum(token + distance, length - 1)
-                    reads = (flags[block.row, ahead] >> (1 + tap) & 1) * (
-                        token + distance < length
-                    ).astype(jnp.int32)
+                    reads = (flags[block.row, ahead] >> (1 + tap) & 1) != 0
+                    reads &= token + distance < length
                     sent = block.load_all(later, m, slot_of(ahead))
-                    d_normed += block.load(taps, tap, m) * (reads.astype(jnp.float32) * sent)
+                    d_normed += block.load(taps, tap, m) * jnp.where(reads, sent, block.zeros())
                 d_v += scale[place] * d_normed
 
                 @pl.when(own)
@@ -338,12 +344,12 @@ def _unmix_kernel(
                     place: tuple = place,
                     d_normed: Array = d_normed,
                     d_mixed: Array = d_mixed,
+                    older: list[Array] = older,
                 ) -> None:
                     d_scale[(*place, block.part)] = jnp.sum(d_normed * v)
-                    for tap, distance in enumerate(distances):
-                        c = _tap_scale(scale, block.row, token, bits, m, tap, distance)
+                    for tap in range(len(distances)):
                         total = block.load_all(by_tap, tap, m)
-                        by_tap[tap, m] = total + d_mixed * (c * older[tap])
+                        by_tap[tap, m] = total + d_mixed * older[tap]
 
         @pl.when(own)
         def write_value() -> None:
@@ -392,32 +398,22 @@ def _ungate_kernel(
         d_gain[block.row, block.strip, m, block.channels] = total
 
 
-def _back(token: Any, distance: int) -> Any:
-    """The token a tap reads; any, if it reads none."""
-    return jnp.maximum(token - distance, 0)
+def _older(
+    block: _Block, value: Any, scale: Any, token: Any, bits: Any, m: int, distances: tuple[int, ...]
+) -> list[Float[Array, "channels"]]:
+    """c·v as every tap reads it at one token and branch."""
+    found = []
+    for tap, distance in enumerate(distances):
+        there = jnp.maximum(token - distance, 0)
+        normed = scale[block.row, there, m] * block.load(value, block.row, there)
+        # Zero where the tap reads nothing, even if another document has NaN.
+        found.append(jnp.where((bits >> (1 + tap) & 1) != 0, normed, block.zeros()))
+    return found
 
 
-def _tap_scale(
-    scale: Any, row: Any, token: Any, bits: Any, m: int, tap: int, distance: int
-) -> Float[Array, ""]:
-    """c of the token that a tap reads; 0, if it reads none."""
-    reads = (bits >> (1 + tap) & 1).astype(jnp.float32)
-    return reads * scale[row, _back(token, distance), m]
-
-
-def _convolve(
-    block: _Block,
-    taps: Any,
-    scale: Any,
-    older: list[Array],
-    token: Any,
-    bits: Any,
-    m: int,
-    distances: tuple[int, ...],
-) -> Float[Array, "channels"]:
+def _convolve(block: _Block, taps: Any, older: list[Array], m: int) -> Float[Array, "channels"]:
     """The convolution of c·v at one token and branch."""
     mixed = block.zeros()
-    for tap, distance in enumerate(distances):
-        c = _tap_scale(scale, block.row, token, bits, m, tap, distance)
-        mixed += block.load(taps, tap, m) * (c * older[tap])
+    for tap, normed in enumerate(older):
+        mixed += block.load(taps, tap, m) * normed
     return mixed

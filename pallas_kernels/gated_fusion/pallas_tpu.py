@@ -19,12 +19,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.gated_fusion.form import FusionForm, token_flags
+from pallas_kernels.gated_fusion.form import FusionForm, no_gradients, token_flags
 
 type Residuals = tuple[Any, ...]  # the arguments but the form, and the gates
 
 VMEM = 32 * 2**20  # bytes a kernel may take; v5e, v5p, v6e and v7x have 64 MiB or more
 PACKED = 16  # tokens in a tile of bfloat16
+MOST_TOKENS = 512  # of a tile
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -38,7 +39,11 @@ def fuse(
     token_mask: Bool[Array, "B T"] | None,
     form: FusionForm,
 ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
-    """What to add to the residual branches, and the gates."""
+    """What to add to the residual branches, and the gates.
+
+    Raises:
+        ValueError: the taps reach so far back that no tile fits.
+    """
     tiles = _Tiles.of(hidden, taps, form, arrays=3)
     batch, length, branches, width = hidden.shape
     parameters = [gain] if taps is None else [gain, taps]
@@ -132,10 +137,7 @@ def _backward(
     return (
         *(d_hidden, d_key, d_value),
         *(summed if taps is not None else [*summed, None]),
-        *[
-            None if x is None else np.zeros(x.shape, jax.dtypes.float0)
-            for x in (segments, token_mask)
-        ],
+        *no_gradients(segments, token_mask),
     )
 
 
@@ -172,8 +174,17 @@ class _Tiles:
         halo = -(-max((1, *distances)) // PACKED) * PACKED
         lanes = -(-width // 128) * 128
         branch = -(-branches // 4) * 4 * lanes
+        # Blocks in two buffers, float32 of one branch at a time, and what is kept for neighbors.
         token = 2 * arrays * branch * hidden.dtype.itemsize + 4 * branch + 16 * 4 * lanes
-        size = max(VMEM * 2 // 3 // token // halo, 1) * halo
+        kept = halo * (4 * branch + 16 * lanes) + 16 * (1 + len(distances)) * branch
+        fit = (VMEM * 2 // 3 - kept) // token // halo * halo
+        if fit < min(halo, length):
+            raise ValueError(
+                f"Taps that reach {max(distances)} tokens back at {branches} branches of "
+                f"{width} channels do not fit the fast memory of a TPU; take the implementation "
+                "'xla'."
+            )
+        size = min(fit, MOST_TOKENS // halo * halo or halo)
         return _Tiles(min(size, length), length, distances, halo)
 
     @property
@@ -319,8 +330,8 @@ def _backward_kernel(
             for tap, older in enumerate(_older(new_flags, old_value, old_scale, m, tiles)):
                 d_taps[0, tap, one, :] += jnp.sum(d_mixed * older, axis=0, keepdims=True)
                 ahead = pl.ds(tiles.distances[tap], size)
-                reads = jnp.where(_bit(old_flags[ahead, :], 1 + tap), 1.0, 0.0)
-                d_normed += taps[tap, one, :] * (reads * later[m, ahead, :])
+                sent = jnp.where(_bit(old_flags[ahead, :], 1 + tap), later[m, ahead, :], 0)
+                d_normed += taps[tap, one, :] * sent
             d_v += scale * d_normed
             d_scale = jnp.sum(d_normed * v, axis=1, keepdims=True)
             d_gate += d_scale * form.convolution_epsilon * (inverse * inverse * inverse)
@@ -329,9 +340,7 @@ def _backward_kernel(
         h, k = _valid(_branch(hidden, m), tiles), _valid(_branch(key, m), tiles)
         weights = gain[one, :]
         score, hidden_size, key_size = _score(h, k, weights, form)
-        steep = jnp.abs(score) > 1e-6
-        d_root = jnp.where(steep, 0.5 * jax.lax.rsqrt(jnp.maximum(jnp.abs(score), 1e-6)), 0)
-        d_score = d_gate * gate * (1 - gate) * d_root
+        d_score = d_gate * gate * (1 - gate) * form.root_slope(score)
         both = d_score * hidden_size * key_size * width**-0.5
         own = d_score * score / width
         d_h = both * weights * k - own * (hidden_size * hidden_size) * h
@@ -378,8 +387,9 @@ def _older(
     found = []
     for tap, distance in enumerate(tiles.distances):
         there = pl.ds(tiles.halo - distance, tiles.size)
-        scale = jnp.where(_bit(flags, 1 + tap), old_scale[there, m : m + 1], 0)
-        found.append(scale * old_value[there, :])
+        normed = old_scale[there, m : m + 1] * old_value[there, :]
+        # Zero where the tap reads nothing, even if another document has NaN.
+        found.append(jnp.where(_bit(flags, 1 + tap), normed, 0))
     return found
 
 

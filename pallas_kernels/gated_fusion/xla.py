@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.gated_fusion.form import FusionForm, tap_reads
+from pallas_kernels.gated_fusion.form import FusionForm, no_gradients, tap_reads
 
 type Residuals = tuple[Any, ...]  # the arguments but the form, and the gates
 
@@ -66,8 +66,7 @@ def _backward(
         d_normed, by_tap = jnp.zeros(()), []
         for weight, distance in _taps(taps, value.shape[1], form):
             reads = tap_reads(segments, value.shape[1], distance)[..., None]
-            there = jnp.where(reads, _shift(scale, distance), 0)[..., None]
-            older = there * _shift(value, distance)[:, :, None]
+            older = _older(value, scale, reads, distance)
             by_tap.append(jnp.sum(d_mixed * older, axis=(0, 1)))
             d_normed += weight[None, None] * _shift(
                 jnp.where(reads[..., None], d_mixed, 0), -distance
@@ -81,10 +80,8 @@ def _backward(
         d_value += 2 / value.shape[-1] * d_square * value
 
     score, hidden_size, key_size = _score(hidden, key, gain, form)
-    steep = jnp.abs(score) > 1e-6
-    d_root = jnp.where(steep, 0.5 * jax.lax.rsqrt(jnp.where(steep, jnp.abs(score), 1)), 0)
     # A closed gate is 0, so dead positions have no gradient.
-    d_score = d_gate * gate * (1 - gate) * d_root
+    d_score = d_gate * gate * (1 - gate) * form.root_slope(score)
     both = (d_score * hidden_size * key_size * value.shape[-1] ** -0.5)[..., None]
     own = (d_score * score / value.shape[-1])[..., None]
     weighted = gain[None, None]
@@ -94,10 +91,7 @@ def _backward(
     gradients = (d_hidden, d_key, d_value, d_gain, d_taps)
     return (
         *[None if x is None else x.astype(a.dtype) for x, a in zip(gradients, arrays, strict=True)],
-        *[
-            None if x is None else np.zeros(x.shape, jax.dtypes.float0)
-            for x in (segments, token_mask)
-        ],
+        *no_gradients(segments, token_mask),
     )
 
 
@@ -137,9 +131,19 @@ def _convolve(
     mixed = jnp.zeros(())
     for weight, distance in _taps(taps, value.shape[1], form):
         reads = tap_reads(segments, value.shape[1], distance)[..., None]
-        there = jnp.where(reads, _shift(scale, distance), 0)[..., None]
-        mixed = mixed + weight[None, None] * (there * _shift(value, distance)[:, :, None])
+        mixed = mixed + weight[None, None] * _older(value, scale, reads, distance)
     return mixed
+
+
+def _older(
+    value: Float[Array, "B T D"],
+    scale: Float[Array, "B T M"],
+    reads: Bool[Array, "#B T 1"],
+    distance: int,
+) -> Float[Array, "B T M D"]:
+    """c·v as a tap reads it. (Zero where it reads nothing, even if another document has NaN.)"""
+    normed = _shift(scale, distance)[..., None] * _shift(value, distance)[:, :, None]
+    return jnp.where(reads[..., None], normed, 0)
 
 
 def _taps(

@@ -37,7 +37,8 @@ def read(
         )
     words = _copy_lines(table, numbers.reshape(-1), -(-form.words // LANES) * LANES)
     rows = form.decode(words[:, : form.words]).reshape(*numbers.shape, -1)
-    return jnp.where((numbers < len(table))[..., None], rows, 0).reshape(len(numbers), -1)
+    inside = (numbers >= 0) & (numbers < len(table))
+    return jnp.where(inside[..., None], rows, 0).reshape(len(numbers), -1)
 
 
 @jax.custom_vjp
@@ -69,8 +70,8 @@ def _backward(
     sums = plgpu.kernel(
         partial(_sum_kernel, rows=rows),
         out_type=jax.ShapeDtypeStruct((rows, lines.shape[1]), jnp.float32),
-        grid=(pl.cdiv(rows, BLOCK), lines.shape[1] // LANES),
-        grid_names=("block", "line"),
+        grid=(lines.shape[1] // LANES, pl.cdiv(rows, BLOCK)),
+        grid_names=("line", "block"),
     )(lines, order.astype(jnp.int32), starts.astype(jnp.int32))
     return sums[:, :width].astype(cotangent.dtype), no_gradient(slots), no_gradient(order)
 
@@ -83,13 +84,13 @@ def _pad_lanes(x: Float[Array, "n F"]) -> Float[Array, "n words"]:
 
 
 def _copy_lines(table: Array, numbers: Int[Array, "n"], words: int) -> Array:
-    """The first `words` words of rows; numbers beyond the table give some row."""
-    there = jnp.minimum(numbers, len(table) - 1).astype(jnp.int32)
+    """The first `words` words of rows; numbers outside the table give some row."""
+    there = jnp.clip(numbers, 0, len(table) - 1).astype(jnp.int32)
     return plgpu.kernel(
         partial(_copy_kernel, count=len(numbers)),
         out_type=jax.ShapeDtypeStruct((len(numbers), words), table.dtype),
-        grid=(pl.cdiv(len(numbers), BLOCK), words // LANES),
-        grid_names=("block", "line"),
+        grid=(words // LANES, pl.cdiv(len(numbers), BLOCK)),
+        grid_names=("line", "block"),
     )(table, there)
 
 

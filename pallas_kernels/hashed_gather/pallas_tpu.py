@@ -84,7 +84,7 @@ def _read(
     tokens = min(max(IN_FLIGHT // columns // 8, 1) * 8, count)
     blocks = pl.cdiv(count, tokens)
     lines = -(-form.words // LANES) * LANES
-    there = jnp.minimum(numbers, len(table) - 1)
+    there = jnp.clip(numbers, 0, len(table) - 1)
     there = jnp.pad(there, ((0, blocks * tokens - count), (0, 0)))
     there = there.reshape(blocks, 1, tokens * columns)
 
@@ -149,8 +149,9 @@ def _read_kernel(
     parts = []
     for column in range(columns):
         rows = form.decode(buffer[half, column][:, : form.words])
-        in_table = numbers[:, column : column + 1] < table.shape[0]
-        parts.append(jnp.where(in_table, rows, 0))
+        number = numbers[:, column : column + 1]
+        inside = (number >= 0) & (number < table.shape[0])
+        parts.append(jnp.where(inside, rows, 0))
     out[...] = jnp.concatenate(parts, axis=1)
 
 

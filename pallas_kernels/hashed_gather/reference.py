@@ -11,7 +11,8 @@ def read(
 ) -> Float[Array, "n E"]:
     """The rows, decoded, side by side."""
     rows = form.decode(table[:, : form.words])[numbers]
-    return jnp.where((numbers < len(table))[..., None], rows, 0).reshape(len(numbers), -1)
+    inside = (numbers >= 0) & (numbers < len(table))
+    return jnp.where(inside[..., None], rows, 0).reshape(len(numbers), -1)
 
 
 def expand(

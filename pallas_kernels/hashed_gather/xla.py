@@ -17,6 +17,7 @@ def read(
     table: UInt32[Array, "R words"], numbers: Int32[Array, "n H"], form: RowFormat
 ) -> Float[Array, "n E"]:
     """Gathers words, then decodes them."""
+    numbers = jnp.where(numbers < 0, len(table), numbers)  # NumPy counts these from the end
     words = table.at[numbers, : form.words].get(mode="fill", fill_value=0)
     return form.decode(words).reshape(len(numbers), -1)
 

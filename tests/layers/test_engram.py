@@ -419,8 +419,11 @@ def test_released_miniature(
         np.testing.assert_array_equal(output[0][~mask], 0)
 
 
+@pytest.mark.parametrize("split_t", ["sequence", None])
 @pytest.mark.parametrize("crossing", [False, True])
-def test_the_layer_is_the_same_with_its_tokens_split_over_devices(crossing: bool) -> None:
+def test_the_layer_is_the_same_with_its_tokens_split_over_devices(
+    crossing: bool, split_t: str | None
+) -> None:
     """Values and gradients, over B and T; the convolution reaches 9 positions back."""
     config = EngramConfig(branches=2, cross_documents=crossing)
     layer = make_layer(config)
@@ -438,18 +441,26 @@ def test_the_layer_is_the_same_with_its_tokens_split_over_devices(crossing: bool
     mesh = jax.make_mesh((2, 4), ("data", "sequence"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         split = [
-            jax.device_put(array, jax.NamedSharding(mesh, jax.P("data", "sequence")))
+            jax.device_put(array, jax.NamedSharding(mesh, jax.P("data", split_t)))
             for array in (hidden, memory, segments, mask)
         ]
         whole = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
         found = run(*split[:2], whole, *split[2:])
         _, (added, _) = found[0]
-        assert added.sharding.spec[:2] == ("data", "sequence")
+        assert added.sharding.spec[:2] == ("data", split_t)
     for (path, a), b in zip(
         jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True
     ):
         name = jax.tree_util.keystr(path)
         np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def test_a_stream_that_is_split_over_its_channels_is_refused() -> None:
+    layer = Engram(8, MEMORY, EngramConfig(), rngs=nnx.Rngs(0))
+    mesh = jax.make_mesh((8,), ("channels",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh), pytest.raises(InputError, match=r"split over B and T alone"):
+        hidden = jnp.zeros((1, 12, 1, 8), out_sharding=jax.P(None, None, None, "channels"))
+        layer(hidden, jnp.zeros((1, 12, MEMORY), out_sharding=jax.P()))
 
 
 def test_too_short_a_part_of_the_tokens_is_refused() -> None:

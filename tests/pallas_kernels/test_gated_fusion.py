@@ -18,10 +18,10 @@ from pallas_kernels.gated_fusion.api import IMPLEMENTATIONS
 type Fuse = Callable[..., tuple[Array, Array]]
 type Draw = Callable[..., tuple["Inputs", dict[str, Array]]]
 
-# B, T, M, D, taps; tiles have 16 or 32 tokens. The GPU kernel, whose simulation is slow, takes less
-# of each, D = 128, and strips of 8 tokens.
+# B, T, M, D, taps; tiles have 32 tokens, halos 16. The GPU kernel, whose simulation is slow, takes
+# less of each, D = 128, and strips of 8 tokens.
 SIZES = {
-    "several tiles, the last in part": (2, 40, 2, 24, 4),
+    "several tiles, the last in part": (2, 70, 2, 24, 4),
     "one token": (1, 1, 1, 8, 4),
     "no convolution": (2, 19, 3, 8, 0),
     "taps beyond the row": (1, 5, 2, 8, 4),
@@ -97,7 +97,7 @@ def assert_near(found: tuple, expected: tuple, inputs: Inputs) -> None:
 class TestFuse:
     @pytest.fixture
     def fuse(self, implementation: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fuse]:
-        monkeypatch.setattr(pallas_tpu, "VMEM", 1)
+        monkeypatch.setattr(pallas_tpu, "MOST_TOKENS", 32)
         monkeypatch.setattr(pallas_gpu, "STRIP", 8)
         with simulation(implementation):
             yield partial(gated_fusion.fuse, form=FORM, implementation=implementation)
@@ -132,6 +132,20 @@ class TestFuse:
         found, _ = fuse(*inputs, segments)
         alone, _ = fuse(*inputs._replace(taps=inputs.taps[-1:]))
         np.testing.assert_allclose(found, alone, rtol=1e-6, atol=1e-6)
+
+    def test_nothing_enters_from_another_document(self, fuse: Fuse, draw: Draw) -> None:
+        """Not even NaN, neither forward nor backward."""
+        inputs, _ = draw((1, 16, 1, 8, 4))
+        segments = jnp.asarray([[0] * 8 + [1] * 8], jnp.int32)
+        value = inputs.value.at[0, 6].set(jnp.nan)
+        found = forward_and_back(fuse, inputs._replace(value=value), segments=segments)
+        expected = forward_and_back(fuse, inputs, segments=segments)
+        for array, clean in zip(
+            jax.tree.leaves((*found[:2], found[2][:3])),
+            jax.tree.leaves((*expected[:2], expected[2][:3])),
+            strict=True,
+        ):
+            np.testing.assert_allclose(array[0, 8:], clean[0, 8:], rtol=1e-5, atol=1e-6)
 
     def test_bfloat16(self, fuse: Fuse, draw: Draw) -> None:
         """Everything between is float32: one rounding at the end."""
@@ -170,6 +184,31 @@ class TestFuse:
         found = jax.vmap(run)(both)
         for index, inputs in enumerate(drawn):
             assert_near(jax.tree.map(lambda x, i=index: x[i], found), run(inputs), inputs)
+
+
+@pytest.mark.parametrize("size", [16, 48])
+def test_tiles_of_other_sizes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As small as a halo, and three times as large."""
+    monkeypatch.setattr(pallas_tpu, "MOST_TOKENS", size)
+    inputs, documents = draw_inputs((1, 112, 1, 8, 4))
+    with simulation("pallas_tpu"):
+        fuse = partial(gated_fusion.fuse, form=FORM, implementation="pallas_tpu")
+        found = jax.jit(partial(forward_and_back, fuse))(inputs, **documents)
+    assert_near(found, forward_and_back(reference, inputs, **documents), inputs)
+    jax.clear_caches()
+
+
+def test_too_many_taps_are_refused() -> None:
+    inputs, _ = draw_inputs((1, 40, 1, 8, 31))
+    with pytest.raises(ValueError, match=r"31 taps; it may have 30"):
+        gated_fusion.fuse(*inputs, form=FORM)
+
+
+def test_taps_that_reach_too_far_for_a_tpu_are_refused() -> None:
+    inputs, _ = draw_inputs((1, 512, 4, 2560, 4))
+    form = FusionForm(2.0**-23, dilation=64)
+    with pytest.raises(ValueError, match=r"192 tokens back.*'xla'"):
+        gated_fusion.fuse(*inputs, form=form, implementation="pallas_tpu")
 
 
 def test_a_width_that_the_gpu_kernel_does_not_take_is_refused() -> None:

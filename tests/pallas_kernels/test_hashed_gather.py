@@ -12,7 +12,7 @@ from jax import Array
 from simulation import simulation
 
 from pallas_kernels import hashed_gather
-from pallas_kernels.hashed_gather import RowFormat
+from pallas_kernels.hashed_gather import RowFormat, pallas_tpu
 from pallas_kernels.hashed_gather.api import IMPLEMENTATIONS
 
 type Gather = Callable[..., Array]
@@ -59,9 +59,13 @@ def bound_of_sums(values: Array, slots: Array, cotangent: Array) -> np.ndarray:
 
 
 @pytest.fixture(params=[None, *IMPLEMENTATIONS])
-def implementation(request: pytest.FixtureRequest) -> Iterator[str | None]:
+def implementation(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str | None]:
+    monkeypatch.setattr(pallas_tpu, "IN_FLIGHT", 32)  # blocks of 8 to 32 tokens
     with simulation(request.param):
         yield request.param
+    jax.clear_caches()  # what was traced for small blocks
 
 
 class TestExpand:
@@ -170,16 +174,17 @@ class TestRead:
     def test_values(
         self, implementation: str | None, width: int, precision: str, size: tuple
     ) -> None:
-        """Numbers beyond the table, which padding has, read as zeros."""
+        """Numbers outside the table read as zeros; padding has such beyond it."""
         rows, n, columns = size
         generator, form = np.random.default_rng(1), RowFormat(width, precision)
         values = generator.normal(size=(rows, width)).astype(np.float32)
         words = form.encode(jnp.asarray(values))
         table = jnp.pad(words, ((0, 0), (0, -words.shape[1] % 128)), constant_values=7)
-        numbers = generator.integers(0, rows + 3, (n, columns)).astype(np.int32)
+        numbers = generator.integers(-2, rows + 3, (n, columns)).astype(np.int32)
         read = partial(hashed_gather.read, form=form, implementation=implementation)
         found = jax.jit(read)(table, jnp.asarray(numbers))
-        stored = np.concatenate([np.asarray(form.decode(words)), np.zeros((3, width))])
+        stored = np.concatenate([np.asarray(form.decode(words)), np.zeros((5, width))])
+        # The last two of `stored` are what −1 and −2 find.
         np.testing.assert_array_equal(found, stored[numbers].reshape(n, -1))
 
     def test_through_distinct_rows(self, implementation: str | None) -> None:
