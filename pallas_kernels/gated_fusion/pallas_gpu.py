@@ -214,6 +214,10 @@ class _Block:
         """ref[*index] of this block's own memory."""
         return plgpu.layout_cast(ref[index], self.layout)
 
+    def only_if(self, there: Bool[Array, ""], x: Float[Array, "channels"]) -> Any:
+        """x, or zeros."""
+        return jnp.where(jnp.broadcast_to(there, x.shape), x, self.zeros())
+
     def zeros(self) -> Float[Array, "channels"]:
         """No channels yet."""
         shape = (self.channels.size,)
@@ -335,7 +339,7 @@ def _unmix_kernel(
                     reads = (flags[block.row, ahead] >> (1 + tap) & 1) != 0
                     reads &= token + distance < length
                     sent = block.load_all(later, m, slot_of(ahead))
-                    d_normed += block.load(taps, tap, m) * jnp.where(reads, sent, block.zeros())
+                    d_normed += block.load(taps, tap, m) * block.only_if(reads, sent)
                 d_v += scale[place] * d_normed
 
                 @pl.when(own)
@@ -407,7 +411,7 @@ def _older(
         there = jnp.maximum(token - distance, 0)
         normed = scale[block.row, there, m] * block.load(value, block.row, there)
         # Zero where the tap reads nothing, even if another document has NaN.
-        found.append(jnp.where((bits >> (1 + tap) & 1) != 0, normed, block.zeros()))
+        found.append(block.only_if((bits >> (1 + tap) & 1) != 0, normed))
     return found
 
 
