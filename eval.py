@@ -47,7 +47,8 @@ class EvalOptions:
         step: step of the checkpoint; the newest by default.
         sources: what to score: shipped corpora or paths, of which the held-out share counts; those
             of the run by default.
-        max_tokens: how many held-out tokens to score per source; all by default.
+        max_tokens: how many held-out tokens to score per source, written to `eval_part.json`
+            instead; all by default.
         statistics: report on the memory, too; that reads the text the run was trained on.
         text: text of the gate map; by default, the beginning of a held-out document.
         text_file: file with the text of the gate map (UTF-8).
@@ -85,7 +86,9 @@ def main(args: Sequence[str] | None = None) -> None:
     check_drawing(options.temperature, options.top_k, run.config.model.vocabulary)
     has_gates = bool(run.config.memory.sites.layers)
     if text and not has_gates:
-        raise InputError(f"The model in {run.folder} has no gates to show; leave out the text.")
+        raise InputError(
+            f"The model in {run.folder} has no memory, hence no gates to show; leave out the text."
+        )
     for source in options.sources:
         resolve_source(source)
     weights = run.restore_weights(options.step)
@@ -97,7 +100,9 @@ def main(args: Sequence[str] | None = None) -> None:
     study = _study(run, weights) if weights.tables and options.statistics else None
     scorer = make_scorer(run)
     results: dict[str, Any] = {"run": run.config.name, "step": step}
-    written = [options.run / "eval.json"]
+    # What was scored in part does not replace the whole.
+    name = "eval.json" if options.max_tokens is None else "eval_part.json"
+    written = [options.run / name]
     continuation = ""
     if options.sample_tokens:
         continuation = sample(

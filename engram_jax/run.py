@@ -389,7 +389,7 @@ class Run:
         if leads():
             print(
                 f"The checkpoint of step {checkpoint} in {self.checkpoints.folder} had another row "
-                "optimizer or schedule: its tables are settled up to that step."
+                "optimizer or schedule; what that one owes its idle rows is settled now."
             )
         owes, keep = _make_row_adam(theirs), not self.config.memory.frozen
         with jax.set_mesh(self.mesh):

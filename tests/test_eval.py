@@ -62,7 +62,7 @@ def test_sources_and_texts_can_be_chosen(eval_program, run, tmp_path, capsys):
             "--no-statistics",
         ]
     )
-    results = json.loads((run.folder / "eval.json").read_text(encoding="utf-8"))
+    results = json.loads((run.folder / "eval_part.json").read_text(encoding="utf-8"))
     assert set(results["held_out"]) == {"second", POOLED}
     assert "sample" not in results and "memory" not in results
     assert "the first 1,024 of the text's" in capsys.readouterr().out

@@ -175,7 +175,9 @@ def _fuse_own_tokens(
             neither B nor T is split.
     """
 
-    def fuse_own(tokens: tuple[Any, ...], parameters: tuple[Any, ...]) -> tuple[Array, Array]:
+    def fuse_own(
+        tokens: tuple[Any, ...], parameters: tuple[Any, ...], along_t: str | None = None
+    ) -> tuple[Array, Array]:
         halo = reach if along_t else 0
         if halo:
             length = tokens[0].shape[1]
@@ -198,16 +200,14 @@ def _fuse_own_tokens(
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind is not AxisType.Explicit for kind in mesh.axis_types):
-        along_t = None
         return fuse_own(tokens, parameters)
     specs = jax.tree.map(lambda part: jax.typeof(part).sharding.spec, tokens)
-    along_t = specs[0][1]
     if any(axis is not None for axis in specs[0][2:]):
         raise InputError(
             f"The residual stream lies as {specs[0]}; Engram takes it split over B and T alone."
         )
     return jax.shard_map(
-        fuse_own,
+        partial(fuse_own, along_t=specs[0][1]),
         in_specs=(specs, jax.P()),
         out_specs=(specs[0], jax.P(*specs[0][:3])),
         check_vma=False,  # the hand-written backward pass gives each device's share of a gradient
