@@ -1,9 +1,12 @@
 """Kernels on the CPU."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import jax
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
@@ -17,3 +20,15 @@ def simulation(implementation: str | None) -> AbstractContextManager:
             pytest.skip("JAX simulates GPU kernels with layouts from 0.12 on")
         return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
     return nullcontext()
+
+
+@contextmanager
+def simulation_by_xla() -> Iterator[None]:
+    """Where TPU kernels run on the CPU as XLA's own operations, without looking for races.
+
+    JAX differentiates remat and scan around these, but not around the other simulation's effects.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+        yield
+    jax.clear_caches()

@@ -12,7 +12,7 @@ from flax import nnx
 from golden import golden_form, load_golden, released_hash, set_golden_weights
 from jax import Array
 from jax.sharding import AxisType
-from simulation import simulation
+from simulation import simulation, simulation_by_xla
 
 from engram_jax.errors import InputError
 from engram_jax.hashing import DEAD
@@ -419,14 +419,15 @@ def test_released_miniature(
         np.testing.assert_array_equal(output[0][~mask], 0)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 @pytest.mark.parametrize("split_t", ["sequence", None])
 @pytest.mark.parametrize("crossing", [False, True])
 def test_the_layer_is_the_same_with_its_tokens_split_over_devices(
-    crossing: bool, split_t: str | None
+    crossing: bool, split_t: str | None, implementation: FusionImplementation
 ) -> None:
     """Values and gradients, over B and T; the convolution reaches 9 positions back."""
     config = EngramConfig(branches=2, cross_documents=crossing)
-    layer = make_layer(config)
+    layer = make_layer(replace(config, implementation=implementation))
     hidden, memory = draw_inputs(config, length=48)
     segments = jnp.asarray(np.repeat([[1, 2, 3, 4], [5, 6, 7, 0]], [11, 2, 24, 11], axis=1))
     mask = segments > 0
@@ -437,9 +438,10 @@ def test_the_layer_is_the_same_with_its_tokens_split_over_devices(
 
     graph, params = nnx.split(layer)
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-    expected = run(hidden, memory, params, segments, mask)
+    with simulation_by_xla():
+        expected = run(hidden, memory, params, segments, mask)
     mesh = jax.make_mesh((2, 4), ("data", "sequence"), axis_types=(AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), simulation_by_xla():
         split = [
             jax.device_put(array, jax.NamedSharding(mesh, jax.P("data", split_t)))
             for array in (hidden, memory, segments, mask)
