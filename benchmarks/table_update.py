@@ -173,7 +173,7 @@ def whole_step(rounds: int) -> None:
     config = load_named_config("default")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         trainings = []
-        for factor in (1 / 8, 8):
+        for factor in (1 / 16, 4):  # 6.6 GB, and as much again while it is filled
             rows = tuple(round(count * factor) for count in config.memory.rows_per_head)
             sized = replace(config, memory=replace(config.memory, rows_per_head=rows))
             trainings.append(Training(sized, Path(folder) / str(factor), stack))
