@@ -37,7 +37,7 @@ FORM = FusionForm(2.0**-23, dilation=3)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured; the defaults are Engram-27B's, for one accelerator.
+    """What is measured; by default Engram-27B's layer, with rows that fill lines.
 
     Attributes:
         batch: rows of the batch B.
@@ -139,7 +139,7 @@ def tasks(sizes: Sizes) -> dict[str, Task]:
     }
 
 
-def draw(task: Task, sizes: Sizes) -> list[Array]:
+def draw(task: Task) -> list[Array]:
     """Random inputs: row numbers of the table, or slots with the order that sorts them."""
     arrays: list[Array] = []
     for index, x in enumerate(task.inputs):
@@ -171,7 +171,7 @@ def measure(sizes: Sizes, rounds: int, calls: int) -> dict[str, Any]:
     copy = jax.jit(lambda x: x + 1)
     found: dict[str, Any] = {}
     for name, task in tasks(sizes).items():
-        inputs = draw(task, sizes)
+        inputs = draw(task)
         runs: dict[str, Any] = {"xla": jax.jit(task.run("xla"))}
         for implementation in here:
             runs[implementation] = jax.jit(task.run(implementation))
