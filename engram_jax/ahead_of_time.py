@@ -1,7 +1,8 @@
 """What a configuration costs on a TPU slice, read from its compiled programs; no TPU is needed.
 
-Compiles the lookup of one table, its row update, and the whole training step, and prints bytes per
-chip: arguments, temporaries, and what the collectives send over the interconnect.
+Compiles the lookup of one table, its row update, the optimizer of the dense parameters, and the
+whole training step, and prints bytes per chip: arguments, temporaries, and what the collectives
+send over the interconnect.
 
 Needs libtpu (`pip install -e '.[tpu]'`).
 """
@@ -22,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import topologies
 from jaxtyping import Array, Float, Int32
 
@@ -31,9 +33,10 @@ from engram_jax.errors import InputError, one_sentence
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table
 from engram_jax.memory.plan import Planner, RowPlan, SlotPlan
-from engram_jax.run import Run
+from engram_jax.program import Program
 from engram_jax.sharding import ROWS_SU, MeshConfig, make_mesh
 from engram_jax.trainer import make_train_step
+from engram_jax.typing import Parameters, PyTree
 
 _KINDS = "all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute"
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2} | {
@@ -114,23 +117,27 @@ def topology_mesh(topology: str, config: MeshConfig) -> jax.sharding.Mesh:
     return make_mesh(config, devices)
 
 
-def compile_costs(run: Run) -> dict[str, Cost]:
-    """Compiles a run's parts for its mesh: lookup and row update of one table, and the step."""
-    state, batch = run.abstract_state(), abstract_batch(run)
+def compile_costs(program: Program) -> dict[str, Cost]:
+    """Compiles a program for its mesh: a table's lookup and update, the optimizer, the step."""
+    state, batch = program.abstract_state(), abstract_batch(program)
     costs: dict[str, Cost] = {}
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(program.mesh):  # type: ignore[arg-type]  # of devices, to compile for
         for layer in list(state.tables)[:1]:
             table, plan = state.tables[layer], batch.plan.rows[layer]
             slots = jax.tree.map(_without_first_axis, batch.plan.slots[layer])
-            costs["lookup"] = compile_cost(jax.jit(_look_up(run)), table, plan, slots, state.step)
+            costs["lookup"] = compile_cost(
+                jax.jit(_look_up(program)), table, plan, slots, state.step
+            )
             gradient = jax.ShapeDtypeStruct(
                 (*plan.places.shape, table.layout.width),
                 jnp.float32,
-                sharding=jax.NamedSharding(run.mesh, ROWS_SU),
+                sharding=jax.NamedSharding(program.mesh, ROWS_SU),
             )
-            update = jax.jit(_update(run), donate_argnums=0)
+            update = jax.jit(_update(program), donate_argnums=0)
             costs["row update"] = compile_cost(update, table, plan, gradient, state.step)
-        costs["training step"] = compile_cost(make_train_step(run), state, batch)
+        optimize = jax.jit(_optimize(program), donate_argnums=(0, 1))
+        costs["optimizer"] = compile_cost(optimize, state.params, state.optimizer, state.params)
+        costs["training step"] = compile_cost(make_train_step(program), state, batch)
     return costs
 
 
@@ -149,19 +156,19 @@ def compile_cost(jitted: Any, *arguments: Any) -> Cost:
     )
 
 
-def abstract_batch(run: Run) -> Batch:
+def abstract_batch(program: Program) -> Batch:
     """Shapes, dtypes and shardings of a batch of all processes."""
-    data, accumulation = run.config.data, run.config.train.accumulation
+    data, accumulation = program.config.data, program.config.train.accumulation
     shape = (accumulation, data.batch_size // accumulation, data.sequence_length)
     tokens = np.zeros(shape, np.int32)
     plan = None
-    if run.ngram_hash is not None:
-        plan = Planner(run.ngram_hash, shards=run.mesh.size)(tokens)
+    if program.ngram_hash is not None:
+        plan = Planner(program.ngram_hash, shards=program.mesh.size)(tokens)
     batch = Batch(tokens, tokens, np.zeros(shape, np.float32), tokens, tokens, plan)
     return jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         batch,
-        run.batch_sharding(batch),
+        program.batch_sharding(batch),
     )
 
 
@@ -173,6 +180,8 @@ def read_collectives(text: str) -> Iterator[Collective]:
         if not found or f"{found[2]}-done" in line:
             continue
         shape, kind, started = found[1], found[2], found[3]
+        # The TPU compiler's own reduce-scatter: an all-reduce of which each chip keeps its part.
+        scattered = computation.startswith("all-reduce-scatter")
         if started and kind in ("all-gather", "collective-permute"):
             # (operands, results, and for a permute two scalars): the results are what arrives.
             shapes = re.findall(r"\w+\[\d[\d,]*\](?:\{[^}]*\})?", shape)
@@ -183,32 +192,40 @@ def read_collectives(text: str) -> Iterator[Collective]:
         sent = {
             "all-to-all": result * share,
             "all-gather": result * share,
-            "all-reduce": 2 * result * share,
+            "all-reduce": (1 if scattered else 2) * result * share,
             "reduce-scatter": result * (group - 1),
             "collective-permute": result,
         }[kind]
         yield Collective(kind, shape, group, trips[computation], round(sent))
 
 
-def _look_up(run: Run) -> Any:
+def _look_up(program: Program) -> Any:
     def look_up(
         table: Table, plan: RowPlan, slots: SlotPlan, step: Int32[Array, ""]
     ) -> Float[Array, "B T E"]:
-        rows = lookup.read_rows(table, plan, run.row_adam, step)
-        return lookup.expand(rows, slots, run.config.memory.gather)
+        rows = lookup.read_rows(table, plan, program.row_adam, step)
+        return lookup.expand(rows, slots, program.config.memory.gather)
 
     return look_up
 
 
-def _update(run: Run) -> Any:
+def _update(program: Program) -> Any:
     def update(
         table: Table, plan: RowPlan, gradient: Float[Array, "S U F"], step: Int32[Array, ""]
     ) -> Table:
         own = lookup.own_gradients(table, plan, gradient)
         scale = jnp.float32(1)
-        return lookup.update_rows(table, plan, gradient, own, scale, run.row_adam, step)
+        return lookup.update_rows(table, plan, gradient, own, scale, program.row_adam, step)
 
     return update
+
+
+def _optimize(program: Program) -> Any:
+    def optimize(params: Parameters, state: PyTree, gradient: Parameters) -> tuple[Any, Any]:
+        updates, state = program.optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return optimize
 
 
 def _without_first_axis(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -228,12 +245,23 @@ def _instructions(text: str) -> Iterator[tuple[str, str]]:
 
 def _trips(text: str) -> Mapping[str, int]:
     """How often a step runs each computation; 0 where a loop's count is not known."""
+    # The TPU compiler states no counts; where a loop's condition compares with a constant, that is
+    # it, since JAX's loops begin at 0.
+    constants: dict[str, int] = {}
+    limits: dict[str, int] = {}
+    for computation, line in _instructions(text):
+        if found := re.search(r"= s32\[\]\S* constant\((\d+)\)", line):
+            constants[computation] = int(found[1])
+        elif "ROOT" in line and "direction=LT" in line and computation in constants:
+            limits[computation] = constants[computation]
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for caller, line in _instructions(text):
         count = 1
         if " while(" in line:
             stated = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            count = int(stated[1]) if stated else 0
+            condition = re.search(r"condition=%?([\w.-]+)", line)
+            limit = limits.get(condition[1], 0) if condition else 0
+            count = int(stated[1]) if stated else limit
         for called in re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)", line):
             calls[called].append((caller, count))
         for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
@@ -283,13 +311,13 @@ class Options:
 def main() -> None:
     """Parses the command line, compiles, prints a table and the collectives."""
     jax.config.update("jax_platforms", "cpu")  # the host's; a TPU would be taken from its users
-    program = "python -m engram_jax.ahead_of_time"
-    options, config = parse(Options, __doc__ or "", program=program)
+    name = "python -m engram_jax.ahead_of_time"
+    options, config = parse(Options, __doc__ or "", program=name)
     mesh = topology_mesh(options.topology, config.mesh)
-    run = Run.assemble(config, mesh)
+    program = Program.of_sizes(config, mesh)
     print(f"{config.name} on {mesh.size} chips ({options.topology}), MB per chip and step")
     print(f"{'':<14}{'arguments':>12}{'temporaries':>13}{'sent':>10}{'compiled in':>13}")
-    costs = compile_costs(run)
+    costs = compile_costs(program)
     for name, cost in costs.items():
         figures = [f"{value / 1e6:,.2f}" for value in (cost.arguments, cost.temporaries, cost.sent)]
         print(f"{name:<14}{figures[0]:>12}{figures[1]:>13}{figures[2]:>10}{cost.seconds:>11.1f} s")

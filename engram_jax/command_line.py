@@ -73,6 +73,7 @@ def parse[Options](
         prog=f"{program or Path(sys.argv[0]).name} [CONFIG]",
         description=f"{description}\n\nConfigurations:\n{runs}\n\nShown below: {name}.",
         return_unknown_args=True,
+        config=(tyro.conf.AvoidSubcommands,),  # which parts a model has, its named run says
     )
     if unknown:
         flags = [*_flags(parsed.options), *_flags(parsed.config)]

@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses, checked when they are made."""
 
 import json
+import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -201,10 +202,15 @@ class Config:
                 f"memory.layers {outside} are outside a model of {self.model.layers} layers, "
                 f"whose ids are 0…{self.model.layers - 1}."
             )
-        if self.model.engram.branches != 1:
+        experts = self.model.experts
+        if experts is None and self.mesh.expert > 1:
             raise InputError(
-                f"model.engram.branches is {self.model.engram.branches}; this decoder has one "
-                "residual stream, so set it to 1."
+                f"mesh.expert is {self.mesh.expert} and the model has no experts; set it to 1."
+            )
+        if experts is not None and experts.stored % self.mesh.expert:
+            raise InputError(
+                f"{experts.stored} experts cannot be dealt evenly to mesh.expert "
+                f"{self.mesh.expert} devices; set model.experts.multiple to {self.mesh.expert}."
             )
         if self.data.batch_size % self.train.accumulation:
             raise InputError(
@@ -235,6 +241,11 @@ def load_config(path: Path) -> Config:
 
 def _from_plain(kind: Any, value: Any) -> Any:
     """Rebuilds nested dataclasses and tuples from what JSON made of them."""
+    if isinstance(value, dict) and isinstance(kind, types.UnionType):
+        members = [member for member in typing.get_args(kind) if is_dataclass(member)]
+        kind = next(
+            (m for m in members if {item.name for item in fields(m)} == set(value)), members[0]
+        )
     if isinstance(kind, type) and is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         known = {item.name for item in fields(kind)}

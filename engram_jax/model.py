@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,24 @@ from engram_jax.errors import InputError
 from engram_jax.layers.attention import Attention, AttentionConfig
 from engram_jax.layers.engram import Engram, EngramConfig
 from engram_jax.layers.feed_forward import FeedForward
+from engram_jax.layers.hyper_connections import (
+    HyperConnection,
+    HyperConnectionsConfig,
+    column_error,
+    read,
+    write,
+)
+from engram_jax.layers.latent_attention import LatentAttention, LatentAttentionConfig
+from engram_jax.layers.mixture_of_experts import ExpertsConfig, MixtureOfExperts
 from engram_jax.layers.norms import RMSNorm
 from engram_jax.layers.over_encoding import OverEncoding
+from engram_jax.parameters import Lookup
 from engram_jax.sharding import extend_spec, gather_parameters
 
 type Memory = Mapping[int, Float[Array, "B T E"]]  # by layer id
-type Gates = dict[int, Float[Array, "B T M"]]
+type Gates = dict[int, Float[Array, "B T M"]]  # by layer id
+type ExpertBias = Mapping[int, Float[Array, "X"]]  # by layer id
+type RematPolicy = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 
 
 @dataclass(frozen=True)
@@ -29,29 +42,49 @@ class DecoderConfig:
         vocabulary: token ids V.
         width: model width D.
         layers: number of blocks.
-        attention: sizes of the attention layers.
-        feed_forward: inner width W of the feed-forward layers.
+        attention: sizes of the attention layers: grouped-query, or multi-head latent attention.
+        feed_forward: inner width W of the dense feed-forward layers.
+        experts: mixture-of-experts layers in their place; None: none.
+        hyper_connections: several residual branches; None: a plain residual stream.
         engram: form of the Engram layers.
+        single_fusion: Engram has one gate, behind the pre-mapping of the hyper-connection (an
+            ablation of the paper), instead of one for each residual branch.
         tie_embeddings: the output head is the input embedding.
         norm_epsilon: epsilon of the block norms.
         dtype: dtype of the computation; parameters are float32.
-        remat: recompute each block in the backward pass instead of storing its activations.
+        remat: what the forward pass of a block keeps for the backward pass, which recomputes the
+            rest: a policy of `jax.checkpoint_policies`; None keeps everything.
+        scan: blocks in a row that are alike run as one loop, which compiles once for all of them.
     """
 
     vocabulary: int = 8192
     width: int = 192
     layers: int = 4
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    attention: AttentionConfig | LatentAttentionConfig = field(default_factory=AttentionConfig)
     feed_forward: int = 512
+    experts: ExpertsConfig | None = None
+    hyper_connections: HyperConnectionsConfig | None = None
     engram: EngramConfig = field(default_factory=EngramConfig)
+    single_fusion: bool = False
     tie_embeddings: bool = True
     norm_epsilon: float = 1e-6
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
+    remat: RematPolicy | None = None
+    scan: bool = False
 
     def __post_init__(self) -> None:
         if min(self.vocabulary, self.width, self.layers, self.feed_forward) < 1:
             raise InputError("model.vocabulary, width, layers and feed_forward must be at least 1.")
+
+    @property
+    def branches(self) -> int:
+        """Residual branches M."""
+        return self.hyper_connections.branches if self.hyper_connections else 1
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Ids of the blocks with experts."""
+        return tuple(range(self.experts.leading_dense, self.layers)) if self.experts else ()
 
 
 @dataclass(frozen=True)
@@ -71,54 +104,120 @@ class MemorySites:
     orders: int = 0
 
 
+class BlockReport(NamedTuple):
+    """What a block says of itself; None where it has no such part.
+
+    Attributes:
+        gate: Engram's gates.
+        load: how many tokens chose each expert.
+        mixing_error: largest error of a column sum of H_res.
+    """
+
+    gate: Float[Array, "B T M"] | None
+    load: Array | None
+    mixing_error: Float[Array, ""] | None
+
+
+class Report(NamedTuple):
+    """What the blocks say of themselves.
+
+    Attributes:
+        gates: of the Engram layers.
+        loads: of the layers with experts, by layer id: how many tokens chose each.
+        mixing_error: largest error of a column sum of any H_res; None without hyper-connections.
+    """
+
+    gates: Gates
+    loads: dict[int, Array]
+    mixing_error: Float[Array, ""] | None
+
+
 class Block(nnx.Module):
     """Engram, if the block has one; attention; feed-forward: each added to the residual stream.
 
     Args:
         config: sizes.
         memory_width: memory width E; None: a block without Engram.
+        experts: the feed-forward layer is a mixture of experts.
         rngs: random streams.
     """
 
-    def __init__(self, config: DecoderConfig, memory_width: int | None, *, rngs: nnx.Rngs) -> None:
-        dtype = jnp.dtype(config.dtype)
+    def __init__(
+        self, config: DecoderConfig, memory_width: int | None, *, experts: bool, rngs: nnx.Rngs
+    ) -> None:
+        width, dtype = config.width, jnp.dtype(config.dtype)
+        epsilon, connections = config.norm_epsilon, config.hyper_connections
         # Parts draw from streams of their own, so that a twin without Engram starts equal.
-        self.attention_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
-        self.attention = Attention(config.width, config.attention, dtype=dtype, rngs=rngs)
-        self.feed_forward_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
-        self.feed_forward = FeedForward(config.width, config.feed_forward, dtype=dtype, rngs=rngs)
-        if memory_width is not None:
-            memory_rngs = nnx.Rngs(params=rngs.memory())
-            self.engram = Engram(
-                config.width, memory_width, config.engram, dtype=dtype, rngs=memory_rngs
+        self.attention_norm = RMSNorm(width, epsilon=epsilon)
+        if isinstance(config.attention, LatentAttentionConfig):
+            self.attention: Attention | LatentAttention = LatentAttention(
+                width, config.attention, norm_epsilon=epsilon, dtype=dtype, rngs=rngs
             )
+        else:
+            self.attention = Attention(width, config.attention, dtype=dtype, rngs=rngs)
+        self.feed_forward_norm = RMSNorm(width, epsilon=epsilon)
+        if experts and config.experts is not None:
+            self.experts = MixtureOfExperts(width, config.experts, dtype=dtype, rngs=rngs)
+        else:
+            self.feed_forward = FeedForward(width, config.feed_forward, dtype=dtype, rngs=rngs)
+        if connections is not None:
+            self.attention_connection = HyperConnection(width, connections, rngs=rngs)
+            self.feed_forward_connection = HyperConnection(width, connections, rngs=rngs)
+        if memory_width is not None:
+            self.engram = Engram(
+                width,
+                memory_width,
+                config.engram,
+                branches=1 if config.single_fusion else config.branches,
+                dtype=dtype,
+                rngs=nnx.Rngs(params=rngs.memory()),
+            )
+        self.single_fusion = config.single_fusion
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B T M D"],
         segments: Int32[Array, "B T"],
         positions: Int32[Array, "B T"],
-        memory: Float[Array, "B T E"] | None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T M"] | None]:
-        """The new residual stream and Engram's gates; without memory, Engram adds nothing."""
-        gate = None
-        if memory is not None:
-            fused, gate = self.engram(x[:, :, None], memory, segments)
-            x += fused[:, :, 0]
-        x += self.attention(self.attention_norm(x), segments, positions)
-        x += self.feed_forward(self.feed_forward_norm(x))
-        return x, gate
+        memory: Float[Array, "B T E"] | None = None,
+        expert_bias: Float[Array, "X"] | None = None,
+    ) -> tuple[Float[Array, "B T M D"], BlockReport]:
+        """The new residual stream; without memory, Engram adds nothing."""
+        gate = load = mappings = later = None
+        if memory is not None and not self.single_fusion:
+            fused, gate = self.engram(x, memory, segments)
+            x += fused
+
+        if hasattr(self, "attention_connection"):
+            mappings = self.attention_connection(x)
+        h = read(x, mappings)
+        aside = jnp.zeros_like(h)
+        if memory is not None and self.single_fusion:
+            fused, gate = self.engram(h[:, :, None], memory, segments)
+            aside = fused[:, :, 0]
+        y = self.attention(self.attention_norm(h + aside), segments, positions)
+        x = write(x, y + aside, mappings)
+
+        if hasattr(self, "feed_forward_connection"):
+            later = self.feed_forward_connection(x)
+        h = self.feed_forward_norm(read(x, later))
+        if hasattr(self, "experts"):
+            unbiased = jnp.zeros(self.experts.config.routed)
+            y, load = self.experts(h, unbiased if expert_bias is None else expert_bias)
+        else:
+            y = self.feed_forward(h)
+        x = write(x, y, later)
+        error = None
+        if mappings is not None and later is not None:
+            error = jnp.maximum(column_error(mappings.mix), column_error(later.mix))
+        return x, BlockReport(gate, load, error)
 
 
 def run_block(
-    block: Block,
-    x: Float[Array, "B T D"],
-    segments: Int32[Array, "B T"],
-    positions: Int32[Array, "B T"],
-    memory: Float[Array, "B T E"] | None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T M"] | None]:
+    block: Block, x: Float[Array, "B T M D"], *inputs: Any
+) -> tuple[Float[Array, "B T M D"], BlockReport]:
     """Runs a block on parameters gathered here: remat gathers again instead of keeping them."""
-    return gather_parameters(block)(x, segments, positions, memory)
+    return gather_parameters(block, x.dtype)(x, *inputs)
 
 
 class Decoder(nnx.Module):
@@ -138,16 +237,25 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, sites: MemorySites, *, rngs: nnx.Rngs) -> None:
         init = nnx.initializers.normal(0.02)
-        self.embedding = nnx.Param(init(rngs.params(), (config.vocabulary, config.width)))
+        self.embedding = nnx.Param(
+            init(rngs.params(), (config.vocabulary, config.width)), role=Lookup()
+        )
         self.blocks = nnx.List(
             [
-                Block(config, sites.width if layer in sites.layers else None, rngs=rngs)
+                Block(
+                    config,
+                    sites.width if layer in sites.layers else None,
+                    experts=layer in config.expert_layers,
+                    rngs=rngs,
+                )
                 for layer in range(config.layers)
             ]
         )
         self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         if not config.tie_embeddings:
-            self.head = nnx.Param(init(rngs.params(), (config.vocabulary, config.width)))
+            self.head = nnx.Param(
+                init(rngs.params(), (config.vocabulary, config.width)), role=Lookup()
+            )
         if sites.over_encoding:
             self.over_encoding = OverEncoding(
                 config.width,
@@ -164,33 +272,86 @@ class Decoder(nnx.Module):
         memory: Memory,
         segments: Int32[Array, "B T"],
         positions: Int32[Array, "B T"],
-    ) -> tuple[Float[Array, "B T V"], Gates]:
-        """Logits in float32, and the gates of the Engram layers.
+        expert_bias: ExpertBias | None = None,
+    ) -> tuple[Float[Array, "B T V"], Report]:
+        """Logits in float32, and what the blocks say of themselves.
 
         Args:
             tokens: token ids.
             memory: memory vectors by layer id; a layer that is missing here adds nothing.
             segments: document number of every position.
             positions: position within the document.
+            expert_bias: of the layers with experts, by layer id: what balances them; None for a
+                model without.
         """
-        dtype = jnp.dtype(self.config.dtype)
-        embedding = gather_parameters(self.embedding[...])
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        embedding = gather_parameters(self.embedding, dtype)[...]
         x = embedding.at[tokens].get(out_sharding=extend_spec(tokens, None))
-        x = (x * self.config.width**0.5).astype(dtype)
+        x = (x * config.width**0.5).astype(dtype)
         if hasattr(self, "over_encoding"):
-            x = gather_parameters(self.over_encoding)(x, memory.get(0))
-        run = jax.checkpoint(run_block) if self.config.remat else run_block
-        gates: Gates = {}
-        for layer, block in enumerate(self.blocks):
-            site = memory.get(layer) if hasattr(block, "engram") else None
-            x, gate = run(block, x, segments, positions, site)
-            if gate is not None:
-                gates[layer] = gate
-        head = embedding if self.config.tie_embeddings else gather_parameters(self.head[...])
+            x = gather_parameters(self.over_encoding, dtype)(x, memory.get(0))
+        x = jnp.repeat(x[:, :, None], config.branches, axis=2)
+        x, reports = self._run_blocks(x, segments, positions, memory, expert_bias or {})
+        head = embedding if config.tie_embeddings else gather_parameters(self.head, dtype)[...]
         logits = jnp.einsum(
             "btd,vd->btv",
-            gather_parameters(self.norm)(x),
-            head.astype(dtype),
+            gather_parameters(self.norm, dtype)(jnp.sum(x, axis=2)),
+            head,
             preferred_element_type=jnp.float32,
         )
-        return logits, gates
+        errors = [report.mixing_error for report in reports if report.mixing_error is not None]
+        return logits, Report(
+            gates={i: report.gate for i, report in enumerate(reports) if report.gate is not None},
+            loads={i: report.load for i, report in enumerate(reports) if report.load is not None},
+            mixing_error=jnp.max(jnp.stack(errors)) if errors else None,
+        )
+
+    def _run_blocks(
+        self,
+        x: Float[Array, "B T M D"],
+        segments: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        memory: Memory,
+        expert_bias: ExpertBias,
+    ) -> tuple[Float[Array, "B T M D"], list[BlockReport]]:
+        """Runs all blocks; with `scan`, those in a row that are alike as one loop."""
+        run, remat = run_block, self.config.remat
+        if remat is not None:
+            run = jax.checkpoint(run_block, policy=getattr(jax.checkpoint_policies, remat))
+        reports: list[BlockReport] = []
+        for layers in self._loops():
+            blocks = [self.blocks[layer] for layer in layers]
+            biases = [expert_bias.get(layer) for layer in layers]
+            if len(blocks) == 1:
+                site = memory.get(layers[0]) if hasattr(blocks[0], "engram") else None
+                x, report = run(blocks[0], x, segments, positions, site, biases[0])
+                reports.append(report)
+                continue
+
+            def run_next(
+                x: Float[Array, "B T M D"], part: tuple[Block, Array | None]
+            ) -> tuple[Float[Array, "B T M D"], BlockReport]:
+                return run(part[0], x, segments, positions, None, part[1])
+
+            # Parameters have a name for every layer, also here; they become one stack for the loop.
+            stacks = jax.tree.map(
+                lambda *leaves: jnp.stack(leaves), *zip(blocks, biases, strict=True)
+            )
+            x, stacked = jax.lax.scan(run_next, x, stacks)
+            reports += [
+                jax.tree.map(lambda leaf, number=number: leaf[number], stacked)
+                for number in range(len(layers))
+            ]
+        return x, reports
+
+    def _loops(self) -> list[list[int]]:
+        """Layers in a row that are alike and have no Engram; any other layer by itself."""
+        ids = range(len(self.blocks))
+        if not self.config.scan:
+            return [[layer] for layer in ids]
+
+        def kind(layer: int) -> tuple[int, bool]:
+            block = self.blocks[layer]
+            return layer if hasattr(block, "engram") else -1, hasattr(block, "experts")
+
+        return [list(layers) for _, layers in groupby(ids, key=kind)]

@@ -1,4 +1,4 @@
-"""A run: the folder, what defines it, and the objects made from that.
+"""A run: the folder, what defines it, and the program that is made from that.
 
 A run folder holds `config.json`, `hash.json` (if the model has memory), `texts.json` (fingerprints
 of the tokenized corpora), `metrics.jsonl` with TensorBoard event files beside it, `checkpoints/`,
@@ -9,45 +9,33 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
-from flax import nnx
 from jaxtyping import Array, Int32
 
 from engram_jax.checkpoint import Checkpoints
 from engram_jax.compression import project_vocabulary
 from engram_jax.config import Config, load_config, save_config
 from engram_jax.data.corpus import Corpus, build_corpus
-from engram_jax.data.packing import Batch
 from engram_jax.data.pipeline import mix_rows
 from engram_jax.data.sources import resolve_source, source_name
 from engram_jax.errors import InputError
 from engram_jax.files import hold_lock, written_whole
 from engram_jax.hashing import NgramHash
 from engram_jax.memory import lookup
-from engram_jax.memory.layout import LANES, Table, init_table
-from engram_jax.memory.plan import Planner
-from engram_jax.memory.row_adam import RowAdam, make_row_adam
-from engram_jax.model import Decoder
-from engram_jax.optimizer import make_optimizer, make_schedule
+from engram_jax.memory.layout import Table
 from engram_jax.processes import leads, together
+from engram_jax.program import Program, make_config_row_adam
 from engram_jax.sharding import (
-    BATCH_ABT,
-    ROWS_SU,
-    TABLE_RF,
-    WHOLE,
     MeshConfig,
     make_mesh,
-    parameter_sharding,
 )
 from engram_jax.tokenizer import Tokenizer, load_tokenizer
 from engram_jax.train_state import TrainState, Weights
-from engram_jax.typing import Parameters, PyTree
+from engram_jax.typing import PyTree
 
 # What a start that was killed before it wrote config.json leaves in the folder.
 _BEGUN = {
@@ -61,6 +49,9 @@ _CHANGEABLE = (
     "memory.gather",
     "model.attention.implementation",
     "model.engram.implementation",
+    "model.experts.implementation",
+    "model.remat",
+    "model.scan",
     "mesh.",
     "data.workers",
     "data.prefetch",
@@ -73,7 +64,6 @@ _CHANGEABLE = (
 
 
 # What may change if `reschedule` is given: how it goes on learning, from the newest checkpoint.
-_NEEDS = {"cudnn": "gpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}  # implementations
 _RESCHEDULABLE = (
     *("optimizer.", "train.steps", "memory.frozen"),
     *(f"memory.adam.{name}" for name in ("factor", "b1", "b2", "eps")),
@@ -81,33 +71,20 @@ _RESCHEDULABLE = (
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run is made of. Make one with `Run.start` or `Run.open`.
+class Run(Program):
+    """A program with a folder and a tokenizer. Make one with `Run.start` or `Run.open`.
 
     Attributes:
         folder: the run folder.
-        config: the configuration.
         tokenizer: the tokenizer.
-        ngram_hash: the hash; None for a model without memory.
-        mesh: the device mesh.
-        graph: the decoder without its parameters; `nnx.merge(graph, params)` gives the decoder.
-        schedule: learning rate by step.
-        optimizer: optimizer of the dense parameters.
-        row_adam: optimizer of the tables' rows.
         checkpoints: the folder's checkpoints.
         start_from: folder of another run whose weights begin this one; None: random ones do.
         start_step: which checkpoint of that run; None: the newest.
     """
 
+    mesh: jax.sharding.Mesh  # of devices that are there
     folder: Path
-    config: Config
     tokenizer: Tokenizer
-    ngram_hash: NgramHash | None
-    mesh: jax.sharding.Mesh
-    graph: Any
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
-    row_adam: RowAdam
     checkpoints: Checkpoints
     start_from: Path | None = None
     start_step: int | None = None
@@ -200,15 +177,6 @@ class Run:
         return cls._assemble(folder, config, tokenizer, ngram_hash, mesh)
 
     @classmethod
-    def assemble(cls, config: Config, mesh: jax.sharding.Mesh) -> "Run":
-        """A run without a folder, for a mesh that may not be there: to compile what it would run.
-
-        Raises:
-            InputError: as `start`.
-        """
-        return cls._assemble(Path("nowhere"), config, *_make_hash(config), mesh)
-
-    @classmethod
     def _assemble(
         cls,
         folder: Path,
@@ -217,52 +185,15 @@ class Run:
         ngram_hash: NgramHash | None,
         mesh: jax.sharding.Mesh,
     ) -> "Run":
-        if ngram_hash is not None and any(rows % mesh.size for rows in ngram_hash.padded_rows):
-            raise InputError(
-                f"A table's rows, multiples of 4,096, do not divide over {mesh.size} devices; use "
-                "a power of two of them."
-            )
-        words, platform = config.memory.layout.words, mesh.devices.flat[0].platform
-        if ngram_hash is not None and platform == "tpu" and words % LANES:
-            raise InputError(
-                f"Rows of {config.memory.row_width} make records of {words} words, which do not "
-                f"fill the {LANES} lanes of a TPU: it would copy the tables at every step. Raise "
-                "memory.row_width; in float32, 22 is the least, and 42, 85 and 127 fill their "
-                "lines best."
-            )
-        for flag, chosen in (
-            ("memory.gather", config.memory.gather),
-            ("model.engram.implementation", config.model.engram.implementation),
-            ("model.attention.implementation", config.model.attention.implementation),
-        ):
-            needed = _NEEDS.get(chosen or "", platform)
-            if needed != platform:
-                raise InputError(
-                    f"--{flag} {chosen} needs a {needed.upper()}, and this runs on {platform}; "
-                    "leave the flag out."
-                )
-        rows = config.data.batch_size // config.train.accumulation
-        if rows % mesh.size:
-            raise InputError(
-                f"A micro-batch of {rows} rows does not divide over {mesh.size} devices; choose "
-                "data.batch_size as a multiple of devices × train.accumulation."
-            )
-        graph, _ = nnx.split(nnx.eval_shape(lambda: _make_decoder(config, jax.random.key(0))))
-        schedule = make_schedule(config.optimizer, config.train.steps)
+        program = Program.build(config, ngram_hash, mesh)
         identity = {"tokenizer": tokenizer.fingerprint}
         if ngram_hash is not None:
             identity["hash"] = ngram_hash.fingerprint
             identity["record"] = str(config.memory.layout)
         return cls(
+            **{item.name: getattr(program, item.name) for item in fields(program)},
             folder=folder,
-            config=config,
             tokenizer=tokenizer,
-            ngram_hash=ngram_hash,
-            mesh=mesh,
-            graph=graph,
-            schedule=schedule,
-            optimizer=make_optimizer(config.optimizer, schedule),
-            row_adam=_make_row_adam(config),
             checkpoints=Checkpoints(
                 folder / "checkpoints",
                 keep=config.train.keep_checkpoints,
@@ -283,31 +214,6 @@ class Run:
                     stack.enter_context(_locked(self.folder))
                 _check_same(self.config, self.folder)  # somebody may have begun another since
             yield
-
-    def planner(self) -> Planner | None:
-        """The planner of this process's batches; None for a model without memory."""
-        if self.ngram_hash is None:
-            return None
-        local = len(self.mesh.local_devices)
-        return Planner(self.ngram_hash, shards=self.mesh.size, local_shards=local)
-
-    def put(self, batch: Batch) -> Batch:
-        """Sends this process's part of a batch to the devices, split as the step wants it."""
-
-        return jax.tree.map(
-            lambda array, place: jax.make_array_from_process_local_data(place, array),
-            batch,
-            self.batch_sharding(batch),
-        )
-
-    def batch_sharding(self, batch: Batch) -> Any:
-        """How the arrays of such a batch lie on the mesh."""
-        places = jax.tree.map(lambda _: jax.NamedSharding(self.mesh, BATCH_ABT), batch)
-        if batch.plan is not None:
-            by_device = jax.NamedSharding(self.mesh, ROWS_SU)
-            rows = jax.tree.map(lambda _: by_device, batch.plan.rows)
-            places = places._replace(plan=places.plan._replace(rows=rows))
-        return places
 
     def corpora(self, sources: Sequence[str] = ()) -> list[Corpus]:
         """The corpora, tokenized now if they are not in the cache; by default those of the run.
@@ -336,30 +242,6 @@ class Run:
                     "(a .txt file is one; of JSON Lines, every line)."
                 )
         return corpora
-
-    def initial_state(self) -> TrainState:
-        """The state before the first step, made where it lies."""
-        return jax.jit(self._make_state, out_shardings=self._shardings())(
-            jax.random.key(self.config.train.seed)
-        )
-
-    def first_state(self, params: Parameters, tables: dict[int, Table]) -> TrainState:
-        """The state before the first step with these parameters and tables."""
-        shardings = self._shardings()
-        return TrainState(
-            step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
-            params=params,
-            optimizer=jax.jit(self.optimizer.init, out_shardings=shardings.optimizer)(params),
-            tables=tables,
-        )
-
-    def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state."""
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(self._make_state, jax.random.key(0)),
-            self._shardings(),
-        )
 
     def restore(self, step: int | None = None) -> TrainState:
         """The newest intact checkpoint's state, or a given step's.
@@ -391,7 +273,7 @@ class Run:
                 f"The checkpoint of step {checkpoint} in {self.checkpoints.folder} had another row "
                 "optimizer or schedule; what that one owes its idle rows is settled now."
             )
-        owes, keep = _make_row_adam(theirs), not self.config.memory.frozen
+        owes, keep = make_config_row_adam(theirs), not self.config.memory.frozen
         with jax.set_mesh(self.mesh):
             return {
                 layer: lookup.settle(table, owes, step, keep_moments=keep)
@@ -442,32 +324,6 @@ class Run:
             files=[self.folder / name for name in names],
         )
 
-    def _make_state(self, key: jax.Array) -> TrainState:
-        params_key, tables_key = jax.random.split(key)
-        params: Parameters = nnx.to_pure_dict(nnx.split(_make_decoder(self.config, params_key))[1])
-        memory = self.config.memory
-        tables = {
-            layer: init_table(
-                *(jax.random.fold_in(tables_key, layer), rows, memory.layout, layer),
-                memory.init_scale,
-            )
-            for layer, rows in zip(
-                memory.layers, self.ngram_hash.padded_rows if self.ngram_hash else [], strict=True
-            )
-        }
-        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), tables)
-
-    def _shardings(self) -> Any:
-        shapes = jax.eval_shape(self._make_state, jax.random.key(0))
-        table = jax.NamedSharding(self.mesh, TABLE_RF)
-        whole = jax.NamedSharding(self.mesh, WHOLE)
-        return TrainState(
-            step=whole,  # type: ignore[arg-type]  # a tree of shardings
-            params=parameter_sharding(self.mesh, shapes.params),
-            optimizer=parameter_sharding(self.mesh, shapes.optimizer),
-            tables=jax.tree.map(lambda _: table, shapes.tables),
-        )
-
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
@@ -503,23 +359,13 @@ def _make_hash(config: Config) -> tuple[Tokenizer, NgramHash | None]:
     return tokenizer, NgramHash.build(spec, project_vocabulary(tokenizer))
 
 
-def _make_decoder(config: Config, key: jax.Array) -> Decoder:
-    params, memory = jax.random.split(key)
-    return Decoder(config.model, config.memory.sites, rngs=nnx.Rngs(params=params, memory=memory))
-
-
-def _make_row_adam(config: Config) -> RowAdam:
-    adam = config.memory.adam
-    if config.memory.frozen:
-        adam = replace(adam, form="lazy")  # which owes nothing
-    schedule = make_schedule(config.optimizer, config.train.steps)
-    return make_row_adam(adam, schedule, config.train.steps)
-
-
 def _row_adam_facts(config: Config) -> tuple[Any, ...]:
-    """What `_make_row_adam` depends on."""
+    """What `make_config_row_adam` depends on."""
     optimizer = config.optimizer
-    schedule = optimizer.learning_rate, optimizer.warmup_steps, optimizer.final_fraction
+    schedule = (
+        *(optimizer.learning_rate, optimizer.warmup_steps),
+        *(optimizer.decay, optimizer.final_fraction),
+    )
     return config.memory.adam, config.memory.frozen, schedule, config.train.steps
 
 

@@ -108,7 +108,9 @@ def _make_next_token(run: Run, temperature: float, top_k: int | None) -> NextTok
             slots = jax.tree.map(lambda array: array[0], batch.plan.slots[layer])
             memory[layer] = lookup.expand(rows, slots, gather)
         decoder = nnx.merge(run.graph, weights.params)
-        by_position, _ = decoder(batch.tokens[0], memory, batch.segments[0], batch.positions[0])
+        by_position, _ = decoder(
+            *(batch.tokens[0], memory, batch.segments[0], batch.positions[0]), weights.expert_bias
+        )
         logits = jax.sharding.reshard(by_position, jax.P())[0, last]
         if temperature == 0:
             return jnp.argmax(logits)

@@ -1,7 +1,8 @@
 """The device mesh, and how arrays lie on it.
 
-Tokens are split over both axes of the mesh; parameters over "fsdp" alone, and every block gathers
-its own just before it runs (ZeRO-3), so layers are written as if for one device.
+Tokens are split over all axes of the mesh; parameters over "fsdp" alone, and every block gathers
+its own just before it runs (ZeRO-3), so layers are written as if for one device. Experts are also
+dealt to "expert", and stay where they are along it: their tokens come to them.
 """
 
 from collections.abc import Sequence
@@ -9,13 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
 from engram_jax.errors import InputError
+from engram_jax.parameters import Matrix, Plain, Role, role_of
 from engram_jax.typing import PyTree
 
-TOKEN_AXES = ("data", "fsdp")
+type AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+TOKEN_AXES = ("data", "fsdp", "expert")
 
 
 @dataclass(frozen=True)
@@ -23,18 +29,22 @@ class MeshConfig:
     """Sizes of the mesh axes.
 
     Attributes:
-        data: copies of the parameters; −1 takes all devices that fsdp leaves.
-        fsdp: devices that each copy of the parameters is split over.
+        data: copies of the parameters; −1 takes all devices that the other axes leave.
+        fsdp: devices that each copy of the parameters is split over. The TPU compiler gathers in
+            groups of up to 32 chips; over a whole slice of 64 or 256 it sums zeros instead, which
+            sends twice as much.
+        expert: devices that the experts of a layer are dealt to.
     """
 
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
 
     def __post_init__(self) -> None:
-        if self.fsdp < 1 or (self.data < 1 and self.data != -1):
+        if min(self.fsdp, self.expert) < 1 or (self.data < 1 and self.data != -1):
             raise InputError(
-                f"mesh.data {self.data} and mesh.fsdp {self.fsdp} must be at least 1; "
-                "data may be -1 for all devices that fsdp leaves."
+                f"mesh.data {self.data}, mesh.fsdp {self.fsdp} and mesh.expert {self.expert} must "
+                "be at least 1; data may be -1 for all devices that the others leave."
             )
 
 
@@ -46,7 +56,7 @@ ROWS_SU = jax.P(TOKEN_AXES)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh, with explicit axes "data" and "fsdp".
+    """The mesh, with explicit axes "data", "fsdp" and "expert".
 
     Args:
         config: sizes of the axes.
@@ -56,37 +66,94 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         InputError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    data = len(devices) // config.fsdp if config.data == -1 else config.data
-    if data * config.fsdp != len(devices):
+    parts = config.fsdp * config.expert
+    data = len(devices) // parts if config.data == -1 else config.data
+    if data * parts != len(devices):
         raise InputError(
-            f"Mesh data {config.data} × fsdp {config.fsdp} does not fit {len(devices)} devices; "
-            "choose sizes whose product is the number of devices, or data -1."
+            f"Mesh data {config.data} × fsdp {config.fsdp} × expert {config.expert} does not fit "
+            f"{len(devices)} devices; choose sizes whose product is the number of devices, or data "
+            "-1."
         )
     # Process p's devices must follow those of p−1: a process builds one contiguous slice of the
     # batch. (jax.make_mesh orders TPUs by topology and interleaves processes.)
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    grid = np.array(ordered).reshape(data, config.fsdp)
-    return jax.sharding.Mesh(grid, TOKEN_AXES, axis_types=(AxisType.Explicit,) * 2)
+    grid = np.array(ordered).reshape(data, config.fsdp, config.expert)
+    return jax.sharding.Mesh(grid, TOKEN_AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
-def parameter_sharding(mesh: jax.sharding.Mesh, shapes: PyTree) -> PyTree:
-    """Splits every parameter along its longest axis that "fsdp" divides; others are copied."""
-    parts = mesh.shape["fsdp"]
-
-    def shard(leaf: Any) -> NamedSharding:
-        axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
-        longest = max(axes, key=lambda axis: leaf.shape[axis], default=None)
-        spec = ["fsdp" if axis == longest else None for axis in range(len(leaf.shape))]
-        return NamedSharding(mesh, jax.P(*spec) if parts > 1 else jax.P())
-
-    return jax.tree.map(shard, shapes)
+def make_abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
+    """The mesh of so many TPU chips without the chips; data −1 is 1."""
+    sizes = (max(config.data, 1), config.fsdp, config.expert)
+    return jax.sharding.AbstractMesh(sizes, TOKEN_AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
-def gather_parameters[T](module: T) -> T:
-    """A copy of a module whose parameters lie whole on every device."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return module
-    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, jax.P()), module)
+def platform_of(mesh: AnyMesh) -> str:
+    """The platform of a mesh's devices, such as "cpu" or "tpu"."""
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        return mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
+    return str(mesh.devices.flat[0].platform)
+
+
+def parameter_sharding(mesh: AnyMesh, shapes: PyTree, roles: PyTree) -> PyTree:
+    """Splits every parameter along its longest axis that divides; others are copied.
+
+    Over "fsdp"; stacks of experts are dealt to "expert", and each expert is split over "fsdp".
+
+    Args:
+        mesh: the mesh.
+        shapes: arrays or their shapes.
+        roles: their roles, in the same tree (see `parameters.roles`).
+    """
+
+    def shard(leaf: Any, role: Role) -> NamedSharding:
+        spec: list[str | None] = [None] * len(leaf.shape)
+        axes, parts = range(len(leaf.shape)), mesh.shape["fsdp"]
+        if isinstance(role, Matrix) and role.experts:
+            spec[0], axes = "expert", range(1, len(leaf.shape))
+        fitting = [axis for axis in axes if leaf.shape[axis] % parts == 0]
+        longest = max(fitting, key=lambda axis: leaf.shape[axis], default=None)
+        if longest is not None and parts > 1:
+            spec[longest] = "fsdp"
+        return NamedSharding(mesh, jax.P(*spec))
+
+    return jax.tree.map(shard, shapes, roles)
+
+
+def optimizer_sharding(mesh: AnyMesh, shapes: PyTree, parameters: PyTree) -> PyTree:
+    """Places what an optimizer keeps of a parameter as the parameter is, and the rest whole.
+
+    Args:
+        mesh: the mesh.
+        shapes: the optimizer's state or its shapes, in trees like that of the parameters.
+        parameters: shardings of the parameters.
+    """
+    places = dict(jax.tree.leaves_with_path(parameters))
+
+    def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        ends = (places.get(path[start:]) for start in range(len(path)))
+        return next(filter(None, ends), NamedSharding(mesh, WHOLE))
+
+    return jax.tree.map_with_path(place, shapes)
+
+
+def gather_parameters[T](module: T, dtype: jnp.dtype) -> T:
+    """A copy of a module whose parameters lie whole on every device; experts stay dealt out.
+
+    Matrices, embedding and head come in the dtype of the computation: in bfloat16 that halves what
+    is sent.
+    """
+    spread = not jax.sharding.get_abstract_mesh().empty
+
+    def gather(variable: nnx.Variable) -> nnx.Variable:
+        value, role = variable[...], role_of(variable)
+        if not isinstance(role, Plain):
+            value = value.astype(dtype)
+        if spread:
+            dealt = isinstance(role, Matrix) and role.experts
+            value = jax.sharding.reshard(value, jax.P("expert") if dealt else jax.P())
+        return variable.replace(value)
+
+    return jax.tree.map(gather, module, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def extend_spec(array: jax.Array, *axes: str | None) -> jax.P | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 import jax
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 
 from engram_jax.memory.layout import Table
 from engram_jax.typing import Parameters, PyTree
@@ -20,11 +20,13 @@ class Weights:
         step: optimizer steps behind it.
         params: dense parameters, as nested dicts with the modules' names.
         tables: memory tables by layer id; what the row optimizer owes idle rows is in their state.
+        expert_bias: by layer id, what balances the experts of a layer.
     """
 
     step: Int32[Array, ""]
     params: Parameters
     tables: dict[int, Table]
+    expert_bias: dict[int, Float[Array, "X"]]
 
 
 @no_type_check  # as above
@@ -38,14 +40,16 @@ class TrainState:
         params: dense parameters, as nested dicts with the modules' names.
         optimizer: optax state of the dense parameters.
         tables: memory tables by layer id.
+        expert_bias: by layer id, what balances the experts of a layer.
     """
 
     step: Int32[Array, ""]
     params: Parameters
     optimizer: PyTree
     tables: dict[int, Table]
+    expert_bias: dict[int, Float[Array, "X"]]
 
     @property
     def weights(self) -> Weights:
         """What a forward pass reads of it."""
-        return Weights(self.step, self.params, self.tables)
+        return Weights(self.step, self.params, self.tables, self.expert_bias)

@@ -22,11 +22,14 @@ from engram_jax.data.packing import Batch
 from engram_jax.data.pipeline import make_batches, prefetch_to_device
 from engram_jax.errors import InputError
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
+from engram_jax.layers.mixture_of_experts import balance
 from engram_jax.loss import token_losses
 from engram_jax.memory import lookup
 from engram_jax.memory.plan import MemoryPlan
 from engram_jax.metrics import MetricsLog, read_metrics
+from engram_jax.model import Report
 from engram_jax.processes import all_agree, leads, together
+from engram_jax.program import Program
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState
 from engram_jax.typing import Parameters
@@ -35,15 +38,19 @@ type Metrics = dict[str, Array]
 type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def make_train_step(run: Run) -> TrainStep:
+def make_train_step(program: Program) -> TrainStep:
     """One optimizer step as a jitted function; the state is donated.
 
     Gather the distinct rows once; run the micro-batches, which read them by plan; sum gradients of
-    parameters and rows in float32; clip both by their common norm; update.
+    parameters and rows in float32; clip both by their common norm; update. Of every layer with
+    experts, the metrics take the load of its fullest expert over the mean: the worst layer's, and
+    the layers' mean.
     """
-    optimizer, row_adam, graph = run.optimizer, run.row_adam, run.graph
-    clip_norm, frozen = run.config.optimizer.clip_norm, run.config.memory.frozen
-    gather = run.config.memory.gather
+    config, graph = program.config, program.graph
+    optimizer, row_adam = program.optimizer, program.row_adam
+    clip_norm, frozen = config.optimizer.clip_norm, config.memory.frozen
+    gather, experts = config.memory.gather, config.model.experts
+    balance_rate = experts.balance_rate if experts else 0.0
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         step, tables = state.step, state.tables
@@ -55,18 +62,24 @@ def make_train_step(run: Run) -> TrainStep:
         trained = {} if frozen else rows
         targets = batch.target_mask.sum()
 
-        def loss(params: Parameters, trained: dict[int, Array], part: tuple[Batch, Any]) -> Array:
+        def loss(
+            params: Parameters, trained: dict[int, Array], part: tuple[Batch, Any]
+        ) -> tuple[Array, Report]:
             batch, slots = part
-            losses, _ = token_losses(graph, params, rows | trained, slots, batch, gather)
-            return jnp.sum(losses * batch.target_mask) / targets
+            losses, report = token_losses(
+                graph, params, rows | trained, slots, batch, state.expert_bias, gather
+            )
+            return jnp.sum(losses * batch.target_mask) / targets, report._replace(gates={})
 
-        def accumulate(total: Any, part: tuple[Batch, Any]) -> tuple[Any, None]:
-            new = jax.value_and_grad(loss, argnums=(0, 1))(state.params, trained, part)
-            return jax.tree.map(jnp.add, total, new), None
+        def accumulate(total: Any, part: tuple[Batch, Any]) -> tuple[Any, Report]:
+            differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+            (value, report), gradients = differentiate(state.params, trained, part)
+            return jax.tree.map(jnp.add, total, (value, gradients)), report
 
         nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, (state.params, trained)))
         parts = batch._replace(plan=None), slots
-        (loss_value, (dense, by_row)), _ = jax.lax.scan(accumulate, nothing, parts)
+        (loss_value, (dense, by_row)), reports = jax.lax.scan(accumulate, nothing, parts)
+        loads = {layer: jnp.sum(load, axis=0) for layer, load in reports.loads.items()}
 
         own = {
             layer: lookup.own_gradients(tables[layer], plans[layer], gradient)
@@ -88,17 +101,27 @@ def make_train_step(run: Run) -> TrainStep:
                 )
                 for layer, gradient in by_row.items()
             },
+            expert_bias={
+                layer: balance(bias, loads[layer], balance_rate)
+                for layer, bias in state.expert_bias.items()
+            },
         )
         metrics = {
             "loss": loss_value,
             "gradient_norm": norm,
             "row_gradient_norm": jnp.sqrt(rows_square_norm),
-            "learning_rate": run.schedule(step),
+            "learning_rate": program.schedule(step),
         }
         for layer, plan in plans.items():
             metrics[f"rows_asked_{layer}"] = jnp.sum(plan.distinct)
             metrics[f"exchange_rounds_{layer}"] = jnp.max(plan.rounds)
             metrics[f"shard_load_{layer}"] = lookup.shard_load(tables[layer], plan)
+        if loads:
+            largest = jnp.stack([jnp.max(load) / jnp.mean(load) for load in loads.values()])
+            metrics["expert_load_worst"] = jnp.max(largest)
+            metrics["expert_load_mean"] = jnp.mean(largest)
+        if reports.mixing_error is not None:
+            metrics["mixing_error"] = jnp.max(reports.mixing_error)
         return new_state, metrics
 
     return jax.jit(train_step, donate_argnums=0)
@@ -307,7 +330,7 @@ def _first_state(run: Run) -> TrainState:
         layer: lookup.settle(table, run.row_adam, weights.step)
         for layer, table in weights.tables.items()
     }
-    state = run.first_state(weights.params, tables)
+    state = run.first_state(replace(weights, tables=tables))
     if leads():
         print(f"{run.folder} begins with the weights of step {int(weights.step)} of {start_from}.")
     run.save(state)  # or a run killed before its first checkpoint would forget where it came from

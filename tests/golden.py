@@ -61,9 +61,7 @@ def released_hash(golden: dict[str, np.ndarray], sizes: dict[str, Any]) -> Ngram
 
 def golden_form(sizes: dict[str, Any]) -> EngramConfig:
     """The form of the layer of file a or b."""
-    return EngramConfig(
-        branches=sizes["branches"], kernel=sizes["conv_kernel"], dilation=sizes["conv_dilation"]
-    )
+    return EngramConfig(kernel=sizes["conv_kernel"], dilation=sizes["conv_dilation"])
 
 
 def set_golden_weights(layer: Engram, golden: dict[str, np.ndarray]) -> None:

@@ -23,7 +23,7 @@ from engram_jax.memory import lookup
 from engram_jax.memory.layout import RecordLayout, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, make_row_adam
-from engram_jax.run import Run
+from engram_jax.program import Program
 from engram_jax.sharding import TOKEN_AXES, MeshConfig
 from engram_jax.trainer import make_train_step
 
@@ -101,11 +101,11 @@ def test_on_v5p_a_step_does_not_grow_with_the_table(mesh: jax.sharding.Mesh, wid
     )
     temporaries = []
     for rows in (200_000, 800_000):  # too large for the memory on the chip
-        run = Run.assemble(vary(config, memory={"rows_per_head": (rows, rows)}), mesh)
-        state, batch = run.abstract_state(), abstract_batch(run)
+        program = Program.of_sizes(vary(config, memory={"rows_per_head": (rows, rows)}), mesh)
+        state, batch = program.abstract_state(), abstract_batch(program)
         with jax.set_mesh(mesh):
-            cost = compile_cost(make_train_step(run), state, batch)
-        assert_only_gathers_and_scatters_meet(run.ngram_hash.padded_rows[0] // 4, cost.text)
+            cost = compile_cost(make_train_step(program), state, batch)
+        assert_only_gathers_and_scatters_meet(program.ngram_hash.padded_rows[0] // 4, cost.text)
         temporaries.append(cost.temporaries)
     assert abs(temporaries[1] - temporaries[0]) <= 0.002 * temporaries[0]
     assert abs(temporaries[1] - temporaries[0]) < 0.1 * (16 * 600_000 / mesh.size)  # bytes a row
@@ -129,20 +129,20 @@ def test_the_exchange_sends_a_fraction_of_what_xlas_own_partitioning_sends(
 
 def test_the_whole_step_of_the_default_run_compiles() -> None:
     config = load_named_config("default")
-    run = Run.assemble(config, topology_mesh(TOPOLOGY, config.mesh))
-    costs = compile_costs(run)
-    assert set(costs) == {"lookup", "row update", "training step"}
+    program = Program.of_sizes(config, topology_mesh(TOPOLOGY, config.mesh))
+    costs = compile_costs(program)
+    assert set(costs) == {"lookup", "row update", "optimizer", "training step"}
     step = costs["training step"]
     assert step.temporaries > costs["lookup"].temporaries > 0
     assert step.sent > 4 * 3_000_000  # every parameter's gradient is summed over the chips
-    table = run.ngram_hash.padded_rows[0] * config.memory.layout.words * 4
-    assert step.arguments > table / run.mesh.size
+    table = program.ngram_hash.padded_rows[0] * config.memory.layout.words * 4
+    assert step.arguments > table / program.mesh.size
 
 
 def test_rows_that_do_not_fill_lanes_are_refused_on_tpu() -> None:
     config = vary(load_named_config("default"), memory={"row_width": 16})
     with pytest.raises(InputError, match=r"64 words.*22 is the least"):
-        Run.assemble(config, topology_mesh(TOPOLOGY, config.mesh))
+        Program.of_sizes(config, topology_mesh(TOPOLOGY, config.mesh))
 
 
 def test_an_unknown_topology_is_refused() -> None:
@@ -162,6 +162,15 @@ HloModule jit_f
   %sum.1 = bf16[16]{0} all-reduce(%y), replica_groups=[2,4]<=[8], to_apply=%add
 }
 
+%counted.4 (p: f32[4]) -> f32[4] {
+  %swap.4 = f32[10]{0} all-to-all(%y), replica_groups=[2,4]<=[8]
+}
+
+%below.5 (p: (s32[], f32[8])) -> pred[] {
+  %most.1 = s32[]{:T(128)} constant(7)
+  ROOT %less.1 = pred[]{:T(512)} compare(%number, %most.1), direction=LT
+}
+
 ENTRY %main.3 (a: f32[8]) -> f32[8] {
   %many.1 = (f32[1000]{0}, f32[10]{0}) all-reduce-start(%p, %q), replica_groups=[2,4]<=[8]
   %many.2 = (f32[1000]{0}, f32[10]{0}) all-reduce-done(%many.1)
@@ -170,6 +179,7 @@ ENTRY %main.3 (a: f32[8]) -> f32[8] {
   %swap.1 = s32[4,6]{1,0} all-to-all(%a), replica_groups=mesh['data'=2,'fsdp'=2] {'data','fsdp'}
   %loop.1 = (s32[], f32[8]) while(%t), condition=%cond.1, body=%body.1, KNOWN
   %loop.2 = (s32[], f32[8]) while(%t), condition=%cond.2, body=%inner.2
+  %loop.3 = (s32[], f32[8]) while(%t), condition=%below.5, body=%counted.4
 }
 """
     for short, whole in (
@@ -182,9 +192,12 @@ ENTRY %main.3 (a: f32[8]) -> f32[8] {
     assert found == [
         Collective("all-gather", "f32[8,4]{1,0}", 2, 30, 64),
         Collective("all-reduce", "bf16[16]{0}", 4, 0, 48),
+        Collective("all-to-all", "f32[10]{0}", 4, 7, 30),
         Collective("all-reduce", "(f32[1000]{0}, f32[10]{0})", 4, 1, 6060),
         Collective("all-gather", "f32[8]{0}, s32[12]{0}", 4, 1, 60),
         Collective("collective-permute", "f32[6]{0}", 1, 1, 24),
         Collective("all-to-all", "s32[4,6]{1,0}", 4, 1, 72),
     ]
-    assert np.sum([part.sent * part.trips for part in found]) == 64 * 30 + 6060 + 60 + 24 + 72
+    assert (
+        np.sum([part.sent * part.trips for part in found]) == 64 * 30 + 30 * 7 + 6060 + 60 + 24 + 72
+    )

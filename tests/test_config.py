@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
+from tiny_runs import vary
 
+from engram_jax.ahead_of_time import abstract_batch
 from engram_jax.command_line import load_named_config, named_configs
 from engram_jax.config import (
     Config,
@@ -18,18 +19,18 @@ from engram_jax.config import (
     load_config,
     save_config,
 )
-from engram_jax.data.packing import Batch
 from engram_jax.errors import InputError
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.engram import EngramConfig
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.model import DecoderConfig
 from engram_jax.optimizer import OptimizerConfig
-from engram_jax.run import Run
-from engram_jax.sharding import MeshConfig
+from engram_jax.program import Program
+from engram_jax.sharding import MeshConfig, make_mesh
 from engram_jax.trainer import make_train_step
 
 ROOT = Path(__file__).parent.parent
+PAPER = load_named_config("engram_27b")
 UNUSUAL = Config(
     name="unusual",
     model=DecoderConfig(
@@ -52,7 +53,7 @@ UNUSUAL = Config(
 )
 
 
-@pytest.mark.parametrize("config", [Config(), UNUSUAL], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [Config(), UNUSUAL, PAPER], ids=lambda config: config.name)
 def test_file_round_trip(tmp_path: Path, config: Config) -> None:
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == config
@@ -121,7 +122,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("model", {"layers": 1}, "outside a model of 1"),
         ("model", {"layers": 0}, "at least 1"),
         ("model", {"width": 0}, "at least 1"),
-        ("model", {"engram": EngramConfig(branches=4)}, "branches is 4"),
+        ("mesh", {"expert": 2}, "no experts"),
+        ("optimizer", {"muon_momentum": 1.0}, "muon_momentum"),
         ("data", {"sources": ()}, "at least one"),
         ("data", {"weights": (1.0,)}, "1 weights for 5"),
         ("data", {"sequence_length": 0}, "sequence_length"),
@@ -147,27 +149,23 @@ def test_impossible_configurations_are_refused(
         replace(config, **{section: replace(getattr(config, section), **change)})
 
 
-def empty_batch(run: Run) -> Batch:
-    """One step of zeros; its shapes are those of any."""
-    data, accumulation = run.config.data, run.config.train.accumulation
-    shape = (accumulation, data.batch_size // accumulation, data.sequence_length)
-    tokens = np.zeros(shape, np.int32)
-    planner = run.planner()
-    plan = planner(tokens) if planner else None
-    batch = Batch(tokens, tokens, tokens.astype(np.float32), tokens, tokens, plan)
-    return run.put(batch)
-
-
 @pytest.mark.parametrize("name", named_configs())
 def test_every_named_configuration_builds(name: str, tmp_path: Path) -> None:
     """Traces its training step on abstract arrays: no parameter and no table is made."""
     config = load_named_config(name)
     assert config.name == name
-    run = Run.start(config, tmp_path / "run")
-    assert load_config(tmp_path / "run" / "config.json") == config
-    with jax.set_mesh(run.mesh):
-        state = run.abstract_state()
-        new_state, metrics = jax.eval_shape(make_train_step(run), state, empty_batch(run))
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
+    small = MeshConfig(fsdp=2, expert=2 if config.model.experts else 1)
+    config = replace(
+        vary(config, data={"batch_size": 8, "sequence_length": 128}, train={"accumulation": 1}),
+        mesh=small,
+    )
+    mesh = make_mesh(small)
+    program = Program.of_sizes(config, mesh)
+    with jax.set_mesh(mesh):
+        state, batch = program.abstract_state(), abstract_batch(program)
+        new_state, metrics = jax.eval_shape(make_train_step(program), state, batch)
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
     assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(new_state)] == shapes
     assert metrics["loss"].shape == ()
@@ -175,5 +173,9 @@ def test_every_named_configuration_builds(name: str, tmp_path: Path) -> None:
 
 
 def test_the_named_configurations_are_the_files() -> None:
-    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"}
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {
+        "__init__",
+        "_paper",
+        "_small",
+    }
     assert set(named_configs()) == files

@@ -10,8 +10,12 @@ import pytest
 from flax import nnx
 from jax import Array
 
+from engram_jax.layers import hyper_connections
 from engram_jax.layers.attention import AttentionConfig
-from engram_jax.model import Decoder, DecoderConfig, MemorySites
+from engram_jax.layers.hyper_connections import HyperConnectionsConfig
+from engram_jax.layers.latent_attention import LatentAttentionConfig
+from engram_jax.layers.mixture_of_experts import ExpertsConfig
+from engram_jax.model import Decoder, DecoderConfig, MemorySites, Report
 
 CONFIG = DecoderConfig(
     vocabulary=50,
@@ -54,7 +58,7 @@ def draw_memory(layers: tuple[int, ...] = (0, 1), seed: int = 2) -> dict[int, Ar
 
 
 @nnx.jit
-def apply(decoder: Decoder, tokens: Array, memory: dict[int, Array]) -> tuple[Array, dict]:
+def apply(decoder: Decoder, tokens: Array, memory: dict[int, Array]) -> tuple[Array, Report]:
     return decoder(tokens, memory, jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS))
 
 
@@ -102,7 +106,7 @@ def test_a_document_in_a_packed_row_is_as_if_alone() -> None:
 def test_remat_changes_no_loss_and_no_gradient() -> None:
     memory = draw_memory()
 
-    def run(remat: bool) -> tuple[Array, tuple]:
+    def run(remat: str | None) -> tuple[Array, tuple]:
         graph, params = nnx.split(make_lively_decoder(replace(CONFIG, remat=remat)))
 
         def loss(params: nnx.State, memory: dict[int, Array]) -> Array:
@@ -112,7 +116,7 @@ def test_remat_changes_no_loss_and_no_gradient() -> None:
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, memory)
 
-    (expected, expected_gradients), (found, gradients) = run(False), run(True)
+    (expected, expected_gradients), (found, gradients) = run(None), run("nothing_saveable")
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -144,14 +148,14 @@ def test_memory_that_is_missing_adds_nothing() -> None:
         block.pop("engram", None)
     graph, _ = nnx.split(dense)
     dense = nnx.merge(graph, shared)
-    expected, no_gates = apply(dense, jnp.asarray(TOKENS), {})
-    found, gates = apply(decoder, jnp.asarray(TOKENS), {})
+    expected, no_report = apply(dense, jnp.asarray(TOKENS), {})
+    found, report = apply(decoder, jnp.asarray(TOKENS), {})
     np.testing.assert_array_equal(found, expected)
-    assert no_gates == gates == {}
+    assert no_report.gates == report.gates == {}
     # One layer at a time: each changes something, and gives its gates.
     for layer in (0, 1):
-        partly, gates = apply(decoder, jnp.asarray(TOKENS), {layer: memory[layer]})
-        assert gates.keys() == {layer} and gates[layer].shape == (2, 14, 1)
+        partly, report = apply(decoder, jnp.asarray(TOKENS), {layer: memory[layer]})
+        assert report.gates.keys() == {layer} and report.gates[layer].shape == (2, 14, 1)
         assert np.abs(partly - expected).max() > 1e-3
 
 
@@ -165,8 +169,8 @@ def test_memory_enters_at_its_own_layer() -> None:
 def test_over_encoding_averages_into_the_input_embedding() -> None:
     decoder = make_lively_decoder(sites=OVER_ENCODING)
     memory = draw_memory((0,))
-    found, gates = apply(decoder, jnp.asarray(TOKENS), memory)
-    assert gates == {}
+    found, report = apply(decoder, jnp.asarray(TOKENS), memory)
+    assert report.gates == {}
     rows = np.asarray(memory[0]).reshape(2, 14, 2, 6)
     projection = np.asarray(decoder.over_encoding.projection[...])
     inputs = 4 * np.asarray(decoder.embedding[...])[TOKENS] + np.einsum(
@@ -247,3 +251,146 @@ def test_parts_of_one_model_start_differently() -> None:
     for group in by_shape.values():
         for index, one in enumerate(group):
             assert not any(np.array_equal(one, other) for other in group[:index])
+
+
+PAPER = replace(
+    CONFIG,
+    layers=5,
+    attention=LatentAttentionConfig(
+        heads=2, latent_width=12, head_width=8, rotary_width=4, value_width=8
+    ),
+    experts=ExpertsConfig(routed=5, shared=1, active=2, width=8, multiple=2),
+    hyper_connections=HyperConnectionsConfig(branches=3),
+    tie_embeddings=False,
+)
+"""The paper's backbone, small: latent attention, experts behind a dense layer, three branches."""
+
+
+def loss_and_gradients(
+    config: DecoderConfig, sites: MemorySites, memory: dict[int, Array]
+) -> tuple[Array, tuple[dict, dict]]:
+    graph, params = nnx.split(make_lively_decoder(config, sites))
+
+    def loss(params: dict, memory: dict[int, Array]) -> Array:
+        logits, _ = apply(nnx.merge(graph, params), jnp.asarray(TOKENS), memory)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(TOKENS)).mean()
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(nnx.to_pure_dict(params), memory)
+
+
+@pytest.mark.parametrize("remat", [None, "dots_with_no_batch_dims_saveable"])
+def test_a_scanned_stack_is_the_unrolled_one(remat: str | None) -> None:
+    """Blocks 2 to 4 in one loop; parameters and gradients keep a name for every layer."""
+    sites, memory = replace(ENGRAM, layers=(1,)), draw_memory((1,))
+    expected, (by_name, by_memory) = loss_and_gradients(PAPER, sites, memory)
+    scanned = replace(PAPER, scan=True, remat=remat)
+    found, (gradients, rows) = loss_and_gradients(scanned, sites, memory)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(rows[1], by_memory[1], rtol=1e-4, atol=1e-6)
+    assert gradients["blocks"].keys() == {0, 1, 2, 3, 4}
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(gradients), jax.tree.leaves(by_name), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6, err_msg=name)
+    traced = jax.make_jaxpr(lambda memory: loss_and_gradients(scanned, sites, memory)[0])(memory)
+    assert "length=3" in str(traced)
+
+
+def test_what_the_blocks_report() -> None:
+    decoder = make_lively_decoder(PAPER, replace(ENGRAM, layers=(1,)))
+    for scan in (False, True):
+        decoder.config = replace(PAPER, scan=scan)
+        _, report = apply(decoder, jnp.asarray(TOKENS), draw_memory((1,)))
+        assert report.gates[1].shape == (2, 14, 3)
+        assert report.loads.keys() == {1, 2, 3, 4}
+        for load in report.loads.values():
+            assert load.shape == (5,) and load.sum() == 2 * TOKENS.size
+        assert 0 < report.mixing_error < 1
+    _, plain = apply(make_lively_decoder(), jnp.asarray(TOKENS), {})
+    assert plain.loads == {} and plain.mixing_error is None
+
+
+def test_the_bias_of_a_layer_moves_tokens_between_its_experts() -> None:
+    decoder = make_lively_decoder(PAPER, MemorySites())
+    inputs = jnp.asarray(TOKENS), {}, jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS)
+    bias = {layer: jnp.zeros(5) for layer in (1, 2, 3, 4)}
+    favored = bias | {3: jnp.array([0.0, 0.0, 0.0, 0.0, 2.0])}
+    call = nnx.jit(lambda decoder, *inputs: decoder(*inputs)[1].loads)
+    before, after = call(decoder, *inputs, bias), call(decoder, *inputs, favored)
+    np.testing.assert_array_equal(before[1], after[1])
+    np.testing.assert_array_equal(before[2], after[2])
+    assert before[3][4] < after[3][4] == TOKENS.size
+
+
+@pytest.mark.parametrize("memory", [draw_memory((0, 1)), {}], ids=["engram", "plain"])
+def test_hyper_connections_start_as_a_plain_residual_network(memory: dict[int, Array]) -> None:
+    """With what depends on the stream switched off: to 1e-6 of the logits; at 0.01, to 2e-3."""
+    plain = make_lively_decoder()
+    shared = nnx.to_pure_dict(nnx.state(plain, nnx.Param))
+    for scale, tolerance in ((0.0, 1e-6), (0.01, 2e-3)):
+        connections = HyperConnectionsConfig(branches=3, scale=scale)
+        wide = make_decoder(replace(CONFIG, hyper_connections=connections))
+        graph, params = nnx.split(wide)
+        params = nnx.to_pure_dict(params)
+        for layer, block in params["blocks"].items():
+            for name, part in shared["blocks"][layer].items():
+                # Engram's keys, gates and taps are of a branch each: the same for all of them.
+                block[name] = jax.tree.map(
+                    lambda ours, theirs: jnp.broadcast_to(theirs, ours.shape), block[name], part
+                )
+        params |= {name: shared[name] for name in ("embedding", "norm")}
+        expected, _ = apply(plain, jnp.asarray(TOKENS), memory)
+        found, _ = apply(nnx.merge(graph, params), jnp.asarray(TOKENS), memory)
+        error = np.abs(found - expected).max() / np.abs(expected).max()
+        assert error < tolerance, scale
+    assert error > 1e-6  # the branches do differ then
+
+
+def test_a_single_fusion_is_engram_itself_on_a_plain_stream() -> None:
+    memory = draw_memory()
+    expected, _ = apply(make_lively_decoder(), jnp.asarray(TOKENS), memory)
+    found, report = apply(
+        make_lively_decoder(replace(CONFIG, single_fusion=True)), jnp.asarray(TOKENS), memory
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert report.gates[0].shape == (2, 14, 1)
+
+
+def test_a_single_fusion_reaches_the_stream_through_the_layer_alone() -> None:
+    """One gate however many branches, and no branch gets its own: it enters with the attention."""
+    connections = HyperConnectionsConfig(branches=3, scale=0.0)
+    config = replace(CONFIG, layers=1, hyper_connections=connections, single_fusion=True)
+    decoder, memory = make_lively_decoder(config, replace(ENGRAM, layers=(0,))), draw_memory((0,))
+    engram = decoder.blocks[0].engram
+    assert engram.key.shape == (1, 12, 16)
+    x = jax.random.normal(jax.random.key(5), (2, 14, 3, 16))
+    block, segments = decoder.blocks[0], jnp.asarray(SEGMENTS)
+    mappings = block.attention_connection(x)
+    h = hyper_connections.read(x, mappings)
+    fused = engram(h[:, :, None], memory[0], segments)[0][:, :, 0]
+    y = block.attention(block.attention_norm(h + fused), segments, jnp.asarray(POSITIONS))
+    x_then = hyper_connections.write(x, fused + y, mappings)
+    later = block.feed_forward_connection(x_then)
+    y = block.feed_forward(block.feed_forward_norm(hyper_connections.read(x_then, later)))
+    expected = hyper_connections.write(x_then, y, later)
+    found, _ = block(x, segments, jnp.asarray(POSITIONS), memory[0])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_gradient_from_the_future_through_the_papers_backbone() -> None:
+    """Experts choose for each token by itself, and branches mix within a position."""
+    graph, params = nnx.split(make_lively_decoder(PAPER, MemorySites()))
+
+    def outputs(embedding: Array) -> Array:
+        merged = nnx.merge(graph, params)
+        merged.embedding = nnx.Param(embedding.reshape(-1, PAPER.width))
+        tokens = jnp.arange(28, dtype=jnp.int32).reshape(2, 14)
+        logits, _ = merged(tokens, {}, jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS))
+        return jnp.sum(logits[0] ** 2, axis=-1)
+
+    inputs = jax.random.normal(jax.random.key(4), (2, 14, PAPER.width))
+    jacobian = jax.jit(jax.jacrev(outputs))(inputs)
+    allowed = np.tril(np.ones((14, 14), bool)) & (SEGMENTS[0][:, None] == SEGMENTS[0][None])
+    assert not np.any(jacobian[:, 1])
+    np.testing.assert_array_equal(np.any(jacobian[:, 0], axis=-1), allowed)

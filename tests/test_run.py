@@ -190,7 +190,7 @@ def test_a_folder_with_another_configuration_is_refused(tiny: Config, tmp_path: 
     for change, field in (
         ({"optimizer": {"learning_rate": 0.5}}, "--optimizer.learning-rate 0.003 to resume"),
         ({"memory": {"rows_per_head": (500, 501)}}, "--memory.rows-per-head 500 500 to resume"),
-        ({"model": {"remat": True}}, "--model.remat False to resume"),
+        ({"model": {"tie_embeddings": False}}, "--model.tie-embeddings True to resume"),
     ):
         with pytest.raises(InputError, match=field):
             Run.start(vary(tiny, **change), tmp_path / "run")

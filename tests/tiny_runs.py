@@ -104,7 +104,9 @@ def plain_pass(run: Run, weights: Weights) -> PlainPass:
         for layer, table in tables.items():
             numbers = run.ngram_hash.hash_tokens(layer, tokens, segments)
             memory[layer] = table[stored_places(numbers, len(table))].reshape(*tokens.shape, -1)
-        return decode(decoder, *jax.tree.map(jnp.asarray, (tokens, memory, segments, positions)))
+        inputs = jax.tree.map(jnp.asarray, (tokens, memory, segments, positions))
+        logits, report = decode(decoder, *inputs)
+        return logits, report.gates
 
     return apply
 
@@ -131,9 +133,9 @@ def _with_rows(table: Table, rows: Rows) -> Table:
 
 
 @contextmanager
-def on_devices(data: int, fsdp: int = 1) -> Iterator[None]:
-    """Runs start on a mesh of the first data × fsdp of the eight devices."""
-    mesh = make_mesh(MeshConfig(data, fsdp), jax.devices()[: data * fsdp])
+def on_devices(data: int, fsdp: int = 1, expert: int = 1) -> Iterator[None]:
+    """Runs start on a mesh of the first data × fsdp × expert of the eight devices."""
+    mesh = make_mesh(MeshConfig(data, fsdp, expert), jax.devices()[: data * fsdp * expert])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "make_mesh", lambda *_: mesh)
         yield

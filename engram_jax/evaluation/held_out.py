@@ -105,7 +105,10 @@ def make_scorer(run: Run, suppress: Suppress = "nothing") -> Scorer:
         def score_part(part: tuple[Batch, Any]) -> tuple[Array, Gates]:
             batch, slots = part
             gather = run.config.memory.gather
-            return token_losses(run.graph, weights.params, rows, slots, batch, gather)
+            losses, report = token_losses(
+                run.graph, weights.params, rows, slots, batch, weights.expert_bias, gather
+            )
+            return losses, report.gates
 
         return jax.lax.map(score_part, (batch._replace(plan=None), slots))
 

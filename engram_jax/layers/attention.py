@@ -1,5 +1,6 @@
 """Grouped-query attention (arXiv 2305.13245) over packed documents."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from engram_jax.errors import InputError
 from engram_jax.layers.positions import rotate
+from engram_jax.parameters import Matrix
 
 type Implementation = Literal["xla", "cudnn", "splash"]
 
@@ -61,11 +63,11 @@ class Attention(nnx.Module):
     ) -> None:
         init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         heads, kv_heads, head_width = config.heads, config.kv_heads, config.head_width
-        self.query = nnx.Param(init(rngs.params(), (width, heads, head_width)))
-        self.key = nnx.Param(init(rngs.params(), (width, kv_heads, head_width)))
-        self.value = nnx.Param(init(rngs.params(), (width, kv_heads, head_width)))
+        self.query = nnx.Param(init(rngs.params(), (width, heads, head_width)), role=Matrix())
+        self.key = nnx.Param(init(rngs.params(), (width, kv_heads, head_width)), role=Matrix())
+        self.value = nnx.Param(init(rngs.params(), (width, kv_heads, head_width)), role=Matrix())
         # Zero at the start, as every layer's way into the residual stream: see `Decoder`.
-        self.out = nnx.Param(jnp.zeros((heads, head_width, width)))
+        self.out = nnx.Param(jnp.zeros((heads, head_width, width)), role=Matrix(inputs=2))
         self.config = config
         self.dtype = dtype
 
@@ -93,17 +95,22 @@ class Attention(nnx.Module):
 def attend(
     query: Float[Array, "B T Q P"],
     key: Float[Array, "B T J P"],
-    value: Float[Array, "B T J P"],
+    value: Float[Array, "B T J O"],
     segments: Int32[Array, "B T"],
     implementation: Implementation | None = None,
-) -> Float[Array, "B T Q P"]:
-    """softmax(q·k/√P)·v over the earlier positions of the same document.
+    scale: float | None = None,
+) -> Float[Array, "B T Q O"]:
+    """softmax(scale·q·k)·v over the earlier positions of the same document; scale None is 1/√P.
 
     None picks splash attention on TPU and cuDNN on GPU where they support the shapes and dtype,
     XLA elsewhere; a named implementation runs or fails.
     """
-    chosen = implementation or _fastest(query)
-    attend_own = _attend_splash if chosen == "splash" else partial(_attend_jax, chosen)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    chosen = implementation or _fastest(query, value)
+    if chosen == "splash":
+        attend_own = partial(_attend_splash, scale, _platform() == "cpu")
+    else:
+        attend_own = partial(_attend_jax, scale, chosen)
     inputs = (query, key, value, segments)
     if not jax.sharding.get_abstract_mesh().empty:
         # Rows of a batch do not meet here: each device attends to its own. (XLA cannot split a
@@ -116,49 +123,73 @@ def attend(
 
 
 def _attend_jax(
+    scale: float,
     implementation: Literal["xla", "cudnn"],
     query: Float[Array, "B T Q P"],
     key: Float[Array, "B T J P"],
-    value: Float[Array, "B T J P"],
+    value: Float[Array, "B T J O"],
     segments: Int32[Array, "B T"],
-) -> Float[Array, "B T Q P"]:
+) -> Float[Array, "B T Q O"]:
     same_document = segments[:, None, :, None] == segments[:, None, None, :]
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
+    # It refuses values of another width than the keys'.
+    width = max(query.shape[-1], value.shape[-1])
+    mixed = jax.nn.dot_product_attention(
+        _widen(query, width),
+        _widen(key, width),
+        _widen(value, width),
         mask=same_document,
+        scale=scale,
         is_causal=True,
         implementation=implementation,
     )
+    return mixed[..., : value.shape[-1]]
 
 
-def _fastest(query: Float[Array, "B T Q P"]) -> Implementation:
-    length, width = query.shape[1], query.shape[-1]
-    if jax.default_backend() == "tpu" and length % 128 == 0 and width % 128 == 0:
+def _widen(x: Float[Array, "B T heads _"], width: int) -> Float[Array, "B T heads {width}"]:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
+
+
+def _fastest(query: Float[Array, "B T Q P"], value: Float[Array, "B T J O"]) -> Implementation:
+    length, width = query.shape[1], max(query.shape[-1], value.shape[-1])
+    platform = _platform()
+    if platform == "tpu" and length % 128 == 0:
         return "splash"
-    if jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16:
+    if platform == "gpu" and query.dtype == jnp.bfloat16:
         ampere = float(jax.devices()[0].compute_capability) >= 8
         if ampere and width % 8 == 0 and width <= 128:
             return "cudnn"
     return "xla"
 
 
+def _platform() -> str:
+    """The platform of the mesh that is set; its devices need not be this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def _attend_splash(
+    scale: float,
+    interpret: bool,
     query: Float[Array, "B T Q P"],
     key: Float[Array, "B T J P"],
-    value: Float[Array, "B T J P"],
+    value: Float[Array, "B T J O"],
     segments: Int32[Array, "B T"],
-) -> Float[Array, "B T Q P"]:
+) -> Float[Array, "B T Q O"]:
     # Imported here: it loads the whole Pallas TPU stack, which other devices do without.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    length, heads, width = query.shape[1:]
+    length, heads = query.shape[1:3]
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
-    kernel = splash.make_splash_mha_single_device(mask, interpret=jax.default_backend() == "cpu")
+    # Its default of 128 makes some 15 times as many steps; at 1024, float32 exceeds VMEM on v5p.
+    block = math.gcd(length, 512)
+    kernel = splash.make_splash_mha_single_device(
+        mask, block_sizes=splash.BlockSizes(*(block,) * 8), interpret=interpret
+    )
+    # In float32: bfloat16 would round the scale itself, by up to 0.4 %.
+    query = (query.astype(jnp.float32) * scale).astype(query.dtype)
 
     def attend_row(query: Array, key: Array, value: Array, segments: Array) -> Array:
-        heads_first = (x.swapaxes(0, 1) for x in (query * width**-0.5, key, value))
+        heads_first = (x.swapaxes(0, 1) for x in (query, key, value))
         ids = splash.SegmentIds(q=segments, kv=segments)
         return kernel(*heads_first, segment_ids=ids).swapaxes(0, 1)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from engram_jax.errors import InputError
 from engram_jax.layers.norms import RMSNorm
+from engram_jax.parameters import Matrix
 from pallas_kernels import gated_fusion
 from pallas_kernels.gated_fusion import FusionForm, FusionImplementation
 
@@ -26,11 +27,10 @@ FLOAT32 = jnp.dtype("float32")
 class EngramConfig:
     """What varies between the published forms of the layer; the defaults are the paper's demo.
 
-    DeepSeek-V4.1's form is `EngramConfig(branches=4, bias=False, convolution=False,
-    norm_epsilon=1e-20, signed_root="copysign")`.
+    DeepSeek-V4.1's form is `EngramConfig(bias=False, convolution=False, norm_epsilon=1e-20,
+    signed_root="copysign")`, with four branches.
 
     Attributes:
-        branches: residual branches M, each with its own key, gate and norms; 1 is a plain stream.
         bias: key and value projections have a bias.
         norm_epsilon: epsilon of the key and query norms; the demo's is float32's machine epsilon.
         zero_centered_gain: norm gains are 1 + parameter.
@@ -43,7 +43,6 @@ class EngramConfig:
         implementation: of `pallas_kernels.gated_fusion`; None is "xla".
     """
 
-    branches: int = 1
     bias: bool = True
     norm_epsilon: float = 2.0**-23
     zero_centered_gain: bool = False
@@ -56,8 +55,8 @@ class EngramConfig:
     implementation: FusionImplementation | None = None
 
     def __post_init__(self) -> None:
-        if min(self.branches, self.kernel, self.dilation) < 1:
-            raise InputError("Engram needs branches, kernel and dilation of at least 1.")
+        if min(self.kernel, self.dilation) < 1:
+            raise InputError("Engram needs a kernel and a dilation of at least 1.")
 
 
 class Engram(nnx.Module):
@@ -67,6 +66,7 @@ class Engram(nnx.Module):
         width: model width D.
         memory_width: memory width E.
         config: the form of the layer.
+        branches: residual branches M, each with its own key, gate and norms; 1 is a plain stream.
         dtype: dtype of the projections; everything after them is float32.
         rngs: random streams.
     """
@@ -77,14 +77,16 @@ class Engram(nnx.Module):
         memory_width: int,
         config: EngramConfig,
         *,
+        branches: int = 1,
         dtype: jnp.dtype = FLOAT32,
         rngs: nnx.Rngs,
     ) -> None:
-        branches = config.branches
         per_branch = nnx.initializers.lecun_normal(batch_axis=0)
         shared = nnx.initializers.lecun_normal()
-        self.key = nnx.Param(per_branch(rngs.params(), (branches, memory_width, width)))
-        self.value = nnx.Param(shared(rngs.params(), (memory_width, width)))
+        self.key = nnx.Param(
+            per_branch(rngs.params(), (branches, memory_width, width)), role=Matrix(stacked=1)
+        )
+        self.value = nnx.Param(shared(rngs.params(), (memory_width, width)), role=Matrix())
         if config.bias:
             self.key_bias = nnx.Param(jnp.zeros((branches, width)))
             self.value_bias = nnx.Param(jnp.zeros(width))

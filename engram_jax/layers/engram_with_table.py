@@ -22,6 +22,7 @@ class EngramWithTable(nnx.Module):
         ngram_hash: the hash; its `hash_tokens` gives the row numbers.
         layer: which of the hash's layers this is.
         config: the form of the layer.
+        branches: residual branches M.
         init_scale: standard deviation of the rows at the start.
         dtype: dtype of the projections.
         rngs: random streams.
@@ -35,6 +36,7 @@ class EngramWithTable(nnx.Module):
         layer: int,
         config: EngramConfig,
         *,
+        branches: int = 1,
         init_scale: float = 0.0,
         dtype: jnp.dtype = FLOAT32,
         rngs: nnx.Rngs,
@@ -42,7 +44,12 @@ class EngramWithTable(nnx.Module):
         rows = ngram_hash.padded_rows[ngram_hash.spec.layers.index(layer)]
         init = nnx.initializers.normal(init_scale)
         self.table = nnx.Param(init(rngs.params(), (rows, row_width)))
-        self.engram = Engram(width, ngram_hash.columns * row_width, config, dtype=dtype, rngs=rngs)
+        self.engram = Engram(
+            *(width, ngram_hash.columns * row_width, config),
+            branches=branches,
+            dtype=dtype,
+            rngs=rngs,
+        )
 
     def __call__(
         self,

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from engram_jax.parameters import Matrix
+
 
 class FeedForward(nnx.Module):
     """(SiLU(x·gate) ⊙ x·up)·down.
@@ -18,10 +20,10 @@ class FeedForward(nnx.Module):
 
     def __init__(self, width: int, inner: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         init = nnx.initializers.lecun_normal()
-        self.gate = nnx.Param(init(rngs.params(), (width, inner)))
-        self.up = nnx.Param(init(rngs.params(), (width, inner)))
+        self.gate = nnx.Param(init(rngs.params(), (width, inner)), role=Matrix())
+        self.up = nnx.Param(init(rngs.params(), (width, inner)), role=Matrix())
         # Zero at the start, as every layer's way into the residual stream: see `Decoder`.
-        self.down = nnx.Param(jnp.zeros((inner, width)))
+        self.down = nnx.Param(jnp.zeros((inner, width)), role=Matrix())
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

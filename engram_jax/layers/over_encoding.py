@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from engram_jax.parameters import Matrix
+
 
 class OverEncoding(nnx.Module):
     """The mean of the token embedding and one projected embedding per n-gram order.
@@ -25,7 +27,7 @@ class OverEncoding(nnx.Module):
     ) -> None:
         init = nnx.initializers.lecun_normal(batch_axis=0)
         shape = (orders, memory_width // orders, width)
-        self.projection = nnx.Param(init(rngs.params(), shape))
+        self.projection = nnx.Param(init(rngs.params(), shape), role=Matrix(stacked=1))
         self.dtype = dtype
 
     def __call__(

@@ -1,16 +1,92 @@
-"""Rotary position embedding (arXiv 2104.09864)."""
+"""Rotary position embedding (arXiv 2104.09864), and YaRN's stretch of it (arXiv 2309.00071)."""
+
+import math
+from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
+
+from engram_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """How YaRN carries a model to documents longer than those it was trained on.
+
+    Attributes:
+        scale: s, how many times longer documents may become.
+        trained_length: positions L of the documents before.
+        slow: α; a frequency that turns less often over L is divided by s.
+        fast: β; a frequency that turns more often over L stays.
+        mscale: DeepSeek's factor on the logarithm in `softmax_factor`; the paper's is 1.
+    """
+
+    scale: float = 10.0
+    trained_length: int = 4096
+    slow: float = 1.0
+    fast: float = 32.0
+    mscale: float = 0.707
+
+    def __post_init__(self) -> None:
+        if self.scale < 1:
+            raise InputError(f"yarn.scale {self.scale} must be at least 1: YaRN only stretches.")
+        if not 0 < self.slow < self.fast:
+            raise InputError(
+                f"yarn.slow {self.slow} must be above 0 and below yarn.fast {self.fast}."
+            )
+        if self.trained_length <= 2 * math.pi * self.slow:
+            raise InputError(
+                f"Over yarn.trained_length {self.trained_length} no frequency turns yarn.slow "
+                f"{self.slow} times; give the length of the documents in training."
+            )
+
+    @property
+    def softmax_factor(self) -> float:
+        """What the softmax's scale is multiplied by: (0.1·mscale·ln s + 1)²."""
+        return (0.1 * self.mscale * math.log(self.scale) + 1) ** 2
+
+
+def frequencies(
+    width: int, theta: float, yarn: YarnConfig | None = None
+) -> Float[np.ndarray, " half"]:
+    """θ^(−2i/P) for the pairs i < P/2, in float32; YaRN divides the low ones by its scale.
+
+    Between the frequencies it keeps and those it divides lies a ramp, linear in i from the last
+    pair that turns `fast` times over the trained length to the first that turns `slow` times, as in
+    DeepSeek-V2's code (the paper's is linear in the turns).
+
+    Args:
+        width: width P that is rotated.
+        theta: base.
+        yarn: how to stretch them, if at all.
+    """
+    pairs = np.arange(width // 2)
+    trained = theta ** (-2 * pairs / width)
+    if yarn is None:
+        return trained.astype(np.float32)
+
+    def pair_that_turns(times: float) -> float:
+        wavelength = yarn.trained_length / times
+        return width * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
+
+    first = max(math.floor(pair_that_turns(yarn.fast)), 0)
+    last = min(math.ceil(pair_that_turns(yarn.slow)), width - 1)
+    # Equal ends are a step: DeepSeek's 0.001 keeps the division finite.
+    divided = np.clip((pairs - first) / max(last - first, 0.001), 0, 1)
+    return (trained * (1 - divided + divided / yarn.scale)).astype(np.float32)
 
 
 def rotate(
-    x: Float[Array, "B T heads P"], positions: Int32[Array, "B T"], theta: float
+    x: Float[Array, "B T heads P"],
+    positions: Int32[Array, "B T"],
+    theta: float,
+    yarn: YarnConfig | None = None,
 ) -> Float[Array, "B T heads P"]:
-    """Turns the pair (xᵢ, x₍ᵢ₊P/2₎) by the angle position · θ^(−2i/P), in float32."""
+    """Turns the pair (xᵢ, x₍ᵢ₊P/2₎) by the angle position · `frequencies`ᵢ, in float32."""
     half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    turns = jnp.asarray(frequencies(x.shape[-1], theta, yarn))
+    angles = positions[:, :, None, None].astype(jnp.float32) * turns[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

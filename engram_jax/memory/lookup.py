@@ -8,7 +8,6 @@ mesh (of one device, too), and nothing but gathers and scatters touches an array
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import no_type_check
 
 import jax
@@ -49,6 +48,8 @@ def read_rows(
     """
 
     def read_own(table: Table, plan: RowPlan, step: Array) -> Float[Array, "1 U F"]:
+        loaded = adam.loaded(step)
+
         def answer(own_rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
             if adam.drift is None:  # nothing is owed
                 return hashed_gather.read(
@@ -56,7 +57,7 @@ def read_rows(
                 )
 
             def read(row: Int32[Array, ""]) -> Float[Array, "F"]:
-                return adam.current(_gather(table, row[None]), step)[0]
+                return loaded.current(_gather(table, row[None]), step)[0]
 
             # In parts: a record is three times as large as what is sent of it.
             return jax.lax.map(read, own_rows, batch_size=PART)
@@ -168,9 +169,11 @@ def update_rows(
     def update_own(
         table: Table, plan: RowPlan, gradient: Array, own: OwnGradients, scale: Array, step: Array
     ) -> Table:
+        loaded = adam.loaded(step)
+
         def write_part(table: Table, part: tuple[Array, Array]) -> tuple[Table, None]:
             rows, sums = part
-            new = adam.update(_gather(table, rows, distinct=True), sums * scale, step)
+            new = loaded.update(_gather(table, rows, distinct=True), sums * scale, step)
             return _scatter(table, rows, new, step), None
 
         def write(table: Table, rows: Array, sums: Array) -> Table:
@@ -226,15 +229,16 @@ def settle(
         keep_moments: moments and clocks go on; otherwise the rows start anew, as at step 0.
     """
 
-    def settle_record(record: UInt32[Array, "words"], step: Array) -> UInt32[Array, "words"]:
-        rows = adam.settled(table.layout.unpack(record[None]), step)
-        if not keep_moments:
-            rows = jax.tree.map(jnp.zeros_like, rows)._replace(value=rows.value)
-        return table.layout.pack(rows)[0]
-
     def settle_own(table: Table, step: Array) -> Table:
-        settled = partial(settle_record, step=step)
-        return replace(table, records=jax.lax.map(settled, table.records, batch_size=PART))
+        loaded = adam.loaded(step)
+
+        def settle_record(record: UInt32[Array, "words"]) -> UInt32[Array, "words"]:
+            rows = loaded.settled(table.layout.unpack(record[None]), step)
+            if not keep_moments:
+                rows = jax.tree.map(jnp.zeros_like, rows)._replace(value=rows.value)
+            return table.layout.pack(rows)[0]
+
+        return replace(table, records=jax.lax.map(settle_record, table.records, batch_size=PART))
 
     settle_all = jax.shard_map(settle_own, in_specs=(_BY_DEVICE, jax.P()), out_specs=_BY_DEVICE)
     return jax.jit(settle_all, donate_argnums=0)(table, step)

@@ -12,7 +12,7 @@ Both work on rows that were gathered from a table and are scattered back by the 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -72,6 +72,16 @@ class RowAdam:
     config: RowAdamConfig
     schedule: Schedule
     drift: Drift | None
+
+    def loaded(self, step: Int32[Array, ""]) -> "RowAdam":
+        """The same, for use in a loop: its drift is made where this is called.
+
+        The TPU compiler fails to gather from large constants, which the drift of many steps is.
+        """
+        if self.drift is None:
+            return self
+        one = jnp.where(step >= 0, jnp.float32(1), 0)  # as the compiler cannot know
+        return replace(self, drift=jax.tree.map(lambda part: part * one, self.drift))
 
     def current(self, gathered: Rows, step: Int32[Array, ""]) -> Float[Array, "U F"]:
         """The rows as the forward pass of step `step` + 1 reads them."""
@@ -137,6 +147,7 @@ class RowAdam:
     ) -> Float[Array, "U F"]:
         """How far rows with these moments after step `last` will move if they are left alone."""
         assert self.drift is not None
+
         nodes, weights = jax.lax.optimization_barrier(
             tuple(jnp.asarray(part).at[last].get(mode="clip") for part in self.drift)
         )

@@ -26,14 +26,17 @@ def draw(
     return tuple(jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True))
 
 
-def attend_in_float64(query: Array, key: Array, value: Array, segments: np.ndarray) -> np.ndarray:
+def attend_in_float64(
+    query: Array, key: Array, value: Array, segments: np.ndarray, scale: float | None = None
+) -> np.ndarray:
     """One query at a time, over the keys that it may see."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
-    out = np.zeros(query.shape)
+    scale = 1 / np.sqrt(query.shape[-1]) if scale is None else scale
+    out = np.zeros((*query.shape[:3], value.shape[-1]))
     group = query.shape[2] // key.shape[2]
     for b, t, q in np.ndindex(query.shape[:3]):
         seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-        scores = key[b, seen, q // group] @ query[b, t, q] / np.sqrt(query.shape[-1])
+        scores = key[b, seen, q // group] @ query[b, t, q] * scale
         weights = np.exp(scores - scores.max())
         out[b, t, q] = weights @ value[b, seen, q // group] / weights.sum()
     return out
@@ -46,10 +49,38 @@ def test_xla_is_softmax_over_the_documents_past(heads: tuple[int, int]) -> None:
     np.testing.assert_allclose(found, attend_in_float64(*inputs, SEGMENTS), atol=2e-6)
 
 
+@pytest.mark.parametrize("value_width", [3, 12])
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_values_may_have_another_width_and_scores_another_scale(
+    implementation: str, value_width: int
+) -> None:
+    length = 128 if implementation == "splash" else 16
+    segments = np.repeat(SEGMENTS, length // 16, axis=1)
+    query, key, _ = draw(length, 4, 2, 8)
+    value = jax.random.normal(jax.random.key(7), (2, length, 2, value_width))
+    found = attend(query, key, value, jnp.asarray(segments), implementation, scale=0.7)
+    expected = attend_in_float64(query, key, value, segments, scale=0.7)
+    np.testing.assert_allclose(found, expected, atol=5e-6)
+
+
 def test_the_default_on_cpu_is_xla() -> None:
     inputs = draw(16, 4, 2, 8)
     by_default = attend(*inputs, jnp.asarray(SEGMENTS))
     np.testing.assert_array_equal(by_default, attend(*inputs, jnp.asarray(SEGMENTS), "xla"))
+
+
+@pytest.mark.parametrize(("length", "kernels"), [(128, 1), (96, 0)])
+def test_the_default_is_that_of_the_meshs_platform(length: int, kernels: int) -> None:
+    """As when compiling for a TPU on a host that has none; splash takes whole blocks of 128."""
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((2, 1, 1), BATCH_ABT[1], abstract_device=device)
+    rows = jax.NamedSharding(mesh, jax.P(BATCH_ABT[1]))
+    shape = (2, length, 2, 16)
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=rows)] * 3
+    segments = jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=rows)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = str(jax.make_jaxpr(attend)(*inputs, segments))
+    assert traced.count("pallas_call[") == traced.count("interpret=False") == kernels
 
 
 def test_splash_is_xla_with_gradients() -> None:

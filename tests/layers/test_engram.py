@@ -29,9 +29,9 @@ def golden_rows(golden: dict[str, np.ndarray], sizes: dict[str, Any]) -> np.ndar
     return golden[f"hash_{layer}"] + np.cumsum(primes) - primes
 
 
-def make_layer(config: EngramConfig, seed: int = 0) -> Engram:
+def make_layer(config: EngramConfig, branches: int = 2, seed: int = 0) -> Engram:
     """A layer with every parameter away from its initial value."""
-    layer = Engram(WIDTH, MEMORY, config, rngs=nnx.Rngs(seed))
+    layer = Engram(WIDTH, MEMORY, config, branches=branches, rngs=nnx.Rngs(seed))
     graph, params = nnx.split(layer)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -42,10 +42,10 @@ def make_layer(config: EngramConfig, seed: int = 0) -> Engram:
     return nnx.merge(graph, jax.tree.unflatten(tree, moved))
 
 
-def draw_inputs(config: EngramConfig, seed: int = 1, length: int = 14) -> tuple[Array, Array]:
+def draw_inputs(branches: int = 2, seed: int = 1, length: int = 14) -> tuple[Array, Array]:
     hidden, memory = jax.random.split(jax.random.key(seed))
     return (
-        jax.random.normal(hidden, (2, length, config.branches, WIDTH)),
+        jax.random.normal(hidden, (2, length, branches, WIDTH)),
         jax.random.normal(memory, (2, length, MEMORY)),
     )
 
@@ -98,15 +98,16 @@ def apply(layer: Engram, *inputs: Array | None, **named: Array | None) -> tuple[
     return layer(*inputs, **named)
 
 
-FORMS = {
-    "demo": EngramConfig(branches=3),
-    "plain": EngramConfig(branches=1),
-    "wide taps": EngramConfig(branches=2, kernel=3, dilation=5),
-    "v4.1": EngramConfig(
-        branches=2, bias=False, convolution=False, norm_epsilon=1e-20, signed_root="copysign"
+FORMS = {  # with the number of branches
+    "demo": (EngramConfig(), 3),
+    "plain": (EngramConfig(), 1),
+    "wide taps": (EngramConfig(kernel=3, dilation=5), 2),
+    "v4.1": (
+        EngramConfig(bias=False, convolution=False, norm_epsilon=1e-20, signed_root="copysign"),
+        2,
     ),
-    "ple": EngramConfig(branches=1, zero_centered_gain=True, bias=False, norm_epsilon=1e-6),
-    "one tap": EngramConfig(branches=2, kernel=1),
+    "ple": (EngramConfig(zero_centered_gain=True, bias=False, norm_epsilon=1e-6), 1),
+    "one tap": (EngramConfig(kernel=1), 2),
 }
 SEGMENTS = np.array([[1] * 5 + [2] * 2 + [3] * 7, [1] * 14], np.int32)
 
@@ -117,7 +118,9 @@ def test_golden_forward(name: str, implementation: FusionImplementation) -> None
     golden, sizes = load_golden(name)
     memory_width = golden["key_w"].shape[1]
     form = replace(golden_form(sizes), implementation=implementation)
-    layer = Engram(sizes["hidden"], memory_width, form, rngs=nnx.Rngs(0))
+    layer = Engram(
+        sizes["hidden"], memory_width, form, branches=sizes["branches"], rngs=nnx.Rngs(0)
+    )
     set_golden_weights(layer, golden)
     rows = golden_rows(golden, sizes)
     memory = golden["table"][rows].reshape(*rows.shape[:2], -1)
@@ -129,8 +132,7 @@ def test_golden_forward(name: str, implementation: FusionImplementation) -> None
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_follows_the_formula(form: str) -> None:
-    config = FORMS[form]
-    layer, (hidden, memory) = make_layer(config), draw_inputs(config)
+    layer, (hidden, memory) = make_layer(*FORMS[form]), draw_inputs(FORMS[form][1])
     for segments in (None, SEGMENTS):
         expected = engram_in_numpy(
             layer, np.asarray(hidden, np.float64), np.asarray(memory, np.float64), segments
@@ -143,8 +145,7 @@ def test_every_form_follows_the_formula(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_those_of_float64_finite_differences(form: str) -> None:
     """Of the NumPy formula, along random directions, for every parameter and input."""
-    config = FORMS[form]
-    layer, (hidden, memory) = make_layer(config), draw_inputs(config, length=7)
+    layer, (hidden, memory) = make_layer(*FORMS[form]), draw_inputs(FORMS[form][1], length=7)
     segments = SEGMENTS[:, :7]
     graph, params = nnx.split(layer)
     weights = np.random.default_rng(3).normal(size=hidden.shape)
@@ -178,8 +179,8 @@ def test_gradients_are_those_of_float64_finite_differences(form: str) -> None:
 
 def receptive_fields(config: EngramConfig) -> dict[str, np.ndarray]:
     """[t, t′]: whether the output at t of row 0 has a gradient from t′, by hidden and memory."""
-    layer, (hidden, memory) = make_layer(config), draw_inputs(config)
-    weights = jax.random.normal(jax.random.key(9), (1, config.branches, WIDTH))
+    layer, (hidden, memory) = make_layer(config), draw_inputs()
+    weights = jax.random.normal(jax.random.key(9), (1, 2, WIDTH))
 
     def outputs(hidden: Array, memory: Array) -> Array:
         return jnp.sum(layer(hidden, memory, jnp.asarray(SEGMENTS))[0][0] * weights, axis=(1, 2))
@@ -194,7 +195,7 @@ def receptive_fields(config: EngramConfig) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("source", ["hidden", "memory"])
 def test_no_gradient_from_the_future_or_another_document(source: str) -> None:
-    config = EngramConfig(branches=2, kernel=3, dilation=2)
+    config = EngramConfig(kernel=3, dilation=2)
     here, there = np.indices((14, 14))
     taps = np.isin(here - there, [0, 2, 4])
     same_document = SEGMENTS[0][:, None] == SEGMENTS[0][None]
@@ -206,8 +207,7 @@ def test_no_gradient_from_the_future_or_another_document(source: str) -> None:
 
 
 def test_a_document_in_a_packed_row_is_as_if_alone() -> None:
-    config = EngramConfig(branches=2)
-    layer, (hidden, memory) = make_layer(config), draw_inputs(config)
+    layer, (hidden, memory) = make_layer(EngramConfig()), draw_inputs()
     packed, gates = apply(layer, hidden, memory, jnp.asarray(SEGMENTS))
     alone, gates_alone = apply(layer, hidden[:, 7:], memory[:, 7:])
     np.testing.assert_allclose(packed[0, 7:], alone[0], rtol=1e-6, atol=1e-6)
@@ -215,8 +215,8 @@ def test_a_document_in_a_packed_row_is_as_if_alone() -> None:
 
 
 def test_crossing_documents_is_the_demo_on_the_whole_row() -> None:
-    config = EngramConfig(branches=2)
-    demo, (hidden, memory) = make_layer(config), draw_inputs(config)
+    config = EngramConfig()
+    demo, (hidden, memory) = make_layer(config), draw_inputs()
     crossing = make_layer(replace(config, cross_documents=True))
     whole, _ = apply(demo, hidden, memory)
     packed, _ = apply(crossing, hidden, memory, jnp.asarray(SEGMENTS))
@@ -226,8 +226,8 @@ def test_crossing_documents_is_the_demo_on_the_whole_row() -> None:
 
 
 def test_equal_branches_are_so_many_plain_streams() -> None:
-    plain = make_layer(EngramConfig(branches=1))
-    graph, _ = nnx.split(Engram(WIDTH, MEMORY, EngramConfig(branches=3), rngs=nnx.Rngs(0)))
+    plain = make_layer(EngramConfig(), branches=1)
+    graph, _ = nnx.split(Engram(WIDTH, MEMORY, EngramConfig(), branches=3, rngs=nnx.Rngs(0)))
     branch_axis = {"key": 0, "key_bias": 0, "convolution": 1, "gain": 0}
 
     def triple(path: tuple, leaf: Array) -> Array:
@@ -236,7 +236,7 @@ def test_equal_branches_are_so_many_plain_streams() -> None:
 
     params = nnx.to_pure_dict(nnx.state(plain, nnx.Param))
     branched = nnx.merge(graph, jax.tree.map_with_path(triple, params))
-    hidden, memory = draw_inputs(plain.config)
+    hidden, memory = draw_inputs(branches=1)
     expected, gate = apply(plain, hidden, memory, jnp.asarray(SEGMENTS))
     found, gates = apply(branched, jnp.repeat(hidden, 3, axis=2), memory, jnp.asarray(SEGMENTS))
     for branch in range(3):
@@ -245,8 +245,7 @@ def test_equal_branches_are_so_many_plain_streams() -> None:
 
 
 def test_branches_do_not_mix() -> None:
-    config = EngramConfig(branches=3)
-    layer, (hidden, memory) = make_layer(config), draw_inputs(config)
+    layer, (hidden, memory) = make_layer(EngramConfig(), branches=3), draw_inputs(branches=3)
     before, _ = apply(layer, hidden, memory)
     after, _ = apply(layer, hidden.at[:, :, 1].add(1.0), memory)
     same = np.asarray(before) == np.asarray(after)
@@ -259,7 +258,7 @@ def test_branches_do_not_mix() -> None:
 )
 def test_the_signed_root_of_zero(signed_root: str, gates: set[float]) -> None:
     """Rows of zeros, as a table starts: the gate is defined, and so is its gradient."""
-    config = EngramConfig(branches=1, bias=False, norm_epsilon=1e-20, signed_root=signed_root)
+    config = EngramConfig(bias=False, norm_epsilon=1e-20, signed_root=signed_root)
     layer = Engram(WIDTH, MEMORY, config, rngs=nnx.Rngs(0))
     hidden = jnp.stack([jnp.ones((1, 2, 1, WIDTH)), -jnp.ones((1, 2, 1, WIDTH))])[:, 0]
     _, gate = layer.fuse(hidden, jnp.zeros((2, 2, 1, WIDTH)), jnp.zeros((2, 2, WIDTH)))
@@ -274,7 +273,7 @@ def test_the_signed_root_of_zero(signed_root: str, gates: set[float]) -> None:
 
 
 def test_gate_rises_with_the_score_and_is_one_half_at_zero() -> None:
-    layer = Engram(1, 1, EngramConfig(branches=1, norm_epsilon=1e-20), rngs=nnx.Rngs(0))
+    layer = Engram(1, 1, EngramConfig(norm_epsilon=1e-20), rngs=nnx.Rngs(0))
     scores = jnp.array([-4.0, -0.25, 0.25, 4.0])
     layer.key_norm.gain = nnx.Param(jnp.ones((1, 1)))
     gates = []
@@ -286,25 +285,24 @@ def test_gate_rises_with_the_score_and_is_one_half_at_zero() -> None:
 
 
 def test_dead_positions_have_a_closed_gate_and_give_nothing() -> None:
-    config = EngramConfig(branches=2)
-    layer, (hidden, memory) = make_layer(config), draw_inputs(config)
+    layer, (hidden, memory) = make_layer(EngramConfig()), draw_inputs()
     mask = np.ones((2, 14), bool)
     mask[0, 3] = mask[1, 5:9] = False
     output, gate = apply(layer, hidden, memory, token_mask=jnp.asarray(mask))
     plain, open_gate = apply(layer, hidden, memory)
     np.testing.assert_array_equal(np.asarray(gate)[~mask], 0)
     np.testing.assert_array_equal(np.asarray(gate)[mask], np.asarray(open_gate)[mask])
-    without = Engram(WIDTH, MEMORY, replace(config, convolution=False), rngs=nnx.Rngs(0))
+    without = Engram(WIDTH, MEMORY, EngramConfig(convolution=False), branches=2, rngs=nnx.Rngs(0))
     output, _ = apply(without, hidden, memory, token_mask=jnp.asarray(mask))
     np.testing.assert_array_equal(np.asarray(output)[~mask], 0)
     assert np.all(np.any(np.asarray(output)[mask], axis=-1)) and plain.shape == output.shape
 
 
 def test_the_layer_begins_as_the_gated_value_alone() -> None:
-    config = EngramConfig(branches=2)
+    config = EngramConfig()
     with_taps = Engram(WIDTH, MEMORY, config, rngs=nnx.Rngs(0))
     without = Engram(WIDTH, MEMORY, replace(config, convolution=False), rngs=nnx.Rngs(0))
-    hidden, memory = draw_inputs(config)
+    hidden, memory = draw_inputs(branches=1)
     np.testing.assert_array_equal(with_taps(hidden, memory)[0], without(hidden, memory)[0])
 
     def loss(layer: Engram) -> Array:
@@ -314,13 +312,13 @@ def test_the_layer_begins_as_the_gated_value_alone() -> None:
 
 
 def test_without_bias_there_are_no_bias_parameters() -> None:
-    layer = Engram(WIDTH, MEMORY, FORMS["v4.1"], rngs=nnx.Rngs(0))
+    layer = Engram(WIDTH, MEMORY, FORMS["v4.1"][0], branches=2, rngs=nnx.Rngs(0))
     names = set(named_parameters(layer))
     assert names == {"key", "value", "key_norm/gain", "query_norm/gain"}
 
 
 def test_zero_centered_gains_start_as_ones() -> None:
-    hidden, memory = draw_inputs(FORMS["plain"])
+    hidden, memory = draw_inputs(branches=1)
     plain = Engram(WIDTH, MEMORY, EngramConfig(), rngs=nnx.Rngs(0))
     centered = Engram(WIDTH, MEMORY, EngramConfig(zero_centered_gain=True), rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(centered.key_norm.gain[...], 0)
@@ -328,8 +326,7 @@ def test_zero_centered_gains_start_as_ones() -> None:
 
 
 def test_bfloat16_stays_near_float32() -> None:
-    config = EngramConfig(branches=2)
-    layer, (hidden, memory) = make_layer(config), draw_inputs(config)
+    layer, (hidden, memory) = make_layer(EngramConfig()), draw_inputs()
     expected, expected_gate = apply(layer, hidden, memory)
     layer.dtype = jnp.dtype("bfloat16")
     output, gate = apply(layer, hidden.astype(jnp.bfloat16), memory)
@@ -340,7 +337,7 @@ def test_bfloat16_stays_near_float32() -> None:
     np.testing.assert_allclose(output.astype(jnp.float32), expected, atol=0.02 * scale)
 
 
-@pytest.mark.parametrize("change", [{"branches": 0}, {"kernel": 0}, {"dilation": 0}])
+@pytest.mark.parametrize("change", [{"kernel": 0}, {"dilation": 0}])
 def test_impossible_forms_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(InputError, match="at least 1"):
         EngramConfig(**change)
@@ -374,14 +371,18 @@ def test_released_miniature(
     width, branches = sizes["hidden_size"], sizes["hc_mult"]
     memory = embed[ngram_hash.hash_tokens(layer_id, ids)].reshape(1, len(ids), -1)
     config = EngramConfig(
-        branches=branches,
         bias=False,
         convolution=False,
         norm_epsilon=1e-20,
         signed_root="copysign",
         implementation=implementation,
     )
-    layer = Engram(width, memory.shape[-1], config, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
+    layer = Engram(
+        *(width, memory.shape[-1], config),
+        branches=branches,
+        dtype=jnp.dtype("bfloat16"),
+        rngs=nnx.Rngs(0),
+    )
     # One matrix: the keys of all branches, then the value.
     keys = fused[:, :-width].reshape(-1, branches, width).swapaxes(0, 1)
     layer.key, layer.value = nnx.Param(jnp.asarray(keys)), nnx.Param(jnp.asarray(fused[:, -width:]))
@@ -426,9 +427,9 @@ def test_the_layer_is_the_same_with_its_tokens_split_over_devices(
     crossing: bool, split_t: str | None, implementation: FusionImplementation
 ) -> None:
     """Values and gradients, over B and T; the convolution reaches 9 positions back."""
-    config = EngramConfig(branches=2, cross_documents=crossing)
+    config = EngramConfig(cross_documents=crossing)
     layer = make_layer(replace(config, implementation=implementation))
-    hidden, memory = draw_inputs(config, length=48)
+    hidden, memory = draw_inputs(length=48)
     segments = jnp.asarray(np.repeat([[1, 2, 3, 4], [5, 6, 7, 0]], [11, 2, 24, 11], axis=1))
     mask = segments > 0
 

@@ -15,7 +15,9 @@ def test_golden_forward_from_raw_tokens(name: str) -> None:
     ngram_hash = golden_hash(golden, sizes)
     layer, table = sizes["layers"][0], golden["table"]
     module = EngramWithTable(
-        sizes["hidden"], table.shape[1], ngram_hash, layer, golden_form(sizes), rngs=nnx.Rngs(0)
+        *(sizes["hidden"], table.shape[1], ngram_hash, layer, golden_form(sizes)),
+        branches=sizes["branches"],
+        rngs=nnx.Rngs(0),
     )
     module.table[...] = module.table.at[: len(table)].set(table)
     set_golden_weights(module.engram, golden)

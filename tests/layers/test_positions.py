@@ -1,11 +1,12 @@
-"""Rotary embedding: against complex numbers, and its relative property."""
+"""Rotary embedding: against complex numbers, its relative property, and YaRN's frequencies."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.layers.positions import rotate
+from engram_jax.errors import InputError
+from engram_jax.layers.positions import YarnConfig, frequencies, rotate
 
 
 def rotate_in_complex(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
@@ -57,3 +58,68 @@ def test_bfloat16_is_turned_in_float32() -> None:
     assert turned.dtype == jnp.bfloat16
     expected = rotate(x.astype(jnp.float32), positions, 10_000.0)
     np.testing.assert_array_equal(turned, expected.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("width", "theta", "config"),
+    [
+        (64, 10_000.0, YarnConfig()),
+        (128, 500_000.0, YarnConfig(scale=4.0, trained_length=8192, slow=2.0, fast=16.0)),
+        # Even the first pair turns fewer than 32 times over 100 positions.
+        (32, 10_000.0, YarnConfig(trained_length=100)),
+    ],
+)
+def test_yarn_divides_slow_pairs_and_keeps_fast_ones(
+    width: int, theta: float, config: YarnConfig
+) -> None:
+    """Counts every pair's turns over the trained length; no formula for where the ramp begins."""
+    trained = np.array([theta ** (-2 * i / width) for i in range(width // 2)])
+    turns = config.trained_length / (2 * np.pi / trained)
+    kept = np.flatnonzero(turns >= config.fast)
+    first = kept[-1] if len(kept) else 0
+    last = np.flatnonzero(turns <= config.slow)[0]
+    expected = []
+    for i, frequency in enumerate(trained):
+        share = np.interp(i, [first, last], [0.0, 1.0])
+        expected.append((1 - share) * frequency + share * frequency / config.scale)
+    found = frequencies(width, theta, config)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(
+        found[: first + 1], frequencies(width, theta)[: first + 1], strict=True
+    )
+    np.testing.assert_allclose(found[last:] * config.scale, trained[last:], rtol=1e-6)
+    assert 0 < first + 1 < last < width // 2
+
+
+def test_yarns_softmax_factor_is_that_of_the_paper() -> None:
+    """Engram §5.1: s = 10 and "factor 0.707"."""
+    factor = YarnConfig(scale=10.0, mscale=0.707).softmax_factor
+    assert round(factor**0.5, 3) == 1.163
+    assert round(factor, 3) == 1.352
+    assert YarnConfig(scale=1.0).softmax_factor == 1.0
+
+
+def test_yarn_turns_pairs_by_its_frequencies() -> None:
+    x = jax.random.normal(jax.random.key(0), (1, 5, 2, 8))
+    positions = jnp.arange(5, dtype=jnp.int32)[None] * 100
+    config = YarnConfig(scale=4.0, trained_length=256)
+    pairs = np.asarray(x[..., :4], np.float64) + 1j * np.asarray(x[..., 4:], np.float64)
+    angles = np.asarray(positions)[:, :, None, None] * frequencies(8, 50.0, config)
+    turned = pairs * np.exp(1j * angles)
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_allclose(rotate(x, positions, 50.0, config), expected, atol=1e-4)
+    assert np.abs(rotate(x, positions, 50.0) - expected).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": 0.5}, "scale"),
+        ({"slow": 32.0}, "slow"),
+        ({"slow": 0.0}, "slow"),
+        ({"trained_length": 6}, "trained_length"),
+    ],
+)
+def test_impossible_stretches_are_refused(change: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        YarnConfig(**change)

@@ -1,0 +1,103 @@
+"""The paper's models on a pod that is not there: writes the table of docs/scale.md.
+
+    python -m benchmarks.scale [CONFIG …] [--topology v5p:4x8x8]
+
+Compiles the training step of every configuration, and its optimizer alone, for the topology: bytes
+a chip holds, needs besides and sends. Three to eight minutes a configuration on two CPU cores; rows
+of configurations that are not named stay.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+
+from engram_jax.accounting import account
+from engram_jax.ahead_of_time import compile_costs, topology_mesh
+from engram_jax.command_line import load_named_config
+from engram_jax.program import Program
+
+PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
+RESULTS = Path(__file__).parent / "results" / "scale.json"
+NAMES = ("dense_4b", "moe_27b", "engram_27b", "engram_40b", "engram_v41_memory")
+COLUMNS = (
+    *("configuration", "mesh (data × fsdp × expert)", "parameters, of them in tables"),
+    *("GFLOP a token, forward and backward", "state", "temporaries of a step"),
+    *("of the optimizer", "of a lookup", "sent a step", "compiled in"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compile.
+
+    Attributes:
+        names: named configurations.
+        topology: TPU generation and shape; the configurations' meshes are of 256 chips.
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = NAMES
+    topology: str = "v5p:4x8x8"
+
+
+def measure(name: str, topology: str) -> dict[str, Any]:
+    """Counts and compiles a configuration; sizes are in bytes a chip."""
+    config = load_named_config(name)
+    counted = account(config)
+    program = Program.of_sizes(config, topology_mesh(topology, config.mesh))
+    costs = compile_costs(program)
+    step = costs["training step"]
+    return {
+        "topology": topology,
+        "mesh": list(program.mesh.shape.values()),
+        "parameters": counted.total + counted.vocabulary + counted.hyper_connections,
+        "memory": counted.memory,
+        "training_flops": counted.training_flops,
+        "state": step.arguments,
+        "temporaries": step.temporaries,
+        "optimizer": costs["optimizer"].temporaries,
+        "lookup": costs["lookup"].temporaries if "lookup" in costs else 0,
+        "sent": step.sent,
+        "seconds": step.seconds,
+    }
+
+
+def as_row(name: str, found: dict[str, Any]) -> str:
+    """A line of the table, in GB."""
+    sizes = [found[part] for part in ("state", "temporaries", "optimizer", "lookup", "sent")]
+    cells = [
+        name,
+        " × ".join(map(str, found["mesh"])),
+        f"{found['parameters'] / 1e9:.2f} B, {found['memory'] / 1e9:.2f} B",
+        f"{found['training_flops'] / 1e9:.1f}",
+        *(f"{size / 1e9:.2f}" for size in sizes),
+        f"{found['seconds']:.0f} s",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Measures what is asked for, and writes results and page after each."""
+    jax.config.update("jax_platforms", "cpu")
+    options = tyro.cli(Options, description=__doc__)
+    for name in options.names:
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results[name] = measure(name, options.topology)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write_table([as_row(known, results[known]) for known in NAMES if known in results])
+        print(as_row(name, results[name]))
+
+
+def write_table(rows: list[str]) -> None:
+    """Puts the table in its place on the page."""
+    head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    before, _, rest = PAGE.read_text().partition("| configuration ")
+    after = rest[rest.index("\n\n") :]
+    PAGE.write_text(before + "\n".join([*head, *rows]) + after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""What a configuration is and costs before it runs: parameters, FLOPs, bytes of state.
+
+    python -m engram_jax.accounting [CONFIG …] [--json] [--allocation ρ] [--chips N]
+
+Everything is counted: parameters from the shapes of `jax.eval_shape`, FLOPs from the matrix
+products of the traced program. And the allocation of §3.1: how many experts and table rows a share
+ρ of the sparse parameters makes.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+from jaxtyping import Array
+
+from engram_jax.command_line import load_named_config
+from engram_jax.config import Config, MemoryConfig
+from engram_jax.errors import InputError, one_sentence
+from engram_jax.model import Decoder
+from engram_jax.parameters import Lookup, Matrix
+from engram_jax.program import Program
+from engram_jax.sharding import MeshConfig, make_abstract_mesh
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a model has and does.
+
+    Attributes:
+        name: of its configuration.
+        vocabulary: parameters of one vocabulary matrix, V·D.
+        backbone: all dense parameters but vocabulary, routed experts and hyper-connections.
+        experts: parameters of the routed experts, padding not counted.
+        active_experts: of those, what a token uses.
+        hyper_connections: parameters of the hyper-connections.
+        memory: numbers in the tables that a hash can reach, without the optimizer's state.
+        forward_flops: floating-point operations of the forward pass, per token: 2 for every
+            multiplication of a matrix product, attention as the full square of T positions.
+        training_flops: the same of forward and backward pass.
+        state_bytes: bytes a chip holds between two steps: parameters, optimizer, tables.
+        chips: how many chips that is for.
+    """
+
+    name: str
+    vocabulary: int
+    backbone: int
+    experts: int
+    active_experts: int
+    hyper_connections: int
+    memory: int
+    forward_flops: float
+    training_flops: float
+    state_bytes: int
+    chips: int
+
+    @property
+    def total(self) -> int:
+        """As the paper counts, by what its totals come to: one vocabulary matrix, no mHC."""
+        return self.vocabulary + self.backbone + self.experts + self.memory
+
+    @property
+    def activated(self) -> int:
+        """As the paper counts: what a token uses, without vocabulary and mHC."""
+        return self.backbone + self.active_experts
+
+    @property
+    def sparse(self) -> int:
+        """P_sparse of §3.1: what a token leaves alone, in idle experts and in tables."""
+        return self.experts - self.active_experts + self.memory
+
+    @property
+    def allocation(self) -> float:
+        """ρ of §3.1: the share of the sparse parameters that is experts; 1 if there are none."""
+        return (self.experts - self.active_experts) / self.sparse if self.sparse else 1.0
+
+
+def account(config: Config) -> Account:
+    """Counts a configuration; its mesh says over how many chips the state lies.
+
+    Raises:
+        InputError: sizes do not fit each other or the mesh.
+    """
+    mesh = make_abstract_mesh(config.mesh)
+    data = config.data
+    data = replace(data, batch_size=mesh.size * config.train.accumulation)
+    program = Program.of_sizes(replace(config, data=data), mesh)
+    state = program.abstract_state()
+    counts = dict.fromkeys(("vocabulary", "experts", "hyper_connections", "backbone"), 0)
+    roles = dict(jax.tree.leaves_with_path(program.roles))
+    for path, leaf in jax.tree.leaves_with_path(state.params):
+        role, name = roles[path], jax.tree_util.keystr(path)
+        if isinstance(role, Lookup):
+            counts["vocabulary"] = leaf.size  # of each, if there are two
+        elif isinstance(role, Matrix) and role.experts:
+            counts["experts"] += leaf.size
+        else:
+            counts["hyper_connections" if "_connection'" in name else "backbone"] += leaf.size
+    experts, active = config.model.experts, 0
+    if experts is not None:
+        counts["experts"] = counts["experts"] * experts.routed // experts.stored
+        active = counts["experts"] * experts.active // experts.routed
+    forward, training = _flops_per_token(config)
+    memory = config.memory
+    rows = sum(program.ngram_hash.rows) if program.ngram_hash else 0
+    return Account(
+        name=config.name,
+        **counts,
+        active_experts=active,
+        memory=rows * memory.row_width,
+        forward_flops=forward,
+        training_flops=training,
+        state_bytes=sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(state)
+        ),
+        chips=mesh.size,
+    )
+
+
+def allocate(config: Config, share: float) -> Config:
+    """The configuration with its sparse parameters dealt anew between experts and tables (§3.1).
+
+    P_sparse = P_tot − P_act stays: the share ρ of it goes to idle experts, rounded to whole ones,
+    the rest to table rows. Nothing else changes, but the width of the routers; and at ρ = 1 there
+    is no memory, nor the layer that reads it.
+
+    Args:
+        config: a configuration with experts, and with memory unless ρ is 1.
+        share: ρ, from 0 (every expert is always active) to 1.
+
+    Raises:
+        InputError: the configuration has no experts or no memory, or ρ is no share.
+    """
+    model, memory = config.model, config.memory
+    if model.experts is None or not (memory.layers or share == 1):
+        raise InputError(
+            f"An allocation is between experts and memory, and {config.name} lacks "
+            f"{'memory' if model.experts else 'experts'}; name a configuration that has both."
+        )
+    if not 0 <= share <= 1:
+        raise InputError(f"The allocation is {share}; it is a share between 0 and 1.")
+    now = account(config)
+    one_expert = now.experts / model.experts.routed  # in all layers
+    idle = round(share * now.sparse / one_expert)
+    model = replace(model, experts=replace(model.experts, routed=model.experts.active + idle))
+    left = now.sparse - idle * one_expert
+    columns = len(memory.layers) * memory.heads * len(memory.rows_per_head)
+    rows = round(left / (columns * memory.row_width)) if share < 1 else 0
+    if rows < 2:
+        return replace(config, model=model, memory=replace(memory, layers=()))
+    memory = replace(memory, rows_per_head=(rows,) * len(memory.rows_per_head))
+    return replace(config, model=model, memory=memory)
+
+
+def _flops_per_token(config: Config) -> tuple[float, float]:
+    """Of the forward pass, and of forward and backward pass, over one row of T tokens."""
+    model, length = config.model, config.data.sequence_length
+    experts = model.experts and replace(model.experts, multiple=1, implementation="ragged")
+    attention = replace(model.attention, implementation="xla")
+    engram = replace(model.engram, implementation="xla")
+    model = replace(model, experts=experts, attention=attention, engram=engram, remat=None)
+    sites = config.memory.sites if config.memory.layers else None
+
+    def make_decoder() -> Decoder:
+        return Decoder(model, sites or MemoryConfig(layers=()).sites, rngs=nnx.Rngs(0, memory=1))
+
+    graph, params = nnx.split(nnx.eval_shape(make_decoder))
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    vectors = jax.ShapeDtypeStruct((1, length, sites.width if sites else 0), jnp.float32)
+    memory = {layer: vectors for layer in config.memory.layers}
+
+    def loss(params: Any, memory: Any, tokens: Array, segments: Array, positions: Array) -> Array:
+        logits, _ = nnx.merge(graph, params)(tokens, memory, segments, positions)
+        return jnp.sum(logits)
+
+    inputs = (params, memory, tokens, tokens, tokens)
+    forward = jax.make_jaxpr(loss)(*inputs)
+    both = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(*inputs)
+    return count_flops(forward.jaxpr) / length, count_flops(both.jaxpr) / length
+
+
+def count_flops(jaxpr: Any) -> int:
+    """Floating-point operations of the matrix products in a traced program, loops unrolled.
+
+    Args:
+        jaxpr: a `jax.core.Jaxpr`. A branch counts as its largest alternative, a loop of unknown
+            length once.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name in ("dot_general", "ragged_dot_general"):
+            total += _product_flops(equation)
+        inner = [count_flops(part) for part in jaxprs_in_params(parameters)]
+        within = max(inner, default=0) if name == "cond" else sum(inner)
+        total += within * (parameters["length"] if name == "scan" else 1)
+    return total
+
+
+def _product_flops(equation: Any) -> int:
+    """2 × what the left side has × what the right side has and does not share with it."""
+    left, right = (variable.aval.shape for variable in equation.invars[:2])
+    shared: set[int] = set()
+    if equation.primitive.name == "dot_general":
+        (_, contracted), (_, batched) = equation.params["dimension_numbers"]
+    else:
+        numbers = equation.params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batched) = numbers.dot_dimension_numbers
+        shared |= set(numbers.rhs_group_dimensions)  # a row meets the matrix of its group alone
+    shared |= {*contracted, *batched}
+    free = [size for axis, size in enumerate(right) if axis not in shared]
+    return 2 * math.prod(left) * math.prod(free)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to count.
+
+    Attributes:
+        names: named configurations.
+        json: print JSON Lines, in single parameters, FLOPs and bytes.
+        allocation: share ρ of the sparse parameters that goes to experts, the rest to table rows.
+        mesh: data, fsdp and expert devices that the state lies over, instead of the named ones.
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("default",)
+    json: bool = False
+    allocation: float | None = None
+    mesh: tuple[int, int, int] | None = None
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Parses the command line, counts, prints."""
+    options = tyro.cli(
+        Options,
+        args=args,
+        prog="python -m engram_jax.accounting",
+        description=(__doc__ or "").partition("\n\n")[0],
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    accounts = []
+    for name in options.names:
+        config = load_named_config(name)
+        if options.mesh is not None:
+            config = replace(config, mesh=MeshConfig(*options.mesh))
+        if options.allocation is not None:
+            config = allocate(config, options.allocation)
+        accounts.append((config, account(config)))
+    if options.json:
+        for _, counted in accounts:
+            print(json.dumps(_as_plain(counted)))
+        return
+    print(
+        f"{'':<18}{'total':>9}{'activated':>11}{'sparse':>9}{'memory':>9}{'mHC':>9}{'ρ':>8}"
+        f"{'experts':>9}{'forward':>10}{'training':>10}{'state':>9}{'chips':>7}"
+    )
+    for config, counted in accounts:
+        sizes = zip(
+            (counted.total, counted.activated, counted.sparse, counted.memory),
+            (9, 11, 9, 9),
+            strict=True,
+        )
+        experts = config.model.experts
+        print(
+            f"{counted.name:<18}"
+            + "".join(f"{size / 1e9:>{width}.3f}" for size, width in sizes)
+            + f"{counted.hyper_connections / 1e9:>9.4f}{counted.allocation:>8.1%}"
+            f"{experts.routed if experts else 0:>9}{counted.forward_flops / 1e9:>10.3f}"
+            f"{counted.training_flops / 1e9:>10.3f}{counted.state_bytes / 1e9:>9.2f}"
+            f"{counted.chips:>7}"
+        )
+    print(
+        "\nBillions: of parameters; of floating-point operations a token; of bytes of state a chip."
+        "\nTotals hold one vocabulary matrix, activated none, neither mHC (as the paper counts)."
+    )
+
+
+def _as_plain(counted: Account) -> Mapping[str, Any]:
+    derived = {name: getattr(counted, name) for name in ("total", "activated", "sparse")}
+    return asdict(counted) | derived | {"allocation": counted.allocation}
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

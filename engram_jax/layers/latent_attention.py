@@ -1,0 +1,203 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, §2.1) over packed documents.
+
+Keys and values are read from one narrow latent per position, c = RMSNorm(x·down), so that c and one
+rotated key, which all heads share, are all that a decoder has to keep:
+
+    keyₕ = [c·key_upₕ ; rotary key],  valueₕ = c·value_upₕ    (equations 9 to 19)
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32
+
+from engram_jax.errors import InputError
+from engram_jax.layers.attention import Implementation, attend
+from engram_jax.layers.norms import RMSNorm
+from engram_jax.layers.positions import YarnConfig, rotate
+from engram_jax.parameters import Matrix
+
+
+@dataclass(frozen=True)
+class LatentAttentionConfig:
+    """Sizes of a latent attention layer.
+
+    Attributes:
+        heads: heads Q.
+        query_rank: width I that queries are compressed to; 0: they are not.
+        latent_width: width Y of the latent that keys and values are read from.
+        head_width: width P of a head's query and key that knows no position.
+        rotary_width: width Z of the part that is rotated; its key is shared by all heads.
+        value_width: width O of a head's value.
+        theta: base of the rotary frequencies.
+        yarn: stretches the frequencies for longer documents; None leaves them.
+        implementation: "xla" anywhere, "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPU; None
+            picks by device.
+    """
+
+    heads: int = 32
+    query_rank: int = 0
+    latent_width: int = 512
+    head_width: int = 128
+    rotary_width: int = 64
+    value_width: int = 128
+    theta: float = 10_000.0
+    yarn: YarnConfig | None = None
+    implementation: Implementation | None = None
+
+    def __post_init__(self) -> None:
+        widths = (self.latent_width, self.head_width, self.rotary_width, self.value_width)
+        if min(self.heads, *widths) < 1:
+            raise InputError(
+                "heads, latent_width, head_width, rotary_width and value_width must be at least 1."
+            )
+        if self.query_rank < 0:
+            raise InputError(
+                f"query_rank {self.query_rank} is negative; 0 leaves queries uncompressed."
+            )
+        if self.rotary_width % 2:
+            raise InputError(
+                f"rotary_width {self.rotary_width} is odd; rotary embedding needs pairs."
+            )
+        if self.theta <= 1:
+            raise InputError(f"theta {self.theta} must be above 1; 10000 is common.")
+
+    @property
+    def softmax_scale(self) -> float:
+        """What scores are multiplied by: 1/√(P+Z), times YaRN's factor."""
+        factor = self.yarn.softmax_factor if self.yarn else 1.0
+        return factor / math.sqrt(self.head_width + self.rotary_width)
+
+
+class Latent(NamedTuple):
+    """What attention keeps of the positions it has seen.
+
+    Attributes:
+        content: the normalized latent, which keys and values are read from.
+        rotary_key: the key that all heads share, rotated to its position.
+    """
+
+    content: Float[Array, "B T Y"]
+    rotary_key: Float[Array, "B T Z"]
+
+
+class LatentAttention(nnx.Module):
+    """Causal attention to latents; a document sees itself alone.
+
+    Args:
+        width: model width D.
+        config: sizes.
+        norm_epsilon: added to the mean square in the norms of latent and compressed query.
+        dtype: dtype of the computation; parameters are float32.
+        rngs: random streams.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        config: LatentAttentionConfig,
+        *,
+        norm_epsilon: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        def draw(*shape: int) -> nnx.Param[Array]:
+            init = nnx.initializers.lecun_normal(in_axis=0, out_axis=range(1, len(shape)))
+            return nnx.Param(init(rngs.params(), shape), role=Matrix())
+
+        heads, rotary_width, latent_width = config.heads, config.rotary_width, config.latent_width
+        if config.query_rank:
+            self.query_down = draw(width, config.query_rank)
+            self.query_norm = RMSNorm(config.query_rank, epsilon=norm_epsilon)
+        self.query = draw(config.query_rank or width, heads, config.head_width + rotary_width)
+        self.down = draw(width, latent_width + rotary_width)
+        self.latent_norm = RMSNorm(latent_width, epsilon=norm_epsilon)
+        self.key_up = draw(latent_width, heads, config.head_width)
+        self.value_up = draw(latent_width, heads, config.value_width)
+        # Zero at the start, as every layer's way into the residual stream: see `Decoder`.
+        out = jnp.zeros((heads, config.value_width, width))
+        self.out = nnx.Param(out, role=Matrix(inputs=2))
+        self.config = config
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segments: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+    ) -> Float[Array, "B T D"]:
+        """Attends within documents.
+
+        Args:
+            x: normalized hidden states.
+            segments: document number of every position.
+            positions: position within the document.
+        """
+        latent = self.compress(x, positions)
+        query = jnp.concatenate(self._queries(x, positions), axis=-1)
+        key = jnp.einsum("bty,yqp->btqp", latent.content, self.key_up.astype(self.dtype))
+        shared = (*key.shape[:-1], self.config.rotary_width)
+        rotary_key = jnp.broadcast_to(latent.rotary_key[:, :, None], shared)
+        key = jnp.concatenate([key, rotary_key], axis=-1)
+        value = jnp.einsum("bty,yqo->btqo", latent.content, self.value_up.astype(self.dtype))
+        config = self.config
+        mixed = attend(query, key, value, segments, config.implementation, config.softmax_scale)
+        return jnp.einsum("btqo,qod->btd", mixed, self.out.astype(self.dtype))
+
+    def compress(self, x: Float[Array, "B T D"], positions: Int32[Array, "B T"]) -> Latent:
+        """The latents of hidden states, with which later positions can attend to these.
+
+        Args:
+            x: normalized hidden states.
+            positions: position within the document.
+        """
+        both = x @ self.down.astype(self.dtype)
+        content, rotary_key = jnp.split(both, [self.config.latent_width], axis=-1)
+        rotated = rotate(rotary_key[:, :, None], positions, self.config.theta, self.config.yarn)
+        return Latent(self.latent_norm(content), rotated[:, :, 0])
+
+    def attend_cached(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int32[Array, "B T"],
+        cache: Latent,
+        seen: Bool[Array, "B T cached"],
+    ) -> Float[Array, "B T D"]:
+        """Attends to latents kept from earlier calls, without making keys and values of them.
+
+        Queries go through key_up instead, and mixed latents through value_up: cheaper for a few
+        positions, dearer for a whole row.
+
+        Args:
+            x: normalized hidden states of the new positions.
+            positions: their positions within their documents.
+            cache: latents of [B, cached] positions; those of x have to be among them.
+            seen: which of them each new position attends to: at least one.
+        """
+        dtype = self.dtype
+        query, rotary_query = self._queries(x, positions)
+        query = jnp.einsum("btqp,yqp->btqy", query, self.key_up.astype(dtype))
+        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores = product("btqy,bsy->bqts", query, cache.content)
+        scores += product("btqz,bsz->bqts", rotary_query, cache.rotary_key)
+        scores = jnp.where(seen[:, None], scores * self.config.softmax_scale, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+        mixed = jnp.einsum("bqts,bsy->btqy", weights, cache.content)
+        mixed = jnp.einsum("btqy,yqo->btqo", mixed, self.value_up.astype(dtype))
+        return jnp.einsum("btqo,qod->btd", mixed, self.out.astype(dtype))
+
+    def _queries(
+        self, x: Float[Array, "B T D"], positions: Int32[Array, "B T"]
+    ) -> tuple[Float[Array, "B T Q P"], Float[Array, "B T Q Z"]]:
+        """Every head's query: the part that knows no position, and the rotated part."""
+        config = self.config
+        if config.query_rank:
+            x = self.query_norm(x @ self.query_down.astype(self.dtype))
+        both = jnp.einsum("btd,dqp->btqp", x, self.query.astype(self.dtype))
+        query, rotary_query = jnp.split(both, [config.head_width], axis=-1)
+        return query, rotate(rotary_query, positions, config.theta, config.yarn)

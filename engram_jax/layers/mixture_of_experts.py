@@ -1,0 +1,417 @@
+"""DeepSeekMoE: a few of many small experts for every token, and shared ones for all.
+
+y_t = Shared(x_t) + Σ_{e chosen by t} w_te · Expert_e(x_t)   (arXiv 2401.06066, without residual)
+
+Affinities are s_te = σ(x_t · router_e), and w_te is s_te over the sum of those chosen (DeepSeek-V3,
+arXiv 2412.19437). A token chooses the largest s_te + bias_e. The bias is no parameter: it moves
+against each expert's load after every step, instead of an auxiliary loss (arXiv 2408.15664).
+
+Every chosen expert is computed: nothing is dropped, whatever the load.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from engram_jax.errors import InputError
+from engram_jax.layers.feed_forward import FeedForward
+from engram_jax.layers.grouped_matmul import (
+    GroupedImplementation,
+    block_size,
+    grouped_matmul,
+    padded_rows,
+)
+from engram_jax.parameters import Matrix
+from engram_jax.typing import PyTree
+
+# Rows of one round, relative to what a device has to compute when experts are equally loaded.
+_ROOM = 1.25
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Sizes of a mixture of experts.
+
+    Attributes:
+        routed: experts X that tokens choose from.
+        shared: experts that every token has besides.
+        active: routed experts that a token chooses.
+        width: inner width W of one expert.
+        leading_dense: first blocks of a model that have a dense feed-forward layer instead.
+        multiple: as many experts are stored as make a multiple of this, to be dealt evenly over a
+            mesh axis; what is too many is never chosen.
+        balance_rate: what a step adds to the bias of an expert of too little load, or takes.
+        implementation: "ragged" or "blocks", see `block_size`; None picks by device.
+    """
+
+    routed: int = 72
+    shared: int = 2
+    active: int = 6
+    width: int = 1536
+    leading_dense: int = 1
+    multiple: int = 1
+    balance_rate: float = 1e-3
+    implementation: GroupedImplementation | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.routed, self.shared, self.active, self.width, self.multiple) < 1:
+            raise InputError("routed, shared, active, width and multiple must be at least 1.")
+        if self.active > self.routed:
+            raise InputError(
+                f"A token cannot choose {self.active} of {self.routed} experts; choose active up "
+                "to routed."
+            )
+        if self.leading_dense < 0 or self.balance_rate < 0:
+            raise InputError("leading_dense and balance_rate must not be negative.")
+
+    @property
+    def stored(self) -> int:
+        """Experts that parameters are made for."""
+        return -(-self.routed // self.multiple) * self.multiple
+
+
+class MixtureOfExperts(nnx.Module):
+    """Routed SwiGLU experts and a shared feed-forward layer.
+
+    Args:
+        width: model width D.
+        config: sizes.
+        dtype: dtype of the computation; parameters are float32, and so is the routing.
+        rngs: random streams.
+    """
+
+    def __init__(
+        self, width: int, config: ExpertsConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        init = nnx.initializers.lecun_normal(batch_axis=0)
+        role = Matrix(stacked=1, experts=True)
+        into, out = (config.stored, width, config.width), (config.stored, config.width, width)
+        self.router = nnx.Param(
+            nnx.initializers.lecun_normal()(rngs.params(), (width, config.routed))
+        )
+        self.gate = nnx.Param(init(rngs.params(), into), role=role)
+        self.up = nnx.Param(init(rngs.params(), into), role=role)
+        # Zero at the start, as every layer's way into the residual stream: see `Decoder`.
+        self.down = nnx.Param(jnp.zeros(out), role=role)
+        self.shared = FeedForward(width, config.shared * config.width, dtype=dtype, rngs=rngs)
+        self.config = config
+        self.dtype = dtype
+
+    def __call__(
+        self, x: Float[Array, "B T D"], bias: Float[Array, "X"]
+    ) -> tuple[Float[Array, "B T D"], Int32[Array, "X"]]:
+        """Applies to every position its experts.
+
+        Args:
+            x: normalized hidden states.
+            bias: of every routed expert, added to its affinity where a token chooses; see
+                `balance`.
+
+        Returns:
+            The output, and how many tokens of all devices chose each expert.
+
+        Raises:
+            InputError: the stored experts do not divide over the mesh axis "expert".
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        shards = mesh.shape.get("expert", 1)
+        if self.config.stored % shards:
+            raise InputError(
+                f"{self.config.stored} stored experts cannot be dealt to {shards} devices; set "
+                f"experts.multiple to {shards} or a multiple of it."
+            )
+        stacks = tuple(w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
+        apply = partial(_apply, config=self.config)
+        if not mesh.empty:
+            spec = jax.typeof(x).sharding.spec
+            dealt = jax.P("expert" if "expert" in mesh.shape else None)
+            stacks = jax.sharding.reshard(stacks, dealt)
+            apply = jax.shard_map(
+                partial(apply, shards=shards, axes=_names(spec)),
+                in_specs=(spec, jax.P(), jax.P(), dealt),
+                out_specs=(spec, jax.P()),
+            )
+        y, load = apply(x, self.router[...], bias, stacks)
+        return y + self.shared(x), load
+
+
+def balance(bias: Float[Array, "X"], load: Int32[Array, "X"], rate: float) -> Float[Array, "X"]:
+    """Moves the bias of every expert by the rate, up where its load is below the mean.
+
+    Algorithm 1 of arXiv 2408.15664.
+    """
+    load = load.astype(bias.dtype)
+    return bias + rate * jnp.sign(jnp.mean(load) - load)
+
+
+def route(
+    x: Float[Array, "tokens D"],
+    router: Float[Array, "D X"],
+    bias: Float[Array, "X"],
+    active: int,
+) -> tuple[Int32[Array, "tokens active"], Float[Array, "tokens active"]]:
+    """The experts that every token chooses, and their weights, which sum to 1.
+
+    Args:
+        x: hidden states; affinities are computed in float32.
+        router: the direction of every expert.
+        bias: only chooses: it has no share in the weights, and no gradient.
+        active: experts per token.
+    """
+    logits = jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+    affinity = jax.nn.sigmoid(logits)
+    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(affinity + bias[None]), active)
+    # By a product, whose gradient is one too; that of a gather would be a scatter.
+    is_chosen = jax.nn.one_hot(chosen, router.shape[1])
+    weights = jnp.sum(is_chosen * affinity[:, None], axis=2)
+    # 1e-20 is of no weight, unless all affinities vanish.
+    return chosen, weights / (jnp.sum(weights, axis=1, keepdims=True) + 1e-20)
+
+
+def _apply(
+    x: Float[Array, "B T D"],
+    router: Float[Array, "D X"],
+    bias: Float[Array, "X"],
+    stacks: tuple[Array, ...],
+    *,
+    config: ExpertsConfig,
+    shards: int = 1,
+    axes: tuple[str, ...] = (),
+) -> tuple[Float[Array, "B T D"], Int32[Array, "X"]]:
+    """The routed experts on one device, its own among the `shards`; `axes` of the mesh split x."""
+    tokens = x.reshape(-1, x.shape[2])
+    chosen, weights = route(tokens, router, bias, config.active)
+    load = _count(chosen.reshape(-1), config.routed)
+    if axes:
+        load = jax.lax.psum(load, axes)
+    implementation, pairs, experts = config.implementation, chosen.size, len(stacks[0])
+    if shards == 1:
+        ranking = _rank(chosen, experts)
+        block = block_size(pairs, experts, implementation)
+        y = _mix(ranking, (tokens, weights, stacks), capacity=pairs, block=block)
+        return y.astype(x.dtype).reshape(x.shape), load
+
+    # Every device of the group sees all tokens of the group: S−1 times its own arrive. Sending a
+    # token to its k experts alone would take about k·(S−1)/S, which is no less for S ≤ k, and needs
+    # slots that overflow.
+    others = tuple(name for name in axes if name != "expert")
+    if split := "expert" in axes:
+        gather = partial(jax.lax.all_gather, axis_name="expert", tiled=True)
+        tokens, chosen, weights = gather(tokens), gather(chosen), gather(weights)
+    else:
+        tokens, chosen, weights = jax.lax.pcast((tokens, chosen, weights), "expert", to="varying")
+    stacks = jax.lax.pcast(stacks, others, to="varying")
+    own = chosen - experts * jax.lax.axis_index("expert")
+    ranking = _rank(jnp.where((own >= 0) & (own < experts), own, experts), experts)
+
+    most = len(tokens) * min(config.active, experts)
+    capacity = min(most, math.ceil(_ROOM * chosen.size / shards))
+    mix = partial(_mix, capacity=capacity, block=block_size(capacity, experts, implementation))
+    y = _sum_rounds(mix, ranking, (tokens, weights, stacks), capacity)
+    y = jax.lax.psum_scatter(y, "expert", tiled=True) if split else jax.lax.psum(y, "expert")
+    return y.astype(x.dtype).reshape(x.shape), load
+
+
+class _Ranking(NamedTuple):
+    """Pairs of a token and an expert it chose, ordered by the expert.
+
+    Attributes:
+        expert: of every pair; X: none of this device.
+        order: pairs, those of the first expert first.
+        rank: the inverse: where in that order every pair stands.
+        ends: where in that order every expert's pairs end.
+    """
+
+    expert: Int32[Array, "tokens active"]
+    order: Int32[Array, "pairs"]
+    rank: Int32[Array, "tokens active"]
+    ends: Int32[Array, "X"]
+
+
+class _Layout(NamedTuple):
+    """Where the pairs of a round lie among the rows that experts compute.
+
+    Attributes:
+        sizes: rows of every expert, whole blocks.
+        pair_of_row: as many as there are pairs: none.
+        row_of_pair: as many as there are rows: not in this round.
+    """
+
+    sizes: Int32[Array, "X"]
+    pair_of_row: Int32[Array, "rows"]
+    row_of_pair: Int32[Array, "tokens active"]
+
+
+def _rank(expert: Int32[Array, "tokens active"], experts: int) -> _Ranking:
+    flat = expert.reshape(-1)
+    # No matter which of one expert's pairs comes first; stable sorts compile twice as long on TPU.
+    order = jnp.argsort(flat, stable=False)
+    rank = jnp.argsort(order, stable=False).reshape(expert.shape)
+    return _Ranking(expert, order, rank, jnp.cumsum(_count(flat, experts)))
+
+
+def _count(values: Int32[Array, "pairs"], bound: int) -> Int32[Array, "X"]:
+    return jnp.sum(values[:, None] == jnp.arange(bound)[None], axis=0, dtype=jnp.int32)
+
+
+def _lay_out(
+    ranking: _Ranking, first: int | Int32[Array, ""], capacity: int, block: int | None
+) -> _Layout:
+    """Rows for `capacity` pairs of the order from the `first` on; each expert begins a block."""
+    experts, pairs, unit = len(ranking.ends), len(ranking.order), block or 1
+    ends = jnp.clip(ranking.ends - first, 0, capacity)
+    begins = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    sizes = (ends - begins + unit - 1) // unit * unit
+    last_rows = jnp.cumsum(sizes)
+    # What an expert's rows are behind its pairs in the order.
+    shift = last_rows - sizes - begins
+
+    rows = padded_rows(capacity, experts, block)
+    row = jnp.arange(rows)
+    expert = jnp.minimum(jnp.sum(row[:, None] >= last_rows[None], axis=1), experts - 1)
+    place = row - shift[expert]
+    pair = ranking.order[jnp.clip(first + place, 0, pairs - 1)]
+    pair_of_row = jnp.where(place < ends[expert], pair, pairs)
+
+    place = ranking.rank - first
+    here = (ranking.expert < experts) & (place >= 0) & (place < capacity)
+    row_of_pair = place + shift[jnp.minimum(ranking.expert, experts - 1)]
+    return _Layout(sizes, pair_of_row, jnp.where(here, row_of_pair, rows))
+
+
+def _mix(
+    ranking: _Ranking,
+    inputs: tuple[Float[Array, "tokens D"], Float[Array, "tokens active"], tuple[Array, ...]],
+    index: int | Int32[Array, ""] = 0,
+    *,
+    capacity: int,
+    block: int | None,
+) -> Float[Array, "tokens D"]:
+    """Σ weight · expert(token) over the pairs of one round, in float32.
+
+    Args:
+        ranking: of all pairs.
+        inputs: tokens, weights of their pairs, and the experts' gate, up and down.
+        index: number of the round.
+        capacity: pairs of one round.
+        block: of `block_size`.
+    """
+    tokens, weights, (gate, up, down) = inputs
+    layout = _lay_out(ranking, index * capacity, capacity, block)
+    multiply = partial(grouped_matmul, sizes=layout.sizes, block=block)
+    rows = _spread(tokens, layout)
+    hidden = jax.nn.silu(multiply(rows, gate)) * multiply(rows, up)
+    return _combine(multiply(hidden, down), weights, layout)
+
+
+# Both of these read by number in both directions. Left to itself, the gradient of a gather is a
+# scatter-add of rows, which accelerators do one by one.
+
+
+@jax.custom_vjp
+def _spread(tokens: Float[Array, "tokens D"], layout: _Layout) -> Float[Array, "rows D"]:
+    """The token of every row; zeros where there is none."""
+    active = layout.row_of_pair.shape[1]
+    return _take(tokens, layout.pair_of_row // active)
+
+
+def _spread_forward(tokens: Array, layout: _Layout) -> tuple[Array, _Layout]:
+    return _spread(tokens, layout), layout
+
+
+def _spread_backward(layout: _Layout, gradient: Array) -> tuple[Array, None]:
+    ones = jnp.ones(layout.row_of_pair.shape)
+    return _combine(gradient, ones, layout).astype(gradient.dtype), None
+
+
+@jax.custom_vjp
+def _combine(
+    rows: Float[Array, "rows D"], weights: Float[Array, "tokens active"], layout: _Layout
+) -> Float[Array, "tokens D"]:
+    """The weighted sum of every token's rows, in float32."""
+
+    def add(pairs: tuple[Array, Array]) -> Array:
+        row_of_pair, weights = pairs
+        return jnp.sum(weights[:, None] * _take(rows, row_of_pair).astype(jnp.float32), axis=0)
+
+    # An expert-parallel group has many times the pairs that one device has rows: part by part.
+    pairs = (layout.row_of_pair, weights)
+    parts = math.ceil(weights.size / len(rows))
+    if parts == 1:
+        return jax.vmap(add)(pairs)
+    return jax.lax.map(add, pairs, batch_size=math.ceil(len(weights) / parts))
+
+
+def _combine_forward(
+    rows: Array, weights: Array, layout: _Layout
+) -> tuple[Array, tuple[Array, Array, _Layout]]:
+    return _combine(rows, weights, layout), (rows, weights, layout)
+
+
+def _combine_backward(
+    kept: tuple[Array, Array, _Layout], gradient: Array
+) -> tuple[Array, Array, None]:
+    rows, weights, layout = kept
+    spread = _spread(gradient.astype(rows.dtype), layout).astype(jnp.float32)
+    weight_of_row = _take(weights.reshape(-1), layout.pair_of_row)
+    product = jnp.sum(rows.astype(jnp.float32) * spread, axis=1)
+    weights_gradient = _take(product, layout.row_of_pair)
+    return (weight_of_row[:, None] * spread).astype(rows.dtype), weights_gradient, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
+_combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _take(values: Float[Array, "n *rest"], numbers: Int32[Array, "..."]) -> Array:
+    return values.at[numbers].get(mode="fill", fill_value=0)
+
+
+def _sum_rounds(
+    mix: Callable[..., Array], ranking: _Ranking, inputs: PyTree, capacity: int
+) -> Float[Array, "tokens D"]:
+    """Σ mix over as many rounds as this device's pairs fill; one, unless load is skewed.
+
+    Devices count their own rounds, hence no collective may be within. Gradients compute a round
+    anew: of no round is more kept than its inputs. (Reverse mode of a `scan` over all rounds there
+    might be would add a zero gradient of all experts for every round that is not.)
+    """
+
+    @jax.custom_vjp
+    def total(ranking: _Ranking, inputs: PyTree) -> Array:
+        def add(index: Array, y: Array) -> Array:
+            return y + mix(ranking, inputs, index)
+
+        return jax.lax.fori_loop(1, _rounds(ranking), add, mix(ranking, inputs, 0))
+
+    def _rounds(ranking: _Ranking) -> Array:
+        return (ranking.ends[-1] + capacity - 1) // capacity
+
+    def forward(ranking: _Ranking, inputs: PyTree) -> tuple[Array, Any]:
+        return total(ranking, inputs), (ranking, inputs)
+
+    def backward(kept: Any, gradient: Array) -> tuple[None, PyTree]:
+        ranking, inputs = kept
+
+        def pull_back(index: int | Array) -> PyTree:
+            return jax.vjp(lambda inputs: mix(ranking, inputs, index), inputs)[1](gradient)[0]
+
+        def add(index: Array, gradients: PyTree) -> PyTree:
+            return jax.tree.map(jnp.add, gradients, pull_back(index))
+
+        return None, jax.lax.fori_loop(1, _rounds(ranking), add, pull_back(0))
+
+    total.defvjp(forward, backward)
+    return total(ranking, inputs)
+
+
+def _names(spec: jax.P) -> tuple[str, ...]:
+    """The mesh axes that a partition mentions."""
+    return tuple(jax.tree.leaves(tuple(spec)))

@@ -1,0 +1,59 @@
+"""What a parameter is to the optimizer and to the mesh, declared where the parameter is made.
+
+`nnx.Param(value, role=Matrix(…))` is a hidden matrix, `Lookup()` says embedding or head; anything
+else has no role: a gain, a bias, a gate, a tap of a convolution, small and computed in float32.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from engram_jax.typing import PyTree
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A hidden matrix or a stack of them. Its axes: those that number matrices, inputs, outputs.
+
+    Attributes:
+        stacked: leading axes that number matrices.
+        inputs: axes after those that are one matrix's inputs; the rest are its outputs.
+        experts: the first axis numbers experts, and lies over the mesh axis "expert".
+    """
+
+    stacked: int = 0
+    inputs: int = 1
+    experts: bool = False
+
+    def flat_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(matrices, inputs, outputs) of a parameter of this shape."""
+        first, last = self.stacked, self.stacked + self.inputs
+        return math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:])
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The embedding of the tokens, or the head that scores them."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Anything else."""
+
+
+type Role = Matrix | Lookup | Plain
+
+
+def role_of(variable: nnx.Variable) -> Role:
+    """The role of a parameter."""
+    role: Role = variable.get_metadata().get("role", Plain())
+    return role
+
+
+def roles(state: Any) -> PyTree:
+    """The role of every parameter of an `nnx.State`, in the tree of `nnx.to_pure_dict(state)`."""
+    found = jax.tree.map(role_of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return nnx.to_pure_dict(found)

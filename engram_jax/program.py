@@ -1,0 +1,227 @@
+"""What the devices run for a configuration: decoder, optimizers, state, and how they lie on a mesh.
+
+Needs no text, no tokenizer and no folder, nor the devices themselves: of a TPU slice that is not
+there it gives shapes and shardings to compile for. `run.Run` is a program with a folder.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from engram_jax.compression import VocabularyProjection
+from engram_jax.config import Config
+from engram_jax.data.packing import Batch
+from engram_jax.errors import InputError
+from engram_jax.hashing import NgramHash
+from engram_jax.memory.layout import LANES, init_table
+from engram_jax.memory.plan import Planner
+from engram_jax.memory.row_adam import RowAdam, make_row_adam
+from engram_jax.model import Decoder
+from engram_jax.optimizer import make_optimizer, make_schedule
+from engram_jax.parameters import roles
+from engram_jax.sharding import (
+    BATCH_ABT,
+    ROWS_SU,
+    TABLE_RF,
+    WHOLE,
+    AnyMesh,
+    optimizer_sharding,
+    parameter_sharding,
+    platform_of,
+)
+from engram_jax.train_state import TrainState, Weights
+from engram_jax.typing import Parameters, PyTree
+
+# Where implementations run that do not run everywhere.
+_NEEDS = {"cudnn": "gpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the devices run. Make one with `Program.build`, or with `Program.of_sizes`.
+
+    Attributes:
+        config: the configuration.
+        ngram_hash: the hash; None for a model without memory.
+        mesh: the device mesh.
+        graph: the decoder without its parameters; `nnx.merge(graph, params)` gives the decoder.
+        roles: what every parameter is to optimizer and mesh.
+        schedule: learning rate by step.
+        optimizer: optimizer of the dense parameters.
+        row_adam: optimizer of the tables' rows.
+    """
+
+    config: Config
+    ngram_hash: NgramHash | None
+    mesh: AnyMesh
+    graph: Any
+    roles: PyTree
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    row_adam: RowAdam
+
+    @classmethod
+    def build(cls, config: Config, ngram_hash: NgramHash | None, mesh: AnyMesh) -> "Program":
+        """The program of a configuration.
+
+        Raises:
+            InputError: sizes do not divide the mesh, or its devices lack what is asked for.
+        """
+        if ngram_hash is not None and any(rows % mesh.size for rows in ngram_hash.padded_rows):
+            raise InputError(
+                f"A table's rows, multiples of 4,096, do not divide over {mesh.size} devices; use "
+                "a power of two of them."
+            )
+        words, platform = config.memory.layout.words, platform_of(mesh)
+        if ngram_hash is not None and platform == "tpu" and words % LANES:
+            raise InputError(
+                f"Rows of {config.memory.row_width} make records of {words} words, which do not "
+                f"fill the {LANES} lanes of a TPU: it would copy the tables at every step. Raise "
+                "memory.row_width; in float32, 22 is the least, and 42, 85 and 127 fill their "
+                "lines best."
+            )
+        for flag, chosen in (
+            ("memory.gather", config.memory.gather),
+            ("model.engram.implementation", config.model.engram.implementation),
+            ("model.attention.implementation", config.model.attention.implementation),
+        ):
+            needed = _NEEDS.get(chosen or "", platform)
+            if needed != platform:
+                raise InputError(
+                    f"--{flag} {chosen} needs a {needed.upper()}, and this runs on {platform}; "
+                    "leave the flag out."
+                )
+        rows = config.data.batch_size // config.train.accumulation
+        if rows % mesh.size:
+            raise InputError(
+                f"A micro-batch of {rows} rows does not divide over {mesh.size} devices; choose "
+                "data.batch_size as a multiple of devices × train.accumulation."
+            )
+        graph, shapes = nnx.split(nnx.eval_shape(lambda: _make_decoder(config, jax.random.key(0))))
+        schedule = make_schedule(config.optimizer, config.train.steps)
+        return Program(
+            config=config,
+            ngram_hash=ngram_hash,
+            mesh=mesh,
+            graph=graph,
+            roles=roles(shapes),
+            schedule=schedule,
+            optimizer=make_optimizer(config.optimizer, schedule, roles(shapes)),
+            row_adam=make_config_row_adam(config),
+        )
+
+    @classmethod
+    def of_sizes(cls, config: Config, mesh: AnyMesh) -> "Program":
+        """The program without a tokenizer, to count and compile it; its hash projects no ids.
+
+        Raises:
+            InputError: as `build`.
+        """
+        if not config.memory.layers:
+            return cls.build(config, None, mesh)
+        identity = VocabularyProjection.identity(config.model.vocabulary)
+        return cls.build(config, NgramHash.build(config.memory.hash_spec(0), identity), mesh)
+
+    def planner(self) -> Planner | None:
+        """The planner of this process's batches; None for a model without memory."""
+        if self.ngram_hash is None:
+            return None
+        local = len(self.mesh.local_devices)
+        return Planner(self.ngram_hash, shards=self.mesh.size, local_shards=local)
+
+    def put(self, batch: Batch) -> Batch:
+        """Sends this process's part of a batch to the devices, split as the step wants it."""
+
+        return jax.tree.map(
+            lambda array, place: jax.make_array_from_process_local_data(place, array),
+            batch,
+            self.batch_sharding(batch),
+        )
+
+    def batch_sharding(self, batch: Batch) -> Any:
+        """How the arrays of such a batch lie on the mesh."""
+        places = jax.tree.map(lambda _: jax.NamedSharding(self.mesh, BATCH_ABT), batch)
+        if batch.plan is not None:
+            by_device = jax.NamedSharding(self.mesh, ROWS_SU)
+            rows = jax.tree.map(lambda _: by_device, batch.plan.rows)
+            places = places._replace(plan=places.plan._replace(rows=rows))
+        return places
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, made where it lies."""
+        return jax.jit(self._make_state, out_shardings=self._shardings())(
+            jax.random.key(self.config.train.seed)
+        )
+
+    def first_state(self, weights: Weights) -> TrainState:
+        """The state before the first step with these weights."""
+        shardings, params = self._shardings(), weights.params
+        return TrainState(
+            step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
+            params=params,
+            optimizer=jax.jit(self.optimizer.init, out_shardings=shardings.optimizer)(params),
+            tables=weights.tables,
+            expert_bias=weights.expert_bias,
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self._make_state, jax.random.key(0)),
+            self._shardings(),
+        )
+
+    def _make_state(self, key: jax.Array) -> TrainState:
+        params_key, tables_key = jax.random.split(key)
+        params: Parameters = nnx.to_pure_dict(nnx.split(_make_decoder(self.config, params_key))[1])
+        memory = self.config.memory
+        tables = {
+            layer: init_table(
+                *(jax.random.fold_in(tables_key, layer), rows, memory.layout, layer),
+                memory.init_scale,
+            )
+            for layer, rows in zip(
+                memory.layers, self.ngram_hash.padded_rows if self.ngram_hash else [], strict=True
+            )
+        }
+        model = self.config.model
+        routed = model.experts.routed if model.experts else 0
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            optimizer=self.optimizer.init(params),
+            tables=tables,
+            expert_bias={layer: jnp.zeros(routed) for layer in model.expert_layers},
+        )
+
+    def _shardings(self) -> Any:
+        shapes = jax.eval_shape(self._make_state, jax.random.key(0))
+        table = jax.NamedSharding(self.mesh, TABLE_RF)
+        whole = jax.NamedSharding(self.mesh, WHOLE)
+        params = parameter_sharding(self.mesh, shapes.params, self.roles)
+        return TrainState(
+            step=whole,  # type: ignore[arg-type]  # a tree of shardings
+            params=params,
+            optimizer=optimizer_sharding(self.mesh, shapes.optimizer, params),
+            tables=jax.tree.map(lambda _: table, shapes.tables),
+            expert_bias=jax.tree.map(lambda _: whole, shapes.expert_bias),
+        )
+
+
+def _make_decoder(config: Config, key: jax.Array) -> Decoder:
+    params, memory = jax.random.split(key)
+    return Decoder(config.model, config.memory.sites, rngs=nnx.Rngs(params=params, memory=memory))
+
+
+def make_config_row_adam(config: Config) -> RowAdam:
+    """The row optimizer of a configuration."""
+    adam = config.memory.adam
+    if config.memory.frozen:
+        adam = replace(adam, form="lazy")  # which owes nothing
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    return make_row_adam(adam, schedule, config.train.steps)

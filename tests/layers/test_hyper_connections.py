@@ -1,0 +1,136 @@
+"""Hyper-connections against the paper's formulas, written out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import Array
+from lively import enliven
+
+from engram_jax.errors import InputError
+from engram_jax.layers.hyper_connections import (
+    HyperConnection,
+    HyperConnectionsConfig,
+    column_error,
+    read,
+    sinkhorn,
+    write,
+)
+
+BRANCHES, WIDTH = 3, 8
+
+
+def make_connection(scale: float = 0.5) -> HyperConnection:
+    config = HyperConnectionsConfig(branches=BRANCHES, scale=scale)
+    graph, params = nnx.split(HyperConnection(WIDTH, config, rngs=nnx.Rngs(0)))
+    return nnx.merge(graph, enliven(params))
+
+
+def draw_stream(seed: int = 1) -> Array:
+    return jax.random.normal(jax.random.key(seed), (2, 5, BRANCHES, WIDTH))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def mappings_in_numpy(
+    connection: HyperConnection, x: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of one token, in float64."""
+    p = {
+        name: np.asarray(getattr(connection, name)[...], np.float64)
+        for name in ("projection", "scale", "pre_bias", "post_bias", "mix_bias")
+    }
+    flat = x.reshape(-1)
+    normalized = flat / np.sqrt(np.mean(flat**2) + connection.config.norm_epsilon)
+    projected = normalized @ p["projection"].reshape(BRANCHES * WIDTH, -1)
+    pre = sigmoid(p["scale"][0] * projected[:BRANCHES] + p["pre_bias"])
+    post = 2 * sigmoid(p["scale"][1] * projected[BRANCHES : 2 * BRANCHES] + p["post_bias"])
+    mix = p["scale"][2] * projected[2 * BRANCHES :].reshape(BRANCHES, BRANCHES) + p["mix_bias"]
+    mix = np.exp(mix)
+    for _ in range(connection.config.sinkhorn_iterations):
+        mix /= mix.sum(axis=0)
+        mix /= mix.sum(axis=1)[:, None]
+    return pre, post, mix
+
+
+def test_a_layer_reads_and_writes_as_in_the_paper() -> None:
+    connection, x = make_connection(), draw_stream()
+    y = jax.random.normal(jax.random.key(2), (2, 5, WIDTH))
+    mappings = connection(x)
+    seen, after = read(x, mappings), write(x, y, mappings)
+    for row, t in np.ndindex(2, 5):
+        stream = np.asarray(x[row, t], np.float64)
+        pre, post, mix = mappings_in_numpy(connection, stream)
+        np.testing.assert_allclose(mappings.pre[row, t], pre, rtol=2e-6)
+        np.testing.assert_allclose(mappings.post[row, t], post, rtol=2e-6)
+        np.testing.assert_allclose(mappings.mix[row, t], mix, rtol=2e-5)
+        np.testing.assert_allclose(seen[row, t], pre @ stream, atol=2e-6)
+        expected = mix @ stream + np.outer(post, np.asarray(y[row, t]))
+        np.testing.assert_allclose(after[row, t], expected, atol=5e-6)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    graph, params = nnx.split(make_connection())
+    x, y = draw_stream(), draw_stream(3)[:, :, 0]
+
+    def loss(params: nnx.State) -> Array:
+        mappings = nnx.merge(graph, params)(x)
+        return jnp.sum(write(x, y + read(x, mappings), mappings) ** 3)
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    for path, leaf in jax.tree.leaves_with_path(nnx.to_pure_dict(gradient)):
+        assert np.all(np.isfinite(leaf)) and np.any(leaf), jax.tree_util.keystr(path)
+
+
+def test_it_starts_as_an_ordinary_residual_connection() -> None:
+    """Equal branches, as a network begins with: a layer sees them, and is added to each."""
+    config = HyperConnectionsConfig(branches=BRANCHES, scale=0.0)
+    connection = HyperConnection(WIDTH, config, rngs=nnx.Rngs(0))
+    one, y = draw_stream()[:, :, :1], draw_stream(3)[:, :, 0]
+    x = jnp.repeat(one, BRANCHES, axis=2)
+    mappings = connection(x)
+    np.testing.assert_allclose(read(x, mappings), one[:, :, 0], atol=1e-6)
+    np.testing.assert_allclose(write(x, y, mappings), x + y[:, :, None], atol=2e-6)
+    weights = np.asarray(mappings.pre[0, 0])
+    assert len(np.unique(weights.round(4))) == BRANCHES  # or the branches would stay alike
+
+
+@pytest.mark.parametrize("branches", [2, 4, 8])
+def test_mixing_is_doubly_stochastic(branches: int) -> None:
+    logits = jax.random.uniform(jax.random.key(0), (500, branches, branches), minval=-1, maxval=1)
+    mix = np.asarray(sinkhorn(logits, 20))
+    assert (mix > 0).all()
+    np.testing.assert_allclose(mix.sum(axis=-1), 1, atol=1e-6)
+    np.testing.assert_allclose(mix.sum(axis=-2), 1, atol=1e-3)
+    # Few iterations and wide logits leave an error, which is why it is watched.
+    hasty = sinkhorn(5 * logits, 1)
+    error = np.abs(np.asarray(hasty).sum(axis=-2) - 1).max()
+    assert error > 0.05
+    np.testing.assert_allclose(column_error(hasty), error, rtol=1e-5)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits = jnp.array([[200.0, 0.0], [0.0, 200.0]])
+    value, gradient = jax.value_and_grad(lambda x: sinkhorn(x, 20)[0, 0])(logits)
+    assert np.isclose(value, 1) and np.isfinite(gradient).all()
+
+
+def test_a_bfloat16_stream_keeps_its_dtype_and_float32_coefficients() -> None:
+    connection, x = make_connection(), draw_stream()
+    half = x.astype(jnp.bfloat16)
+    mappings = connection(half)
+    assert all(part.dtype == jnp.float32 for part in mappings)
+    seen = read(half, mappings)
+    after = write(half, seen, mappings)
+    assert seen.dtype == after.dtype == jnp.bfloat16
+    expected = read(x, connection(x))
+    np.testing.assert_allclose(seen.astype(jnp.float32), expected, atol=0.05)
+
+
+@pytest.mark.parametrize("change", [{"branches": 1}, {"sinkhorn_iterations": 0}])
+def test_impossible_sizes_are_refused(change: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="at least"):
+        HyperConnectionsConfig(**change)

@@ -1,0 +1,179 @@
+"""Parameters, FLOPs and bytes against published figures and counts by hand; the allocation."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_runs import vary
+
+from engram_jax.accounting import account, allocate, count_flops, main
+from engram_jax.command_line import load_named_config
+from engram_jax.config import Config
+from engram_jax.errors import InputError
+from engram_jax.program import Program
+from engram_jax.sharding import MeshConfig, make_abstract_mesh
+
+# Billions, as REFERENCE §4 recomputed them: total, activated, memory.
+PUBLISHED = {
+    "dense_4b": (4.119, 3.788, 0),
+    "moe_27b": (26.702, 3.793, 0),
+    "engram_27b": (26.710, 3.825, 5.79),
+    "engram_40b": (39.452, 3.825, 18.53),
+}
+
+
+def short(name: str) -> Config:
+    """FLOPs of 4,096 tokens are not asked for."""
+    return vary(load_named_config(name), data={"sequence_length": 8})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name: str) -> None:
+    counted = account(short(name))
+    total, activated, memory = PUBLISHED[name]
+    assert counted.total / 1e9 == pytest.approx(total, rel=1e-3)
+    assert counted.activated / 1e9 == pytest.approx(activated, rel=1e-3)
+    assert counted.memory / 1e9 == pytest.approx(memory, rel=1e-3)
+    assert counted.hyper_connections / 1e9 == pytest.approx(0.0147, rel=5e-3)
+
+
+def test_engram_27b_has_the_papers_allocation_and_the_flops_of_its_twin() -> None:
+    engram, twin = (account(load_named_config(name)) for name in ("engram_27b", "moe_27b"))
+    assert engram.allocation == pytest.approx(0.743, abs=5e-4)
+    assert engram.sparse == pytest.approx(twin.sparse, rel=2e-3)
+    for flops in ("forward_flops", "training_flops"):
+        assert 1 < getattr(engram, flops) / getattr(twin, flops) < 1.01
+
+
+def test_flops_of_a_dense_model_by_hand() -> None:
+    config = load_named_config("dense")
+    model, length = config.model, config.data.sequence_length
+    attention = model.attention
+    heads, pairs, width = attention.heads, attention.kv_heads, attention.head_width
+    matrices = 2 * model.width * width * (heads + pairs) + 3 * model.width * model.feed_forward
+    scores = 2 * heads * width * length
+    by_hand = model.layers * (matrices + scores) + model.vocabulary * model.width
+    counted = account(config)
+    assert counted.forward_flops == 2 * by_hand
+    # Two products backward for each forward.
+    assert counted.training_flops == 3 * counted.forward_flops
+    vectors = (2 * model.layers + 1) * model.width
+    assert counted.backbone == model.layers * matrices + vectors
+    assert counted.vocabulary == model.vocabulary * model.width
+
+
+def test_flops_of_experts_are_those_of_the_chosen() -> None:
+    """And padding experts count nowhere."""
+    config = short("moe_10m")
+    counted = account(config)
+    experts = config.model.experts
+    one = 3 * config.model.width * experts.width * (config.model.layers - 1)
+    assert counted.experts == experts.routed * one
+    assert counted.active_experts == experts.active * one
+    fewer = vary(config, model={"experts": replace(experts, active=experts.active - 1)})
+    assert counted.forward_flops - account(fewer).forward_flops == 2 * one
+    padded = vary(config, model={"experts": replace(experts, multiple=16)})
+    again = account(padded)
+    assert padded.model.experts.stored > experts.routed
+    assert (again.experts, again.total, again.training_flops) == (
+        *(counted.experts, counted.total),
+        counted.training_flops,
+    )
+    assert again.state_bytes > counted.state_bytes
+
+
+def test_flops_of_loops_and_branches() -> None:
+    square = jnp.zeros((4, 4))
+
+    def program(x: jax.Array) -> jax.Array:
+        x, _ = jax.lax.scan(lambda x, _: (x @ x, None), x, length=5)
+        return jax.lax.cond(jnp.sum(x) > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    traced = jax.make_jaxpr(jax.checkpoint(jax.jit(program)))(square)
+    assert count_flops(traced.jaxpr) == (5 + 2) * 2 * 4**3
+    batched = jax.make_jaxpr(lambda x: jnp.einsum("bij,bjk->bik", x, x))(jnp.zeros((3, 4, 4)))
+    assert count_flops(batched.jaxpr) == 3 * 2 * 4**3
+
+
+def test_the_small_family_is_equal() -> None:
+    for size in ("10m", "100m"):
+        dense, moe, engram, over_encoding = (
+            account(short(f"{kind}_{size}")) for kind in ("dense", "moe", "engram", "over_encoding")
+        )
+        for other in (dense, engram, over_encoding):
+            assert other.activated == pytest.approx(moe.activated, rel=0.015)
+            assert other.forward_flops == pytest.approx(moe.forward_flops, rel=0.015)
+        for other in (engram, over_encoding):
+            assert other.total == pytest.approx(moe.total, rel=2e-3)
+        assert engram.memory == pytest.approx(over_encoding.memory, rel=1e-3)
+        assert engram.allocation == pytest.approx(0.75, abs=2e-3)
+
+
+def test_state_is_divided_over_the_chips() -> None:
+    config = short("engram_10m")
+
+    def state_bytes(*mesh: int) -> int:
+        counted = account(replace(config, mesh=MeshConfig(*mesh)))
+        assert counted.chips == math.prod(mesh)
+        return counted.state_bytes
+
+    one = state_bytes(1, 1, 1)
+    assert one / 2 < state_bytes(1, 2, 1) < 1.01 * one / 2
+    # Copies of the parameters divide the tables alone, of records of 64 words.
+    rows = Program.of_sizes(config, make_abstract_mesh(MeshConfig())).ngram_hash.padded_rows
+    assert one - state_bytes(2, 1, 1) == sum(rows) * 64 * 4 // 2
+    # Where experts are dealt, they divide, too: with Muon's momentum, 8 bytes a parameter.
+    experts = account(config).experts
+    assert state_bytes(2, 1, 1) - state_bytes(1, 1, 2) == experts * 8 // 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.743, 0.95])
+def test_an_allocation_keeps_the_sparse_parameters(share: float) -> None:
+    config = short("engram_10m")
+    before, after = account(config), account(allocate(config, share))
+    assert after.sparse == pytest.approx(before.sparse, rel=1e-3)
+    assert after.activated == pytest.approx(before.activated, rel=0.01)  # routers differ
+    one_expert = 3 * 256 * 128 * 7
+    assert after.allocation == pytest.approx(share, abs=one_expert / before.sparse / 2 + 1e-3)
+
+
+def test_the_papers_allocation_gives_its_own_sizes() -> None:
+    config = short("engram_27b")
+    same = allocate(config, account(config).allocation)
+    assert same.model.experts.routed == 55
+    rows = same.memory.rows_per_head
+    assert rows == pytest.approx((2_262_400,) * 2, rel=2e-4)  # heads are primes above
+
+
+def test_all_to_experts_leaves_no_memory() -> None:
+    pure = allocate(short("engram_10m"), 1.0)
+    assert pure.memory.layers == () and pure.model.experts.routed == 54
+    assert account(pure).allocation == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "message"),
+    [
+        ("default", 0.5, "default lacks experts"),
+        ("moe_10m", 0.5, "moe_10m lacks memory"),
+        ("engram_10m", 1.5, "between 0 and 1"),
+        ("engram_10m", -0.1, "between 0 and 1"),
+    ],
+)
+def test_impossible_allocations_are_refused(name: str, share: float, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        allocate(short(name), share)
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["dense", "engram_10m", "--json"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["name"] for line in lines] == ["dense", "engram_10m"]
+    assert lines[1]["total"] == account(load_named_config("engram_10m")).total
+    main(["engram_10m", "--allocation", "0.5", "--mesh", "1", "2", "1"])
+    text = capsys.readouterr().out
+    assert re.search(r" (49|50)\.\d% ", text) and text.splitlines()[1].split()[-1] == "2"
