@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 
+from engram_jax.accounting import allocate
 from engram_jax.command_line import parse
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.processes import leads
@@ -35,6 +36,8 @@ class TrainOptions:
         run: run folder; runs/NAME by default. A folder that holds this run is resumed.
         start_from: folder of another run whose weights begin this one.
         start_step: which checkpoint of that run; the newest by default.
+        allocation: deal the sparse parameters anew: this share to experts, the rest to table rows
+            (the paper's ρ; only for configurations that have both).
         reschedule: go on with a run under another number of steps, learning rate or row optimizer
             than it began with.
         profile: write a trace of ten steps to FOLDER/profile (for TensorBoard or Perfetto).
@@ -45,6 +48,7 @@ class TrainOptions:
     run: Path | None = None
     start_from: Path | None = None
     start_step: int | None = None
+    allocation: float | None = None
     reschedule: bool = False
     profile: bool = False
     distributed: bool = False
@@ -55,6 +59,8 @@ def main() -> None:
     options, config = parse(TrainOptions, __doc__ or "")
     if options.distributed:
         _join_processes()
+    if options.allocation is not None:
+        config = allocate(config, options.allocation)
     run = Run.start(
         config,
         options.run or Path("runs") / config.name,

@@ -286,7 +286,10 @@ class Decoder(nnx.Module):
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         embedding = gather_parameters(self.embedding, dtype)[...]
-        x = embedding.at[tokens].get(out_sharding=extend_spec(tokens, None))
+        # In float32, in which then the gradients of a token's many uses are summed: in bfloat16 the
+        # sum of a thousand stands still at half its size.
+        wide = embedding.astype(jnp.float32)
+        x = wide.at[tokens].get(out_sharding=extend_spec(tokens, None))
         x = (x * config.width**0.5).astype(dtype)
         if hasattr(self, "over_encoding"):
             x = gather_parameters(self.over_encoding, dtype)(x, memory.get(0))

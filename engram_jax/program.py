@@ -37,7 +37,7 @@ from engram_jax.train_state import TrainState, Weights
 from engram_jax.typing import Parameters, PyTree
 
 # Where implementations run that do not run everywhere.
-_NEEDS = {"cudnn": "gpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
+_NEEDS = {"cudnn": "gpu", "splash": "tpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
 
 
 @dataclass(frozen=True)

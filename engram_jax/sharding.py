@@ -82,7 +82,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def make_abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
-    """The mesh of so many TPU chips without the chips; data −1 is 1."""
+    """A mesh of so many devices that need not be there; data −1 is 1."""
     sizes = (max(config.data, 1), config.fsdp, config.expert)
     return jax.sharding.AbstractMesh(sizes, TOKEN_AXES, axis_types=(AxisType.Explicit,) * 3)
 
@@ -140,7 +140,7 @@ def gather_parameters[T](module: T, dtype: jnp.dtype) -> T:
     """A copy of a module whose parameters lie whole on every device; experts stay dealt out.
 
     Matrices, embedding and head come in the dtype of the computation: in bfloat16 that halves what
-    is sent.
+    is sent, and on the way back their gradients are summed over devices in bfloat16, too.
     """
     spread = not jax.sharding.get_abstract_mesh().empty
 

@@ -41,9 +41,9 @@ type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 def make_train_step(program: Program) -> TrainStep:
     """One optimizer step as a jitted function; the state is donated.
 
-    Gather the distinct rows once; run the micro-batches, which read them by plan; sum gradients of
-    parameters and rows in float32; clip both by their common norm; update. Of every layer with
-    experts, the metrics take the load of its fullest expert over the mean: the worst layer's, and
+    Gather the distinct rows once; run the micro-batches, which read them by plan; sum their
+    gradients of parameters and rows in float32; clip both by their common norm; update. Of every
+    layer with experts, the metrics take the load of its fullest expert over the mean: the worst layer's, and
     the layers' mean.
     """
     config, graph = program.config, program.graph

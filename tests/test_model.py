@@ -221,6 +221,29 @@ def test_bfloat16_is_finite_and_near_float32() -> None:
     assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all() for leaf in leaves)
 
 
+def test_in_bfloat16_a_frequent_token_gets_the_sum_of_its_gradients() -> None:
+    tokens = jnp.full((1, 2048), 7, jnp.int32)
+    same = jnp.ones_like(tokens)
+    positions = jnp.arange(2048, dtype=jnp.int32)[None]
+    config = replace(CONFIG, layers=1, tie_embeddings=False)
+
+    def gradient(dtype: str) -> Array:
+        decoder = make_decoder(replace(config, dtype=dtype), MemorySites())
+
+        def loss(decoder: Decoder) -> Array:
+            logits, _ = decoder(tokens, {}, same, positions)
+            return jnp.sum(logits[..., 3])
+
+        return nnx.jit(nnx.grad(loss))(decoder).embedding[...][7]
+
+    np.testing.assert_allclose(
+        gradient("bfloat16"),
+        gradient("float32"),
+        rtol=0.02,
+        atol=0.02 * abs(gradient("float32")).max(),
+    )
+
+
 def test_every_parameter_gets_a_gradient() -> None:
     for sites, memory in ((ENGRAM, draw_memory()), (OVER_ENCODING, draw_memory((0,)))):
         config = replace(CONFIG, tie_embeddings=False)

@@ -120,7 +120,12 @@ class HyperConnection(nnx.Module):
         # The norm is over all branches together; it scales what is projected, so it can come last.
         square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(2, 3)) / (branches * width)
         norm = jax.lax.rsqrt(square + self.config.norm_epsilon)
-        projected = jnp.einsum("btmd,mdo->bto", x.astype(jnp.float32), self.projection[...])
+        projected = jnp.einsum(
+            "btmd,mdo->bto",
+            x.astype(jnp.float32),
+            self.projection[...],
+            precision=jax.lax.Precision.HIGHEST,  # accelerators would round to bfloat16
+        )
         logits = norm[..., None] * projected
         pre, post, mix = (
             scale * part
@@ -146,7 +151,8 @@ def sinkhorn(logits: Float[Array, "*batch M M"], iterations: int) -> Float[Array
         matrix = matrix / jnp.sum(matrix, axis=0, keepdims=True)
         return matrix / jnp.sum(matrix, axis=1, keepdims=True), None
 
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=(-2, -1), keepdims=True))
+    # Of each column: columns are normalized first, and none may vanish.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-2, keepdims=True))
     # Tokens last: a TPU would pad every M × M matrix to a tile of 1,024 numbers.
     matrix = jnp.moveaxis(jnp.exp(logits - largest), (-2, -1), (0, 1))
     matrix, _ = jax.lax.scan(normalize_both, matrix, length=iterations)
