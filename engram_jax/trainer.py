@@ -42,9 +42,10 @@ def make_train_step(program: Program) -> TrainStep:
     """One optimizer step as a jitted function; the state is donated.
 
     Gather the distinct rows once; run the micro-batches, which read them by plan; sum their
-    gradients of parameters and rows in float32; clip both by their common norm; update. Of every
-    layer with experts, the metrics take the load of its fullest expert over the mean: the worst layer's, and
-    the layers' mean.
+    gradients of parameters and rows in float32; clip both by their common norm; update.
+
+    Of every layer with experts, the metrics take the load of its fullest expert over the mean: the
+    worst layer's, and the layers' mean.
     """
     config, graph = program.config, program.graph
     optimizer, row_adam = program.optimizer, program.row_adam
