@@ -88,7 +88,10 @@ def make_abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
 
 
 def platform_of(mesh: AnyMesh) -> str:
-    """The platform of a mesh's devices, such as "cpu" or "tpu"."""
+    """The platform of a mesh's devices, such as "cpu" or "tpu"; of no mesh, the default one.
+
+    Programs for TPU are compiled on CPUs, so the mesh knows better than the default backend.
+    """
     if isinstance(mesh, jax.sharding.AbstractMesh):
         return mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
     return str(mesh.devices.flat[0].platform)

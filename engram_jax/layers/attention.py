@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int32
 from engram_jax.errors import InputError
 from engram_jax.layers.positions import rotate
 from engram_jax.parameters import Matrix
+from engram_jax.sharding import platform_of
 
 type Implementation = Literal["xla", "cudnn", "splash"]
 
@@ -108,7 +109,8 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     chosen = implementation or _fastest(query, value)
     if chosen == "splash":
-        attend_own = partial(_attend_splash, scale, _platform() == "cpu")
+        on_cpu = platform_of(jax.sharding.get_abstract_mesh()) == "cpu"
+        attend_own = partial(_attend_splash, scale, on_cpu)
     else:
         attend_own = partial(_attend_jax, scale, chosen)
     inputs = (query, key, value, segments)
@@ -151,7 +153,7 @@ def _widen(x: Float[Array, "B T heads _"], width: int) -> Float[Array, "B T head
 
 def _fastest(query: Float[Array, "B T Q P"], value: Float[Array, "B T J O"]) -> Implementation:
     length, width = query.shape[1], max(query.shape[-1], value.shape[-1])
-    platform = _platform()
+    platform = platform_of(jax.sharding.get_abstract_mesh())
     if platform == "tpu" and length % 128 == 0:
         return "splash"
     if platform == "gpu" and query.dtype == jnp.bfloat16:
@@ -159,12 +161,6 @@ def _fastest(query: Float[Array, "B T Q P"], value: Float[Array, "B T J O"]) -> 
         if ampere and width % 8 == 0 and width <= 128:
             return "cudnn"
     return "xla"
-
-
-def _platform() -> str:
-    """The platform of the mesh that is set; its devices need not be this machine's."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
 
 
 def _attend_splash(

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from engram_jax.sharding import platform_of
+
 type GroupedImplementation = Literal["ragged", "blocks"]
 
 # Rows that padding may add, relative to the rows there are. More would waste products; fewer make
@@ -28,9 +30,7 @@ def block_size(rows: int, groups: int, implementation: GroupedImplementation | N
             with all matrices; "blocks" is a batch of products; None takes "ragged" on TPU, "blocks"
             elsewhere.
     """
-    # The mesh knows better than the default backend: programs for TPU are compiled on CPUs.
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    platform = platform_of(jax.sharding.get_abstract_mesh())
     if (implementation or ("ragged" if platform == "tpu" else "blocks")) == "ragged":
         return None
     block = 1 + int(_PADDING * rows / groups)
