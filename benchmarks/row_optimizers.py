@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import tyro
 
-from benchmarks.first_table import PROSE, SEEDS, mean_and_error
+from benchmarks.comparison import PROSE, SEEDS, mean_and_error
 from engram_jax.command_line import load_named_config
 from engram_jax.config import Config
 from engram_jax.evaluation.held_out import evaluate_held_out, make_scorer, pool

@@ -1,13 +1,14 @@
 """Training throughput: Engram and OverEncoding against their dense twin, in one process.
 
-    python -m benchmarks.throughput [--rounds N]
+    python -m benchmarks.throughput [--configs NAME …] [--rounds N]
 
 Prints the median time of a step of each config, batches built beside it as in training, and the
-ratio of its tokens/s to the dense twin's.
+ratio of its tokens/s to the first one's.
 """
 
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -51,11 +52,11 @@ class Training:
         return time.perf_counter() - start
 
 
-def measure(rounds: int, steps: int) -> dict[str, np.ndarray]:
+def measure(configs: Sequence[str], rounds: int, steps: int) -> dict[str, np.ndarray]:
     """Tokens per second of every config in every round; the configs take turns."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         trainings = {
-            name: Training(load_named_config(name), Path(folder) / name, stack) for name in CONFIGS
+            name: Training(load_named_config(name), Path(folder) / name, stack) for name in configs
         }
         for training in trainings.values():  # compiles
             training.advance(2)
@@ -63,22 +64,23 @@ def measure(rounds: int, steps: int) -> dict[str, np.ndarray]:
             [training.tokens * steps / training.advance(steps) for training in trainings.values()]
             for _ in range(rounds)
         ]
-    return dict(zip(CONFIGS, np.transpose(rates), strict=True))
+    return dict(zip(configs, np.transpose(rates), strict=True))
 
 
-def main(rounds: int = 15, steps: int = 4) -> None:
+def main(configs: tuple[str, ...] = CONFIGS, rounds: int = 15, steps: int = 4) -> None:
     """Measures and prints.
 
     Args:
+        configs: what to measure, the one they are compared to first.
         rounds: measurements of every config, taken in turn.
         steps: training steps of one measurement.
     """
-    rates = measure(rounds, steps)
+    rates = measure(configs, rounds, steps)
     print(f"{jax.devices()[0].device_kind}, {rounds} rounds of {steps} steps")
     for name, own in rates.items():
-        low, middle, high = np.quantile(own / rates["dense"], [0.25, 0.5, 0.75])
+        low, middle, high = np.quantile(own / rates[configs[0]], [0.25, 0.5, 0.75])
         print(
-            f"{name:<14} {np.median(own):8,.0f} tokens/s  ×{middle:.3f} of dense "
+            f"{name:<14} {np.median(own):8,.0f} tokens/s  ×{middle:.3f} of {configs[0]} "
             f"(quartiles {low:.3f} … {high:.3f})"
         )
 

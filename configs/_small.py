@@ -1,4 +1,4 @@
-"""The small family: the paper's four kinds of model at two sizes, for one CPU or one GPU.
+"""The small family: the paper's four kinds of model at three sizes, for one CPU or one GPU.
 
 All of a size have the same backbone of latent attention, four residual branches and Muon, and
 activate the same parameters: what reads the memory is taken from the leading dense layer. The
@@ -43,6 +43,7 @@ class _Size:
 
 
 _SIZES = {
+    "2m": _Size(width=128, layers=6, heads=4, expert_width=64, memory=1, row_width=10),
     "10m": _Size(width=256, layers=8, heads=8, expert_width=128, memory=1, row_width=21),
     "100m": _Size(width=768, layers=12, heads=24, expert_width=384, memory=1, row_width=42),
 }
@@ -91,5 +92,5 @@ def small_config(kind: Kind, size: str) -> Config:
             row_width=sizes.row_width,
             adam=RowAdamConfig(factor=10.0),
         ),
-        optimizer=OptimizerConfig(matrices="muon"),
+        optimizer=OptimizerConfig(matrices="muon", learning_rate=1e-2),
     )

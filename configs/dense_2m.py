@@ -1,0 +1,10 @@
+"""Small family, 2 M activated: dense feed-forward layers, no memory.
+
+Command: `python train.py dense_2m`.
+Cost: 10.5 M parameters, 8.4 M activated besides the vocabulary.
+Expect: not trained by us yet.
+"""
+
+from configs._small import small_config
+
+config = small_config("dense", "2m")
