@@ -83,7 +83,7 @@ def main(args: Sequence[str] | None = None) -> None:
     _check(options)
     text = _given_text(options)
     run = Run.open(options.run)
-    check_drawing(options.temperature, options.top_k, run.config.model.vocabulary)
+    check_drawing(options.temperature, options.top_k, run.tokenizer.vocab_size)
     has_gates = bool(run.config.memory.sites.layers)
     if text and not has_gates:
         raise InputError(

@@ -12,7 +12,6 @@ austen.
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,21 +39,14 @@ def call(*words: str) -> None:
 
 
 def train_and_evaluate(run: Path, config: str, seed: int, steps: int) -> dict[str, Any]:
-    """What eval.py writes of a run, which is trained and evaluated if it is not there.
-
-    Returns:
-        it, and the run's "training_seconds".
-    """
-    seconds = run / "training_seconds.json"
+    """What eval.py writes of a run, which is trained and evaluated if it is not there."""
     if not (run / "eval.json").exists():
         flags = ["--train.seed", str(seed), "--train.steps", str(steps)]
         flags += ["--train.evaluate-every", "0", "--train.keep-checkpoints", "1"]
-        start = time.perf_counter()
         call("train.py", config, "--run", str(run), *flags)
-        seconds.write_text(json.dumps(time.perf_counter() - start))
         call("eval.py", str(run), "--no-statistics")
     written: dict[str, Any] = json.loads((run / "eval.json").read_text())
-    return {**written, "training_seconds": json.loads(seconds.read_text())}
+    return written
 
 
 def prose_loss(written: dict[str, Any]) -> float:
@@ -87,7 +79,9 @@ def main(
     rates = {name: np.array(values) for name, values in json.loads(speeds.read_text()).items()}
     dense = configs[0]
     relative = {name: float(np.median(own / rates[dense])) for name, own in rates.items()}
-    steps = steps or load_named_config(dense).train.steps
+    dense_config = load_named_config(dense)
+    steps = steps or dense_config.train.steps
+    tokens_of_step = dense_config.data.batch_size * dense_config.data.sequence_length
     lines = [(LABELS[name.removesuffix(f"_{family}")], name, steps) for name in configs]
     if family == "default":
         longer = round(steps / relative["default"])
@@ -101,20 +95,19 @@ def main(
             train_and_evaluate(folder / f"{name}-{steps_of_line}-{seed}", name, seed, steps_of_line)
             for seed in SEEDS
         ]
-        losses = np.array([prose_loss(run) for run in runs])
+        losses, speed = np.array([prose_loss(run) for run in runs]), np.median(rates[name])
         if (name, steps_of_line) == (dense, steps):
             baseline = losses
-        minutes = [run["training_seconds"] / 60 for run in runs]
         print(
             f"| {label} | {steps_of_line:,} | {mean_and_error(losses)} "
             f"| {mean_and_error(losses - baseline)} "
-            f"| {relative[name]:.3f} ({np.median(rates[name]):,.0f}) "
-            f"| {np.median(minutes):.1f} ({min(minutes):.1f}–{max(minutes):.1f}) |",
+            f"| {relative[name]:.3f} ({speed:,.0f}) "
+            f"| {steps_of_line * tokens_of_step / speed / 60:.1f} |",
             flush=True,
         )
     print(
-        "\nNats per token of the prose sources, mean ± standard error over seeds; minutes of a "
-        "whole train.py, median and range."
+        "\nNats per token of the prose sources, mean ± standard error over seeds; minutes of the "
+        "steps alone, at the measured tokens/s."
     )
 
 

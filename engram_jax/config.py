@@ -57,7 +57,7 @@ class MemoryConfig:
             self.hash_spec(pad_id=0)
         if self.row_width < 1:
             raise InputError(f"memory.row_width is {self.row_width}; it must be at least 1.")
-        if self.fusion == "over_encoding" and self.layers != (0,):
+        if self.fusion == "over_encoding" and self.layers not in ((), (0,)):
             raise InputError(
                 f"OverEncoding reads memory at the input alone, not at layers {self.layers}; "
                 "set memory.layers to 0."
@@ -86,7 +86,7 @@ class MemoryConfig:
         engram = self.fusion == "engram"
         return MemorySites(
             layers=self.layers if engram else (),
-            over_encoding=not engram,
+            over_encoding=not engram and bool(self.layers),
             width=orders * self.heads * self.row_width,
             orders=orders,
         )

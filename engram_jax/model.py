@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +27,7 @@ from engram_jax.layers.mixture_of_experts import ExpertsConfig, MixtureOfExperts
 from engram_jax.layers.norms import RMSNorm
 from engram_jax.layers.over_encoding import OverEncoding
 from engram_jax.parameters import Lookup
-from engram_jax.sharding import extend_spec, gather_parameters
+from engram_jax.sharding import gather_parameters, split_axes
 
 type Memory = Mapping[int, Float[Array, "B T E"]]  # by layer id
 type Gates = dict[int, Float[Array, "B T M"]]  # by layer id
@@ -217,7 +218,29 @@ def run_block(
     block: Block, x: Float[Array, "B T M D"], *inputs: Any
 ) -> tuple[Float[Array, "B T M D"], BlockReport]:
     """Runs a block on parameters gathered here: remat gathers again instead of keeping them."""
-    return gather_parameters(block, x.dtype)(x, *inputs)
+    return gather_parameters(block, x.dtype, split_axes(x))(x, *inputs)
+
+
+def _look_up(embedding: Float[Array, "V D"], tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The tokens' embeddings in float32.
+
+    In which then the gradients of a token's many uses are summed: in bfloat16 the sum of a thousand
+    stands still at half its size. Devices sum those of their own tokens; left to itself, JAX brings
+    the gradients of all tokens to every device.
+    """
+    axes = split_axes(tokens)
+
+    def look_up(embedding: Array, tokens: Array) -> Array:
+        if axes:
+            embedding = jax.lax.pcast(embedding, axes, to="varying")
+        return embedding.astype(jnp.float32)[tokens]
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return look_up(embedding, tokens)
+    spec = jax.typeof(tokens).sharding.spec
+    return jax.shard_map(look_up, in_specs=(jax.P(reduced=set(axes)), spec), out_specs=spec)(
+        embedding, tokens
+    )
 
 
 class Decoder(nnx.Module):
@@ -285,20 +308,17 @@ class Decoder(nnx.Module):
                 model without.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        embedding = gather_parameters(self.embedding, dtype)[...]
-        # In float32, in which then the gradients of a token's many uses are summed: in bfloat16 the
-        # sum of a thousand stands still at half its size.
-        wide = embedding.astype(jnp.float32)
-        x = wide.at[tokens].get(out_sharding=extend_spec(tokens, None))
-        x = (x * config.width**0.5).astype(dtype)
+        gather = partial(gather_parameters, dtype=dtype, axes=split_axes(tokens))
+        embedding = gather(self.embedding)[...]
+        x = (_look_up(embedding, tokens) * config.width**0.5).astype(dtype)
         if hasattr(self, "over_encoding"):
-            x = gather_parameters(self.over_encoding, dtype)(x, memory.get(0))
+            x = gather(self.over_encoding)(x, memory.get(0))
         x = jnp.repeat(x[:, :, None], config.branches, axis=2)
         x, reports = self._run_blocks(x, segments, positions, memory, expert_bias or {})
-        head = embedding if config.tie_embeddings else gather_parameters(self.head, dtype)[...]
+        head = embedding if config.tie_embeddings else gather(self.head)[...]
         logits = jnp.einsum(
             "btd,vd->btv",
-            gather_parameters(self.norm, dtype)(jnp.sum(x, axis=2)),
+            gather(self.norm)(jnp.sum(x, axis=2)),
             head,
             preferred_element_type=jnp.float32,
         )

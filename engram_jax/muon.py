@@ -39,6 +39,10 @@ _LINE_BYTES = 128 * 2**20
 def scale_by_muon(roles: PyTree, *, momentum: float, steps: int) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalized and scaled; without learning rate and decay.
 
+    A matrix without gradient, as an expert's whom no token chooses, goes on at full size by what
+    its momentum was: for some 350 steps, at μ = 0.95, until that is as small as what guards the
+    division.
+
     Args:
         roles: `Matrix` for every parameter, in their tree.
         momentum: μ.

@@ -20,7 +20,7 @@ class OptimizerConfig:
 
     Attributes:
         matrices: optimizer of hidden matrices; all other parameters have AdamW. Muon's updates are
-            scaled to AdamW's, so that learning rate and decay serve both.
+            scaled to AdamW's, so that one learning rate can serve both.
         learning_rate: peak learning rate.
         warmup_steps: steps of linear warm-up.
         decay: "cosine" from the peak to the end; "steps" stays at the peak, then takes 0.316 of it
@@ -29,6 +29,7 @@ class OptimizerConfig:
         b1: AdamW's decay of the first moment.
         b2: AdamW's decay of the second moment.
         eps: added by AdamW to the root of the second moment.
+        muon_factor: learning rate of Muon, relative to learning_rate.
         muon_momentum: decay of Muon's Nesterov momentum.
         muon_steps: Newton–Schulz iterations of Muon.
         weight_decay: decoupled decay of hidden matrices; embeddings, norms and biases have none.
@@ -43,14 +44,15 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    muon_factor: float = 1.0
     muon_momentum: float = 0.95
     muon_steps: int = 5
     weight_decay: float = 0.1
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise InputError("learning_rate and clip_norm must be positive.")
+        if min(self.learning_rate, self.muon_factor, self.clip_norm) <= 0:
+            raise InputError("learning_rate, muon_factor and clip_norm must be positive.")
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
             raise InputError("b1 and b2 must be at least 0 and below 1, and eps positive.")
         if self.warmup_steps < 0:
@@ -103,7 +105,7 @@ def make_optimizer(
     muon = optax.chain(
         scale_by_muon(matrices, momentum=config.muon_momentum, steps=config.muon_steps),
         optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(schedule),
+        optax.scale_by_learning_rate(lambda step: config.muon_factor * schedule(step)),
     )
     adam = optax.adam(schedule, b1=config.b1, b2=config.b2, eps=config.eps)
     labels = jax.tree.map(lambda matrix: "muon" if matrix else "adam", is_matrix)

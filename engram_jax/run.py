@@ -27,6 +27,7 @@ from engram_jax.files import hold_lock, written_whole
 from engram_jax.hashing import NgramHash
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table
+from engram_jax.optimizer import OptimizerConfig
 from engram_jax.processes import leads, together
 from engram_jax.program import Program, make_config_row_adam
 from engram_jax.sharding import (
@@ -65,7 +66,9 @@ _CHANGEABLE = (
 
 # What may change if `reschedule` is given: how it goes on learning, from the newest checkpoint.
 _RESCHEDULABLE = (
-    *("optimizer.", "train.steps", "memory.frozen"),
+    *("train.steps", "memory.frozen"),
+    # All but which optimizers there are: their states differ.
+    *(f"optimizer.{f.name}" for f in fields(OptimizerConfig) if f.name != "matrices"),
     *(f"memory.adam.{name}" for name in ("factor", "b1", "b2", "eps")),
 )
 
@@ -348,7 +351,7 @@ def _load_tokenizer(config: Config) -> Tokenizer:
 def _make_hash(config: Config) -> tuple[Tokenizer, NgramHash | None]:
     """The tokenizer, and the hash of the memory if there is one."""
     tokenizer = _load_tokenizer(config)
-    if tokenizer.vocab_size != config.model.vocabulary:
+    if tokenizer.vocab_size > config.model.vocabulary:
         raise InputError(
             f"Tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces and the model "
             f"has {config.model.vocabulary}; set model.vocabulary to {tokenizer.vocab_size}."

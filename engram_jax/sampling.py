@@ -50,7 +50,7 @@ def sample(
     """
     if tokens < 1:
         raise InputError(f"A continuation of {tokens} tokens is none; ask for at least 1.")
-    check_drawing(temperature, top_k, run.config.model.vocabulary)
+    check_drawing(temperature, top_k, run.tokenizer.vocab_size)
     tokenizer = run.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     start = len(ids)
@@ -111,7 +111,9 @@ def _make_next_token(run: Run, temperature: float, top_k: int | None) -> NextTok
         by_position, _ = decoder(
             *(batch.tokens[0], memory, batch.segments[0], batch.positions[0]), weights.expert_bias
         )
-        logits = jax.sharding.reshard(by_position, jax.P())[0, last]
+        # A model may have more ids than its tokenizer.
+        pieces = run.tokenizer.vocab_size
+        logits = jax.sharding.reshard(by_position, jax.P())[0, last, :pieces]
         if temperature == 0:
             return jnp.argmax(logits)
         if top_k is not None:

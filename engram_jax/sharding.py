@@ -30,7 +30,8 @@ class MeshConfig:
 
     Attributes:
         data: copies of the parameters; −1 takes all devices that the other axes leave.
-        fsdp: devices that each copy of the parameters is split over. The TPU compiler gathers in
+        fsdp: devices that each copy of the parameters is split over; with model.remat, gathered
+            parameters are not kept for the backward pass. The TPU compiler gathers in
             groups of up to 32 chips; over a whole slice of 64 or 256 it sums zeros instead, which
             sends twice as much.
         expert: devices that the experts of a layer are dealt to.
@@ -139,24 +140,46 @@ def optimizer_sharding(mesh: AnyMesh, shapes: PyTree, parameters: PyTree) -> PyT
     return jax.tree.map_with_path(place, shapes)
 
 
-def gather_parameters[T](module: T, dtype: jnp.dtype) -> T:
+def gather_parameters[T](module: T, dtype: jnp.dtype, axes: Sequence[str]) -> T:
     """A copy of a module whose parameters lie whole on every device; experts stay dealt out.
 
     Matrices, embedding and head come in the dtype of the computation: in bfloat16 that halves what
-    is sent, and on the way back their gradients are summed over devices in bfloat16, too.
+    is sent. On the way back their gradients are summed over "fsdp" in that dtype, every device
+    taking the part that it keeps, and that part over the other axes in float32.
+
+    Args:
+        module: a module, or a parameter.
+        dtype: dtype of the computation.
+        axes: mesh axes that the tokens are split over: gradients have to be summed over these.
     """
     spread = not jax.sharding.get_abstract_mesh().empty
 
     def gather(variable: nnx.Variable) -> nnx.Variable:
         value, role = variable[...], role_of(variable)
-        if not isinstance(role, Plain):
-            value = value.astype(dtype)
-        if spread:
-            dealt = isinstance(role, Matrix) and role.experts
-            value = jax.sharding.reshard(value, jax.P("expert") if dealt else jax.P())
-        return variable.replace(value)
+        if isinstance(role, Plain):
+            return variable.replace(jax.sharding.reshard(value, jax.P()) if spread else value)
+        if not spread:
+            return variable.replace(value.astype(dtype))
+        # "Reduced" over an axis: whole along it, and the gradient will be a sum not yet taken.
+        spec = jax.typeof(value).sharding.spec
+        copied = set(axes) - set(_names(spec))
+        value = jax.sharding.reshard(value, jax.P(*spec, reduced=copied)).astype(dtype)
+        dealt = "expert" if isinstance(role, Matrix) and role.experts else None
+        whole = jax.P(dealt, reduced=set(axes) - {dealt})
+        return variable.replace(jax.sharding.reshard(value, whole))
 
     return jax.tree.map(gather, module, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def split_axes(array: jax.Array) -> tuple[str, ...]:
+    """The mesh axes that an array is split over; none outside a mesh, or on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # (One device is not only simpler: JAX cannot lower "reduced" there.)
+    return () if mesh.size <= 1 else _names(jax.typeof(array).sharding.spec)
+
+
+def _names(spec: jax.P) -> tuple[str, ...]:
+    return tuple(jax.tree.leaves(tuple(spec)))
 
 
 def extend_spec(array: jax.Array, *axes: str | None) -> jax.P | None:

@@ -66,6 +66,23 @@ def test_flops_of_a_dense_model_by_hand() -> None:
     assert counted.vocabulary == model.vocabulary * model.width
 
 
+def test_flops_of_latent_attention_and_branches_by_hand() -> None:
+    """Values count as wide as they are, narrower than keys; what branches mix is no product."""
+    config = load_named_config("dense_2m")
+    model, length = config.model, config.data.sequence_length
+    sizes, branches, width = model.attention, model.branches, model.width
+    key_width = sizes.head_width + sizes.rotary_width
+    attention = (
+        width * (sizes.heads * key_width + sizes.latent_width + sizes.rotary_width)
+        + sizes.latent_width * sizes.heads * (sizes.head_width + sizes.value_width)
+        + sizes.heads * sizes.value_width * width
+    )
+    scores = sizes.heads * (key_width + sizes.value_width) * length
+    connections = 2 * branches * width * (2 * branches + branches**2)
+    layer = attention + scores + 3 * width * model.feed_forward + connections
+    assert account(config).forward_flops == 2 * (model.layers * layer + model.vocabulary * width)
+
+
 def test_flops_of_experts_are_those_of_the_chosen() -> None:
     """And padding experts count nowhere."""
     config = short("moe_10m")
@@ -100,7 +117,7 @@ def test_flops_of_loops_and_branches() -> None:
 
 
 def test_the_small_family_is_equal() -> None:
-    for size in ("10m", "100m"):
+    for size in ("2m", "10m", "100m"):
         dense, moe, engram, over_encoding = (
             account(short(f"{kind}_{size}")) for kind in ("dense", "moe", "engram", "over_encoding")
         )
@@ -149,8 +166,9 @@ def test_the_papers_allocation_gives_its_own_sizes() -> None:
     assert rows == pytest.approx((2_262_400,) * 2, rel=2e-4)  # heads are primes above
 
 
-def test_all_to_experts_leaves_no_memory() -> None:
-    pure = allocate(short("engram_10m"), 1.0)
+@pytest.mark.parametrize("name", ["engram_10m", "over_encoding_10m"])
+def test_all_to_experts_leaves_no_memory(name: str) -> None:
+    pure = allocate(short(name), 1.0)
     assert pure.memory.layers == () and pure.model.experts.routed == 54
     assert account(pure).allocation == 1
 

@@ -1,21 +1,28 @@
 """Whole training runs of the paper's backbone, small: experts, branches, latent attention, Muon."""
 
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from lively import enliven
 from tiny_runs import assert_identical, losses, on_devices, vary
 
 from engram_jax.config import Config
+from engram_jax.data.pipeline import make_batches
 from engram_jax.layers.hyper_connections import HyperConnectionsConfig
 from engram_jax.layers.latent_attention import LatentAttentionConfig
 from engram_jax.layers.mixture_of_experts import ExpertsConfig
 from engram_jax.metrics import read_metrics
 from engram_jax.run import Run
 from engram_jax.sampling import sample
-from engram_jax.trainer import train
+from engram_jax.trainer import make_train_step, train
+from engram_jax.typing import PyTree
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +64,6 @@ def test_a_mesh_with_dealt_experts_gives_the_losses_of_one_device(
         # Losses of a step with rounding of another order behind it: 1e-6 at first, then more.
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6 if a["step"] == 1 else 2e-4)
         assert b["mixing_error"] == pytest.approx(a["mixing_error"], abs=1e-5)
-    # Neither Adam nor Muon would show a gradient that is so many times too large.
-    for norm in ("gradient_norm", "row_gradient_norm"):
-        assert other[0][norm] == pytest.approx(one[0][norm], rel=1e-4)
     assert one[0]["expert_load_worst"] == pytest.approx(other[0]["expert_load_worst"])
     assert one[0]["expert_load_worst"] >= one[0]["expert_load_mean"] > 1
     biases = parts.restore().expert_bias
@@ -73,6 +77,68 @@ def test_a_mesh_with_dealt_experts_gives_the_losses_of_one_device(
     for layer, bias in weights.expert_bias.items():
         np.testing.assert_array_equal(bias, biases[layer])
     assert isinstance(sample(again, weights, "the", tokens=3, temperature=0.0), str)
+
+
+def one_step(config: Config, folder: Path, *mesh: int) -> tuple[PyTree, PyTree]:
+    """Gradients and biases of a step from parameters that all matter, on a mesh."""
+
+    def keep(gradients: PyTree, _: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        return jax.tree.map(jnp.zeros_like, params), gradients
+
+    zeros = partial(jax.tree.map, jnp.zeros_like)
+    with on_devices(*mesh):
+        run = Run.start(vary(config, optimizer={"clip_norm": 1e9}), folder)
+    run = replace(run, optimizer=optax.GradientTransformation(zeros, keep))
+    data, accumulation = config.data, config.train.accumulation
+    with (
+        jax.set_mesh(run.mesh),
+        make_batches(
+            run.corpora(),
+            sequence_length=data.sequence_length,
+            batch_size=data.batch_size,
+            accumulation=accumulation,
+            planner=run.planner(),
+        ) as batches,
+    ):
+        state = run.initial_state()
+        state = replace(state, params=enliven(state.params))
+        after, _ = make_train_step(run)(state, run.put(next(batches)))
+        assert jax.tree.leaves(after.optimizer)[0].shape
+        return jax.device_get((after.optimizer, after.expert_bias))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [("float32", 1e-3), ("bfloat16", 0.1)], ids=["float32", "bfloat16"]
+)
+def test_every_gradient_is_that_of_one_device(
+    backbone: Config, tmp_path: Path, dtype: str, largest: float
+) -> None:
+    """Neither Adam nor Muon would show one that is a number of times too large.
+
+    In float32 sums of another order differ by up to 1e-4 of a gradient whose terms cancel. In
+    bfloat16 a device rounds its part of a sum, too.
+    """
+    config = vary(backbone, model={"dtype": dtype})
+    expected, biases = one_step(config, tmp_path / "one", 1)
+    for mesh in ((2, 2, 2), (8, 1, 1), (1, 4, 2)):
+        found, found_biases = one_step(config, tmp_path / "-".join(map(str, mesh)), *mesh)
+        for (path, a), b in zip(
+            jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+        ):
+            error = np.linalg.norm(a - b) / np.linalg.norm(b)
+            assert error < largest, (mesh, jax.tree_util.keystr(path), error)
+        if dtype == "float32":
+            assert_identical(found_biases, biases)
+
+
+def test_micro_batches_give_the_gradients_and_loads_of_the_whole(
+    backbone: Config, tmp_path: Path
+) -> None:
+    whole, biases = one_step(backbone, tmp_path / "whole", 1)
+    in_parts = vary(backbone, train={"accumulation": 4})
+    parts, biases_of_parts = one_step(in_parts, tmp_path / "parts", 1)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), parts, whole)
+    assert_identical(biases_of_parts, biases)
 
 
 def test_a_resumed_run_goes_on_with_its_expert_biases(backbone: Config, tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ def test_the_momentum_is_nesterovs() -> None:
     assert np.abs(update_in_float64(mean) - expected).max() > 0.01
 
 
-def test_a_zero_gradient_moves_nothing() -> None:
-    """Of a whole parameter, and of one expert to which no token came."""
+def test_zero_momentum_moves_nothing() -> None:
+    """Of a whole parameter, and of one expert to which no token ever came."""
     gradients = {name: np.zeros_like(array) for name, array in draw_all().items()}
     gradients["gate"][1:] = draw_all()["gate"][1:]
     for name, found in apply(gradients).items():

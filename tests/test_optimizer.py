@@ -102,8 +102,22 @@ def test_matrices_have_muon_with_decoupled_decay_if_asked() -> None:
         np.testing.assert_allclose(found["block"][name], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_muon_may_have_a_learning_rate_of_its_own() -> None:
+    """Its decay goes by that, too, and what has AdamW keeps its own."""
+    params, gradients = draw(0), draw(1)
+    whole, half = (
+        run(make_optimizer(config, optax.constant_schedule(RATE), ROLES), params, gradients)
+        for config in (OptimizerConfig("muon"), OptimizerConfig("muon", muon_factor=0.5))
+    )
+    np.testing.assert_array_equal(whole["embedding"], half["embedding"])
+    for name in ("up", "experts"):
+        start = params["block"][name]
+        moved = whole["block"][name] - start
+        np.testing.assert_allclose(half["block"][name] - start, moved / 2, atol=1e-6)
+
+
 def test_the_default_keeps_the_state_of_adamw() -> None:
-    """Checkpoints of earlier runs hold it."""
+    """Checkpoints of runs without Muon hold it."""
     optimizer = make_optimizer(OptimizerConfig(), optax.constant_schedule(RATE), ROLES)
     expected = optax.adamw(optax.constant_schedule(RATE), mask=lambda _: ROLES).init(draw(0))
     assert jax.tree.structure(optimizer.init(draw(0))) == jax.tree.structure(expected)

@@ -278,6 +278,7 @@ def test_another_schedule_settles_the_tables_once(
 def test_what_a_schedule_is_not_stays_refused(tiny: Config, saved: Path) -> None:
     for change in (
         {"model": {"tie_embeddings": False}},
+        {"optimizer": {"matrices": "muon"}},
         {"memory": {"adam": RowAdamConfig(form="lazy")}},
     ):
         with pytest.raises(InputError, match="to resume it, or name another --run folder"):

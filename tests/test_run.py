@@ -217,6 +217,22 @@ def test_another_tokenizer_than_the_models_is_refused(tiny: Config, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_may_have_ids_to_spare(tiny: Config, tmp_path: Path) -> None:
+    """As the paper's have, whose 129,280 are DeepSeek's 128,815 pieces, padded; none is drawn."""
+    run = Run.start(vary(tiny, model={"vocabulary": 8200, "tie_embeddings": False}), tmp_path)
+    weights = run.initial_state().weights
+    # Of the head's rows, those of the spare ids have the greatest products, with either sign.
+    sizes = np.r_[np.ones(8192), 2e6 * np.ones(4), -2e6 * np.ones(4)].astype(np.float32)
+    head = 0 * weights.params["head"] + sizes[:, None]
+    weights = replace(weights, params=weights.params | {"head": head})
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(run.tokenizer), "decode", lambda _, ids: drawn.extend(ids) or "")
+        for heat in (0.0, 1.0):
+            sample(run, weights, "the", tokens=5, temperature=heat)
+    assert len(drawn) > 4 and max(drawn) < 8192
+
+
 @pytest.fixture
 def saved(trained: Run, tmp_path: Path) -> Run:
     """A copy of the trained run."""

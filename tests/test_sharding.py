@@ -124,16 +124,18 @@ def test_parameters_are_gathered_whole_and_experts_stay() -> None:
         experts = jax.device_put(jnp.arange(16.0).reshape(2, 4, 2), jax.P("expert", "fsdp"))
         role = Matrix(stacked=1, experts=True)
         module = {"w": nnx.Param(weight), "experts": nnx.Param(experts, role=role)}
-        gathered = jax.jit(partial(gather_parameters, dtype=jnp.dtype("bfloat16")))(module)
+        gather = partial(gather_parameters, dtype=jnp.dtype("bfloat16"), axes=mesh.axis_names)
+        gathered = jax.jit(gather)(module)
         assert gathered["w"][...].sharding.is_fully_replicated
-        assert gathered["experts"][...].sharding.spec == jax.P("expert", None, None)
+        spec = jax.P("expert", None, None, reduced={"data", "fsdp"})
+        assert gathered["experts"][...].sharding.spec == spec
         np.testing.assert_array_equal(gathered["w"][...], weight)
         np.testing.assert_array_equal(gathered["experts"][...], experts)  # small whole numbers
         assert gathered["w"].dtype == jnp.float32 and gathered["experts"].dtype == jnp.bfloat16
 
         # The way back sums over all tokens and gives every device its own part.
         def square(module: dict[str, nnx.Param]) -> jax.Array:
-            return jnp.sum(gather_parameters(module, jnp.dtype("bfloat16"))["w"][...] ** 2)
+            return jnp.sum(gather(module)["w"][...] ** 2)
 
         gradient = jax.jit(jax.grad(square))(module)["w"][...]
         assert gradient.sharding.spec == jax.P("fsdp", None)
@@ -142,5 +144,5 @@ def test_parameters_are_gathered_whole_and_experts_stay() -> None:
 
 def test_outside_a_mesh_nothing_is_said_of_sharding() -> None:
     array = jnp.zeros(3)
-    np.testing.assert_array_equal(gather_parameters(nnx.Param(array), array.dtype)[...], array)
+    np.testing.assert_array_equal(gather_parameters(nnx.Param(array), array.dtype, ())[...], array)
     assert extend_spec(array, None) is None

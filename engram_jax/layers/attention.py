@@ -112,7 +112,7 @@ def attend(
         on_cpu = platform_of(jax.sharding.get_abstract_mesh()) == "cpu"
         attend_own = partial(_attend_splash, scale, on_cpu)
     else:
-        attend_own = partial(_attend_jax, scale, chosen)
+        attend_own = partial(_attend_xla if chosen == "xla" else _attend_cudnn, scale)
     inputs = (query, key, value, segments)
     if not jax.sharding.get_abstract_mesh().empty:
         # Rows of a batch do not meet here: each device attends to its own. (XLA cannot split a
@@ -124,31 +124,42 @@ def attend(
     return attend_own(*inputs)
 
 
-def _attend_jax(
+def _attend_xla(
     scale: float,
-    implementation: Literal["xla", "cudnn"],
     query: Float[Array, "B T Q P"],
     key: Float[Array, "B T J P"],
     value: Float[Array, "B T J O"],
     segments: Int32[Array, "B T"],
 ) -> Float[Array, "B T Q O"]:
-    same_document = segments[:, None, :, None] == segments[:, None, None, :]
-    # It refuses values of another width than the keys'.
+    # jax.nn.dot_product_attention would have values as wide as keys.
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
+    scores = jnp.einsum("btjgp,bsjp->bjgts", grouped, key, preferred_element_type=jnp.float32)
+    seen = segments[:, :, None] == segments[:, None]
+    seen &= jnp.tri(query.shape[1], dtype=bool)[None]
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scale * scores, -jnp.inf), axis=-1)
+    mixed = jnp.einsum("bjgts,bsjo->btjgo", weights.astype(value.dtype), value)
+    return mixed.reshape(*query.shape[:3], value.shape[3])
+
+
+def _attend_cudnn(
+    scale: float,
+    query: Float[Array, "B T Q P"],
+    key: Float[Array, "B T J P"],
+    value: Float[Array, "B T J O"],
+    segments: Int32[Array, "B T"],
+) -> Float[Array, "B T Q O"]:
     width = max(query.shape[-1], value.shape[-1])
+    wide = [
+        jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))) for x in (query, key, value)
+    ]
     mixed = jax.nn.dot_product_attention(
-        _widen(query, width),
-        _widen(key, width),
-        _widen(value, width),
-        mask=same_document,
+        *(wide[0], wide[1], wide[2]),
+        mask=segments[:, None, :, None] == segments[:, None, None, :],
         scale=scale,
         is_causal=True,
-        implementation=implementation,
+        implementation="cudnn",
     )
     return mixed[..., : value.shape[-1]]
-
-
-def _widen(x: Float[Array, "B T heads _"], width: int) -> Float[Array, "B T heads {width}"]:
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
 
 
 def _fastest(query: Float[Array, "B T Q P"], value: Float[Array, "B T J O"]) -> Implementation:

@@ -23,6 +23,8 @@ _OWN_BRANCH = 8.0
 # Branches that start alike stay alike up to rounding, and differ from mesh to mesh by that noise;
 # so they start as weights of the mean that differ by this much (relative, largest).
 _SPREAD = 0.1
+# Its square, by which the gradient divides, is still far from where float32 ends, e^−87.
+_LEAST_LOGIT = -40.0
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,12 @@ def sinkhorn(logits: Float[Array, "*batch M M"], iterations: int) -> Float[Array
         matrix = matrix / jnp.sum(matrix, axis=0, keepdims=True)
         return matrix / jnp.sum(matrix, axis=1, keepdims=True), None
 
-    # Of each column: columns are normalized first, and none may vanish.
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-2, keepdims=True))
+    # A column's factor has no weight, since columns are normalized first: its largest becomes 1.
+    # Nor has a row's, in the end: one that would vanish is lifted.
+    logits -= jnp.max(logits, axis=-2, keepdims=True)
+    logits -= jnp.minimum(jnp.max(logits, axis=-1, keepdims=True) - _LEAST_LOGIT, 0)
     # Tokens last: a TPU would pad every M × M matrix to a tile of 1,024 numbers.
-    matrix = jnp.moveaxis(jnp.exp(logits - largest), (-2, -1), (0, 1))
+    matrix = jnp.moveaxis(jnp.exp(logits), (-2, -1), (0, 1))
     matrix, _ = jax.lax.scan(normalize_both, matrix, length=iterations)
     return jnp.moveaxis(matrix, (0, 1), (-2, -1))
 

@@ -29,6 +29,7 @@ from engram_jax.layers.grouped_matmul import (
     padded_rows,
 )
 from engram_jax.parameters import Matrix
+from engram_jax.sharding import split_axes
 from engram_jax.typing import PyTree
 
 # Rows of one round, relative to what a device has to compute when experts are equally loaded.
@@ -131,10 +132,11 @@ class MixtureOfExperts(nnx.Module):
         apply = partial(_apply, config=self.config)
         if not mesh.empty:
             spec = jax.typeof(x).sharding.spec
-            dealt = jax.P("expert" if "expert" in mesh.shape else None)
+            name = "expert" if "expert" in mesh.shape else None
+            dealt = jax.P(name, reduced=set(split_axes(x)) - {name})
             stacks = jax.sharding.reshard(stacks, dealt)
             apply = jax.shard_map(
-                partial(apply, shards=shards, axes=_names(spec)),
+                partial(apply, shards=shards, axes=tuple(jax.tree.leaves(tuple(spec)))),
                 in_specs=(spec, jax.P(), jax.P(), dealt),
                 out_specs=(spec, jax.P()),
             )
@@ -191,6 +193,8 @@ def _apply(
     load = _count(chosen.reshape(-1), config.routed)
     if axes:
         load = jax.lax.psum(load, axes)
+    others = tuple(name for name in axes if name != "expert")
+    stacks = jax.lax.pcast(stacks, others, to="varying")
     implementation, pairs, experts = config.implementation, chosen.size, len(stacks[0])
     if shards == 1:
         ranking = _rank(chosen, experts)
@@ -201,22 +205,22 @@ def _apply(
     # Every device of the group sees all tokens of the group: S−1 times its own arrive. Sending a
     # token to its k experts alone would take about k·(S−1)/S, which is no less for S ≤ k, and needs
     # slots that overflow.
-    others = tuple(name for name in axes if name != "expert")
     if split := "expert" in axes:
         gather = partial(jax.lax.all_gather, axis_name="expert", tiled=True)
         tokens, chosen, weights = gather(tokens), gather(chosen), gather(weights)
     else:
         tokens, chosen, weights = jax.lax.pcast((tokens, chosen, weights), "expert", to="varying")
-    stacks = jax.lax.pcast(stacks, others, to="varying")
     own = chosen - experts * jax.lax.axis_index("expert")
     ranking = _rank(jnp.where((own >= 0) & (own < experts), own, experts), experts)
 
     most = len(tokens) * min(config.active, experts)
     capacity = min(most, math.ceil(_ROOM * chosen.size / shards))
     mix = partial(_mix, capacity=capacity, block=block_size(capacity, experts, implementation))
-    y = _sum_rounds(mix, ranking, (tokens, weights, stacks), capacity)
+    # Summed in float32 on a device; of the at most k devices that have a token's experts, each
+    # rounds its sum once, as it would be rounded on one device: half the bytes on the way.
+    y = _sum_rounds(mix, ranking, (tokens, weights, stacks), capacity).astype(x.dtype)
     y = jax.lax.psum_scatter(y, "expert", tiled=True) if split else jax.lax.psum(y, "expert")
-    return y.astype(x.dtype).reshape(x.shape), load
+    return y.reshape(x.shape), load
 
 
 class _Ranking(NamedTuple):
@@ -410,8 +414,3 @@ def _sum_rounds(
 
     total.defvjp(forward, backward)
     return total(ranking, inputs)
-
-
-def _names(spec: jax.P) -> tuple[str, ...]:
-    """The mesh axes that a partition mentions."""
-    return tuple(jax.tree.leaves(tuple(spec)))

@@ -174,7 +174,7 @@ def place(layer: MixtureOfExperts, mesh: jax.sharding.Mesh) -> MixtureOfExperts:
 
 @BOTH
 @LOADS
-@pytest.mark.parametrize("sizes", [(2, 1, 4), (1, 2, 4), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 1, 4), (1, 2, 4), (1, 1, 8), (2, 4, 1)], ids=str)
 def test_a_mesh_computes_what_one_device_does(
     sizes: tuple[int, int, int], implementation: str, bias: np.ndarray
 ) -> None:
