@@ -74,7 +74,10 @@ def main() -> None:
         print(f"{run.folder} holds {int(state.step)} of {config.train.steps} steps.")
         python = "python" if "VIRTUAL_ENV" in os.environ else os.path.relpath(sys.executable)
         following = f"Next: {python} eval.py {run.folder}"
-        print("The same command goes on with it." if stopped else following)
+        if stopped:
+            print("The same command goes on with it.")
+        elif jax.process_count() == 1:  # eval.py has one device
+            print(following)
     if stopped:
         sys.exit(INTERRUPTED)
     if jax.process_count() == 1:

@@ -11,13 +11,10 @@ import numpy as np
 import optax
 import pytest
 from lively import enliven
-from tiny_runs import assert_identical, losses, on_devices, vary
+from tiny_runs import assert_identical, losses, on_devices, vary, with_backbone
 
 from engram_jax.config import Config
 from engram_jax.data.pipeline import make_batches
-from engram_jax.layers.hyper_connections import HyperConnectionsConfig
-from engram_jax.layers.latent_attention import LatentAttentionConfig
-from engram_jax.layers.mixture_of_experts import ExpertsConfig
 from engram_jax.metrics import read_metrics
 from engram_jax.run import Run
 from engram_jax.sampling import sample
@@ -27,23 +24,7 @@ from engram_jax.typing import PyTree
 
 @pytest.fixture(scope="module")
 def backbone(tiny: Config) -> Config:
-    """A dense layer with Engram before it, then three equal layers with experts, in one loop."""
-    return vary(
-        tiny,
-        model={
-            "layers": 4,
-            "attention": LatentAttentionConfig(
-                heads=2, latent_width=16, head_width=8, rotary_width=8, value_width=8
-            ),
-            "experts": ExpertsConfig(routed=5, shared=1, active=2, width=16, multiple=2),
-            "hyper_connections": HyperConnectionsConfig(branches=2),
-            "tie_embeddings": False,
-            "remat": "nothing_saveable",
-            "scan": True,
-        },
-        memory={"layers": (0,)},
-        optimizer={"matrices": "muon", "decay": "steps", "warmup_steps": 2},
-    )
+    return with_backbone(tiny)
 
 
 def train_on(config: Config, folder: Path, *mesh: int) -> Run:
@@ -107,28 +88,41 @@ def one_step(config: Config, folder: Path, *mesh: int) -> tuple[PyTree, PyTree]:
         return jax.device_get((after.optimizer, after.expert_bias))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "largest"), [("float32", 1e-3), ("bfloat16", 0.1)], ids=["float32", "bfloat16"]
-)
-def test_every_gradient_is_that_of_one_device(
-    backbone: Config, tmp_path: Path, dtype: str, largest: float
-) -> None:
-    """Neither Adam nor Muon would show one that is a number of times too large.
-
-    In float32 sums of another order differ by up to 1e-4 of a gradient whose terms cancel. In
-    bfloat16 a device rounds its part of a sum, too.
-    """
-    config = vary(backbone, model={"dtype": dtype})
-    expected, biases = one_step(config, tmp_path / "one", 1)
-    for mesh in ((2, 2, 2), (8, 1, 1), (1, 4, 2)):
-        found, found_biases = one_step(config, tmp_path / "-".join(map(str, mesh)), *mesh)
+def relative_errors(found: PyTree, expected: PyTree) -> dict[str, float]:
+    """Norm of every leaf's error, relative to the leaf's."""
+    return {
+        jax.tree_util.keystr(path): float(np.linalg.norm(a - b) / np.linalg.norm(b))
         for (path, a), b in zip(
             jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
-        ):
-            error = np.linalg.norm(a - b) / np.linalg.norm(b)
-            assert error < largest, (mesh, jax.tree_util.keystr(path), error)
-        if dtype == "float32":
-            assert_identical(found_biases, biases)
+        )
+    }
+
+
+def test_every_gradient_is_that_of_one_device(backbone: Config, tmp_path: Path) -> None:
+    """Neither Adam nor Muon would show one that is a number of times too large.
+
+    Sums of another order differ by up to 1e-4 of a gradient whose terms cancel.
+    """
+    expected, biases = one_step(backbone, tmp_path / "one", 1)
+    for mesh in ((2, 2, 2), (8, 1, 1)):
+        found, found_biases = one_step(backbone, tmp_path / f"on_{mesh}", *mesh)
+        errors = relative_errors(found, expected)
+        assert max(errors.values()) < 1e-3, (mesh, errors)
+        assert_identical(found_biases, biases)
+
+
+def test_bfloat16_gradients_are_as_near_to_float32s_on_a_mesh(
+    backbone: Config, tmp_path: Path
+) -> None:
+    """Of every parameter: sums over devices round no more than what is summed."""
+    config = vary(backbone, model={"dtype": "bfloat16"})
+    exact, _ = one_step(backbone, tmp_path / "exact", 1)
+    one, mesh = (
+        relative_errors(one_step(config, tmp_path / str(sizes), *sizes)[0], exact)
+        for sizes in ((1,), (2, 2, 2))
+    )
+    for name, error in mesh.items():
+        assert error < 1.5 * one[name] + 0.02, (name, error, one[name])
 
 
 def test_micro_batches_give_the_gradients_and_loads_of_the_whole(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_runs import losses, tiny_config, vary
+from tiny_runs import losses, tiny_config, vary, with_backbone
 
 from engram_jax.config import Config, TrainConfig
 from engram_jax.data.pipeline import make_batches
@@ -25,13 +25,16 @@ from engram_jax.trainer import train
 pytestmark = pytest.mark.slow
 
 
-def tiny(data: Path, steps: int, devices: int) -> Config:
+def tiny(data: Path, steps: int, devices: int, backbone: bool) -> Config:
     schedule = TrainConfig(
         steps=steps, seed=1, log_every=1, evaluate_every=2, evaluate_tokens=100, checkpoint_every=2
     )
     mesh = MeshConfig(fsdp=2 if devices > 1 else 1)
+    if backbone:
+        mesh = MeshConfig(fsdp=4, expert=2)
     config = replace(tiny_config(data), train=schedule, mesh=mesh)
-    return vary(config, memory={"adam": RowAdamConfig(form="exact")})
+    config = vary(config, memory={"adam": RowAdamConfig(form="exact")})
+    return with_backbone(config) if backbone else config
 
 
 def train_part(
@@ -43,6 +46,7 @@ def train_part(
     folder: Path,
     steps: int,
     start: Path | None,
+    backbone: bool,
 ) -> None:
     """One of `count` processes, which have some devices together."""
     jax.config.update("jax_platforms", "cpu")
@@ -51,7 +55,7 @@ def train_part(
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", count, rank)
     try:
-        run = Run.start(tiny(data, steps, devices), folder, start_from=start)
+        run = Run.start(tiny(data, steps, devices, backbone), folder, start_from=start)
         train(run)
         if start is not None:
             write_memory(start, run, folder.parent / f"memory-{folder.name}-{rank}.npz")
@@ -104,18 +108,31 @@ def train_in(
     devices: int = 8,
     steps: int = 20,
     start: Path | None = None,
+    backbone: bool = False,
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    arguments = count, devices, port, data, folder, steps, start
+    arguments = count, devices, port, data, folder, steps, start, backbone
     parts = [context.Process(target=train_part, args=(r, *arguments)) for r in range(count)]
     for part in parts:
         part.start()
     for part in parts:
         part.join(timeout=300)
     assert [part.exitcode for part in parts] == [0] * count
+
+
+def test_two_processes_train_the_papers_backbone_as_one(tmp_path: Path) -> None:
+    """Experts are dealt within a process; between the two, Muon trades pieces of matrices."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for count in (1, 2):
+        train_in(count, data, tmp_path / f"in-{count}", steps=4, backbone=True)
+    for kind in ("train", "held_out"):
+        found, expected = (losses(tmp_path / run, kind) for run in ("in-2", "in-1"))
+        assert [step for step, _ in found] == [step for step, _ in expected] != []
+        np.testing.assert_allclose([x for _, x in found], [x for _, x in expected], rtol=1e-4)
 
 
 def test_two_processes_train_resume_and_start_from_as_one(tmp_path: Path) -> None:

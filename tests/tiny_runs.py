@@ -19,6 +19,9 @@ from lively import enliven
 from engram_jax import run as run_module
 from engram_jax.config import Config, DataConfig, MemoryConfig, TrainConfig
 from engram_jax.layers.attention import AttentionConfig
+from engram_jax.layers.hyper_connections import HyperConnectionsConfig
+from engram_jax.layers.latent_attention import LatentAttentionConfig
+from engram_jax.layers.mixture_of_experts import ExpertsConfig
 from engram_jax.memory.layout import Rows, Table
 from engram_jax.memory.places import stored_places
 from engram_jax.memory.row_adam import RowAdamConfig
@@ -145,6 +148,26 @@ def vary(config: Config, **sections: dict[str, Any]) -> Config:
     """The configuration with fields of its sections replaced."""
     changed = {name: replace(getattr(config, name), **new) for name, new in sections.items()}
     return replace(config, **changed)
+
+
+def with_backbone(config: Config) -> Config:
+    """The paper's backbone: a dense layer with Engram, then three with experts, in one loop."""
+    return vary(
+        config,
+        model={
+            "layers": 4,
+            "attention": LatentAttentionConfig(
+                heads=2, latent_width=16, head_width=8, rotary_width=8, value_width=8
+            ),
+            "experts": ExpertsConfig(routed=5, shared=1, active=2, width=16, multiple=2),
+            "hyper_connections": HyperConnectionsConfig(branches=2),
+            "tie_embeddings": False,
+            "remat": "nothing_saveable",
+            "scan": True,
+        },
+        memory={"layers": (0,)},
+        optimizer={"matrices": "muon", "decay": "steps", "warmup_steps": 2},
+    )
 
 
 def losses(folder: Path, kind: str = "train") -> list[tuple[int, float]]:
