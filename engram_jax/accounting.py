@@ -277,7 +277,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
 
 
-def _short(number: float) -> str:
+def _short(number: int | float) -> str:
     """Four digits or five, in millions or billions."""
     return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 

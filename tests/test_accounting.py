@@ -117,12 +117,13 @@ def test_flops_of_loops_and_branches() -> None:
 
 
 def test_the_small_family_is_equal() -> None:
-    for size in ("2m", "10m", "100m"):
+    # At 2 M, the routers, which a dense model lacks, are 2.1 % of what is activated.
+    for size, activated in (("2m", 0.022), ("10m", 0.015), ("100m", 0.015)):
         dense, moe, engram, over_encoding = (
             account(short(f"{kind}_{size}")) for kind in ("dense", "moe", "engram", "over_encoding")
         )
         for other in (dense, engram, over_encoding):
-            assert other.activated == pytest.approx(moe.activated, rel=0.015)
+            assert other.activated == pytest.approx(moe.activated, rel=activated)
             assert other.forward_flops == pytest.approx(moe.forward_flops, rel=0.015)
         for other in (engram, over_encoding):
             assert other.total == pytest.approx(moe.total, rel=2e-3)
