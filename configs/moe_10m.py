@@ -2,7 +2,7 @@
 
 Command: `python train.py moe_10m`.
 Cost: 43.7 M parameters, 8.5 M activated besides the vocabulary.
-Expect: not trained by us yet.
+Expect: not trained by us yet; 1.5 to 1.9 s a step on two CPU cores.
 """
 
 from configs._small import small_config
