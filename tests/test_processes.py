@@ -29,12 +29,11 @@ def tiny(data: Path, steps: int, devices: int, backbone: bool) -> Config:
     schedule = TrainConfig(
         steps=steps, seed=1, log_every=1, evaluate_every=2, evaluate_tokens=100, checkpoint_every=2
     )
+    config = vary(tiny_config(data), memory={"adam": RowAdamConfig(form="exact")})
     mesh = MeshConfig(fsdp=2 if devices > 1 else 1)
     if backbone:
-        mesh = MeshConfig(fsdp=4, expert=2)
-    config = replace(tiny_config(data), train=schedule, mesh=mesh)
-    config = vary(config, memory={"adam": RowAdamConfig(form="exact")})
-    return with_backbone(config) if backbone else config
+        config, mesh = with_backbone(config), MeshConfig(fsdp=4, expert=2)
+    return replace(config, train=schedule, mesh=mesh)
 
 
 def train_part(
