@@ -225,8 +225,8 @@ def _look_up(embedding: Float[Array, "V D"], tokens: Int32[Array, "B T"]) -> Flo
     """The tokens' embeddings in float32.
 
     In which then the gradients of a token's many uses are summed: in bfloat16 the sum of a thousand
-    stands still at half its size. Devices sum those of their own tokens; left to itself, JAX brings
-    the gradients of all tokens to every device.
+    stands still at half its size. Devices sum those of their own tokens first; left to itself, JAX
+    asks for the gradients of all tokens on every device, and the compiler has to see better.
     """
     axes = split_axes(tokens)
 

@@ -216,8 +216,8 @@ def _apply(
     most = len(tokens) * min(config.active, experts)
     capacity = min(most, math.ceil(_ROOM * chosen.size / shards))
     mix = partial(_mix, capacity=capacity, block=block_size(capacity, experts, implementation))
-    # Summed in float32 on a device; of the at most k devices that have a token's experts, each
-    # rounds its sum once, as it would be rounded on one device: half the bytes on the way.
+    # Summed in float32 on a device, and in the dtype of x over the at most k devices that have a
+    # token's experts: half the bytes on the way.
     y = _sum_rounds(mix, ranking, (tokens, weights, stacks), capacity).astype(x.dtype)
     y = jax.lax.psum_scatter(y, "expert", tiled=True) if split else jax.lax.psum(y, "expert")
     return y.reshape(x.shape), load
