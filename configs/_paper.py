@@ -38,7 +38,7 @@ def paper_config(name: str, *, experts: int | None, rows_per_head: int | None) -
             hyper_connections=HyperConnectionsConfig(),
             tie_embeddings=False,
             dtype="bfloat16",
-            remat="nothing_saveable",
+            remat="nothing_saveable" if experts is None else "experts_saveable",
             scan=True,
         ),
         memory=MemoryConfig(

@@ -210,7 +210,8 @@ class Config:
         if experts is not None and experts.stored % self.mesh.expert:
             raise InputError(
                 f"{experts.stored} experts cannot be dealt evenly to mesh.expert "
-                f"{self.mesh.expert} devices; set model.experts.multiple to {self.mesh.expert}."
+                f"{self.mesh.expert} devices; choose a divisor, or for a new run set "
+                f"model.experts.multiple to {self.mesh.expert}."
             )
         if self.data.batch_size % self.train.accumulation:
             raise InputError(

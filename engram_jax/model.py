@@ -32,7 +32,9 @@ from engram_jax.sharding import gather_parameters, split_axes
 type Memory = Mapping[int, Float[Array, "B T E"]]  # by layer id
 type Gates = dict[int, Float[Array, "B T M"]]  # by layer id
 type ExpertBias = Mapping[int, Float[Array, "X"]]  # by layer id
-type RematPolicy = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+type RematPolicy = Literal[
+    "nothing_saveable", "experts_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"
+]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class DecoderConfig:
         norm_epsilon: epsilon of the block norms.
         dtype: dtype of the computation; parameters are float32.
         remat: what the forward pass of a block keeps for the backward pass, which recomputes the
-            rest: a policy of `jax.checkpoint_policies`; None keeps everything.
+            rest: a policy of `jax.checkpoint_policies`, or "experts_saveable": what the routed
+            experts gave, which is not computed and sent again; None keeps everything.
         scan: blocks in a row that are alike run as one loop, which compiles once for all of them.
     """
 
@@ -339,7 +342,10 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T M D"], list[BlockReport]]:
         """Runs all blocks; with `scan`, those in a row that are alike as one loop."""
         run, remat = run_block, self.config.remat
-        if remat is not None:
+        if remat == "experts_saveable":
+            keep_experts = jax.checkpoint_policies.save_only_these_names("experts")
+            run = jax.checkpoint(run_block, policy=keep_experts)
+        elif remat is not None:
             run = jax.checkpoint(run_block, policy=getattr(jax.checkpoint_policies, remat))
         reports: list[BlockReport] = []
         for layers in self._loops():

@@ -1,7 +1,8 @@
 """The optimizer of the dense parameters, and the learning rate that the tables share."""
 
+import operator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.typing import ArrayLike
 
 from engram_jax.errors import InputError
 from engram_jax.muon import scale_by_muon
-from engram_jax.parameters import Matrix
+from engram_jax.parameters import Lookup, Matrix, Plain
 from engram_jax.typing import PyTree
 
 
@@ -22,6 +23,8 @@ class OptimizerConfig:
         matrices: optimizer of hidden matrices; all other parameters have AdamW. Muon's updates are
             scaled to AdamW's, so that one learning rate can serve both.
         learning_rate: peak learning rate.
+        matrix_factor: that of hidden matrices, relative to it.
+        lookup_factor: that of embedding and head, relative to it.
         warmup_steps: steps of linear warm-up.
         decay: "cosine" from the peak to the end; "steps" stays at the peak, then takes 0.316 of it
             from 80 % of the steps on and 0.1 from 90 % on (DeepSeek LLM, arXiv 2401.02954).
@@ -29,7 +32,6 @@ class OptimizerConfig:
         b1: AdamW's decay of the first moment.
         b2: AdamW's decay of the second moment.
         eps: added by AdamW to the root of the second moment.
-        muon_factor: learning rate of Muon, relative to learning_rate.
         muon_momentum: decay of Muon's Nesterov momentum.
         muon_steps: Newton–Schulz iterations of Muon.
         weight_decay: decoupled decay of hidden matrices; embeddings, norms and biases have none.
@@ -38,21 +40,24 @@ class OptimizerConfig:
 
     matrices: Literal["adam", "muon"] = "adam"
     learning_rate: float = 3e-3
+    matrix_factor: float = 1.0
+    lookup_factor: float = 1.0
     warmup_steps: int = 60
     decay: Literal["cosine", "steps"] = "cosine"
     final_fraction: float = 0.1
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    muon_factor: float = 1.0
     muon_momentum: float = 0.95
     muon_steps: int = 5
     weight_decay: float = 0.1
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.learning_rate, self.muon_factor, self.clip_norm) <= 0:
-            raise InputError("learning_rate, muon_factor and clip_norm must be positive.")
+        if min(self.learning_rate, self.matrix_factor, self.lookup_factor, self.clip_norm) <= 0:
+            raise InputError(
+                "learning_rate, matrix_factor, lookup_factor and clip_norm must be positive."
+            )
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
             raise InputError("b1 and b2 must be at least 0 and below 1, and eps positive.")
         if self.warmup_steps < 0:
@@ -90,7 +95,7 @@ def make_optimizer(
     """
     is_matrix = jax.tree.map(lambda role: isinstance(role, Matrix), roles)
     if config.matrices == "adam":
-        return optax.adamw(
+        adamw = optax.adamw(
             schedule,
             b1=config.b1,
             b2=config.b2,
@@ -98,6 +103,7 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             mask=is_matrix,
         )
+        return _with_factors(adamw, config, roles)
     # `partition` hides the others' parameters like this.
     matrices = jax.tree.map(
         lambda role: role if isinstance(role, Matrix) else optax.MaskedNode(), roles
@@ -105,11 +111,25 @@ def make_optimizer(
     muon = optax.chain(
         scale_by_muon(matrices, momentum=config.muon_momentum, steps=config.muon_steps),
         optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(lambda step: config.muon_factor * schedule(step)),
+        optax.scale_by_learning_rate(schedule),
     )
     adam = optax.adam(schedule, b1=config.b1, b2=config.b2, eps=config.eps)
     labels = jax.tree.map(lambda matrix: "muon" if matrix else "adam", is_matrix)
-    return optax.partition({"muon": muon, "adam": adam}, labels)
+    return _with_factors(optax.partition({"muon": muon, "adam": adam}, labels), config, roles)
+
+
+def _with_factors(
+    optimizer: optax.GradientTransformation, config: OptimizerConfig, roles: PyTree
+) -> optax.GradientTransformation:
+    """Multiplies updates, decay and all, by what the learning rate of their role is."""
+    factor_of = {Matrix: config.matrix_factor, Lookup: config.lookup_factor, Plain: 1.0}
+    factors = jax.tree.map(lambda role: factor_of[type(role)], roles)
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+        updates, state = optimizer.update(updates, state, params)
+        return jax.tree.map(operator.mul, updates, factors), state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def _step_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -16,6 +16,8 @@ from engram_jax.layers.hyper_connections import HyperConnectionsConfig
 from engram_jax.layers.latent_attention import LatentAttentionConfig
 from engram_jax.layers.mixture_of_experts import ExpertsConfig
 from engram_jax.model import Decoder, DecoderConfig, MemorySites, Report
+from engram_jax.parameters import roles
+from engram_jax.sharding import TOKEN_AXES, MeshConfig, make_mesh, parameter_sharding
 
 CONFIG = DecoderConfig(
     vocabulary=50,
@@ -301,7 +303,7 @@ def loss_and_gradients(
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(nnx.to_pure_dict(params), memory)
 
 
-@pytest.mark.parametrize("remat", [None, "dots_with_no_batch_dims_saveable"])
+@pytest.mark.parametrize("remat", [None, "dots_with_no_batch_dims_saveable", "experts_saveable"])
 def test_a_scanned_stack_is_the_unrolled_one(remat: str | None) -> None:
     """Blocks 2 to 4 in one loop; parameters and gradients keep a name for every layer."""
     sites, memory = replace(ENGRAM, layers=(1,)), draw_memory((1,))
@@ -318,6 +320,32 @@ def test_a_scanned_stack_is_the_unrolled_one(remat: str | None) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6, err_msg=name)
     traced = jax.make_jaxpr(lambda memory: loss_and_gradients(scanned, sites, memory)[0])(memory)
     assert "length=3" in str(traced)
+
+
+def test_what_dealt_experts_gave_can_be_kept_instead_of_computed_and_summed_again() -> None:
+    mesh = make_mesh(MeshConfig(expert=2), jax.devices()[:2])
+
+    def trace(remat: str) -> str:
+        """Of the gradient of a model with one layer of experts."""
+        config = replace(PAPER, layers=2, remat=remat)
+        graph, state = nnx.split(make_lively_decoder(config, MemorySites()))
+        params = nnx.to_pure_dict(state)
+        inputs = (TOKENS, SEGMENTS, POSITIONS)
+
+        def loss(params: dict) -> Array:
+            tokens, segments, positions = jax.device_put(
+                inputs, jax.NamedSharding(mesh, jax.P(TOKEN_AXES))
+            )
+            return nnx.merge(graph, params)(tokens, {}, segments, positions)[0].sum()
+
+        with jax.set_mesh(mesh):
+            params = jax.device_put(params, parameter_sharding(mesh, params, roles(state)))
+            return str(jax.make_jaxpr(jax.grad(loss))(params))
+
+    again, kept = trace("nothing_saveable"), trace("experts_saveable")
+    # The products are gate, up and down, in the first round and in the loop over further ones.
+    for name, fewer in (("reduce_scatter[", 1), ("dot_general[", 6)):
+        assert kept.count(name) == again.count(name) - fewer, name
 
 
 def test_what_the_blocks_report() -> None:

@@ -15,14 +15,14 @@ from engram_jax.memory.row_adam import RowAdamConfig, make_row_adam
 from engram_jax.model import Decoder, DecoderConfig, MemorySites
 from engram_jax.muon import scale_by_muon
 from engram_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from engram_jax.parameters import Matrix, Plain, roles
+from engram_jax.parameters import Lookup, Matrix, Plain, roles
 from engram_jax.sharding import MeshConfig, make_mesh, parameter_sharding
 from engram_jax.typing import Parameters, PyTree
 
 type Choice = Literal["adam", "muon"]
 
 ROLES = {
-    "embedding": Plain(),
+    "embedding": Lookup(),
     "block": {"gain": Plain(), "up": Matrix(), "experts": Matrix(stacked=1, experts=True)},
 }
 SHAPES = {"embedding": (16, 8), "block": {"gain": (8,), "up": (8, 16), "experts": (4, 8, 16)}}
@@ -102,18 +102,19 @@ def test_matrices_have_muon_with_decoupled_decay_if_asked() -> None:
         np.testing.assert_allclose(found["block"][name], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_muon_may_have_a_learning_rate_of_its_own() -> None:
-    """Its decay goes by that, too, and what has AdamW keeps its own."""
-    params, gradients = draw(0), draw(1)
-    whole, half = (
-        run(make_optimizer(config, optax.constant_schedule(RATE), ROLES), params, gradients)
-        for config in (OptimizerConfig("muon"), OptimizerConfig("muon", muon_factor=0.5))
-    )
-    np.testing.assert_array_equal(whole["embedding"], half["embedding"])
-    for name in ("up", "experts"):
-        start = params["block"][name]
-        moved = whole["block"][name] - start
-        np.testing.assert_allclose(half["block"][name] - start, moved / 2, atol=1e-6)
+@pytest.mark.parametrize("choice", ["adam", "muon"])
+def test_matrices_and_lookups_may_have_rates_of_their_own(choice: Choice) -> None:
+    """Decay goes by that, too, and what has neither role keeps the learning rate."""
+    start, gradients = draw(0), draw(1)
+
+    def moved(config: OptimizerConfig) -> PyTree:
+        optimizer = make_optimizer(config, optax.constant_schedule(RATE), ROLES)
+        return jax.tree.map(jnp.subtract, run(optimizer, start, gradients), start)
+
+    whole = moved(OptimizerConfig(choice))
+    found = moved(OptimizerConfig(choice, matrix_factor=0.5, lookup_factor=4.0))
+    factors = {"embedding": 4.0, "block": {"gain": 1.0, "up": 0.5, "experts": 0.5}}
+    assert_equal(found, jax.tree.map(lambda update, factor: factor * update, whole, factors))
 
 
 def test_the_default_keeps_the_state_of_adamw() -> None:

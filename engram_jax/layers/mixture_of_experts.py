@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from engram_jax.errors import InputError
@@ -141,7 +142,7 @@ class MixtureOfExperts(nnx.Module):
                 out_specs=(spec, jax.P()),
             )
         y, load = apply(x, self.router[...], bias, stacks)
-        return y + self.shared(x), load
+        return checkpoint_name(y, "experts") + self.shared(x), load
 
 
 def balance(bias: Float[Array, "X"], load: Int32[Array, "X"], rate: float) -> Float[Array, "X"]:
