@@ -38,8 +38,8 @@ class TrainOptions:
         start_step: which checkpoint of that run; the newest by default.
         allocation: deal the sparse parameters anew: this share to experts, the rest to table rows
             (the paper's ρ; only for configurations that have both).
-        reschedule: go on with a run under another number of steps, learning rate or row optimizer
-            than it began with.
+        reschedule: go on with a run under another number of steps, or other settings of the same
+            optimizers, than it began with.
         profile: write a trace of ten steps to FOLDER/profile (for TensorBoard or Perfetto).
         distributed: join the other processes of a pod, SLURM job or cluster first
             (`jax.distributed.initialize`).

@@ -1,6 +1,6 @@
 """Kinds of model trained against each other on the shipped texts, three seeds of each.
 
-    python -m benchmarks.comparison [default | 2m | 10m | 100m] [--flags …]
+    python -m benchmarks.comparison [default | 2m | 10m | 100m] [--steps N] [--folder PATH]
 
 Measures throughput; trains and evaluates what is not there yet in runs/comparison/; prints the
 table. "default" is the default model and OverEncoding against their dense twin, and that twin given
@@ -12,6 +12,7 @@ austen.
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,8 @@ import tyro
 
 from benchmarks.throughput import CONFIGS, measure
 from engram_jax.command_line import load_named_config
+from engram_jax.config import load_config
+from engram_jax.errors import InputError, one_sentence
 
 LABELS = {
     "dense": "dense twin",
@@ -39,8 +42,19 @@ def call(*words: str) -> None:
 
 
 def train_and_evaluate(run: Path, config: str, seed: int, steps: int) -> dict[str, Any]:
-    """What eval.py writes of a run, which is trained and evaluated if it is not there."""
-    if not (run / "eval.json").exists():
+    """What eval.py writes of a run, which is trained and evaluated if it is not there.
+
+    Raises:
+        InputError: the run that is there is of another configuration than this one is now.
+    """
+    if (run / "eval.json").exists():
+        named, stored = load_named_config(config), load_config(run / "config.json")
+        if stored != replace(named, train=stored.train):
+            raise InputError(
+                f"{run} is of another {config} than configs/ holds now; delete it, or give "
+                "another --folder."
+            )
+    else:
         flags = ["--train.seed", str(seed), "--train.steps", str(steps)]
         flags += ["--train.evaluate-every", "0", "--train.keep-checkpoints", "1"]
         call("train.py", config, "--run", str(run), *flags)
@@ -117,4 +131,5 @@ def mean_and_error(values: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with one_sentence():
+        tyro.cli(main)

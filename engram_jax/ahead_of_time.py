@@ -1,8 +1,8 @@
 """What a configuration costs on a TPU slice, read from its compiled programs; no TPU is needed.
 
-Compiles the lookup of one table, its row update, the optimizer of the dense parameters, and the
-whole training step, and prints bytes per chip: arguments, temporaries, and what the collectives
-send over the interconnect.
+Compiles what makes the first state, the lookup of one table, its row update, the optimizer of the
+dense parameters, and the whole training step, and prints bytes per chip: arguments, temporaries,
+and what the collectives send over the interconnect.
 
 Needs libtpu (`pip install -e '.[tpu]'`).
 """
@@ -118,10 +118,14 @@ def topology_mesh(topology: str, config: MeshConfig) -> jax.sharding.Mesh:
 
 
 def compile_costs(program: Program) -> dict[str, Cost]:
-    """Compiles a program for its mesh: a table's lookup and update, the optimizer, the step."""
+    """Compiles a program for its mesh: what makes the first state; a table's lookup and update, the
+    optimizer, and the step.
+    """
     state, batch = program.abstract_state(), abstract_batch(program)
     costs: dict[str, Cost] = {}
     with jax.set_mesh(program.mesh):  # type: ignore[arg-type]  # of devices, to compile for
+        key = jax.eval_shape(jax.random.key, 0)
+        costs["first state"] = compile_cost(program.initializer(), key)
         for layer in list(state.tables)[:1]:
             table, plan = state.tables[layer], batch.plan.rows[layer]
             slots = jax.tree.map(_without_first_axis, batch.plan.slots[layer])
@@ -288,7 +292,9 @@ def _group_size(line: str) -> int:
         return len(listed[1].split(","))
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(counted[1])
-    return 1
+    if "source_target_pairs=" in line:
+        return 1
+    raise ValueError(f"This collective's groups are of no known form: {line.strip()}")
 
 
 def _size(shape: str) -> int:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 
@@ -15,8 +15,18 @@ from engram_jax.errors import InputError
 
 
 def named_configs() -> dict[str, str]:
-    """The named runs in configs/ and the first line of what each says of itself."""
-    import configs
+    """The named runs in configs/ and the first line of what each says of itself.
+
+    Raises:
+        InputError: configs/ is not on Python's path, as outside the repository.
+    """
+    try:
+        import configs
+    except ModuleNotFoundError as error:
+        raise InputError(
+            "The named configurations lie in the folder configs/ of the repository; start this "
+            "from the repository's root."
+        ) from error
 
     folder = Path(configs.__path__[0])
     names = sorted(path.stem for path in folder.glob("[!_]*.py"))
@@ -97,12 +107,12 @@ def _flags_near(unknown: str, flags: Sequence[str]) -> list[str]:
 
 
 def _flags(options: Any, prefix: str = "--") -> Iterator[str]:
-    """The flags of a dataclass and of those in it."""
+    """The flags of a dataclass and of those in it; a part that a model lacks has none."""
     for field in fields(options):
         name, value = prefix + field.name.replace("_", "-"), getattr(options, field.name)
         if is_dataclass(value):
             yield from _flags(value, f"{name}.")
-        else:
+        elif value is not None or not any(map(is_dataclass, get_args(field.type))):
             yield name
 
 

@@ -1,8 +1,7 @@
 """N-gram hashing: from token ids to row numbers (paper §2.2, equations 1 and 2). Pure NumPy.
 
 A row number depends on token ids alone, so rows are computed on the host, in the input pipeline,
-before any device work. The functions here define them for the whole project; decoding repeats the
-same arithmetic on the device.
+before any device work. The functions here define them for the whole project.
 """
 
 import hashlib
@@ -21,7 +20,8 @@ from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
 from engram_jax.files import written_whole
 
-DEAD = -1  # the token id of a position that is no text (an image placeholder, say)
+# The token id of a position that is no text, as an image's; the sources here have none.
+DEAD = -1
 ROW_MULTIPLE = 4096  # a table is padded to a multiple of this, whatever the mesh
 
 # What a row number means beyond its arithmetic; part of the fingerprint.

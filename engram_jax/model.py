@@ -56,8 +56,9 @@ class DecoderConfig:
         norm_epsilon: epsilon of the block norms.
         dtype: dtype of the computation; parameters are float32.
         remat: what the forward pass of a block keeps for the backward pass, which recomputes the
-            rest: a policy of `jax.checkpoint_policies`, or "experts_saveable": what the routed
-            experts gave, which is not computed and sent again; None keeps everything.
+            rest: a policy of `jax.checkpoint_policies`, or "experts_saveable": the sum of what a
+            token's experts gave, which spares dealt experts one of three forward computations and
+            one of six exchanges, and others nothing; None keeps everything.
         scan: blocks in a row that are alike run as one loop, which compiles once for all of them.
     """
 
@@ -225,11 +226,12 @@ def run_block(
 
 
 def _look_up(embedding: Float[Array, "V D"], tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The tokens' embeddings in float32.
+    """The tokens' embeddings.
 
-    In which then the gradients of a token's many uses are summed: in bfloat16 the sum of a thousand
-    stands still at half its size. Devices sum those of their own tokens first; left to itself, JAX
-    asks for the gradients of all tokens on every device, and the compiler has to see better.
+    In float32, in which the gradients of a token's many uses are then summed, too: in bfloat16 the
+    sum of a thousand stands still at half its size. Devices sum those of their own tokens first;
+    left to itself, JAX asks for the gradients of all tokens on every device, and the compiler has
+    to see better.
     """
     axes = split_axes(tokens)
 

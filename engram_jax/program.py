@@ -4,6 +4,7 @@ Needs no text, no tokenizer and no folder, nor the devices themselves: of a TPU 
 there it gives shapes and shardings to compile for. `run.Run` is a program with a folder.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from engram_jax.sharding import (
     BATCH_ABT,
     ROWS_SU,
     TABLE_RF,
+    TOKEN_AXES,
     WHOLE,
     AnyMesh,
     optimizer_sharding,
@@ -153,8 +155,19 @@ class Program:
 
     def initial_state(self) -> TrainState:
         """The state before the first step, made where it lies."""
-        return jax.jit(self._make_state, out_shardings=self._shardings())(
-            jax.random.key(self.config.train.seed)
+        with jax.set_mesh(self.mesh):  # type: ignore[arg-type]  # of devices that are there
+            return self.initializer()(jax.random.key(self.config.train.seed))
+
+    def initializer(self) -> Callable[[jax.Array], TrainState]:
+        """The jitted function from a random key to the state before the first step.
+
+        Call it inside the mesh. What it draws is for the compiler to split: with explicit axes,
+        every device would draw every table and parameter whole.
+        """
+        return jax.jit(
+            jax.sharding.auto_axes(
+                self._make_state, axes=TOKEN_AXES, out_sharding=self._shardings()
+            )
         )
 
     def first_state(self, weights: Weights) -> TrainState:
@@ -172,7 +185,7 @@ class Program:
         """Shapes, dtypes and shardings of the state."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(self._make_state, jax.random.key(0)),
+            self._shapes(),
             self._shardings(),
         )
 
@@ -199,8 +212,11 @@ class Program:
             expert_bias={layer: jnp.zeros(routed) for layer in model.expert_layers},
         )
 
+    def _shapes(self) -> Any:
+        return jax.eval_shape(self._make_state, jax.eval_shape(jax.random.key, 0))
+
     def _shardings(self) -> Any:
-        shapes = jax.eval_shape(self._make_state, jax.random.key(0))
+        shapes = self._shapes()
         table = jax.NamedSharding(self.mesh, TABLE_RF)
         whole = jax.NamedSharding(self.mesh, WHOLE)
         params = parameter_sharding(self.mesh, shapes.params, self.roles)

@@ -109,8 +109,9 @@ class Run(Program):
             folder: the run folder.
             start_from: folder of another run, if that run's weights begin this one.
             start_step: which checkpoint of that run; None: the newest.
-            reschedule: take a folder whose run has other optimizers or another number of steps,
-                and go on with these; the folder's configuration is then this one.
+            reschedule: take a folder whose run has another number of steps, other settings of the
+                same optimizers, or tables that are not frozen as these are, and go on with these;
+                the folder's configuration is then this one.
 
         Raises:
             InputError: the folder holds something else, the tokenizer does not fit the model,
@@ -392,14 +393,18 @@ def _check_same(config: Config, folder: Path, *, reschedule: bool = False) -> No
     stored = load_config(folder / "config.json")
     ours, theirs = _flatten(asdict(config)), _flatten(asdict(stored))
     changeable = _CHANGEABLE + (_RESCHEDULABLE if reschedule else ())
+    # Parts that only one of them has, as experts, are a difference in all their fields.
     differ = [
-        name for name in ours if ours[name] != theirs[name] and not name.startswith(changeable)
+        name
+        for name in ours | theirs
+        if ours.get(name) != theirs.get(name) and not name.startswith(changeable)
     ]
     if not differ:
         return
-    wanted = " ".join(_as_flag(name, theirs[name]) for name in differ if name != "name")
-    if "name" in differ:
-        wanted = f"the configuration {theirs['name']} {wanted}".strip()
+    if "name" in differ or ours.keys() != theirs.keys():
+        wanted = f"the configuration {theirs['name']} and the flags that it was begun with"
+    else:
+        wanted = " ".join(_as_flag(name, theirs[name]) for name in differ)
     message = f"{folder} holds another run: give {wanted} to resume it"
     if all(name.startswith(_RESCHEDULABLE) for name in differ):
         message += ", add --reschedule to go on with yours"

@@ -131,12 +131,14 @@ def test_the_whole_step_of_the_default_run_compiles() -> None:
     config = load_named_config("default")
     program = Program.of_sizes(config, topology_mesh(TOPOLOGY, config.mesh))
     costs = compile_costs(program)
-    assert set(costs) == {"lookup", "row update", "optimizer", "training step"}
+    assert set(costs) == {"first state", "lookup", "row update", "optimizer", "training step"}
     step = costs["training step"]
     assert step.temporaries > costs["lookup"].temporaries > 0
     assert step.sent > 4 * 3_000_000  # every parameter's gradient is summed over the chips
-    table = program.ngram_hash.padded_rows[0] * config.memory.layout.words * 4
-    assert step.arguments > table / program.mesh.size
+    rows = program.ngram_hash.padded_rows[0]
+    assert step.arguments > rows * config.memory.layout.words * 4 / program.mesh.size
+    first_state = costs["first state"].text  # where every chip draws the rows that it keeps
+    assert f"[{rows // program.mesh.size}," in first_state and f"[{rows}," not in first_state
 
 
 def test_rows_that_do_not_fill_lanes_are_refused_on_tpu() -> None:

@@ -58,6 +58,7 @@ def test_unknown_config_lists_the_known() -> None:
             "no '--memory.adam.beta1' here",
             ["--memory.adam.b1", "--memory.adam.form"],
         ),
+        (["--model.experts", "3"], r"no '--model\.experts' here(?!.*--model\.experts)", []),
         (["--train.steps", "3", "--nonsense"], "'--nonsense'", ["--run", "--name", "--data.…"]),
         (["--profile", "dense"], "no 'dense' here.* name comes first", ["--run", "--train.…"]),
     ],

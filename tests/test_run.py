@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_runs import assert_identical, on_devices, tiny_config, vary
+from tiny_runs import assert_identical, on_devices, tiny_config, vary, with_backbone
 
 from engram_jax import run as run_module
 from engram_jax.compression import VocabularyProjection
@@ -71,6 +71,16 @@ def test_all_that_differs_is_named_as_flags(config: Config, tmp_path: Path) -> N
         InputError, match=f"{wanted}, delete .*no checkpoint.*another --run folder.$"
     ):
         Run.start(changed, tmp_path / "run")
+
+
+def test_another_kind_of_model_is_refused_in_a_sentence(config: Config, tmp_path: Path) -> None:
+    """Each has fields that the other has not."""
+    plain, backbone = config, with_backbone(config)
+    for mine, other in ((plain, backbone), (backbone, plain)):
+        folder = tmp_path / ("plain" if mine is plain else "backbone")
+        Run.start(mine, folder)
+        with pytest.raises(InputError, match=f"give the configuration {config.name} and the flags"):
+            Run.start(other, folder)
 
 
 @pytest.mark.parametrize(

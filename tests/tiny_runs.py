@@ -162,7 +162,7 @@ def with_backbone(config: Config) -> Config:
             "experts": ExpertsConfig(routed=5, shared=1, active=2, width=16, multiple=2),
             "hyper_connections": HyperConnectionsConfig(branches=2),
             "tie_embeddings": False,
-            "remat": "nothing_saveable",
+            "remat": "experts_saveable",
             "scan": True,
         },
         memory={"layers": (0,)},

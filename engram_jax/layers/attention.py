@@ -105,6 +105,9 @@ def attend(
 
     None picks splash attention on TPU and cuDNN on GPU where they support the shapes and dtype,
     XLA elsewhere; a named implementation runs or fails.
+
+    Raises:
+        InputError: inside a mesh, another axis than B is split.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     chosen = implementation or _fastest(query, value)
@@ -118,6 +121,10 @@ def attend(
         # Rows of a batch do not meet here: each device attends to its own. (XLA cannot split a
         # kernel by itself, and explicit sharding cannot type JAX's einsums at B = 1.)
         specs = tuple(jax.typeof(array).sharding.spec for array in inputs)
+        if any(name is not None for spec in specs for name in tuple(spec)[1:]):
+            raise InputError(
+                f"Attention cannot be split over a mesh but by the rows of a batch, not as {specs}."
+            )
         attend_own = jax.shard_map(
             attend_own, in_specs=specs, out_specs=specs[0], check_vma=chosen == "xla"
         )
@@ -167,7 +174,7 @@ def _fastest(query: Float[Array, "B T Q P"], value: Float[Array, "B T J O"]) -> 
     platform = platform_of(jax.sharding.get_abstract_mesh())
     if platform == "tpu" and length % 128 == 0:
         return "splash"
-    if platform == "gpu" and query.dtype == jnp.bfloat16:
+    if platform == "gpu" and query.dtype == jnp.bfloat16 and length % 2 == 0:
         ampere = float(jax.devices()[0].compute_capability) >= 8
         if ampere and width % 8 == 0 and width <= 128:
             return "cudnn"

@@ -196,3 +196,12 @@ def test_eight_devices_attend_as_one(implementation: str) -> None:
 def test_impossible_sizes_are_refused(change: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         AttentionConfig(**change)
+
+
+def test_positions_split_over_a_mesh_are_refused() -> None:
+    """Each device would attend to its own part, and nobody would notice."""
+    mesh = make_mesh(MeshConfig(4), jax.devices()[:4])
+    along = jax.NamedSharding(mesh, jax.P(None, "data"))
+    inputs = jax.device_put((*draw(16, 2, 2, 8), jnp.asarray(SEGMENTS)), along)
+    with jax.set_mesh(mesh), pytest.raises(InputError, match="rows of a batch"):
+        attend(*inputs, "xla")
