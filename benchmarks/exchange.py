@@ -2,7 +2,7 @@
 
     python -m benchmarks.exchange [--topology v5p:4x4x4]
 
-One table of Engram-27B (16 columns of 2,262,400 rows of width 80), every chip asks for the rows of
+One table of Engram-27B (16 columns of 2,262,500 rows of width 80), every chip asks for the rows of
 4,096 tokens; exact row Adam. Prints what each chip sends over the interconnect and the temporaries
 that it needs. XLA's gather is `table.at[numbers].get()` of a table of bare embeddings, split by
 row. Needs libtpu (`pip install -e '.[tpu]'`).

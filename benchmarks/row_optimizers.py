@@ -1,6 +1,6 @@
 """Exact against lazy row Adam on the default run, each at its best factor and initial scale.
 
-    python -m benchmarks.row_optimizers [--flags …]
+    python -m benchmarks.row_optimizers [--screening-steps N] [--folder PATH]
 
 Trains what is not there yet in runs/row_optimizers/: a grid of short runs of one seed (form ×
 factor × initial scale), then whole runs of three seeds at each form's best; prints both as tables.

@@ -1,13 +1,13 @@
 """What a step costs as the table grows: touched rows against a dense optax Adam.
 
-    python -m benchmarks.table_update [--most-rows 64_000_000]
+    python -m benchmarks.table_update [--most-rows 67_108_864]
 
 Two measurements, every larger table in turn with the smallest in one process:
 
 1. the memory part alone (lookup, expansion to tokens, gradients back to rows, exact row update) for
    8,192 tokens of 16 columns, rows drawn at random, width 16, tables filled with random values; and
    beside it, as far as memory allows, a plain gather with its dense gradient and `optax.adam`;
-2. the whole training step of the default run, its table from an eighth of its size to eight times.
+2. the whole training step of the default run, its table from 1/16 of its size to four times.
 
 Writes `docs/table_update.png`.
 """

@@ -2,8 +2,8 @@
 
     python -m benchmarks.throughput [--configs NAME …] [--rounds N]
 
-Prints the median time of a step of each config, batches built beside it as in training, and the
-ratio of its tokens/s to the first one's.
+Prints the median tokens/s of each config, batches built beside it as in training, and the ratio to
+the first one's.
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """What a configuration is and costs before it runs: parameters, FLOPs, bytes of state.
 
-    python -m engram_jax.accounting [CONFIG …] [--json] [--allocation ρ] [--mesh D F X]
+    python -m engram_jax.accounting [CONFIG …] [--json] [--allocation ρ] [--mesh DATA FSDP EXPERT]
 
 Everything is counted: parameters from the shapes of `jax.eval_shape`, FLOPs from the matrix
 products of the traced program. And the allocation of §3.1: how many experts and table rows a share

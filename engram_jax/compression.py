@@ -1,6 +1,6 @@
 """Vocabulary projection V → V′: ids whose texts differ in case, accents or spacing fall together.
 
-REFERENCE §1; Engram paper (arXiv 2601.07372) §2.2 and appendix C.
+Engram paper (arXiv 2601.07372), §2.2 and appendix C.
 """
 
 import base64

@@ -4,7 +4,6 @@
 else has no role: a gain, a bias, a gate, a tap of a convolution, small and computed in float32.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +26,6 @@ class Matrix:
     stacked: int = 0
     inputs: int = 1
     experts: bool = False
-
-    def flat_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """(matrices, inputs, outputs) of a parameter of this shape."""
-        first, last = self.stacked, self.stacked + self.inputs
-        return math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:])
 
 
 @dataclass(frozen=True)

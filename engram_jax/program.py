@@ -27,7 +27,7 @@ from engram_jax.parameters import roles
 from engram_jax.sharding import (
     BATCH_ABT,
     ROWS_SU,
-    TABLE_RF,
+    TABLE_RW,
     TOKEN_AXES,
     WHOLE,
     AnyMesh,
@@ -217,7 +217,7 @@ class Program:
 
     def _shardings(self) -> Any:
         shapes = self._shapes()
-        table = jax.NamedSharding(self.mesh, TABLE_RF)
+        table = jax.NamedSharding(self.mesh, TABLE_RW)
         whole = jax.NamedSharding(self.mesh, WHOLE)
         params = parameter_sharding(self.mesh, shapes.params, self.roles)
         return TrainState(

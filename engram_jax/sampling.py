@@ -37,7 +37,7 @@ def sample(
         run: the run.
         weights: parameters and tables.
         prompt: the text so far; "" samples a document from its beginning.
-        tokens: most tokens to add.
+        tokens: how many tokens to add at most.
         temperature: what logits are divided by; 0 takes the likeliest token.
         top_k: draw among that many likeliest tokens; None: among all.
         seed: equal seeds give equal continuations.

@@ -1,8 +1,8 @@
 """The device mesh, and how arrays lie on it.
 
 Tokens are split over all axes of the mesh; parameters over "fsdp" alone, and every block gathers
-its own just before it runs (ZeRO-3), so layers are written as if for one device. Experts are also
-dealt to "expert", and stay where they are along it: their tokens come to them.
+its own just before it runs (ZeRO-3), so most layers are written as if for one device. Experts are
+also dealt to "expert", and stay where they are along it: their tokens come to them.
 """
 
 from collections.abc import Sequence
@@ -49,10 +49,10 @@ class MeshConfig:
             )
 
 
-# Where the arrays of a run lie; the letters spell their axes.
+# Where the arrays of a run lie; the letters spell their axes, those of a table rows and words.
 WHOLE = jax.P()
 BATCH_ABT = jax.P(None, TOKEN_AXES)
-TABLE_RF = jax.P(TOKEN_AXES)
+TABLE_RW = jax.P(TOKEN_AXES)
 ROWS_SU = jax.P(TOKEN_AXES)
 
 

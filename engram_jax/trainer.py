@@ -44,8 +44,16 @@ def make_train_step(program: Program) -> TrainStep:
     Gather the distinct rows once; run the micro-batches, which read them by plan; sum their
     gradients of parameters and rows in float32; clip both by their common norm; update.
 
-    Of every layer with experts, the metrics take the load of its fullest expert over the mean: the
-    worst layer's, and the layers' mean.
+    Call it inside `jax.set_mesh(program.mesh)`. Its metrics:
+
+    - loss: nats a token; learning_rate: of what has no factor of its own.
+    - gradient_norm: of parameters and rows together, before clipping; row_gradient_norm: of rows.
+    - rows_asked_L, exchange_rounds_L, shard_load_L of the table of layer L: distinct rows, summed
+      over devices; rounds that the exchange took (1, unless rows meet at few shards); rows that the
+      fullest shard is asked for, over the mean.
+    - expert_load_worst, expert_load_mean: load of a layer's fullest expert over the mean of its
+      experts; the worst layer's, and the layers' mean.
+    - mixing_error: largest error of a column sum of any H_res.
     """
     config, graph = program.config, program.graph
     optimizer, row_adam = program.optimizer, program.row_adam

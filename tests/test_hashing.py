@@ -27,7 +27,7 @@ def projection_of(lookup: Any) -> VocabularyProjection:
 def rows_in_python(
     ngram_hash: NgramHash, layer: int, tokens: list[int], segments: list[int]
 ) -> list[list[int]]:
-    """REFERENCE §2 for one row of tokens, one position at a time, in unbounded integers."""
+    """Equations 1 and 2 for one row of tokens, one position at a time, in unbounded integers."""
     spec = ngram_hash.spec
     index = spec.layers.index(layer)
     multipliers = [int(m) for m in ngram_hash.multipliers[index]]

@@ -85,6 +85,8 @@ class Score:
 def make_scorer(run: Run, suppress: Suppress = "nothing") -> Scorer:
     """A jitted function (weights, batch) → (loss of every token, gates by layer).
 
+    Call it inside `jax.set_mesh(run.mesh)`.
+
     Args:
         run: the run.
         suppress: "output" drops what the memory layers add (paper §6.3); "rows" lets them run on
@@ -124,7 +126,7 @@ def evaluate_held_out(
     max_tokens: int | None = None,
     watch: Callable[[ScoredBatch], object] = lambda scored: None,
 ) -> dict[str, Score]:
-    """Scores the held-out documents of every corpus.
+    """Scores the held-out documents of every corpus; call it inside `jax.set_mesh(run.mesh)`.
 
     Args:
         run: the run.

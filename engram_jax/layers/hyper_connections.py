@@ -23,7 +23,8 @@ _OWN_BRANCH = 8.0
 # Branches that start alike stay alike up to rounding, and differ from mesh to mesh by that noise;
 # so they start as weights of the mean that differ by this much (relative, largest).
 _SPREAD = 0.1
-# Its square, by which the gradient divides, is still far from where float32 ends, e^−87.
+# Rows of H_res whose logits all lie below are lifted to it: the gradient divides by the square of
+# their sum, and float32 ends at e^−87.
 _LEAST_LOGIT = -40.0
 
 
@@ -146,15 +147,15 @@ class HyperConnection(nnx.Module):
 def sinkhorn(logits: Float[Array, "*batch M M"], iterations: int) -> Float[Array, "*batch M M"]:
     """exp(logits), brought near a doubly stochastic matrix by normalizing columns, then rows.
 
-    Ends on rows: they sum to 1, columns to what `column_error` says less.
+    Ends on rows, which sum to 1; `column_error` says how far columns are from that.
     """
 
     def normalize_both(matrix: Array, _: None) -> tuple[Array, None]:
         matrix = matrix / jnp.sum(matrix, axis=0, keepdims=True)
         return matrix / jnp.sum(matrix, axis=1, keepdims=True), None
 
-    # A column's factor has no weight, since columns are normalized first: its largest becomes 1.
-    # Nor has a row's, in the end: one that would vanish is lifted.
+    # A factor of a column or of a row does not change the matrix that the iterations tend to. So
+    # the largest entry of every column becomes 1, and a row that would vanish is lifted.
     logits -= jnp.max(logits, axis=-2, keepdims=True)
     logits -= jnp.minimum(jnp.max(logits, axis=-1, keepdims=True) - _LEAST_LOGIT, 0)
     # Tokens last: a TPU would pad every M × M matrix to a tile of 1,024 numbers.

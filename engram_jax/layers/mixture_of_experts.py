@@ -245,8 +245,8 @@ class _Layout(NamedTuple):
 
     Attributes:
         sizes: rows of every expert, whole blocks.
-        pair_of_row: as many as there are pairs: none.
-        row_of_pair: as many as there are rows: not in this round.
+        pair_of_row: the pair of every row; the number of pairs, if a row has none.
+        row_of_pair: the row of every pair; the number of rows, if the pair is of another round.
     """
 
     sizes: Int32[Array, "X"]
@@ -384,8 +384,8 @@ def _sum_rounds(
 ) -> Float[Array, "tokens D"]:
     """Σ mix over as many rounds as this device's pairs fill; one, unless load is skewed.
 
-    Devices count their own rounds, hence no collective may be within. Gradients compute a round
-    anew: of no round is more kept than its inputs. (Reverse mode of a `scan` over all rounds there
+    Devices count their own rounds, hence no collective may be within. The backward pass keeps the
+    inputs alone and computes every round anew. (Reverse mode of a `scan` over all rounds there
     might be would add a zero gradient of all experts for every round that is not.)
     """
 

@@ -1,1 +1,1 @@
-"""Everything about the tables: layout, plan, lookup, row optimizer, placements."""
+"""The tables: layout, plan, lookup, exchange, row optimizer, places of rows, statistics."""

@@ -4,8 +4,8 @@ A row last written by step s, with moments m and v, moves on by momentum. In all
 
     −Σₖ lrᵢ · β₁ᵏ m / (1−β₁ⁱ) / (√(β₂ᵏ v / (1−β₂ⁱ)) + ε)  =  −m Σₖ aₖ / (bₖ √v + ε)
 
-over k = 1, 2, …, with i = s + k: aₖ = lrᵢ β₁ᵏ/(1−β₁ⁱ), bₖ = √(β₂ᵏ/(1−β₂ⁱ)). These are hundreds of
-terms for every element.
+over k = 1, 2, …, with i = s + k and lrᵢ the learning rate of step i: aₖ = lrᵢ β₁ᵏ/(1−β₁ⁱ) and
+bₖ = √(β₂ᵏ/(1−β₂ⁱ)). These are hundreds of terms for every element.
 Seen as a function of x = ε/√v, the sum is Σ (aₖ/bₖ) · bₖ/(bₖ + x), the integral of a smooth
 function of log b against the weights aₖ/bₖ. A Gauss rule in log b replaces the hundreds of atoms
 by a few: 5 nodes for (0.9, 0.999), 9 for (0.9, 0.95), whatever ε and v are. (In b itself the rule

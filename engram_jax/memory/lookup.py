@@ -218,7 +218,7 @@ def settle(
 ) -> Table:
     """A table whose rows are owed nothing after `step` steps.
 
-    For export, and where another optimizer or schedule takes over; made in parts, in the memory of
+    For where another optimizer or schedule takes over; made in parts, in the memory of
     the table, which is donated. Checkpoints hold tables unsettled: settling twice is not bit for
     bit settling once.
 

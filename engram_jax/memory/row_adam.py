@@ -34,7 +34,7 @@ class RowAdamConfig:
 
     Attributes:
         form: "exact" gives dense Adam's answer; "lazy" lets idle rows lie.
-        factor: learning rate relative to the network's (paper: 5).
+        factor: learning rate relative to optimizer.learning_rate (paper: 5).
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: added to the root of the second moment.

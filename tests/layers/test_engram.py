@@ -53,7 +53,7 @@ def draw_inputs(branches: int = 2, seed: int = 1, length: int = 14) -> tuple[Arr
 def engram_in_numpy(
     layer: Engram, hidden: np.ndarray, memory: np.ndarray, segments: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """REFERENCE §3, one token and one branch at a time, in the precision of the arguments."""
+    """Equations 3 to 6, one token and one branch at a time, in the precision of the arguments."""
     config = layer.config
     p = {name: np.asarray(leaf, hidden.dtype) for name, leaf in named_parameters(layer).items()}
 

@@ -15,7 +15,7 @@ from engram_jax.memory.layout import RecordLayout, Rows, Table
 from engram_jax.memory.places import stored_places
 from engram_jax.memory.plan import MemoryPlan, Planner, RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
-from engram_jax.sharding import BATCH_ABT, ROWS_SU, TABLE_RF, MeshConfig, make_mesh
+from engram_jax.sharding import BATCH_ABT, ROWS_SU, TABLE_RW, MeshConfig, make_mesh
 from engram_jax.typing import PyTree
 
 LAYER, WIDTH = 1, 6
@@ -53,7 +53,7 @@ def put_plan(mesh: jax.sharding.Mesh, plan: MemoryPlan) -> MemoryPlan:
     return MemoryPlan(put(mesh, plan.rows, ROWS_SU), put(mesh, plan.slots, BATCH_ABT))
 
 
-def put(mesh: jax.sharding.Mesh, tree: PyTree, spec: jax.P = TABLE_RF) -> PyTree:
+def put(mesh: jax.sharding.Mesh, tree: PyTree, spec: jax.P = TABLE_RW) -> PyTree:
     return jax.device_put(tree, jax.NamedSharding(mesh, spec))
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax import Array
 
 from engram_jax.memory.layout import RecordLayout, Rows, StorageConfig, init_table, mix
-from engram_jax.sharding import TABLE_RF, MeshConfig, make_mesh
+from engram_jax.sharding import TABLE_RW, MeshConfig, make_mesh
 
 SMALLEST = StorageConfig("bfloat16", "bfloat16", "row")
 
@@ -131,7 +131,7 @@ def test_a_table_starts_equal_on_every_mesh_and_in_its_parts(
     assert value.shape == (8192, 5) and abs(float(value.std()) - scale) < 0.01
     assert not any(np.any(part) for part in state)
     mesh = make_mesh(MeshConfig(fsdp=4))
-    place = jax.NamedSharding(mesh, TABLE_RF)
+    place = jax.NamedSharding(mesh, TABLE_RW)
     make = jax.jit(lambda key: init_table(key, 8192, layout, 1, scale), out_shardings=place)
     np.testing.assert_array_equal(make(key).records, whole.records)
     # No device ever holds the whole.

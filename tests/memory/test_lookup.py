@@ -195,7 +195,7 @@ def test_settling_is_reading_all_rows() -> None:
 @pytest.mark.parametrize("name", ["1", "2x4"])
 @pytest.mark.parametrize("form", ["exact", "lazy"])
 def test_only_gathers_and_scatters_meet_the_whole_table(name: str, form: str) -> None:
-    """DESIGN rule 1, read from the compiled step; donated tables are written in place."""
+    """Nothing is swept: read from the compiled step; donated tables are written in place."""
     mesh = mesh_of(name)
     with jax.set_mesh(mesh):
         step = make_step(make_adam(form)).__wrapped__

@@ -131,7 +131,7 @@ def test_reading_at_the_step_after_the_last_write_owes_nothing() -> None:
 
 
 def test_one_late_gradient_moves_a_row_as_far_as_the_two_optimizers_say() -> None:
-    """REFERENCE §6: 31.8 learning rates under dense Adam (5.8 for 0.95), 1 under lazy Adam."""
+    """31.8 learning rates under dense Adam (5.8 for 0.95), 1 under lazy Adam."""
     for form, b2, expected in (("exact", 0.999, 31.8), ("exact", 0.95, 5.8), ("lazy", 0.999, 1.0)):
         adam = make_row_adam(RowAdamConfig(form=form, b2=b2, factor=1.0), constant(1.0), 20_000)
         after = adam.update(untouched(), jnp.ones((COUNT, WIDTH)), jnp.int32(10_000))
