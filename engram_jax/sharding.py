@@ -162,7 +162,7 @@ def gather_parameters[T](module: T, dtype: jnp.dtype, axes: Sequence[str]) -> T:
             return variable.replace(value.astype(dtype))
         # "Reduced" over an axis: whole along it, and the gradient will be a sum not yet taken.
         spec = jax.typeof(value).sharding.spec
-        copied = set(axes) - set(_names(spec))
+        copied = set(axes) - set(spec_axes(spec))
         value = jax.sharding.reshard(value, jax.P(*spec, reduced=copied)).astype(dtype)
         dealt = "expert" if isinstance(role, Matrix) and role.experts else None
         whole = jax.P(dealt, reduced=set(axes) - {dealt})
@@ -175,10 +175,11 @@ def split_axes(array: jax.Array) -> tuple[str, ...]:
     """The mesh axes that an array is split over; none outside a mesh, or on one device."""
     mesh = jax.sharding.get_abstract_mesh()
     # (One device is not only simpler: JAX cannot lower "reduced" there.)
-    return () if mesh.size <= 1 else _names(jax.typeof(array).sharding.spec)
+    return () if mesh.size <= 1 else spec_axes(jax.typeof(array).sharding.spec)
 
 
-def _names(spec: jax.P) -> tuple[str, ...]:
+def spec_axes(spec: jax.P) -> tuple[str, ...]:
+    """The mesh axes that a partition names."""
     return tuple(jax.tree.leaves(tuple(spec)))
 
 

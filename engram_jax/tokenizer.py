@@ -24,6 +24,7 @@ import sentencepiece
 from jaxtyping import Int32
 
 from engram_jax.errors import InputError, one_sentence
+from engram_jax.files import written_whole
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "tokenizers" / "default.model"
 
@@ -451,12 +452,10 @@ def _spread(texts: Sequence[str], share: float) -> Iterator[str]:
 
 
 def _write(out: Path, content: bytes) -> None:
-    unfinished = out.with_name(out.name + ".unfinished")
     try:
-        unfinished.write_bytes(content)
-        unfinished.replace(out)
+        with written_whole(out) as partial:
+            partial.write_bytes(content)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise InputError(f"cannot write {out} ({error.strerror}); choose another place.") from error
 
 

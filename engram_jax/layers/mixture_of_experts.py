@@ -30,7 +30,7 @@ from engram_jax.layers.grouped_matmul import (
     padded_rows,
 )
 from engram_jax.parameters import Matrix
-from engram_jax.sharding import split_axes
+from engram_jax.sharding import spec_axes, split_axes
 from engram_jax.typing import PyTree
 
 # Rows of one round, relative to what a device has to compute when experts are equally loaded.
@@ -137,7 +137,7 @@ class MixtureOfExperts(nnx.Module):
             dealt = jax.P(name, reduced=set(split_axes(x)) - {name})
             stacks = jax.sharding.reshard(stacks, dealt)
             apply = jax.shard_map(
-                partial(apply, shards=shards, axes=tuple(jax.tree.leaves(tuple(spec)))),
+                partial(apply, shards=shards, axes=spec_axes(spec)),
                 in_specs=(spec, jax.P(), jax.P(), dealt),
                 out_specs=(spec, jax.P()),
             )
