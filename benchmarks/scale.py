@@ -3,8 +3,9 @@
     python -m benchmarks.scale [CONFIG …] [--topology v5p:4x8x8]
 
 Compiles the training step of every configuration, and parts of it alone, for the topology: bytes a
-chip holds, needs besides and sends. Two to fifteen minutes a configuration on two CPU cores; rows
-of configurations that are not named stay.
+chip holds, needs besides and sends. Minutes to more than half an hour a configuration on two CPU
+cores, and up to 20 GB of memory: run nothing beside it. Rows of configurations
+that are not named stay.
 """
 
 import json
@@ -86,8 +87,7 @@ def as_row(name: str, found: dict[str, Any]) -> str:
 def main() -> None:
     """Measures what is asked for, and writes results and page after each.
 
-    Each configuration in a process of its own, since the compiler does not return its memory: the
-    third in one process reached 21 GB.
+    Each configuration in a process of its own: the third in one was killed at 21 GB.
     """
     jax.config.update("jax_platforms", "cpu")
     options = tyro.cli(Options, description=__doc__)

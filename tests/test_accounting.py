@@ -17,7 +17,7 @@ from engram_jax.errors import InputError
 from engram_jax.program import Program
 from engram_jax.sharding import MeshConfig, make_abstract_mesh
 
-# Billions, computed by hand from the paper's table 5: total, activated, memory.
+# Billions, recomputed from the paper's table 5: total, activated, memory.
 PUBLISHED = {
     "dense_4b": (4.119, 3.788, 0),
     "moe_27b": (26.702, 3.793, 0),
