@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Annotated, Any
 
 import jax
@@ -81,6 +82,7 @@ class Account:
         return (self.experts - self.active_experts) / self.sparse if self.sparse else 1.0
 
 
+@cache
 def account(config: Config) -> Account:
     """Counts a configuration; its mesh says over how many chips the state lies.
 

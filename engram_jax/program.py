@@ -6,6 +6,7 @@ there it gives shapes and shardings to compile for. `run.Run` is a program with 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -184,8 +185,8 @@ class Program:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
         return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            self._shapes(),
+            lambda leaf, sharding: leaf.update(sharding=sharding),
+            self._shapes,
             self._shardings(),
         )
 
@@ -212,11 +213,12 @@ class Program:
             expert_bias={layer: jnp.zeros(routed) for layer in model.expert_layers},
         )
 
+    @cached_property
     def _shapes(self) -> Any:
         return jax.eval_shape(self._make_state, jax.eval_shape(jax.random.key, 0))
 
     def _shardings(self) -> Any:
-        shapes = self._shapes()
+        shapes = self._shapes
         table = jax.NamedSharding(self.mesh, TABLE_RW)
         whole = jax.NamedSharding(self.mesh, WHOLE)
         params = parameter_sharding(self.mesh, shapes.params, self.roles)

@@ -110,7 +110,7 @@ class HyperConnection(nnx.Module):
         init = nnx.initializers.normal(0.02)
         outputs = 2 * branches + branches**2  # of H_pre, H_post and H_res, in this order
         self.projection = nnx.Param(init(rngs.params(), (branches, width, outputs)))
-        self.scale = nnx.Param(jnp.full(3, config.scale))
+        self.scale = nnx.Param(jnp.full(3, config.scale, jnp.float32))
         weights = (1 + _SPREAD * jnp.linspace(-1, 1, branches)) / branches
         self.pre_bias = nnx.Param(jax.scipy.special.logit(weights))
         self.post_bias = nnx.Param(jnp.zeros(branches))
@@ -155,9 +155,13 @@ def sinkhorn(logits: Float[Array, "*batch M M"], iterations: int) -> Float[Array
         return matrix / jnp.sum(matrix, axis=1, keepdims=True), None
 
     # A factor of a column or of a row does not change the matrix that the iterations tend to. So
-    # the largest entry of every column becomes 1, and a row that would vanish is lifted.
-    logits -= jnp.max(logits, axis=-2, keepdims=True)
-    logits -= jnp.minimum(jnp.max(logits, axis=-1, keepdims=True) - _LEAST_LOGIT, 0)
+    # the largest entry of every column becomes 1, and a row that would vanish is lifted. Nor is
+    # there a gradient through factors; that of a maximum divides by how many entries equal it,
+    # which is 0 where a recomputed entry is rounded otherwise: NaN.
+    factors = jax.lax.stop_gradient(logits)
+    columns = jnp.max(factors, axis=-2, keepdims=True)
+    rows = jnp.max(factors - columns, axis=-1, keepdims=True)
+    logits -= columns + jnp.minimum(rows - _LEAST_LOGIT, 0)
     # Tokens last: a TPU would pad every M × M matrix to a tile of 1,024 numbers.
     matrix = jnp.moveaxis(jnp.exp(logits), (-2, -1), (0, 1))
     matrix, _ = jax.lax.scan(normalize_both, matrix, length=iterations)

@@ -126,6 +126,13 @@ def test_logits_far_apart_stay_finite(logits: list[list[float]], expected: float
     assert np.isclose(value, expected) and np.isfinite(gradient).all()
 
 
+def test_no_gradient_goes_through_a_maximum() -> None:
+    """It would divide by the number of entries that equal the maximum, recomputed ones by none."""
+    gradient = jax.make_jaxpr(jax.grad(lambda x: sinkhorn(x, 2)[0, 0]))(jnp.eye(2))
+    used = {equation.primitive.name for equation in gradient.eqns}
+    assert "reduce_max" in used and "eq" not in used
+
+
 def test_a_bfloat16_stream_keeps_its_dtype_and_float32_coefficients() -> None:
     connection, x = make_connection(), draw_stream()
     half = x.astype(jnp.bfloat16)
