@@ -22,7 +22,9 @@ PIP_INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-vers
 	--progress-bar off --constraint constraints.txt
 PIP_LINES = { grep --line-buffered -E '^ *(Downloading|Using cached|Building|Installing (collected|build))' \
 	| cut -c -100 || true; }
-PYTEST = $(BIN)/python -m pytest --durations=10
+# Processes that share the tests; on a GPU or TPU one, which takes all its memory.
+WORKERS ?= $(if $(filter-out cpu,$(JAX_PLATFORMS)),0,2)
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations=10
 
 .PHONY: help
 help:  ## this list
