@@ -1,5 +1,6 @@
 # Every target makes .venv when it is missing, and makes it anew when pyproject.toml or
-# constraints.txt changed. PYTHON=… picks the interpreter, ARGS=… goes to train.py or pytest.
+# constraints.txt changed. PYTHON=… picks the interpreter, ARGS=… goes to train.py or pytest,
+# WORKERS=… is how many processes share the tests.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -22,7 +23,7 @@ PIP_INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-vers
 	--progress-bar off --constraint constraints.txt
 PIP_LINES = { grep --line-buffered -E '^ *(Downloading|Using cached|Building|Installing (collected|build))' \
 	| cut -c -100 || true; }
-# Processes that share the tests; on a GPU or TPU one, which takes all its memory.
+# A process takes all memory of a GPU or TPU, so there it is one.
 WORKERS ?= $(if $(filter-out cpu,$(JAX_PLATFORMS)),0,2)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations=10
 
