@@ -162,6 +162,8 @@ def route(
 ) -> tuple[Int32[Array, "tokens active"], Float[Array, "tokens active"]]:
     """The experts that every token chooses, and their weights, which sum to 1.
 
+    An only expert weighs as much as its affinity, or else the router would never learn.
+
     Args:
         x: hidden states; affinities are computed in float32.
         router: the direction of every expert.
@@ -169,13 +171,12 @@ def route(
         active: experts per token.
     """
     logits = jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
-    affinity = jax.nn.sigmoid(logits)
-    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(affinity + bias[None]), active)
+    _, chosen = jax.lax.top_k(jax.lax.stop_gradient(jax.nn.sigmoid(logits) + bias[None]), active)
     # By a product, whose gradient is one too; that of a gather would be a scatter.
     is_chosen = jax.nn.one_hot(chosen, router.shape[1])
-    weights = jnp.sum(is_chosen * affinity[:, None], axis=2)
-    # 1e-20 is of no weight, unless all affinities vanish.
-    return chosen, weights / (jnp.sum(weights, axis=1, keepdims=True) + 1e-20)
+    log_affinity = jax.nn.log_sigmoid(jnp.sum(is_chosen * logits[:, None], axis=2))
+    # Affinities over their sum, also where float32 would have them vanish.
+    return chosen, jnp.exp(log_affinity) if active == 1 else jax.nn.softmax(log_affinity, axis=1)
 
 
 def _apply(
@@ -385,8 +386,9 @@ def _sum_rounds(
     """Σ mix over as many rounds as this device's pairs fill; one, unless load is skewed.
 
     Devices count their own rounds, hence no collective may be within. The backward pass keeps the
-    inputs alone and computes every round anew. (Reverse mode of a `scan` over all rounds there
-    might be would add a zero gradient of all experts for every round that is not.)
+    inputs alone and computes every round anew; gradients of rounds are added in their own dtype.
+    (Reverse mode of a `scan` over all rounds there might be would add a zero gradient of all
+    experts for every round that is not.)
     """
 
     @jax.custom_vjp

@@ -133,9 +133,30 @@ def test_the_bias_chooses_but_does_not_weigh() -> None:
     assert not np.any(pullback((zero, jnp.ones_like(weights)))[0])
 
 
-def test_affinities_that_vanish_are_finite() -> None:
-    _, weights = route(jnp.full((2, 1), 200.0), -jnp.ones((1, 3)), jnp.zeros(3), 2)
-    assert np.all(np.isfinite(weights))
+@pytest.mark.parametrize("shift", [0, 40, 50, 100, 1000])
+def test_affinities_that_vanish_still_weigh(shift: float) -> None:
+    """Far below 0, where the sigmoid is an exponential, a common shift is of no weight."""
+    router = jnp.array([[0.0, 1.0, -1.0], [-1.0, -1.0, -1.0]])
+
+    def weigh(router: Array) -> Array:
+        return route(jnp.array([[1.0, 30 + shift]]), router, jnp.array([0.5, 0.0, -1.0]), 2)[1][0]
+
+    weights, slope = weigh(router), jax.jacobian(weigh)(router)[0]
+    expected = 1 / (1 + np.exp(1))
+    np.testing.assert_allclose(weights, [expected, 1 - expected], rtol=1e-5)
+    variance = expected * (1 - expected)
+    np.testing.assert_allclose(slope[0, :2], [variance, -variance], rtol=1e-5)
+    assert np.all(np.isfinite(slope))
+
+
+def test_the_router_learns_also_where_a_token_has_one_expert() -> None:
+    layer, x, bias = make_layer(active=1), draw(), jnp.asarray(EVEN)
+    chosen, weights = route(x[0], layer.router[...], bias, 1)
+    logits = np.asarray(x[0] @ layer.router[...], np.float64)
+    expected = np.take_along_axis(1 / (1 + np.exp(-logits)), np.asarray(chosen), axis=1)
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)
+    _, _, found = differentiate(layer, x, bias, draw(1))
+    assert np.abs(found["router"]).max() > 1e-3
 
 
 @pytest.mark.parametrize("bias", [np.zeros(5, np.float32), np.float32([-9, 0, 9, 0, -9])])
