@@ -4,8 +4,8 @@ A layer F reads a mixture of the M branches and writes to all of them, which mix
 
     x ← H_res x + H_postᵀ ⊗ F(H_pre x)
 
-The three mappings depend on x. H_res is doubly stochastic, so that the branches' mean passes
-through any number of layers as it is.
+The three mappings depend on x. H_res is doubly stochastic, as nearly as Sinkhorn's iterations make
+it (`column_error`), so that the branches' mean passes through any number of layers as it is.
 """
 
 from dataclasses import dataclass

@@ -126,6 +126,28 @@ def test_logits_far_apart_stay_finite(logits: list[list[float]], expected: float
     assert np.isclose(value, expected) and np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("lift", [0.0, 60.0])
+def test_sinkhorns_gradient_is_that_of_the_plain_formula(lift: float) -> None:
+    """Factors that keep it finite have none; the first row is `lift` below the others."""
+
+    def plain(logits: Array) -> Array:
+        mix = jnp.exp(logits)
+        for _ in range(20):
+            mix /= mix.sum(axis=-2, keepdims=True)
+            mix /= mix.sum(axis=-1, keepdims=True)
+        return mix
+
+    low = lift * jnp.eye(1, 4)[..., None]
+    logits = 2 * jax.random.normal(jax.random.key(0), (50, 4, 4)) - low
+    cotangent = jax.random.normal(jax.random.key(1), logits.shape)
+    with jax.enable_x64(True):
+        expected, pull_back = jax.vjp(plain, logits.astype(jnp.float64))
+        (of_plain,) = pull_back(cotangent.astype(jnp.float64))
+    found, pull_back = jax.vjp(lambda x: sinkhorn(x, 20), logits)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    np.testing.assert_allclose(pull_back(cotangent)[0], of_plain, atol=2e-6)
+
+
 def test_no_gradient_goes_through_a_maximum() -> None:
     """It would divide by the number of entries that equal the maximum, recomputed ones by none."""
     gradient = jax.make_jaxpr(jax.grad(lambda x: sinkhorn(x, 2)[0, 0]))(jnp.eye(2))
