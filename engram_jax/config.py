@@ -171,6 +171,13 @@ class TrainConfig:
             raise InputError(
                 "train.steps, train.accumulation and train.keep_checkpoints must be at least 1."
             )
+        if min(self.log_every, self.evaluate_tokens) < 1:
+            raise InputError("train.log_every and train.evaluate_tokens must be at least 1.")
+        if min(self.evaluate_every, self.checkpoint_every) < 0:
+            raise InputError(
+                "train.evaluate_every and train.checkpoint_every must not be negative; 0 is at the "
+                "end alone."
+            )
 
 
 @dataclass(frozen=True)

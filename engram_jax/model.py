@@ -80,6 +80,11 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if min(self.vocabulary, self.width, self.layers, self.feed_forward) < 1:
             raise InputError("model.vocabulary, width, layers and feed_forward must be at least 1.")
+        if self.experts is not None and self.experts.leading_dense >= self.layers:
+            raise InputError(
+                f"All {self.layers} layers are before experts.leading_dense "
+                f"{self.experts.leading_dense}; leave layers for the experts, or set experts None."
+            )
 
     @property
     def branches(self) -> int:
@@ -196,12 +201,13 @@ class Block(nnx.Module):
         if hasattr(self, "attention_connection"):
             mappings = self.attention_connection(x)
         h = read(x, mappings)
-        aside = jnp.zeros_like(h)
         if memory is not None and self.single_fusion:
             fused, gate = self.engram(h[:, :, None], memory, segments)
             aside = fused[:, :, 0]
-        y = self.attention(self.attention_norm(h + aside), segments, positions)
-        x = write(x, y + aside, mappings)
+            y = aside + self.attention(self.attention_norm(h + aside), segments, positions)
+        else:
+            y = self.attention(self.attention_norm(h), segments, positions)
+        x = write(x, y, mappings)
 
         if hasattr(self, "feed_forward_connection"):
             later = self.feed_forward_connection(x)
@@ -309,8 +315,8 @@ class Decoder(nnx.Module):
             memory: memory vectors by layer id; a layer that is missing here adds nothing.
             segments: document number of every position.
             positions: position within the document.
-            expert_bias: of the layers with experts, by layer id: what balances them; None for a
-                model without.
+            expert_bias: of the layers with experts, by layer id: what balances them. A trained
+                model needs its own (`TrainState.expert_bias`); None is zeros, as training begins.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         gather = partial(gather_parameters, dtype=dtype, axes=split_axes(tokens))

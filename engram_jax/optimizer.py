@@ -34,7 +34,8 @@ class OptimizerConfig:
         eps: added by AdamW to the root of the second moment.
         muon_momentum: decay of Muon's Nesterov momentum.
         muon_steps: Newton–Schulz iterations of Muon.
-        weight_decay: decoupled decay of hidden matrices; embeddings, norms and biases have none.
+        weight_decay: decoupled decay of hidden matrices; embeddings, norms, biases, routers of
+            experts and projections of hyper-connections have none.
         clip_norm: bound of the global gradient norm, dense and row gradients together.
     """
 
@@ -57,6 +58,10 @@ class OptimizerConfig:
         if min(self.learning_rate, self.matrix_factor, self.lookup_factor, self.clip_norm) <= 0:
             raise InputError(
                 "learning_rate, matrix_factor, lookup_factor and clip_norm must be positive."
+            )
+        if self.weight_decay < 0 or not 0 <= self.final_fraction <= 1:
+            raise InputError(
+                "weight_decay must not be negative, and final_fraction is a share from 0 to 1."
             )
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
             raise InputError("b1 and b2 must be at least 0 and below 1, and eps positive.")

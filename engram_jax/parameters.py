@@ -1,7 +1,8 @@
 """What a parameter is to the optimizer and to the mesh, declared where the parameter is made.
 
 `nnx.Param(value, role=Matrix(…))` is a hidden matrix, `Lookup()` says embedding or head; anything
-else has no role: a gain, a bias, a gate, a tap of a convolution, small and computed in float32.
+else has no role: a gain, a bias, a tap of a convolution, a router of experts, a hyper-connection's
+projection; computed in float32.
 """
 
 from dataclasses import dataclass

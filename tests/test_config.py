@@ -22,6 +22,7 @@ from engram_jax.config import (
 from engram_jax.errors import InputError
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.engram import EngramConfig
+from engram_jax.layers.mixture_of_experts import ExpertsConfig
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.model import DecoderConfig
 from engram_jax.optimizer import OptimizerConfig
@@ -123,7 +124,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("model", {"layers": 0}, "at least 1"),
         ("model", {"width": 0}, "at least 1"),
         ("mesh", {"expert": 2}, "no experts"),
+        ("model", {"experts": ExpertsConfig(leading_dense=4)}, "leading_dense"),
         ("optimizer", {"muon_momentum": 1.0}, "muon_momentum"),
+        ("optimizer", {"muon_steps": 0}, "muon_steps"),
+        ("optimizer", {"weight_decay": -0.1}, "weight_decay"),
+        ("optimizer", {"final_fraction": -1.0}, "final_fraction"),
         ("data", {"sources": ()}, "at least one"),
         ("data", {"weights": (1.0,)}, "1 weights for 5"),
         ("data", {"sequence_length": 0}, "sequence_length"),
@@ -138,6 +143,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("train", {"accumulation": 3}, "does not divide"),
         ("train", {"accumulation": 0}, "accumulation"),
         ("train", {"steps": 0}, "steps"),
+        ("train", {"log_every": 0}, "log_every"),
+        ("train", {"evaluate_tokens": 0}, "evaluate_tokens"),
+        ("train", {"evaluate_every": -1}, "evaluate_every"),
+        ("train", {"checkpoint_every": -1}, "checkpoint_every"),
         ("train", {"keep_checkpoints": 0}, "keep_checkpoints"),
     ],
 )

@@ -1,6 +1,7 @@
 """Grouped-query attention (arXiv 2305.13245) over packed documents."""
 
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -45,6 +46,8 @@ class AttentionConfig:
                 f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly; "
                 "choose kv_heads that divides heads."
             )
+        if self.theta <= 1:
+            raise InputError(f"theta {self.theta} must be above 1; 10000 is common.")
         if self.head_width % 2:
             raise InputError(f"head_width {self.head_width} is odd; rotary embedding needs pairs.")
 
@@ -103,8 +106,9 @@ def attend(
 ) -> Float[Array, "B T Q O"]:
     """softmax(scale·q·k)·v over the earlier positions of the same document; scale None is 1/√P.
 
-    None picks splash attention on TPU and cuDNN on GPU where they support the shapes and dtype,
-    XLA elsewhere; a named implementation runs or fails.
+    None picks splash attention on TPU where T is a multiple of 128; cuDNN on an NVIDIA GPU since
+    Ampere for bfloat16, even T and heads up to 128 wide; XLA elsewhere, which holds B·Q·T² scores.
+    A named implementation runs or fails.
 
     Raises:
         InputError: inside a mesh, another axis than B is split.
@@ -175,8 +179,10 @@ def _fastest(query: Float[Array, "B T Q P"], value: Float[Array, "B T J O"]) -> 
     if platform == "tpu" and length % 128 == 0:
         return "splash"
     if platform == "gpu" and query.dtype == jnp.bfloat16 and length % 2 == 0:
-        ampere = float(jax.devices()[0].compute_capability) >= 8
-        if ampere and width % 8 == 0 and width <= 128:
+        # No number on an AMD GPU; none at all where the GPU is not here, but compiled for.
+        capability = getattr(jax.devices()[0], "compute_capability", "")
+        is_ampere = re.match(r"\d+\.", capability) and float(capability) >= 8
+        if is_ampere and width % 8 == 0 and width <= 128:
             return "cudnn"
     return "xla"
 

@@ -69,10 +69,17 @@ def test_the_default_on_cpu_is_xla() -> None:
     np.testing.assert_array_equal(by_default, attend(*inputs, jnp.asarray(SEGMENTS), "xla"))
 
 
-@pytest.mark.parametrize(("length", "kernels"), [(128, 1), (96, 0)])
-def test_the_default_is_that_of_the_meshs_platform(length: int, kernels: int) -> None:
-    """As when compiling for a TPU on a host that has none; splash takes whole blocks of 128."""
-    device = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
+@pytest.mark.parametrize(
+    ("platform", "length", "kernels"), [("tpu", 128, 1), ("tpu", 96, 0), ("gpu", 128, 0)]
+)
+def test_the_default_is_that_of_the_meshs_platform(
+    platform: str, length: int, kernels: int
+) -> None:
+    """As when compiling on a host without that device; splash takes whole blocks of 128.
+
+    What a GPU that is not here can do nobody knows, so it has XLA.
+    """
+    device = jax.sharding.AbstractDevice(device_kind="", num_cores=2, platform=platform)
     mesh = jax.sharding.AbstractMesh((2, 1, 1), BATCH_ABT[1], abstract_device=device)
     rows = jax.NamedSharding(mesh, jax.P(BATCH_ABT[1]))
     shape = (2, length, 2, 16)
@@ -191,6 +198,7 @@ def test_eight_devices_attend_as_one(implementation: str) -> None:
         ({"heads": 0, "kv_heads": 1}, "heads"),
         ({"heads": 2, "kv_heads": 0}, "kv_heads"),
         ({"head_width": 0}, "head_width"),
+        ({"theta": 1.0}, "theta"),
     ],
 )
 def test_impossible_sizes_are_refused(change: dict[str, int], message: str) -> None:
