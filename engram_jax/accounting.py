@@ -1,6 +1,6 @@
 """What a configuration is and costs before it runs: parameters, FLOPs, bytes of state.
 
-    python -m engram_jax.accounting [CONFIG …] [--json] [--allocation ρ] [--mesh DATA FSDP EXPERT]
+    python -m engram_jax.accounting [CONFIG …] [--json] [--allocation ρ] [--FIELD VALUE …]
 
 Everything is counted: parameters from the shapes of `jax.eval_shape`, FLOPs from the matrix
 products of the traced program. And the allocation of §3.1: how many experts and table rows a share
@@ -9,25 +9,26 @@ products of the traced program. And the allocation of §3.1: how many experts an
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Annotated, Any
+from itertools import takewhile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array
 
-from engram_jax.command_line import load_named_config
+from engram_jax.command_line import parse
 from engram_jax.config import Config
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.model import Decoder
 from engram_jax.parameters import Lookup, Matrix
 from engram_jax.program import Program
-from engram_jax.sharding import MeshConfig, make_abstract_mesh
+from engram_jax.sharding import make_abstract_mesh
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,9 @@ def allocate(config: Config, share: float) -> Config:
     """The configuration with its sparse parameters dealt anew between experts and tables (§3.1).
 
     P_sparse = P_tot − P_act stays: the share ρ of it goes to idle experts, rounded to whole ones,
-    the rest to table rows. Nothing else changes, but the width of the routers; and at ρ = 1 there
-    is no memory, nor the layer that reads it.
+    the rest to table rows, as many of every order. Routers become wider or narrower with it. At
+    ρ = 1 there is no memory, nor a layer that reads it; the leading dense layers, if there are any,
+    become wider by that, so that P_act stays, too.
 
     Args:
         config: a configuration with experts, and with memory unless ρ is 1.
@@ -140,23 +142,27 @@ def allocate(config: Config, share: float) -> Config:
     Raises:
         InputError: the configuration has no experts or no memory, or ρ is no share.
     """
-    model, memory = config.model, config.memory
-    if model.experts is None or not (memory.layers or share == 1):
+    model, memory, experts = config.model, config.memory, config.model.experts
+    if experts is None or not (memory.layers or share == 1):
         raise InputError(
             f"An allocation is between experts and memory, and {config.name} lacks "
-            f"{'memory' if model.experts else 'experts'}; name a configuration that has both."
+            f"{'memory' if experts else 'experts'}; name a configuration that has both."
         )
     if not 0 <= share <= 1:
         raise InputError(f"The allocation is {share}; it is a share between 0 and 1.")
     now = account(config)
-    one_expert = now.experts / model.experts.routed  # in all layers
+    one_expert = now.experts / experts.routed  # in all layers
     idle = round(share * now.sparse / one_expert)
-    model = replace(model, experts=replace(model.experts, routed=model.experts.active + idle))
+    model = replace(model, experts=replace(experts, routed=experts.active + idle))
     left = now.sparse - idle * one_expert
     columns = len(memory.layers) * memory.heads * len(memory.rows_per_head)
     rows = round(left / (columns * memory.row_width)) if share < 1 else 0
     if rows < 2:
-        return replace(config, model=model, memory=replace(memory, layers=()))
+        pure = replace(config, model=model, memory=replace(memory, layers=()))
+        freed = now.activated - account(pure).activated
+        column = 3 * model.width * experts.leading_dense  # of all the layers
+        wider = model.feed_forward + (round(freed / column) if column else 0)
+        return replace(pure, model=replace(model, feed_forward=wider))
     memory = replace(memory, rows_per_head=(rows,) * len(memory.rows_per_head))
     return replace(config, model=model, memory=memory)
 
@@ -226,32 +232,22 @@ class Options:
     """What to count.
 
     Attributes:
-        names: named configurations.
         json: print JSON Lines, in single parameters, FLOPs and bytes.
         allocation: share ρ of the sparse parameters that goes to experts, the rest to table rows.
-        mesh: data, fsdp and expert devices that the state lies over, instead of the named ones.
     """
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("default",)
     json: bool = False
     allocation: float | None = None
-    mesh: tuple[int, int, int] | None = None
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Parses the command line, counts, prints."""
-    options = tyro.cli(
-        Options,
-        args=args,
-        prog="python -m engram_jax.accounting",
-        description=(__doc__ or "").partition("\n\n")[0],
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    accounts = []
-    for name in options.names:
-        config = load_named_config(name)
-        if options.mesh is not None:
-            config = replace(config, mesh=MeshConfig(*options.mesh))
+    """Parses `[CONFIG …] [--flag value …]`, counts, prints; flags are of every configuration."""
+    jax.config.update("jax_platforms", "cpu")  # shapes alone: leave accelerators to who trains
+    words = list(sys.argv[1:] if args is None else args)
+    names = list(takewhile(lambda word: not word.startswith("-"), words))
+    accounts, flags, program = [], words[len(names) :], "python -m engram_jax.accounting"
+    for name in names or ["default"]:
+        options, config = parse(Options, __doc__ or "", [name, *flags], program=program)
         if options.allocation is not None:
             config = allocate(config, options.allocation)
         accounts.append((config, account(config)))

@@ -171,7 +171,21 @@ def test_the_papers_allocation_gives_its_own_sizes() -> None:
 def test_all_to_experts_leaves_no_memory(name: str) -> None:
     pure = allocate(short(name), 1.0)
     assert pure.memory.layers == () and pure.model.experts.routed == 54
-    assert account(pure).allocation == 1
+    counted, twin = account(pure), account(short("moe_10m"))
+    assert counted.allocation == 1
+    assert counted.activated == pytest.approx(account(short(name)).activated, rel=2e-4)
+    # Its twin's, but for the width of the router, which the parameters of a size are matched with.
+    assert counted.total == pytest.approx(twin.total, rel=2e-3)
+    assert counted.activated == pytest.approx(twin.activated, rel=5e-3)
+    assert counted.forward_flops == pytest.approx(twin.forward_flops, rel=5e-3)
+
+
+def test_all_to_experts_where_no_layer_is_dense() -> None:
+    """Nothing there could become wider."""
+    config = short("engram_10m")
+    config = vary(config, model={"experts": replace(config.model.experts, leading_dense=0)})
+    pure = allocate(config, 1.0)
+    assert pure.model.feed_forward == config.model.feed_forward and pure.memory.layers == ()
 
 
 @pytest.mark.parametrize(
@@ -193,6 +207,6 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["name"] for line in lines] == ["dense", "engram_10m"]
     assert lines[1]["total"] == account(load_named_config("engram_10m")).total
-    main(["engram_10m", "--allocation", "0.5", "--mesh", "1", "2", "1"])
+    main(["engram_10m", "--allocation", "0.5", "--mesh.fsdp", "2"])
     text = capsys.readouterr().out
     assert re.search(r" (49|50)\.\d% ", text) and text.splitlines()[1].split()[-1] == "2"
