@@ -207,8 +207,9 @@ def _look_up(program: Program) -> Any:
     def look_up(
         table: Table, plan: RowPlan, slots: SlotPlan, step: Int32[Array, ""]
     ) -> Float[Array, "B T E"]:
-        rows = lookup.read_rows(table, plan, program.row_adam, step)
-        return lookup.expand(rows, slots, program.config.memory.gather)
+        gather = program.config.memory.gather
+        rows = lookup.read_rows(table, plan, program.row_adam, step, gather)
+        return lookup.expand(rows, slots, gather)
 
     return look_up
 

@@ -4,7 +4,7 @@ Needs no text, no tokenizer and no folder, nor the devices themselves: of a TPU 
 there it gives shapes and shardings to compile for. `run.Run` is a program with a folder.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -41,6 +41,35 @@ from engram_jax.typing import Parameters, PyTree
 
 # Where implementations run that do not run everywhere.
 _NEEDS = {"cudnn": "gpu", "splash": "tpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
+
+
+def without_foreign_kernels(config: Config, platform: str) -> Config:
+    """The configuration, implementations of another platform than this left to be picked."""
+    for part in _foreign(config, platform):
+        *outer, name = part.split(".")
+        config = _replaced(config, outer, {name: None})
+    return config
+
+
+def _replaced(node: Any, path: Sequence[str], change: dict[str, Any]) -> Any:
+    """The dataclass with fields of a part of it replaced."""
+    if not path:
+        return replace(node, **change)
+    return replace(node, **{path[0]: _replaced(getattr(node, path[0]), path[1:], change)})
+
+
+def _foreign(config: Config, platform: str) -> dict[str, str]:
+    """The implementations that do not run on this platform, by field."""
+    chosen = {
+        "memory.gather": config.memory.gather,
+        "model.engram.implementation": config.model.engram.implementation,
+        "model.attention.implementation": config.model.attention.implementation,
+    }
+    return {
+        part: name
+        for part, name in chosen.items()
+        if name is not None and _NEEDS.get(name, platform) != platform
+    }
 
 
 @dataclass(frozen=True)
@@ -87,17 +116,11 @@ class Program:
                 "memory.row_width; in float32, 22 is the least, and 42, 85 and 127 fill their "
                 "lines best."
             )
-        for flag, chosen in (
-            ("memory.gather", config.memory.gather),
-            ("model.engram.implementation", config.model.engram.implementation),
-            ("model.attention.implementation", config.model.attention.implementation),
-        ):
-            needed = _NEEDS.get(chosen or "", platform)
-            if needed != platform:
-                raise InputError(
-                    f"--{flag} {chosen} needs a {needed.upper()}, and this runs on {platform}; "
-                    "leave the flag out."
-                )
+        for part, chosen in _foreign(config, platform).items():
+            raise InputError(
+                f"--{part} {chosen} needs a {_NEEDS[chosen].upper()}, and this runs on {platform}; "
+                "leave the flag out."
+            )
         rows = config.data.batch_size // config.train.accumulation
         if rows % mesh.size:
             raise InputError(

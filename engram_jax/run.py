@@ -29,11 +29,8 @@ from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table
 from engram_jax.optimizer import OptimizerConfig
 from engram_jax.processes import leads, together
-from engram_jax.program import Program, make_config_row_adam
-from engram_jax.sharding import (
-    MeshConfig,
-    make_mesh,
-)
+from engram_jax.program import Program, make_config_row_adam, without_foreign_kernels
+from engram_jax.sharding import MeshConfig, make_mesh, platform_of
 from engram_jax.tokenizer import Tokenizer, load_tokenizer
 from engram_jax.train_state import TrainState, Weights
 from engram_jax.typing import PyTree
@@ -169,15 +166,15 @@ class Run(Program):
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
-        """Opens a run to read it, on one device, whatever mesh it was trained on.
+        """Opens a run to read it, on one device, whatever mesh and platform it was trained on.
 
         Raises:
             InputError: the folder holds no run, or its tokenizer is gone.
         """
-        config = load_config(folder / "config.json")
+        mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+        config = without_foreign_kernels(load_config(folder / "config.json"), platform_of(mesh))
         tokenizer = _load_tokenizer(config)
         ngram_hash = NgramHash.load(folder / "hash.json") if config.memory.layers else None
-        mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
         return cls._assemble(folder, config, tokenizer, ngram_hash, mesh)
 
     @classmethod

@@ -294,6 +294,18 @@ def test_a_run_opens_on_one_device_whatever_trained_it(trained: Run) -> None:
     assert_identical(opened.restore(), trained.restore())
 
 
+def test_a_run_that_named_a_kernel_opens_on_another_platform(saved: Run) -> None:
+    config = vary(saved.config, memory={"gather": "pallas_gpu"})
+    config = vary(
+        config, model={"attention": replace(config.model.attention, implementation="splash")}
+    )
+    save_config(config, saved.folder / "config.json")
+    opened = Run.open(saved.folder)
+    assert opened.config == saved.config
+    with pytest.raises(InputError, match="pallas_gpu needs a GPU"):
+        Run.start(config, saved.folder)
+
+
 def test_a_state_moves_between_numbers_of_devices_bit_for_bit(
     tiny: Config, trained: Run, tmp_path: Path
 ) -> None:
