@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 from engram_jax.ahead_of_time import Cost, compile_cost, topology_mesh
+from engram_jax.errors import one_sentence
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import RecordLayout, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan
@@ -121,4 +122,5 @@ def main(topology: str = "v5p:4x4x4", tokens: int = 4096) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with one_sentence():
+        tyro.cli(main)

@@ -21,6 +21,7 @@ import tyro
 from engram_jax.accounting import account
 from engram_jax.ahead_of_time import compile_costs, topology_mesh
 from engram_jax.command_line import load_named_config
+from engram_jax.errors import one_sentence
 from engram_jax.program import Program
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
@@ -29,7 +30,14 @@ NAMES = ("dense_4b", "moe_27b", "engram_27b", "engram_40b", "engram_v41_memory")
 COLUMNS = (
     *("configuration", "mesh (data × fsdp × expert)", "parameters, of them in tables"),
     *("GFLOP a token, forward and backward", "state", "temporaries of a step"),
-    *("of the optimizer", "of a lookup", "of the first state", "sent a step", "compiled in"),
+    *(
+        "of the optimizer",
+        "of a lookup",
+        "of the first state",
+        "sent a step",
+        "compiled in",
+        "code",
+    ),
 )
 
 
@@ -48,15 +56,17 @@ class Options:
 
 def measure(name: str, topology: str) -> dict[str, Any]:
     """Counts and compiles a configuration; sizes are in bytes a chip."""
-    config = load_named_config(name)
+    code, config = read_version(), load_named_config(name)
     counted = account(config)
     program = Program.of_sizes(config, topology_mesh(topology, config.mesh))
     costs = compile_costs(program)
     step = costs["training step"]
+    vocabulary = 0 if config.model.tie_embeddings else counted.vocabulary  # of the head
     return {
+        "code": code,
         "topology": topology,
         "mesh": list(program.mesh.shape.values()),
-        "parameters": counted.total + counted.vocabulary + counted.hyper_connections,
+        "parameters": counted.total + vocabulary + counted.hyper_connections,
         "memory": counted.memory,
         "training_flops": counted.training_flops,
         "state": step.arguments,
@@ -67,6 +77,18 @@ def measure(name: str, topology: str) -> dict[str, Any]:
         "sent": step.sent,
         "seconds": step.seconds,
     }
+
+
+def read_version() -> str:
+    """The commit that the code is of, with a + if it has been changed since."""
+    code = ("engram_jax", "pallas_kernels", "configs")
+
+    def git(*words: str) -> str:
+        command = ("git", *words, "--", *code)
+        done = subprocess.run(command, cwd=PAGE.parent.parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")
 
 
 def as_row(name: str, found: dict[str, Any]) -> str:
@@ -80,6 +102,7 @@ def as_row(name: str, found: dict[str, Any]) -> str:
         f"{found['training_flops'] / 1e9:.1f}",
         *sizes,
         f"{found['seconds']:.0f} s",
+        found["code"],
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -113,4 +136,5 @@ def write_table(rows: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence():
+        main()

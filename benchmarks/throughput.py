@@ -19,6 +19,7 @@ import tyro
 from engram_jax.command_line import load_named_config
 from engram_jax.config import Config
 from engram_jax.data.pipeline import make_batches, prefetch_to_device
+from engram_jax.errors import one_sentence
 from engram_jax.run import Run
 from engram_jax.trainer import make_train_step
 
@@ -33,9 +34,12 @@ class Training:
         stack.enter_context(jax.set_mesh(run.mesh))
         batches = make_batches(
             run.corpora(),
+            config.data.weights,
             sequence_length=config.data.sequence_length,
             batch_size=config.data.batch_size,
+            accumulation=config.train.accumulation,
             planner=run.planner(),
+            workers=config.data.workers,
             prefetch=config.data.prefetch,
         )
         self._batches = prefetch_to_device(stack.enter_context(batches), run.put)
@@ -86,4 +90,5 @@ def main(configs: tuple[str, ...] = CONFIGS, rounds: int = 15, steps: int = 4) -
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with one_sentence():
+        tyro.cli(main)
