@@ -4,6 +4,8 @@ And the tiny runs that tests share.
 """
 
 import os
+import platform
+import sys
 from pathlib import Path
 
 # Through the environment as well as the config, for the programs that tests start: those run on one
@@ -31,6 +33,13 @@ from engram_jax.memory.row_adam import RowAdamConfig  # noqa: E402
 from engram_jax.run import Run  # noqa: E402
 from engram_jax.train_state import TrainState  # noqa: E402
 from engram_jax.trainer import train  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def libtpu() -> None:
+    """Skips what needs the TPU compiler where it does not exist; elsewhere tests install it."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("libtpu exists for Linux on x86-64 alone")
 
 
 @pytest.fixture(scope="session")

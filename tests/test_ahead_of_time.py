@@ -32,7 +32,7 @@ TOKENS, COLUMNS = 1024, 16  # of one chip
 
 
 @pytest.fixture(scope="module")
-def mesh() -> jax.sharding.Mesh:
+def mesh(libtpu: None) -> jax.sharding.Mesh:
     return topology_mesh(TOPOLOGY, MeshConfig(fsdp=2))
 
 
@@ -127,6 +127,7 @@ def test_the_exchange_sends_a_fraction_of_what_xlas_own_partitioning_sends(
     assert expected < ours.sent < 1.2 * expected
 
 
+@pytest.mark.usefixtures("libtpu")
 def test_the_whole_step_of_the_default_run_compiles() -> None:
     config = load_named_config("default")
     program = Program.of_sizes(config, topology_mesh(TOPOLOGY, config.mesh))
@@ -141,12 +142,32 @@ def test_the_whole_step_of_the_default_run_compiles() -> None:
     assert f"[{rows // program.mesh.size}," in first_state and f"[{rows}," not in first_state
 
 
+@pytest.mark.slow
+def test_what_a_loop_over_layers_sends_is_counted_for_every_layer(mesh: jax.sharding.Mesh) -> None:
+    """The compiled program has each collective once, and says otherwise how often it runs."""
+    model = {"width": 128, "layers": 5, "feed_forward": 256, "scan": True}
+    config = vary(
+        load_named_config("dense"), model=model | {"remat": "nothing_saveable"}, mesh={"fsdp": 2}
+    )
+    program = Program.of_sizes(config, mesh)
+    state, batch = program.abstract_state(), abstract_batch(program)
+    with jax.set_mesh(mesh):
+        cost = compile_cost(make_train_step(program), state, batch)
+    assert {part.trips for part in cost.collectives} == {1, 5}
+    # Halves of its parameters, twice, and of their gradients at least as much, in bfloat16 or more.
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params["blocks"][0]))
+    layer = sum(part.sent for part in cost.collectives if part.trips == 5)
+    assert layer > 4 * size
+
+
+@pytest.mark.usefixtures("libtpu")
 def test_rows_that_do_not_fill_lanes_are_refused_on_tpu() -> None:
     config = vary(load_named_config("default"), memory={"row_width": 16})
     with pytest.raises(InputError, match=r"64 words.*22 is the least"):
         Program.of_sizes(config, topology_mesh(TOPOLOGY, config.mesh))
 
 
+@pytest.mark.usefixtures("libtpu")
 def test_an_unknown_topology_is_refused() -> None:
     with pytest.raises(InputError, match="v9z:2x2"):
         topology_mesh("v9z:2x2", MeshConfig())

@@ -22,7 +22,7 @@ CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
 @pytest.fixture(params=CHIPS)
-def chip(request: pytest.FixtureRequest) -> jax.sharding.Mesh:
+def chip(request: pytest.FixtureRequest, libtpu: None) -> jax.sharding.Mesh:
     device = topology_mesh(CHIPS[request.param], MeshConfig()).devices.ravel()[0]
     return jax.sharding.Mesh(np.array([device]), ("one",), axis_types=(AxisType.Explicit,))
 
