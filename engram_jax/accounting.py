@@ -26,7 +26,7 @@ from engram_jax.command_line import parse
 from engram_jax.config import Config
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.model import Decoder
-from engram_jax.parameters import Lookup, Matrix
+from engram_jax.parameters import Connection, Lookup, Matrix
 from engram_jax.program import Program
 from engram_jax.sharding import make_abstract_mesh
 
@@ -98,13 +98,14 @@ def account(config: Config) -> Account:
     counts = dict.fromkeys(("vocabulary", "experts", "hyper_connections", "backbone"), 0)
     roles = dict(jax.tree.leaves_with_path(program.roles))
     for path, leaf in jax.tree.leaves_with_path(state.params):
-        role, name = roles[path], jax.tree_util.keystr(path)
+        role = roles[path]
         if isinstance(role, Lookup):
             counts["vocabulary"] = leaf.size  # of each, if there are two
         elif isinstance(role, Matrix) and role.experts:
             counts["experts"] += leaf.size
         else:
-            counts["hyper_connections" if "_connection'" in name else "backbone"] += leaf.size
+            is_connection = isinstance(role, Connection)
+            counts["hyper_connections" if is_connection else "backbone"] += leaf.size
     experts, active = config.model.experts, 0
     if experts is not None:
         counts["experts"] = counts["experts"] * experts.routed // experts.stored

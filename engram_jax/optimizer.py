@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from engram_jax.errors import InputError
 from engram_jax.muon import scale_by_muon
-from engram_jax.parameters import Lookup, Matrix, Plain
+from engram_jax.parameters import Connection, Lookup, Matrix, Plain
 from engram_jax.typing import PyTree
 
 
@@ -25,6 +25,8 @@ class OptimizerConfig:
         learning_rate: peak learning rate.
         matrix_factor: that of hidden matrices, relative to it.
         lookup_factor: that of embedding and head, relative to it.
+        connection_factor: that of hyper-connections, relative to it. H_res ceases to be doubly
+            stochastic where its logits run far apart (`mixing_error` in the metrics).
         warmup_steps: steps of linear warm-up.
         decay: "cosine" from the peak to the end; "steps" stays at the peak, then takes 0.316 of it
             from 80 % of the steps on and 0.1 from 90 % on (DeepSeek LLM, arXiv 2401.02954).
@@ -43,6 +45,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-3
     matrix_factor: float = 1.0
     lookup_factor: float = 1.0
+    connection_factor: float = 1.0
     warmup_steps: int = 60
     decay: Literal["cosine", "steps"] = "cosine"
     final_fraction: float = 0.1
@@ -55,9 +58,11 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.learning_rate, self.matrix_factor, self.lookup_factor, self.clip_norm) <= 0:
+        factors = (self.matrix_factor, self.lookup_factor, self.connection_factor)
+        if min(self.learning_rate, *factors, self.clip_norm) <= 0:
             raise InputError(
-                "learning_rate, matrix_factor, lookup_factor and clip_norm must be positive."
+                "learning_rate, its factors (matrix_factor, lookup_factor, connection_factor) and "
+                "clip_norm must be positive."
             )
         if self.weight_decay < 0 or not 0 <= self.final_fraction <= 1:
             raise InputError(
@@ -127,7 +132,12 @@ def _with_factors(
     optimizer: optax.GradientTransformation, config: OptimizerConfig, roles: PyTree
 ) -> optax.GradientTransformation:
     """Multiplies updates, decay and all, by what the learning rate of their role is."""
-    factor_of = {Matrix: config.matrix_factor, Lookup: config.lookup_factor, Plain: 1.0}
+    factor_of = {
+        Matrix: config.matrix_factor,
+        Lookup: config.lookup_factor,
+        Connection: config.connection_factor,
+        Plain: 1.0,
+    }
     factors = jax.tree.map(lambda role: factor_of[type(role)], roles)
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:

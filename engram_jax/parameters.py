@@ -1,8 +1,8 @@
 """What a parameter is to the optimizer and to the mesh, declared where the parameter is made.
 
-`nnx.Param(value, role=Matrix(…))` is a hidden matrix, `Lookup()` says embedding or head; anything
-else has no role: a gain, a bias, a tap of a convolution, a router of experts, a hyper-connection's
-projection; computed in float32.
+`nnx.Param(value, role=Matrix(…))` is a hidden matrix, `Lookup()` says embedding or head,
+`Connection()` a part of a hyper-connection; anything else has no role: a gain, a bias, a tap of a
+convolution, a router of experts. These and connections are computed in float32.
 """
 
 from dataclasses import dataclass
@@ -37,6 +37,11 @@ class Lookup:
 @dataclass(frozen=True)
 class Plain:
     """Anything else."""
+
+
+@dataclass(frozen=True)
+class Connection(Plain):
+    """What makes the mappings of a hyper-connection."""
 
 
 type Role = Matrix | Lookup | Plain

@@ -17,7 +17,7 @@ from engram_jax.memory.row_adam import RowAdamConfig, make_row_adam
 from engram_jax.model import Decoder, DecoderConfig, MemorySites
 from engram_jax.muon import scale_by_muon
 from engram_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from engram_jax.parameters import Lookup, Matrix, Plain, roles
+from engram_jax.parameters import Connection, Lookup, Matrix, Plain, roles
 from engram_jax.sharding import MeshConfig, make_mesh, parameter_sharding
 from engram_jax.typing import Parameters, PyTree
 
@@ -25,9 +25,17 @@ type Choice = Literal["adam", "muon"]
 
 ROLES = {
     "embedding": Lookup(),
-    "block": {"gain": Plain(), "up": Matrix(), "experts": Matrix(stacked=1, experts=True)},
+    "block": {
+        "gain": Plain(),
+        "up": Matrix(),
+        "experts": Matrix(stacked=1, experts=True),
+        "connection": Connection(),
+    },
 }
-SHAPES = {"embedding": (16, 8), "block": {"gain": (8,), "up": (8, 16), "experts": (4, 8, 16)}}
+SHAPES = {
+    "embedding": (16, 8),
+    "block": {"gain": (8,), "up": (8, 16), "experts": (4, 8, 16), "connection": (2, 8, 3)},
+}
 RATE = 0.01
 
 
@@ -105,8 +113,8 @@ def test_matrices_have_muon_with_decoupled_decay_if_asked() -> None:
 
 
 @pytest.mark.parametrize("choice", ["adam", "muon"])
-def test_matrices_and_lookups_may_have_rates_of_their_own(choice: Choice) -> None:
-    """Decay goes by that, too, and what has neither role keeps the learning rate."""
+def test_roles_may_have_rates_of_their_own(choice: Choice) -> None:
+    """Decay goes by that, too, and what has no role keeps the learning rate."""
     start, gradients = draw(0), draw(1)
 
     def updates(config: OptimizerConfig) -> PyTree:
@@ -114,8 +122,10 @@ def test_matrices_and_lookups_may_have_rates_of_their_own(choice: Choice) -> Non
         return jax.jit(optimizer.update)(gradients, optimizer.init(start), start)[0]
 
     whole = updates(OptimizerConfig(choice))
-    found = updates(OptimizerConfig(choice, matrix_factor=0.5, lookup_factor=4.0))
-    factors = {"embedding": 4.0, "block": {"gain": 1.0, "up": 0.5, "experts": 0.5}}
+    rates = {"matrix_factor": 0.5, "lookup_factor": 4.0, "connection_factor": 0.1}
+    found = updates(OptimizerConfig(choice, **rates))
+    block = {"gain": 1.0, "up": 0.5, "experts": 0.5, "connection": 0.1}
+    factors = {"embedding": 4.0, "block": block}
     assert_equal(found, jax.tree.map(lambda update, factor: factor * update, whole, factors))
 
 
@@ -166,6 +176,7 @@ def test_what_is_no_hidden_matrix_of_a_decoder_does_not_decay(
     found = roles(nnx.state(nnx.eval_shape(make), nnx.Param))
     for path, role in jax.tree.leaves_with_path(found):
         connection = "_connection" in jax.tree_util.keystr(path)
+        assert isinstance(role, Connection) == connection
         assert isinstance(role, Matrix) != (connection or path[-1].key in undecayed), path
 
 

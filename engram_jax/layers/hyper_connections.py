@@ -9,6 +9,7 @@ it (`column_error`), so that the branches' mean passes through any number of lay
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from engram_jax.errors import InputError
+from engram_jax.parameters import Connection
 
 # Start of the diagonal of H_res's logits: e⁸ to 1, so that each branch keeps to itself.
 _OWN_BRANCH = 8.0
@@ -109,12 +111,13 @@ class HyperConnection(nnx.Module):
         branches = config.branches
         init = nnx.initializers.normal(0.02)
         outputs = 2 * branches + branches**2  # of H_pre, H_post and H_res, in this order
-        self.projection = nnx.Param(init(rngs.params(), (branches, width, outputs)))
-        self.scale = nnx.Param(jnp.full(3, config.scale, jnp.float32))
         weights = (1 + _SPREAD * jnp.linspace(-1, 1, branches)) / branches
-        self.pre_bias = nnx.Param(jax.scipy.special.logit(weights))
-        self.post_bias = nnx.Param(jnp.zeros(branches))
-        self.mix_bias = nnx.Param(_OWN_BRANCH * jnp.eye(branches))
+        param = partial(nnx.Param, role=Connection())
+        self.projection = param(init(rngs.params(), (branches, width, outputs)))
+        self.scale = param(jnp.full(3, config.scale, jnp.float32))
+        self.pre_bias = param(jax.scipy.special.logit(weights))
+        self.post_bias = param(jnp.zeros(branches))
+        self.mix_bias = param(_OWN_BRANCH * jnp.eye(branches))
         self.config = config
 
     def __call__(self, x: Float[Array, "B T M D"]) -> Mappings:
