@@ -114,8 +114,9 @@ def main() -> None:
             subprocess.run([sys.executable, *command], check=True)
         return
     name = options.names[0]
+    found = measure(name, options.topology)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[name] = measure(name, options.topology)
+    results[name] = found
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write_table([as_row(known, results[known]) for known in NAMES if known in results])
     print(as_row(name, results[name]))
