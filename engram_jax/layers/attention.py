@@ -107,8 +107,8 @@ def attend(
     """softmax(scale·q·k)·v over the earlier positions of the same document; scale None is 1/√P.
 
     None picks splash attention on TPU where T is a multiple of 128; cuDNN on an NVIDIA GPU since
-    Ampere for bfloat16, even T and heads up to 128 wide; XLA elsewhere, which holds B·Q·T² scores.
-    A named implementation runs or fails.
+    Ampere for bfloat16, even T and heads up to 128 wide, since Hopper 256; XLA elsewhere, which
+    holds B·Q·T² scores. A named implementation runs or fails.
 
     Raises:
         InputError: inside a mesh, another axis than B is split.
@@ -181,8 +181,9 @@ def _fastest(query: Float[Array, "B T Q P"], value: Float[Array, "B T J O"]) -> 
     if platform == "gpu" and query.dtype == jnp.bfloat16 and length % 2 == 0:
         # No number on an AMD GPU; none at all where the GPU is not here, but compiled for.
         capability = getattr(jax.devices()[0], "compute_capability", "")
-        is_ampere = re.match(r"\d+\.", capability) and float(capability) >= 8
-        if is_ampere and width % 8 == 0 and width <= 128:
+        generation = float(capability) if re.match(r"\d+\.", capability) else 0
+        widest = 256 if generation >= 9 else 128 if generation >= 8 else 0  # Hopper, Ampere
+        if width % 8 == 0 and width <= widest:
             return "cudnn"
     return "xla"
 

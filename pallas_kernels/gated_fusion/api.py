@@ -37,7 +37,7 @@ def fuse(
             in another document, and before the row.
         token_mask: False where the gate is closed.
         form: the constants.
-        implementation: None is "xla", for no other has been measured on its device.
+        implementation: None is "xla".
 
     Raises:
         ValueError: an implementation that does not exist, or does not take these sizes.

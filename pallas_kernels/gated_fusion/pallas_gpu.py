@@ -4,26 +4,36 @@ Hidden states and keys only make the gate, and the gate, a number a token and br
 the rest needs of them. So one kernel reads them and sums (`_sums_kernel`), and another reads the
 value and mixes (`_mix_kernel`); the backward pass mirrors both (`_unmix_kernel`, `_ungate_kernel`)
 and keeps the sums. What has branches and width is so read once in each pass; the value, which has
-no branches, once more by XLA for its mean square. Each block of threads walks along a strip of
-tokens, with one part of the channels in registers (`_sums_kernel`: with all of them).
+no branches, once more by XLA for its mean square.
+
+Nothing but registers holds what a block works on, so its warps never wait for one another: a part
+of the channels lies as [4, W] over the four warps of a block, and sums over channels leave four
+numbers that XLA adds. The convolution reads every `dilation`-th token. A block walks along these
+alone and carries a window of them: forward the values that later tokens read, backward what earlier
+tokens are owed.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.gated_fusion.form import FusionForm, no_gradients, token_flags
 
 type Residuals = tuple[Any, ...]  # the arguments but the form, the gates, and what made them
+type Channels = Float[Array, "4 W"]
 
-STRIP = 128  # tokens of a block; a backward pass reads those of one reach of the taps twice
-THREADS = 128  # of a warpgroup, each with as many channels
+WARPS, LANES = 4, 32
+THREADS = WARPS * LANES  # of a block, each with up to four channels of a part
+SUMMED = 8  # tokens of a block of `_sums_kernel`
+STRIP = 32  # tokens of a block of `_ungate_kernel`
+WALK = 32  # tokens that a block of the convolution walks along, after as many as the taps reach
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -55,18 +65,25 @@ def _forward(
     token_mask: Array | None,
     form: FusionForm,
 ) -> tuple[tuple[Array, Array], Residuals]:
-    if hidden.shape[3] % THREADS:
+    batch, length, branches, width = hidden.shape
+    if width % THREADS:
         raise ValueError(
-            f"The GPU kernel needs a width that {THREADS} divides, not {hidden.shape[3]}; take the "
+            f"The GPU kernel needs a width that {THREADS} divides, not {width}; take the "
             "implementation 'xla'."
         )
     flags = _flags(hidden, taps, segments, token_mask, form)
     scores = _score(hidden, key, gain, form)
     gate = jnp.where((flags & 1)[..., None] != 0, jax.nn.sigmoid(form.root(scores[0])), 0)
     scale, _ = _scale(gate, value, form)
-    out = _launch(_mix_kernel, hidden, [value, gate, scale, flags], taps, form, [hidden])
+    part, walk = _part(width, 512), _Walk(length, taps, form)
+    out = _launch(
+        partial(_mix_kernel, walk=walk, branches=branches),
+        [_in_parts(value, part), gate, scale, flags, *_in_parts_if(taps, part)],
+        [_in_parts(_like(hidden), part)],
+        {"row": batch, "walk": walk.blocks, "part": width // part},
+    )[0]
     arguments = hidden, key, value, gain, taps, segments, token_mask
-    return (out[0], gate), (*arguments, gate, *scores)
+    return (out.reshape(hidden.shape), gate), (*arguments, gate, *scores)
 
 
 def _backward(
@@ -76,54 +93,56 @@ def _backward(
     score, hidden_size, key_size = scores
     d_out, d_gate = cotangents
     batch, length, branches, width = hidden.shape
-    strips, parts = pl.cdiv(length, STRIP), width // _part(width)
     flags = _flags(hidden, taps, segments, token_mask, form)
     scale, size = _scale(gate, value, form)
-    by_part = jax.ShapeDtypeStruct((batch, length, branches, parts), jnp.float32)
-    by_token = jax.ShapeDtypeStruct(value.shape, jnp.float32)
-    kernel = 0 if taps is None else len(taps)
-    by_strip = jax.ShapeDtypeStruct((batch, strips, kernel, branches, width), jnp.float32)
-    d_value, direct, d_scale, *d_taps = _launch(
-        _unmix_kernel,
-        hidden,
-        [d_out, value, gate, scale, flags],
-        taps,
-        form,
-        [by_token, by_part, by_part, *([by_strip] if kernel else [])],
+    # Half of what `_mix_kernel` takes: a block carries gradients of all branches and taps.
+    part, walk = _part(width, 256), _Walk(length, taps, form)
+    parts = width // part
+    by_part = _floats(batch, length, branches, parts, WARPS)
+    by_walk = _floats(batch, walk.blocks, walk.kernel, branches, width)
+    d_value, direct, *convolved = _launch(
+        partial(_unmix_kernel, walk=walk, branches=branches),
+        [
+            *(_in_parts(d_out, part), _in_parts(value, part), gate, scale, flags),
+            *_in_parts_if(taps, part),
+        ],
+        [
+            *(_in_parts(_floats(*value.shape), part), by_part),
+            *([] if taps is None else [by_part, _in_parts(by_walk, part)]),
+        ],
+        {"row": batch, "walk": walk.blocks, "part": parts},
     )
-    d_gate += jnp.sum(direct, axis=-1)
-    if kernel:
-        d_scale = jnp.sum(d_scale, axis=-1)
+    d_value, d_taps = d_value.reshape(value.shape), None
+    d_gate += jnp.sum(direct, axis=(-2, -1))
+    if taps is not None:
+        d_scale = jnp.sum(convolved[0], axis=(-2, -1))
         d_gate += d_scale * form.convolution_epsilon * size**3
         d_square = -0.5 * jnp.sum(d_scale * scale**3, axis=-1, keepdims=True)
         d_value += 2 / width * d_square * value.astype(jnp.float32)
+        d_taps = jnp.sum(convolved[1].reshape(by_walk.shape), axis=(0, 1)).astype(taps.dtype)
 
     d_score = d_gate * gate * (1 - gate) * form.root_slope(score)
     both = d_score * hidden_size * key_size * width**-0.5
     own = d_score * score / width
-    gain_by_strip = jax.ShapeDtypeStruct((batch, strips, branches, width), jnp.float32)
+    part = _part(width, 512)
+    strips = pl.cdiv(length, STRIP)
+    by_strip = _floats(batch, strips, branches, width)
+    owned = [own * hidden_size**2, own * key_size**2]
     d_hidden, d_key, d_gain = _launch(
-        _ungate_kernel,
-        hidden,
-        [hidden, key, both, own * hidden_size**2, own * key_size**2, gain],
-        None,
-        form,
-        [hidden, key, gain_by_strip],
+        partial(_ungate_kernel, length=length),
+        [_in_parts(hidden, part), _in_parts(key, part), both, *owned, _in_parts(gain, part)],
+        [_in_parts(_like(x), part) for x in (hidden, key, by_strip)],
+        {"row": batch, "strip": strips, "part": width // part, "branch": branches},
     )
     return (
-        *(d_hidden, d_key, d_value.astype(value.dtype)),
-        jnp.sum(d_gain, axis=(0, 1)).astype(gain.dtype),
-        None if taps is None else jnp.sum(d_taps[0], axis=(0, 1)).astype(taps.dtype),
+        *(d_hidden.reshape(hidden.shape), d_key.reshape(key.shape), d_value.astype(value.dtype)),
+        jnp.sum(d_gain.reshape(by_strip.shape), axis=(0, 1)).astype(gain.dtype),
+        d_taps,
         *no_gradients(segments, token_mask),
     )
 
 
 fuse.defvjp(_forward, _backward)
-
-
-def _part(width: int) -> int:
-    """Channels of a block: up to four a thread."""
-    return next(THREADS * n for n in (4, 2, 1) if not width % (THREADS * n))
 
 
 def _flags(
@@ -153,130 +172,181 @@ def _score(
     form: FusionForm,
 ) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"], Float[Array, "B T M"]]:
     """The score, and what normalizes queries and keys."""
-    width = hidden.shape[3]
-    sums = [jax.ShapeDtypeStruct(hidden.shape[:3], jnp.float32)] * 3
-    product, h_square, k_square = _launch(
-        _sums_kernel, hidden, [hidden, key, gain], None, form, sums, parts=1
+    batch, length, branches, width = hidden.shape
+    part = _part(width, 512)
+    (sums,) = _launch(
+        partial(_sums_kernel, length=length, parts=width // part),
+        [_in_parts(x, part) for x in (hidden, key, gain)],
+        [_floats(batch, length, branches, 3, WARPS)],
+        {"row": batch, "strip": pl.cdiv(length, SUMMED), "branch": branches},
     )
+    product, h_square, k_square = jnp.moveaxis(jnp.sum(sums, axis=-1), -1, 0)
     hidden_size = jax.lax.rsqrt(h_square / width + form.epsilon)
     key_size = jax.lax.rsqrt(k_square / width + form.epsilon)
     return product * hidden_size * key_size * width**-0.5, hidden_size, key_size
 
 
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _like(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _part(width: int, most: int) -> int:
+    """Channels of a block: one, two or four a thread."""
+    return next(THREADS * n for n in (4, 2, 1) if THREADS * n <= most and not width % (THREADS * n))
+
+
+def _in_parts(x: Any, part: int) -> Any:
+    """An array, or what describes one, with its channels in parts, and these over the warps."""
+    shape = (*x.shape[:-1], x.shape[-1] // part, WARPS, part // WARPS)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+    return x.reshape(shape)
+
+
+def _in_parts_if(x: Array | None, part: int) -> list[Array]:
+    return [] if x is None else [_in_parts(x, part)]
+
+
 def _launch(
-    kernel: Any,
-    hidden: Array,
-    inputs: list[Array],
-    taps: Array | None,
-    form: FusionForm,
-    outputs: list[Any],
-    parts: int | None = None,
+    kernel: Any, inputs: list[Array], outputs: list[Any], grid: dict[str, int]
 ) -> list[Array]:
-    """Runs a kernel on blocks of (row of the batch, strip of tokens, part of the channels)."""
-    batch, length, branches, width = hidden.shape
-    size = width if parts == 1 else _part(width)
-    distances = form.distances(0 if taps is None else len(taps))
-    scratch = []
-    if kernel is _unmix_kernel and distances:
-        ring = max(distances) + 1
-        scratch = [
-            plgpu.SMEM((branches, ring, size), jnp.float32),
-            plgpu.SMEM((len(distances), branches, size), jnp.float32),
-        ]
-    body = partial(kernel, size=size, length=length, branches=branches, distances=distances)
+    """Runs a kernel on a grid of blocks."""
     return plgpu.kernel(
-        body,
-        out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
-        scratch_types=scratch,
-        grid=(batch, pl.cdiv(length, STRIP), width // size),
-        grid_names=("row", "strip", "part"),
-    )(*inputs, *([] if taps is None else [taps]))
+        kernel,
+        out_type=outputs,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        # Barriers are for memory that a block both reads and writes; there is none.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
+    )(*inputs)
 
 
-class _Block:
-    """Where a block stands, and how it reads and writes its channels."""
-
-    def __init__(self, size: int, length: int) -> None:
-        self.row, self.strip = jax.lax.axis_index("row"), jax.lax.axis_index("strip")
-        self.part = jax.lax.axis_index("part")
-        self.channels = pl.ds(self.part * size, size)
-        self.first = self.strip * STRIP
-        self.last = jnp.minimum(self.first + STRIP, length)
-        vector = next(n for n in (4, 2, 1) if not size % (THREADS * n))
-        self.layout = plgpu.Layout.WG_STRIDED((size,), vec_size=vector)
-
-    def load(self, ref: Any, *index: Any) -> Float[Array, "channels"]:
-        """This block's channels of ref[*index]."""
-        found = plgpu.layout_cast(ref[(*index, self.channels)], self.layout)
-        return found.astype(jnp.float32)
-
-    def load_all(self, ref: Any, *index: Any) -> Float[Array, "channels"]:
-        """ref[*index] of this block's own memory."""
-        return plgpu.layout_cast(ref[index], self.layout)
-
-    def only_if(self, there: Bool[Array, ""], x: Float[Array, "channels"]) -> Any:
-        """x, or zeros."""
-        return jnp.where(jnp.broadcast_to(there, x.shape), x, self.zeros())
-
-    def zeros(self) -> Float[Array, "channels"]:
-        """No channels yet."""
-        shape = (self.channels.size,)
-        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), self.layout)
+def _load(ref: Any, *index: Any) -> Channels:
+    """A part of the channels as it is stored."""
+    vector = ref.shape[-1] // LANES
+    layout = plgpu.Layout.TILED(
+        Tiling(((WARPS, LANES * vector), (vector,))),
+        warp_dims=(-3,),
+        lane_dims=(-2,),
+        vector_dim=-1,
+    )
+    return plgpu.load(ref.at[index], layout=layout, optimized=False)
 
 
-def _sums_kernel(
-    hidden: Any,
-    key: Any,
-    gain: Any,
-    product: Any,
-    h_square: Any,
-    k_square: Any,
-    *,
-    size: int,
-    length: int,
-    branches: int,
-    distances: tuple[int, ...],
-) -> None:
-    """⟨gain·k, h⟩, ⟨h, h⟩ and ⟨k, k⟩."""
-    block = _Block(size, length)
+def _load_float(ref: Any, *index: Any) -> Channels:
+    """A part of the channels, in float32."""
+    return _load(ref, *index).astype(jnp.float32)
+
+
+def _store(ref: Any, x: Array, *index: Any) -> None:
+    """Stores channels, or what each warp has summed."""
+    if hasattr(plgpu, "store"):  # from JAX 0.12 on
+        plgpu.store(ref.at[index], x, optimized=False)
+    else:
+        ref[index] = x
+
+
+def _sums_kernel(hidden: Any, key: Any, gain: Any, sums: Any, *, length: int, parts: int) -> None:
+    """⟨gain·k, h⟩, ⟨h, h⟩ and ⟨k, k⟩ of each warp's channels."""
+    row, strip, branch = (jax.lax.axis_index(name) for name in ("row", "strip", "branch"))
+    weights = [_load_float(gain, branch, part) for part in range(parts)]
 
     def visit(token: Any, _: None) -> None:
-        for m in range(branches):
-            place = (block.row, token, m)
-            h, k = block.load(hidden, *place), block.load(key, *place)
-            product[place] = jnp.sum(block.load(gain, m) * k * h)
-            h_square[place] = jnp.sum(h * h)
-            k_square[place] = jnp.sum(k * k)
+        place = (row, token, branch)
+        h = [_load(hidden, *place, part) for part in range(parts)]
+        k = [_load(key, *place, part) for part in range(parts)]
+        terms = []
+        for part, weight in enumerate(weights):
+            own_h, own_k = h[part].astype(jnp.float32), k[part].astype(jnp.float32)
+            terms.append((weight * own_k * own_h, own_h * own_h, own_k * own_k))
+        for kind, (first, *others) in enumerate(zip(*terms, strict=True)):
+            _store(sums, jnp.sum(sum(others, first), axis=1), *place, kind)
 
-    jax.lax.fori_loop(block.first, block.last, visit, None)
+    jax.lax.fori_loop(strip * SUMMED, jnp.minimum((strip + 1) * SUMMED, length), visit, None)
+
+
+class _Walk:
+    """How blocks walk along the tokens that a convolution joins: every `dilation`-th.
+
+    Args:
+        length: tokens T.
+        taps: of the convolution; None: there is none.
+        form: the constants.
+    """
+
+    def __init__(self, length: int, taps: Array | None, form: FusionForm) -> None:
+        self.length = length
+        self.kernel = 0 if taps is None else len(taps)
+        self.stride = form.dilation if self.kernel else 1
+        self.blocks = self.stride * pl.cdiv(pl.cdiv(length, self.stride), WALK)
+
+    def own(self) -> tuple[Any, Any, Any, Any]:
+        """Of this block: first token of its class; begin, end and number of the class's tokens."""
+        block = jax.lax.axis_index("walk")
+        first = jax.lax.rem(block, self.stride)
+        count = (self.length - first + self.stride - 1) // self.stride
+        begin = jax.lax.div(block, self.stride) * WALK
+        return first, begin, jnp.clip(count, begin, begin + WALK), count
+
+    def token(self, first: Any, index: Any) -> Any:
+        """A token of a class; where there is none, some token."""
+        return jnp.clip(first + index * self.stride, 0, self.length - 1)
+
+
+class _Read(NamedTuple):
+    """What the convolution reads of a token.
+
+    Attributes:
+        value: v.
+        scales: c of every branch.
+    """
+
+    value: Channels
+    scales: list[Any]
+
+
+def _read(value: Any, scale: Any, row: Any, token: Any, part: Any) -> _Read:
+    scales = [scale[row, token, m] for m in range(scale.shape[2])]
+    return _Read(_load(value, row, token, part), scales)
 
 
 def _mix_kernel(
-    value: Any,
-    gate: Any,
-    scale: Any,
-    flags: Any,
-    *rest: Any,
-    size: int,
-    length: int,
-    branches: int,
-    distances: tuple[int, ...],
+    value: Any, gate: Any, scale: Any, flags: Any, *rest: Any, walk: _Walk, branches: int
 ) -> None:
-    """αv + SiLU(Conv(cv))."""
-    taps, out = rest if distances else (None, *rest)
-    block = _Block(size, length)
+    """αv + SiLU(Conv(cv)), from the first token to the last."""
+    taps, out = rest if walk.kernel else (None, *rest)
+    row, part = jax.lax.axis_index("row"), jax.lax.axis_index("part")
+    first, begin, end, _ = walk.own()
+    weights = _weights(taps, walk, branches, part)
 
-    def visit(token: Any, _: None) -> None:
-        v, bits = block.load(value, block.row, token), flags[block.row, token]
+    def read_gates(index: Any) -> tuple[list[Any], Any]:
+        token = walk.token(first, index)
+        return [gate[row, token, m] for m in range(branches)], flags[row, token]
+
+    def visit(index: Any, carry: tuple) -> tuple:
+        window, (gates, bits) = carry
+        # Read a step ahead, and before anything is written: no read can pass a write.
+        ahead = _read(value, scale, row, walk.token(first, index + 1), part), read_gates(index + 1)
+        v, older, added = window[-1].value.astype(jnp.float32), _older(window, bits, walk), []
         for m in range(branches):
-            added = gate[block.row, token, m] * v
-            if distances:
-                older = _older(block, value, scale, token, bits, m, distances)
-                mixed = _convolve(block, taps, older, m)
-                added += mixed * jax.nn.sigmoid(mixed)
-            out[block.row, token, m, block.channels] = added.astype(out.dtype)
+            added.append(gates[m] * v)
+            if walk.kernel:
+                mixed = _convolve(weights[m], older, m)
+                added[m] += mixed * jax.nn.sigmoid(mixed)
+        token = walk.token(first, index)
+        for m, x in enumerate(added):
+            _store(out, x.astype(out.dtype), row, token, m, part)
+        return [*window[1:], ahead[0]], ahead[1]
 
-    jax.lax.fori_loop(block.first, block.last, visit, None)
+    window = [
+        _read(value, scale, row, walk.token(first, begin - back), part)
+        for back in reversed(range(max(walk.kernel, 1)))
+    ]
+    jax.lax.fori_loop(begin, end, visit, (window, read_gates(begin)))
 
 
 def _unmix_kernel(
@@ -286,86 +356,83 @@ def _unmix_kernel(
     scale: Any,
     flags: Any,
     *rest: Any,
-    size: int,
-    length: int,
+    walk: _Walk,
     branches: int,
-    distances: tuple[int, ...],
 ) -> None:
-    """From the last token to the first; a ring keeps what later tokens send back."""
-    refs = list(rest)
-    taps: Any = refs.pop(0) if distances else None
-    d_value, direct, d_scale, *refs = refs
-    block = _Block(size, length)
-    if distances:
-        d_taps, later, by_tap = refs
+    """From the last token to the first.
+
+    Every token sends what it owes to those that its taps read; `owed[m][d]` is for the token d
+    steps back, as far as later tokens know. The walk begins beyond the block's own tokens, where
+    the last of them is read for the last time.
+    """
+    taps, (d_value, direct, *convolved) = (rest[0], rest[1:]) if walk.kernel else (None, rest)
+    row, part = jax.lax.axis_index("row"), jax.lax.axis_index("part")
+    first, begin, end, count = walk.own()
+    weights, kernel = _weights(taps, walk, branches, part), max(walk.kernel, 1)
+    nothing = jnp.zeros_like(_load_float(value, 0, 0, part))
+
+    def read_back(index: Any) -> tuple[list[Channels], list[Any], Any]:
+        token, all_branches = walk.token(first, index), range(branches)
+        d_added = [_load(d_out, row, token, m, part) for m in all_branches]
+        return d_added, [gate[row, token, m] for m in all_branches], flags[row, token]
+
+    def visit(own: bool, last: Any, step: Any, carry: tuple) -> tuple:
+        (window, (d_added, gates, bits)), owed, by_tap = carry
+        index = last - step
+        # As in `_mix_kernel`.
+        oldest = _read(value, scale, row, walk.token(first, index - kernel), part)
+        ahead = [oldest, *window[:-1]], read_back(index - 1)
+        v, older = window[-1].value.astype(jnp.float32), _older(window, bits, walk)
+        d_v, sums, owed_next, by_tap_next = nothing, [], [], []
         for m in range(branches):
-            for slot in range(later.shape[1]):
-                later[m, slot] = block.zeros()
-            for tap in range(len(distances)):
-                by_tap[tap, m] = block.zeros()
-    reach = max(distances, default=0)
+            d = d_added[m].astype(jnp.float32)
+            d_v += gates[m] * d
+            sums.append([jnp.sum(d * v, axis=1)] if own else [])
+            if not walk.kernel:
+                continue
+            mixed = _convolve(weights[m], older, m)
+            slope = jax.nn.sigmoid(mixed)
+            d_mixed = d * slope * (1 + mixed * (1 - slope))
+            sent = [
+                _only_if(_reads(bits, tap), weight * d_mixed)
+                for tap, weight in enumerate(weights[m])
+            ][::-1]
+            d_normed, *told = [a + b for a, b in zip(sent, [*owed[m], nothing], strict=True)]
+            owed_next.append(told)
+            if own:
+                d_v += window[-1].scales[m] * d_normed
+                sums[m].append(jnp.sum(d_normed * v, axis=1))
+                by_tap_next.append(
+                    [
+                        total + d_mixed * scales[m] * older_v
+                        for total, (older_v, scales) in zip(by_tap[m], older, strict=True)
+                    ]
+                )
+        if own:
+            token = walk.token(first, index)
+            _store(d_value, d_v, row, token, part)
+            for m, own_sums in enumerate(sums):
+                for ref, x in zip((direct, *convolved[:1]), own_sums, strict=True):
+                    _store(ref, x, row, token, m, part)
+        return ahead, owed_next, by_tap_next if own else by_tap
 
-    def slot_of(token: Any) -> Any:
-        return token % (reach + 1)
+    def enter(last: Any) -> tuple:
+        window = [
+            _read(value, scale, row, walk.token(first, last - back), part)
+            for back in reversed(range(kernel))
+        ]
+        return window, read_back(last)
 
-    def visit(step: Any, _: None) -> None:
-        token = block.last + reach - 1 - step
-        pl.when(token < length)(lambda: visit_token(token))
-
-    def visit_token(token: Any) -> None:
-        own = token < block.last
-        v, bits = block.load(value, block.row, token), flags[block.row, token]
-        d_v = block.zeros()
-        for m in range(branches):
-            place = (block.row, token, m)
-            d_added = block.load(d_out, *place)
-            d_v += gate[place] * d_added
-            if distances:
-                older = _older(block, value, scale, token, bits, m, distances)
-                mixed = _convolve(block, taps, older, m)
-                slope = jax.nn.sigmoid(mixed)
-                d_mixed = d_added * slope * (1 + mixed * (1 - slope))
-                later[m, slot_of(token)] = d_mixed
-                plgpu.commit_smem()
-
-            @pl.when(own)
-            def write(m: int = m, place: tuple = place, d_added: Array = d_added) -> None:
-                direct[(*place, block.part)] = jnp.sum(d_added * v)
-
-            if distances:
-                d_normed = block.zeros()
-                for tap, distance in enumerate(distances):
-                    ahead = jnp.minimum(token + distance, length - 1)
-                    reads = (flags[block.row, ahead] >> (1 + tap) & 1) != 0
-                    reads &= token + distance < length
-                    sent = block.load_all(later, m, slot_of(ahead))
-                    d_normed += block.load(taps, tap, m) * block.only_if(reads, sent)
-                d_v += scale[place] * d_normed
-
-                @pl.when(own)
-                def write_own(
-                    m: int = m,
-                    place: tuple = place,
-                    d_normed: Array = d_normed,
-                    d_mixed: Array = d_mixed,
-                    older: list[Array] = older,
-                ) -> None:
-                    d_scale[(*place, block.part)] = jnp.sum(d_normed * v)
-                    for tap in range(len(distances)):
-                        total = block.load_all(by_tap, tap, m)
-                        by_tap[tap, m] = total + d_mixed * older[tap]
-
-        @pl.when(own)
-        def write_value() -> None:
-            d_value[block.row, token, block.channels] = d_v
-
-    jax.lax.fori_loop(0, block.last - block.first + reach, visit, None)
-    if distances:
-        plgpu.commit_smem()
-        for m in range(branches):
-            for tap in range(len(distances)):
-                total = block.load_all(by_tap, tap, m)
-                d_taps[block.row, block.strip, tap, m, block.channels] = total
+    convolving = range(branches if walk.kernel else 0)
+    owed = [[nothing] * (kernel - 1) for _ in convolving]
+    by_tap = [[nothing] * kernel for _ in convolving]
+    beyond = jnp.minimum(end + kernel - 1, count)
+    carry = enter(beyond - 1), owed, by_tap
+    carry = jax.lax.fori_loop(0, beyond - end, partial(visit, False, beyond - 1), carry)
+    *_, by_tap = jax.lax.fori_loop(0, end - begin, partial(visit, True, end - 1), carry)
+    for m, totals in enumerate(by_tap):
+        for tap, total in enumerate(totals):
+            _store(convolved[1], total, row, jax.lax.axis_index("walk"), tap, m, part)
 
 
 def _ungate_kernel(
@@ -379,45 +446,56 @@ def _ungate_kernel(
     d_key: Any,
     d_gain: Any,
     *,
-    size: int,
     length: int,
-    branches: int,
-    distances: tuple[int, ...],
 ) -> None:
     """The gradients of hidden states and keys, from numbers a token and branch."""
-    block = _Block(size, length)
-    for m in range(branches):
-        weights = block.load(gain, m)
+    row, strip, part, branch = map(jax.lax.axis_index, ("row", "strip", "part", "branch"))
+    weight = _load_float(gain, branch, part)
 
-        def visit(token: Any, total: Array, m: int = m, weights: Array = weights) -> Array:
-            place = (block.row, token, m)
-            h, k, together = block.load(hidden, *place), block.load(key, *place), both[place]
-            d_h = together * weights * k - own_hidden[place] * h
-            d_k = together * weights * h - own_key[place] * k
-            d_hidden[(*place, block.channels)] = d_h.astype(d_hidden.dtype)
-            d_key[(*place, block.channels)] = d_k.astype(d_key.dtype)
-            return total + together * k * h
+    def visit(token: Any, total: Channels) -> Channels:
+        place = (row, token, branch)
+        h, k = _load_float(hidden, *place, part), _load_float(key, *place, part)
+        together = both[place]
+        d_h = together * weight * k - own_hidden[place] * h
+        d_k = together * weight * h - own_key[place] * k
+        _store(d_hidden, d_h.astype(d_hidden.dtype), *place, part)
+        _store(d_key, d_k.astype(d_key.dtype), *place, part)
+        return total + together * k * h
 
-        total = jax.lax.fori_loop(block.first, block.last, visit, block.zeros())
-        d_gain[block.row, block.strip, m, block.channels] = total
+    last = jnp.minimum((strip + 1) * STRIP, length)
+    total = jax.lax.fori_loop(strip * STRIP, last, visit, jnp.zeros_like(weight))
+    _store(d_gain, total, row, strip, branch, part)
 
 
-def _older(
-    block: _Block, value: Any, scale: Any, token: Any, bits: Any, m: int, distances: tuple[int, ...]
-) -> list[Float[Array, "channels"]]:
-    """c·v as every tap reads it at one token and branch."""
+def _weights(taps: Any, walk: _Walk, branches: int, part: Any) -> list[list[Channels]]:
+    """The taps of every branch."""
+    kernel, loaded = range(walk.kernel), partial(_load_float, taps)
+    return [[loaded(tap, m, part) for tap in kernel] for m in range(branches)]
+
+
+def _reads(bits: Any, tap: int) -> Any:
+    """Whether a token's tap reads."""
+    return (bits >> (1 + tap) & 1) != 0
+
+
+def _only_if(there: Bool[Array, ""], x: Channels) -> Channels:
+    """x, or zeros."""
+    return jnp.where(jnp.broadcast_to(there, x.shape), x, jnp.zeros_like(x))
+
+
+def _older(window: list[_Read], bits: Any, walk: _Walk) -> list[_Read]:
+    """What every tap reads, in float32; zero where it reads nothing, even if there is NaN."""
     found = []
-    for tap, distance in enumerate(distances):
-        there = jnp.maximum(token - distance, 0)
-        normed = scale[block.row, there, m] * block.load(value, block.row, there)
-        # Zero where the tap reads nothing, even if another document has NaN.
-        found.append(block.only_if((bits >> (1 + tap) & 1) != 0, normed))
+    for tap, (v, scales) in enumerate(window[: walk.kernel]):
+        there = _reads(bits, tap)
+        own = [jnp.where(there, scale, 0.0) for scale in scales]
+        found.append(_Read(_only_if(there, v.astype(jnp.float32)), own))
     return found
 
 
-def _convolve(block: _Block, taps: Any, older: list[Array], m: int) -> Float[Array, "channels"]:
+def _convolve(weights: list[Channels], older: list[_Read], m: int) -> Channels:
     """The convolution of c·v at one token and branch."""
-    mixed = block.zeros()
-    for tap, normed in enumerate(older):
-        mixed += block.load(taps, tap, m) * normed
-    return mixed
+    terms = [
+        read.scales[m] * read.value * weight for read, weight in zip(older, weights, strict=True)
+    ]
+    return sum(terms[1:], terms[0])

@@ -28,7 +28,7 @@ def read(
         table: rows in words; what follows the first `form.words` is not read.
         numbers: row numbers, H for each of n; those outside the table read as zeros.
         form: how the numbers of a row lie in its words.
-        implementation: None is "xla", for no other has been measured on its device.
+        implementation: None is "xla".
 
     Raises:
         ValueError: an implementation that does not exist, or cannot read such rows.
@@ -53,7 +53,7 @@ def expand(
         values: distinct rows.
         slots: which of them to read, H for each of n; all in range.
         order: stable order that sorts the flattened slots; the backward pass walks along it.
-        implementation: None is "xla", for no other has been measured on its device.
+        implementation: None is "xla".
 
     Raises:
         ValueError: an implementation that does not exist.

@@ -1,8 +1,8 @@
 """The gather on GPU, by Mosaic GPU: whole lines of 128 words, by all threads of a block together.
 
-XLA decodes the lines, and cuts and pads what fills no line, as in `pallas_tpu`. The backward pass
-gives every distinct row to one block, which adds up its gradients in the given order: no atomics,
-hence the same sum at every run.
+XLA decodes what is no float32, and cuts and pads what fills no line, as in `pallas_tpu`. The
+backward pass gives every distinct row to one block, which adds up its gradients in the given order:
+no atomics among floats, hence the same sum at every run.
 """
 
 from functools import partial
@@ -20,6 +20,7 @@ from pallas_kernels.hashed_gather.xla import no_gradient
 
 LANES = 128  # words of a line, one a thread
 BLOCK, IN_FLIGHT = 64, 16  # rows of a block; rows it reads before it writes the first
+FEW, MANY = 2, 16  # gradients of a row in flight together, of any row and of one with more
 
 
 def read(
@@ -35,10 +36,12 @@ def read(
             f"Rows of {table.shape[1]} words are not read by this kernel: pad them to whole lines "
             f"of {LANES}, or take the implementation 'xla'."
         )
-    words = _copy_lines(table, numbers.reshape(-1), -(-form.words // LANES) * LANES)
-    rows = form.decode(words[:, : form.words]).reshape(*numbers.shape, -1)
-    inside = (numbers >= 0) & (numbers < len(table))
-    return jnp.where(inside[..., None], rows, 0).reshape(len(numbers), -1)
+    dtype = jnp.float32 if form.precision == "float32" else jnp.uint32
+    words = _copy_lines(table, numbers.reshape(-1), -(-form.words // LANES) * LANES, dtype)
+    rows = words[:, : form.words]
+    if form.precision != "float32":
+        rows = form.decode(rows)
+    return rows.reshape(len(numbers), -1)
 
 
 @jax.custom_vjp
@@ -49,7 +52,7 @@ def expand(
     del order
     width = values.shape[1]
     lines = _pad_lanes(values.astype(jnp.float32))
-    rows = _copy_lines(lines, slots.reshape(-1), lines.shape[1])
+    rows = _copy_lines(lines, slots.reshape(-1), lines.shape[1], jnp.float32)
     return rows[:, :width].reshape(len(slots), -1).astype(values.dtype)
 
 
@@ -64,15 +67,16 @@ def _backward(
 ) -> tuple[Array, np.ndarray, np.ndarray]:
     rows, slots, order = residuals
     by_slot = cotangent.reshape(slots.size, -1).astype(jnp.float32)
-    width, ascending = by_slot.shape[1], slots.reshape(-1)[order]
-    starts = jnp.searchsorted(ascending, jnp.arange(rows + 1, dtype=ascending.dtype))
+    width, count = by_slot.shape[1], len(by_slot)
+    # Where each row's part of the order begins. (Integers, so that atomic additions are exact.)
+    reads = jnp.zeros(rows, jnp.int32).at[slots.reshape(-1)].add(1, mode="promise_in_bounds")
+    starts = jnp.pad(jnp.cumsum(reads), (1, 0))
     lines = _pad_lanes(by_slot)
-    sums = plgpu.kernel(
-        partial(_sum_kernel, rows=rows),
-        out_type=jax.ShapeDtypeStruct((rows, lines.shape[1]), jnp.float32),
-        grid=(lines.shape[1] // LANES, pl.cdiv(rows, BLOCK)),
-        grid_names=("line", "block"),
-    )(lines, order.astype(jnp.int32), starts.astype(jnp.int32))
+    sums = _launch(
+        partial(_sum_kernel, rows=rows, count=count),
+        (lines, order.astype(jnp.int32), starts),
+        jax.ShapeDtypeStruct((rows, lines.shape[1]), jnp.float32),
+    )
     return sums[:, :width].astype(cotangent.dtype), no_gradient(slots), no_gradient(order)
 
 
@@ -83,15 +87,27 @@ def _pad_lanes(x: Float[Array, "n F"]) -> Float[Array, "n words"]:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)))
 
 
-def _copy_lines(table: Array, numbers: Int[Array, "n"], words: int) -> Array:
-    """The first `words` words of rows; numbers outside the table give some row."""
-    there = jnp.clip(numbers, 0, len(table) - 1).astype(jnp.int32)
-    return plgpu.kernel(
-        partial(_copy_kernel, count=len(numbers)),
-        out_type=jax.ShapeDtypeStruct((len(numbers), words), table.dtype),
-        grid=(words // LANES, pl.cdiv(len(numbers), BLOCK)),
+def _copy_lines(table: Array, numbers: Int[Array, "n"], words: int, dtype: Any) -> Array:
+    """The first `words` words of rows, read as numbers of `dtype`; zero outside the table."""
+    return _launch(
+        partial(_copy_kernel, count=len(numbers), rows=len(table)),
+        (table, numbers.astype(jnp.int32)),
+        jax.ShapeDtypeStruct((len(numbers), words), dtype),
+    )
+
+
+def _launch(kernel: Any, inputs: tuple[Array, ...], output: jax.ShapeDtypeStruct) -> Array:
+    """Runs a kernel on blocks of (line, rows of the result)."""
+    rows, words = output.shape
+    result: Array = plgpu.kernel(
+        kernel,
+        out_type=output,
+        grid=(words // LANES, pl.cdiv(rows, BLOCK)),
         grid_names=("line", "block"),
-    )(table, there)
+        # Barriers are for memory that a block both reads and writes; there is none.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(*inputs)
+    return result
 
 
 def _line() -> tuple[Any, Any]:
@@ -100,31 +116,77 @@ def _line() -> tuple[Any, Any]:
     return pl.ds(jax.lax.axis_index("line") * LANES, LANES), layout
 
 
-def _copy_kernel(table: Any, numbers: Any, out: Any, *, count: int) -> None:
-    words, layout = _line()
+def _in_parts(visit: Any, count: int) -> None:
+    """Visits the rows of a block, IN_FLIGHT of them at a time.
+
+    The last rows of the last block are visited more than once.
+    """
     first = jax.lax.axis_index("block") * BLOCK
 
-    def copy(part: Any, _: None) -> None:
-        # The last rows of the last block are copied more than once.
-        places = [
-            jnp.minimum(first + part * IN_FLIGHT + index, count - 1) for index in range(IN_FLIGHT)
+    def visit_part(part: Any, _: None) -> None:
+        start = first + part * IN_FLIGHT
+        visit([jnp.minimum(start + index, count - 1) for index in range(IN_FLIGHT)])
+
+    jax.lax.fori_loop(0, BLOCK // IN_FLIGHT, visit_part, None)
+
+
+def _only_if(there: Any, x: Array) -> Array:
+    """x, or zeros."""
+    return jnp.where(jnp.broadcast_to(there, x.shape), x, jnp.zeros_like(x))
+
+
+def _copy_kernel(table: Any, numbers: Any, out: Any, *, count: int, rows: int) -> None:
+    words, layout = _line()
+
+    def copy(places: list[Any]) -> None:
+        found = [numbers[place] for place in places]
+        lines = [
+            plgpu.layout_cast(table[jnp.clip(number, 0, rows - 1), words], layout)
+            for number in found
         ]
-        lines = [plgpu.layout_cast(table[numbers[place], words], layout) for place in places]
-        for place, line in zip(places, lines, strict=True):
-            out[place, words] = line
+        for place, number, line in zip(places, found, lines, strict=True):
+            inside = (number >= 0) & (number < rows)
+            numbers_of_line = jax.lax.bitcast_convert_type(line, out.dtype)
+            out[place, words] = _only_if(inside, numbers_of_line)
 
-    jax.lax.fori_loop(0, BLOCK // IN_FLIGHT, copy, None)
+    _in_parts(copy, count)
 
 
-def _sum_kernel(by_slot: Any, order: Any, starts: Any, out: Any, *, rows: int) -> None:
+def _sum_kernel(by_slot: Any, order: Any, starts: Any, out: Any, *, rows: int, count: int) -> None:
+    """Most rows were read once or twice: those of many rows are in flight together.
+
+    Then come the rows that were read more often, one after another.
+    """
     words, layout = _line()
-    first = jax.lax.axis_index("block") * BLOCK
 
-    def sum_row(row: Any, _: None) -> None:
-        def add(index: Any, total: Array) -> Array:
-            return total + plgpu.layout_cast(by_slot[order[index], words], layout)
+    def add(total: Array, begin: Any, end: Any, most: int) -> Array:
+        indices = [begin + index for index in range(most)]
+        places = [order[jnp.minimum(index, count - 1)] for index in indices]
+        lines = [plgpu.layout_cast(by_slot[place, words], layout) for place in places]
+        for index, line in zip(indices, lines, strict=True):
+            total = total + _only_if(index < end, line)
+        return total
 
+    def sum_rows(places: list[Any]) -> None:
         nothing = plgpu.layout_cast(jnp.zeros((LANES,), jnp.float32), layout)
-        out[row, words] = jax.lax.fori_loop(starts[row], starts[row + 1], add, nothing)
+        bounds = [(starts[row], starts[row + 1]) for row in places]
+        totals = [add(nothing, begin, end, FEW) for begin, end in bounds]
+        for row, total in zip(places, totals, strict=True):
+            out[row, words] = total
 
-    jax.lax.fori_loop(first, jnp.minimum(first + BLOCK, rows), sum_row, None)
+        def sum_row(row: Any, _: None) -> None:
+            begin, end = starts[row], starts[row + 1]
+
+            @pl.when(end - begin > FEW)
+            def sum_many() -> None:
+                parts = jax.lax.div(end - begin + MANY - 1, MANY)
+                out[row, words] = jax.lax.fori_loop(
+                    0,
+                    parts,
+                    lambda part, total: add(total, begin + part * MANY, end, MANY),
+                    nothing,
+                )
+
+        jax.lax.fori_loop(places[0], places[-1] + 1, sum_row, None)
+
+    _in_parts(sum_rows, rows)

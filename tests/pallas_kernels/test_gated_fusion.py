@@ -98,7 +98,8 @@ class TestFuse:
     @pytest.fixture
     def fuse(self, implementation: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fuse]:
         monkeypatch.setattr(pallas_tpu, "MOST_TOKENS", 32)
-        monkeypatch.setattr(pallas_gpu, "STRIP", 8)
+        for name in ("SUMMED", "STRIP", "WALK"):
+            monkeypatch.setattr(pallas_gpu, name, 4)
         with simulation(implementation):
             yield partial(gated_fusion.fuse, form=FORM, implementation=implementation)
         jax.clear_caches()  # what was traced for small tiles
