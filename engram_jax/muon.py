@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int
 
 from engram_jax.parameters import Matrix
 from engram_jax.typing import PyTree
@@ -92,7 +92,7 @@ def orthogonalize(
     inputs, outputs = matrix.shape
     a, b, c = _QUINTIC
 
-    def iterate(_: Int32[Array, ""], x: Float[Array, "short long"]) -> Float[Array, "short long"]:
+    def iterate(_: Int[Array, ""], x: Float[Array, "short long"]) -> Float[Array, "short long"]:
         gram = x @ x.T
         return a * x + (b * gram + c * gram @ gram) @ x
 
@@ -173,7 +173,7 @@ def _orthogonalize_line(kind: _Kind, steps: int, arrays: list[jax.Array]) -> lis
     lined_up = jnp.concatenate([*pieces, jnp.zeros((missing, *kind.piece), pieces[0].dtype)])
     rounds = lined_up.reshape(-1, parts, *kind.piece)
 
-    def run_round(number: Int32[Array, ""], rounds: jax.Array) -> jax.Array:
+    def run_round(number: Int[Array, ""], rounds: jax.Array) -> jax.Array:
         return rounds.at[number].set(_orthogonalize_round(kind, steps, rounds[number]))
 
     rounds = jax.lax.fori_loop(0, len(rounds), run_round, rounds)
