@@ -161,11 +161,11 @@ class Program:
 
     def put(self, batch: Batch) -> Batch:
         """Sends this process's part of a batch to the devices, split as the step wants it."""
-
+        places = self.batch_sharding(batch)
+        if jax.process_count() == 1:  # all arrays at once, in half the time
+            return jax.device_put(batch, places)
         return jax.tree.map(
-            lambda array, place: jax.make_array_from_process_local_data(place, array),
-            batch,
-            self.batch_sharding(batch),
+            lambda array, place: jax.make_array_from_process_local_data(place, array), batch, places
         )
 
     def batch_sharding(self, batch: Batch) -> Any:
