@@ -14,7 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 def simulation(implementation: str | None) -> AbstractContextManager:
     """Where a kernel for this implementation's device runs on the CPU; races are errors.
 
-    On a GPU its own kernels run as they are.
+    (Those of blocks; what the warps of a GPU's block do to one another, it does not see.) On a GPU
+    its own kernels run as they are.
     """
     if implementation == "pallas_tpu":
         return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))

@@ -37,7 +37,7 @@ def assert_relative(found: Any, expected: Any, limit: float) -> None:
 @pytest.mark.parametrize(("dtype", "limit"), [(jnp.float32, 1e-5), (jnp.bfloat16, 4e-3)])
 @pytest.mark.parametrize(("branches", "width"), [(1, 768), (4, 2560)])
 def test_fusion_of_real_layers(branches: int, width: int, dtype: type, limit: float) -> None:
-    """Two strips and a bit, two rows, packed documents, values and gradients."""
+    """More tokens than blocks take, by no whole number of times; packed documents; two rows."""
     shape = (2, 300, branches, width)
     keys = jax.random.split(jax.random.key(0), 9)
     hidden = jax.random.normal(keys[0], shape)
@@ -92,7 +92,7 @@ def test_gather_of_real_tables(precision: str) -> None:
     np.testing.assert_array_equal(run("pallas_gpu")[1], found[1])
 
 
-# Grouped heads; keys wider than values, as in latent attention; the paper's, for Hopper and newer.
+# Grouped heads; keys wider than values, as in latent attention; the paper's, for Hopper alone.
 @pytest.mark.parametrize(
     ("heads", "widths"), [((8, 2), (64, 64)), ((4, 4), (48, 32)), ((2, 2), (192, 128))]
 )

@@ -107,8 +107,9 @@ def attend(
     """softmax(scale·q·k)·v over the earlier positions of the same document; scale None is 1/√P.
 
     None picks splash attention on TPU where T is a multiple of 128; cuDNN on an NVIDIA GPU since
-    Ampere for bfloat16, even T and heads up to 128 wide, since Hopper 256; XLA elsewhere, which
-    holds B·Q·T² scores. A named implementation runs or fails.
+    Ampere for bfloat16, even T and heads up to 128 wide, on Hopper 256; XLA elsewhere, which holds
+    B·Q·T² scores (and is the faster for a few heads of some 256 positions). A named implementation
+    runs or fails.
 
     Raises:
         InputError: inside a mesh, another axis than B is split.
@@ -182,7 +183,8 @@ def _fastest(query: Float[Array, "B T Q P"], value: Float[Array, "B T J O"]) -> 
         # No number on an AMD GPU; none at all where the GPU is not here, but compiled for.
         capability = getattr(jax.devices()[0], "compute_capability", "")
         generation = float(capability) if re.match(r"\d+\.", capability) else 0
-        widest = 256 if generation >= 9 else 128 if generation >= 8 else 0  # Hopper, Ampere
+        # Wider ones than 128 have a backward pass on Hopper, and not yet on all that came after.
+        widest = 0 if generation < 8 else 256 if 9 <= generation < 10 else 128
         if width % 8 == 0 and width <= widest:
             return "cudnn"
     return "xla"

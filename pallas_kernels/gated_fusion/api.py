@@ -26,6 +26,8 @@ def fuse(
 ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
     """What to add to the residual branches, and the gates, in float32.
 
+    Inside `jax.shard_map`, take check_vma=False: the backward pass gives a device's share.
+
     Args:
         hidden: the residual branches.
         key: the memory's keys.

@@ -13,6 +13,7 @@ alone and carries a window of them: forward the values that later tokens read, b
 tokens are owed.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +28,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.gated_fusion.form import FusionForm, no_gradients, token_flags
 
 type Residuals = tuple[Any, ...]  # the arguments but the form, the gates, and what made them
-type Channels = Float[Array, "4 W"]
+type Place = dict[str, Any]  # of a block in its grid
+type Channels = Float[Array, "warps channels"]
 
 WARPS, LANES = 4, 32
 THREADS = WARPS * LANES  # of a block, each with up to four channels of a part
@@ -214,12 +216,24 @@ def _in_parts_if(x: Array | None, part: int) -> list[Array]:
 def _launch(
     kernel: Any, inputs: list[Array], outputs: list[Any], grid: dict[str, int]
 ) -> list[Array]:
-    """Runs a kernel on a grid of blocks."""
+    """Runs a kernel on a grid of blocks, which learn their place in it by name.
+
+    To CUDA they are one row of blocks: of all axes but the first it takes 65,535. (And a mesh axis
+    of the same name would hide an axis of the grid.)
+    """
+
+    def run(*refs: Any) -> None:
+        block, at = jax.lax.axis_index("block of the fusion"), {}
+        for name, size in reversed(grid.items()):
+            at[name] = jax.lax.rem(block, jnp.int32(size))
+            block = jax.lax.div(block, jnp.int32(size))
+        kernel(at, *refs)
+
     return plgpu.kernel(
-        kernel,
+        run,
         out_type=outputs,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
+        grid=(math.prod(grid.values()),),
+        grid_names=("block of the fusion",),
         # Barriers are for memory that a block both reads and writes; there is none.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
     )(*inputs)
@@ -250,9 +264,11 @@ def _store(ref: Any, x: Array, *index: Any) -> None:
         ref[index] = x
 
 
-def _sums_kernel(hidden: Any, key: Any, gain: Any, sums: Any, *, length: int, parts: int) -> None:
+def _sums_kernel(
+    at: Place, hidden: Any, key: Any, gain: Any, sums: Any, *, length: int, parts: int
+) -> None:
     """⟨gain·k, h⟩, ⟨h, h⟩ and ⟨k, k⟩ of each warp's channels."""
-    row, strip, branch = (jax.lax.axis_index(name) for name in ("row", "strip", "branch"))
+    row, strip, branch = at["row"], at["strip"], at["branch"]
     weights = [_load_float(gain, branch, part) for part in range(parts)]
 
     def visit(token: Any, _: None) -> None:
@@ -284,12 +300,12 @@ class _Walk:
         self.stride = form.dilation if self.kernel else 1
         self.blocks = self.stride * pl.cdiv(pl.cdiv(length, self.stride), WALK)
 
-    def own(self) -> tuple[Any, Any, Any, Any]:
-        """Of this block: first token of its class; begin, end and number of the class's tokens."""
-        block = jax.lax.axis_index("walk")
-        first = jax.lax.rem(block, self.stride)
-        count = (self.length - first + self.stride - 1) // self.stride
-        begin = jax.lax.div(block, self.stride) * WALK
+    def own(self, block: Any) -> tuple[Any, Any, Any, Any]:
+        """Of a block: first token of its class; begin, end and number of the class's tokens."""
+        stride = jnp.int32(self.stride)
+        first = jax.lax.rem(block, stride)
+        count = jax.lax.div(self.length - first + stride - 1, stride)
+        begin = jax.lax.div(block, stride) * WALK
         return first, begin, jnp.clip(count, begin, begin + WALK), count
 
     def token(self, first: Any, index: Any) -> Any:
@@ -315,12 +331,19 @@ def _read(value: Any, scale: Any, row: Any, token: Any, part: Any) -> _Read:
 
 
 def _mix_kernel(
-    value: Any, gate: Any, scale: Any, flags: Any, *rest: Any, walk: _Walk, branches: int
+    at: Place,
+    value: Any,
+    gate: Any,
+    scale: Any,
+    flags: Any,
+    *rest: Any,
+    walk: _Walk,
+    branches: int,
 ) -> None:
     """αv + SiLU(Conv(cv)), from the first token to the last."""
     taps, out = rest if walk.kernel else (None, *rest)
-    row, part = jax.lax.axis_index("row"), jax.lax.axis_index("part")
-    first, begin, end, _ = walk.own()
+    row, part = at["row"], at["part"]
+    first, begin, end, _ = walk.own(at["walk"])
     weights = _weights(taps, walk, branches, part)
 
     def read_gates(index: Any) -> tuple[list[Any], Any]:
@@ -350,6 +373,7 @@ def _mix_kernel(
 
 
 def _unmix_kernel(
+    at: Place,
     d_out: Any,
     value: Any,
     gate: Any,
@@ -366,8 +390,8 @@ def _unmix_kernel(
     the last of them is read for the last time.
     """
     taps, (d_value, direct, *convolved) = (rest[0], rest[1:]) if walk.kernel else (None, rest)
-    row, part = jax.lax.axis_index("row"), jax.lax.axis_index("part")
-    first, begin, end, count = walk.own()
+    row, part = at["row"], at["part"]
+    first, begin, end, count = walk.own(at["walk"])
     weights, kernel = _weights(taps, walk, branches, part), max(walk.kernel, 1)
     nothing = jnp.zeros_like(_load_float(value, 0, 0, part))
 
@@ -432,10 +456,11 @@ def _unmix_kernel(
     *_, by_tap = jax.lax.fori_loop(0, end - begin, partial(visit, True, end - 1), carry)
     for m, totals in enumerate(by_tap):
         for tap, total in enumerate(totals):
-            _store(convolved[1], total, row, jax.lax.axis_index("walk"), tap, m, part)
+            _store(convolved[1], total, row, at["walk"], tap, m, part)
 
 
 def _ungate_kernel(
+    at: Place,
     hidden: Any,
     key: Any,
     both: Any,
@@ -449,7 +474,7 @@ def _ungate_kernel(
     length: int,
 ) -> None:
     """The gradients of hidden states and keys, from numbers a token and branch."""
-    row, strip, part, branch = map(jax.lax.axis_index, ("row", "strip", "part", "branch"))
+    row, strip, part, branch = at["row"], at["strip"], at["part"], at["branch"]
     weight = _load_float(gain, branch, part)
 
     def visit(token: Any, total: Channels) -> Channels:

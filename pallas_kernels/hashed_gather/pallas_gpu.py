@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 from pallas_kernels.hashed_gather.format import RowFormat
 from pallas_kernels.hashed_gather.xla import no_gradient
 
-LANES = 128  # words of a line, one a thread
+LINE = 128  # words, one a thread
 BLOCK, IN_FLIGHT = 64, 16  # rows of a block; rows it reads before it writes the first
 FEW, MANY = 2, 16  # gradients of a row in flight together, of any row and of one with more
 
@@ -31,13 +31,13 @@ def read(
     Raises:
         ValueError: the table's rows are no whole lines.
     """
-    if table.shape[1] % LANES:
+    if table.shape[1] % LINE:
         raise ValueError(
             f"Rows of {table.shape[1]} words are not read by this kernel: pad them to whole lines "
-            f"of {LANES}, or take the implementation 'xla'."
+            f"of {LINE}, or take the implementation 'xla'."
         )
     dtype = jnp.float32 if form.precision == "float32" else jnp.uint32
-    words = _copy_lines(table, numbers.reshape(-1), -(-form.words // LANES) * LANES, dtype)
+    words = _copy_lines(table, numbers.reshape(-1), -(-form.words // LINE) * LINE, dtype)
     rows = words[:, : form.words]
     if form.precision != "float32":
         rows = form.decode(rows)
@@ -51,7 +51,7 @@ def expand(
     """values[slots]; `order` sorts the slots stably and serves the backward pass."""
     del order
     width = values.shape[1]
-    lines = _pad_lanes(values.astype(jnp.float32))
+    lines = _pad_line(values.astype(jnp.float32))
     rows = _copy_lines(lines, slots.reshape(-1), lines.shape[1], jnp.float32)
     return rows[:, :width].reshape(len(slots), -1).astype(values.dtype)
 
@@ -67,13 +67,13 @@ def _backward(
 ) -> tuple[Array, np.ndarray, np.ndarray]:
     rows, slots, order = residuals
     by_slot = cotangent.reshape(slots.size, -1).astype(jnp.float32)
-    width, count = by_slot.shape[1], len(by_slot)
+    width = by_slot.shape[1]
     # Where each row's part of the order begins. (Integers, so that atomic additions are exact.)
     reads = jnp.zeros(rows, jnp.int32).at[slots.reshape(-1)].add(1, mode="promise_in_bounds")
-    starts = jnp.pad(jnp.cumsum(reads), (1, 0))
-    lines = _pad_lanes(by_slot)
+    starts = jnp.pad(jnp.cumsum(reads, dtype=jnp.int32), (1, 0))
+    lines = _pad_line(by_slot)
     sums = _launch(
-        partial(_sum_kernel, rows=rows, count=count),
+        partial(_sum_kernel, rows=rows),
         (lines, order.astype(jnp.int32), starts),
         jax.ShapeDtypeStruct((rows, lines.shape[1]), jnp.float32),
     )
@@ -83,8 +83,8 @@ def _backward(
 expand.defvjp(_forward, _backward)
 
 
-def _pad_lanes(x: Float[Array, "n F"]) -> Float[Array, "n words"]:
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)))
+def _pad_line(x: Float[Array, "n F"]) -> Float[Array, "n words"]:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LINE)))
 
 
 def _copy_lines(table: Array, numbers: Int[Array, "n"], words: int, dtype: Any) -> Array:
@@ -102,8 +102,8 @@ def _launch(kernel: Any, inputs: tuple[Array, ...], output: jax.ShapeDtypeStruct
     result: Array = plgpu.kernel(
         kernel,
         out_type=output,
-        grid=(words // LANES, pl.cdiv(rows, BLOCK)),
-        grid_names=("line", "block"),
+        grid=(words // LINE, pl.cdiv(rows, BLOCK)),
+        grid_names=("line of the gather", "block of the gather"),
         # Barriers are for memory that a block both reads and writes; there is none.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(*inputs)
@@ -112,22 +112,23 @@ def _launch(kernel: Any, inputs: tuple[Array, ...], output: jax.ShapeDtypeStruct
 
 def _line() -> tuple[Any, Any]:
     """This block's words of a row, and their layout over its threads."""
-    layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
-    return pl.ds(jax.lax.axis_index("line") * LANES, LANES), layout
+    layout = plgpu.Layout.WG_STRIDED((LINE,), vec_size=1)
+    return pl.ds(jax.lax.axis_index("line of the gather") * LINE, LINE), layout
 
 
 def _in_parts(visit: Any, count: int) -> None:
     """Visits the rows of a block, IN_FLIGHT of them at a time.
 
-    The last rows of the last block are visited more than once.
+    The last row may be visited more than once.
     """
-    first = jax.lax.axis_index("block") * BLOCK
+    first = jax.lax.axis_index("block of the gather") * BLOCK
 
     def visit_part(part: Any, _: None) -> None:
         start = first + part * IN_FLIGHT
         visit([jnp.minimum(start + index, count - 1) for index in range(IN_FLIGHT)])
 
-    jax.lax.fori_loop(0, BLOCK // IN_FLIGHT, visit_part, None)
+    rows = jnp.minimum(count - first, BLOCK)
+    jax.lax.fori_loop(0, jax.lax.div(rows + IN_FLIGHT - 1, jnp.int32(IN_FLIGHT)), visit_part, None)
 
 
 def _only_if(there: Any, x: Array) -> Array:
@@ -152,7 +153,7 @@ def _copy_kernel(table: Any, numbers: Any, out: Any, *, count: int, rows: int) -
     _in_parts(copy, count)
 
 
-def _sum_kernel(by_slot: Any, order: Any, starts: Any, out: Any, *, rows: int, count: int) -> None:
+def _sum_kernel(by_slot: Any, order: Any, starts: Any, out: Any, *, rows: int) -> None:
     """Most rows were read once or twice: those of many rows are in flight together.
 
     Then come the rows that were read more often, one after another.
@@ -161,14 +162,15 @@ def _sum_kernel(by_slot: Any, order: Any, starts: Any, out: Any, *, rows: int, c
 
     def add(total: Array, begin: Any, end: Any, most: int) -> Array:
         indices = [begin + index for index in range(most)]
-        places = [order[jnp.minimum(index, count - 1)] for index in indices]
+        last = jnp.maximum(end, 1) - 1  # again and again, where there are no more
+        places = [order[jnp.minimum(index, last)] for index in indices]
         lines = [plgpu.layout_cast(by_slot[place, words], layout) for place in places]
         for index, line in zip(indices, lines, strict=True):
             total = total + _only_if(index < end, line)
         return total
 
     def sum_rows(places: list[Any]) -> None:
-        nothing = plgpu.layout_cast(jnp.zeros((LANES,), jnp.float32), layout)
+        nothing = plgpu.layout_cast(jnp.zeros((LINE,), jnp.float32), layout)
         bounds = [(starts[row], starts[row + 1]) for row in places]
         totals = [add(nothing, begin, end, FEW) for begin, end in bounds]
         for row, total in zip(places, totals, strict=True):
@@ -179,7 +181,7 @@ def _sum_kernel(by_slot: Any, order: Any, starts: Any, out: Any, *, rows: int, c
 
             @pl.when(end - begin > FEW)
             def sum_many() -> None:
-                parts = jax.lax.div(end - begin + MANY - 1, MANY)
+                parts = jax.lax.div(end - begin + MANY - 1, jnp.int32(MANY))
                 out[row, words] = jax.lax.fori_loop(
                     0,
                     parts,

@@ -1,6 +1,7 @@
 """Attention against a float64 computation, document by document, and splash against XLA's."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import Array
 from lively import enliven
 
 from engram_jax.errors import InputError
+from engram_jax.layers import attention
 from engram_jax.layers.attention import Attention, AttentionConfig, attend
 from engram_jax.sharding import BATCH_ABT, MeshConfig, make_mesh
 
@@ -88,6 +90,25 @@ def test_the_default_is_that_of_the_meshs_platform(
     with jax.sharding.use_abstract_mesh(mesh):
         traced = str(jax.make_jaxpr(attend)(*inputs, segments))
     assert traced.count("pallas_call[") == traced.count("interpret=False") == kernels
+
+
+@pytest.mark.parametrize(
+    ("capability", "widest"),
+    [("7.5", 0), ("8.0", 128), ("9.0", 256), ("10.0", 128), ("12.0", 128), ("gfx942", 0)],
+)
+def test_the_default_on_a_gpu_is_what_its_generation_can(
+    capability: str, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN up to some width, if there is a backward pass; nothing on an AMD GPU."""
+    arrays = {
+        width: jnp.zeros((1, 2, 1, width), jnp.bfloat16) for width in (64, 128, 192, 256, 264)
+    }
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(attention.jax, "devices", lambda: [device])
+    monkeypatch.setattr(attention, "platform_of", lambda mesh: "gpu")
+    for width, array in arrays.items():
+        expected = "cudnn" if width <= widest else "xla"
+        assert attention._fastest(array, array) == expected
 
 
 def test_splash_is_xla_with_gradients() -> None:

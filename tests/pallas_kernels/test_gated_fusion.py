@@ -1,5 +1,7 @@
 """One class for all implementations of the fusion: values, gradients, transforms, odd sizes."""
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -18,14 +20,16 @@ from pallas_kernels.gated_fusion.api import IMPLEMENTATIONS
 type Fuse = Callable[..., tuple[Array, Array]]
 type Draw = Callable[..., tuple["Inputs", dict[str, Array]]]
 
-# B, T, M, D, taps; tiles have 32 tokens, halos 16. The GPU kernel, whose simulation is slow, takes
-# less of each, D = 128, and strips of 8 tokens.
+# B, T, M, D, taps; tiles have 32 tokens, halos 16. The GPU kernels, whose simulation is slow, take
+# less of each, D = 128, and 4 tokens a block.
 SIZES = {
     "several tiles, the last in part": (2, 70, 2, 24, 4),
     "one token": (1, 1, 1, 8, 4),
     "no convolution": (2, 19, 3, 8, 0),
     "taps beyond the row": (1, 5, 2, 8, 4),
     "one tap": (1, 33, 1, 130, 1),
+    "fewer tokens than the dilation": (1, 2, 1, 8, 4),
+    "many taps": (1, 19, 1, 8, 6),
 }
 LEAST_SCORE = 1e-3  # below it the root is too steep to compare floats
 
@@ -135,7 +139,7 @@ class TestFuse:
         np.testing.assert_allclose(found, alone, rtol=1e-6, atol=1e-6)
 
     def test_nothing_enters_from_another_document(self, fuse: Fuse, draw: Draw) -> None:
-        """Not even NaN, neither forward nor backward."""
+        """Not even NaN: forward into the next document, backward into the one before."""
         inputs, _ = draw((1, 16, 1, 8, 4))
         segments = jnp.asarray([[0] * 8 + [1] * 8], jnp.int32)
         value = inputs.value.at[0, 6].set(jnp.nan)
@@ -147,6 +151,16 @@ class TestFuse:
             strict=True,
         ):
             np.testing.assert_allclose(array[0, 8:], clean[0, 8:], rtol=1e-5, atol=1e-6)
+
+        def of_early_tokens(cotangent: Array) -> list[Array]:
+            _, pullback = jax.vjp(lambda *x: fuse(*x, segments=segments)[0], *inputs)
+            return [gradient[0, :8] for gradient in pullback(cotangent)[:3]]
+
+        ones = jnp.ones_like(inputs.hidden)
+        for array, clean in zip(
+            of_early_tokens(ones.at[0, 9].set(jnp.nan)), of_early_tokens(ones), strict=True
+        ):
+            np.testing.assert_allclose(array, clean, rtol=1e-5, atol=1e-6)
 
     def test_bfloat16(self, fuse: Fuse, draw: Draw) -> None:
         """Everything between is float32: one rounding at the end."""
@@ -231,7 +245,34 @@ def test_lowered_for_a_gpu(width: int, kernel: int, dtype: type) -> None:
         .trace(inputs, **documents)
         .lower(lowering_platforms=("cuda",))
     )
-    assert lowered.as_text().count("mosaic_gpu") >= 4
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == 4
+
+
+def test_lowered_for_a_gpu_in_a_program_of_64_bits() -> None:
+    with jax.enable_x64(True):
+        inputs, documents = draw_inputs((1, 40, 2, 128, 4))
+        fuse = partial(gated_fusion.fuse, form=FORM, implementation="pallas_gpu")
+        traced = jax.jit(partial(forward_and_back, fuse)).trace(inputs, **documents)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 4
+
+
+def test_a_gpu_takes_a_batch_of_more_blocks_than_cuda_has_along_other_axes_than_the_first() -> None:
+    """2²² tokens: a block for every 8 or 32 of them, where CUDA ends at 65,535 but along one."""
+    hidden = jax.ShapeDtypeStruct((2**10, 2**12, 1, 128), jnp.bfloat16)
+    value = jax.ShapeDtypeStruct((2**10, 2**12, 128), jnp.bfloat16)
+    gain = jax.ShapeDtypeStruct((1, 128), jnp.float32)
+    fuse = partial(gated_fusion.fuse, form=FORM, implementation="pallas_gpu")
+
+    def run(*inputs: Array) -> tuple:
+        (out, gate), pullback = jax.vjp(fuse, *inputs)
+        return pullback((out, gate))
+
+    grids = re.findall(r"grid=\(([\d, ]+)\)", str(jax.make_jaxpr(run)(hidden, hidden, value, gain)))
+    assert len(grids) == 4
+    for grid in grids:
+        *others, _ = (int(size) for size in grid.split(",") if size.strip())
+        assert math.prod(others) < 2**16
 
 
 def test_an_unknown_implementation_is_refused() -> None:

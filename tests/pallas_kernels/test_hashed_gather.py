@@ -214,8 +214,12 @@ def test_float8_scales_make_rows_fit() -> None:
     assert not np.any(form.decode(form.encode(jnp.zeros((2, 96)))))
 
 
-def test_lowered_for_a_gpu() -> None:
-    """Without one: layouts and operations are checked, the machine code is not made."""
+@pytest.mark.parametrize("wide", [False, True])
+def test_lowered_for_a_gpu(wide: bool) -> None:
+    """Without one: layouts and operations are checked, the machine code is not made.
+
+    Also in a program of 64 bits.
+    """
     values, slots, order, cotangent = draw(300, 40, 4, 80)
 
     def run(values: Array, table: Array) -> tuple[Array, ...]:
@@ -225,8 +229,10 @@ def test_lowered_for_a_gpu() -> None:
         read = hashed_gather.read(table, slots, form, implementation="pallas_gpu")
         return out, pullback(cotangent)[0], read
 
-    traced = jax.jit(run).trace(values, jnp.zeros((300, 128), jnp.uint32))
-    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 3
+    with jax.enable_x64(wide):
+        traced = jax.jit(run).trace(values, jnp.zeros((300, 128), jnp.uint32))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 3
 
 
 @pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
