@@ -112,14 +112,21 @@ class Run(Program):
 
         Raises:
             InputError: the folder holds something else, the tokenizer does not fit the model,
-                sizes do not divide the mesh, or the other run's weights do not fit.
+                sizes do not divide the mesh, the run is beyond the configuration's steps, or the
+                other run's weights do not fit.
         """
         with together(f"begin the run in {folder}"):
             run = cls._check_start(config, folder, reschedule)
+            done = run.checkpoints.steps()
+            if done and done[-1] > config.train.steps:
+                raise InputError(
+                    f"{folder} is at step {done[-1]}, beyond train.steps {config.train.steps}; "
+                    "give more."
+                )
             run = replace(run, start_from=start_from, start_step=start_step)
             if start_step is not None and start_from is None:
                 raise InputError("--start-step chooses a checkpoint of --start-from; give both.")
-            if start_from is not None and not run.checkpoints.steps():
+            if start_from is not None and not done:
                 run.fitting(start_from).checkpoints.require(start_step)
         with together(f"write to {folder}"):
             if leads() and not (folder / "config.json").exists():

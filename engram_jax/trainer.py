@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from engram_jax.data.packing import Batch
 from engram_jax.data.pipeline import make_batches, prefetch_to_device
-from engram_jax.errors import InputError
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
 from engram_jax.layers.mixture_of_experts import balance
 from engram_jax.loss import token_losses
@@ -164,11 +163,6 @@ def train(
             run.checkpoints.require_space(run.abstract_state(), all_to_come=True)
         state = _first_state(run)
         step = int(state.step)
-        if step > config.train.steps:
-            raise InputError(
-                f"{run.folder} is at step {step}, beyond train.steps {config.train.steps}; give "
-                "more."
-            )
         train_step = make_train_step(run)
         scorer = make_scorer(run)
         log = None

@@ -272,7 +272,8 @@ def test_another_schedule_settles_the_tables_once(
     Run.start(longer, saved).restore()
     assert "settled" not in capsys.readouterr().out
     with pytest.raises(InputError, match="at step 9, beyond"):
-        train(Run.start(vary(longer, train={"steps": 8}), saved, reschedule=True))
+        Run.start(vary(longer, train={"steps": 8}), saved, reschedule=True)
+    assert load_config(saved / "config.json") == longer  # what is refused changes nothing
 
 
 def test_what_a_schedule_is_not_stays_refused(tiny: Config, saved: Path) -> None:
