@@ -1,4 +1,8 @@
-"""What only a GPU shows: kernels at the sizes of real layers, cuDNN, runs. Skipped elsewhere."""
+"""What only a GPU shows: kernels at the sizes of real layers, cuDNN, runs.
+
+Skipped elsewhere, CI included, which has none. On a GPU (`-k pallas_gpu` finds the kernels' other
+tests in tests/pallas_kernels): `JAX_PLATFORMS=cuda python -m pytest -n 0 tests/test_gpu.py`.
+"""
 
 from dataclasses import replace
 from functools import partial
