@@ -16,10 +16,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 
-from engram_jax.accounting import allocate
 from engram_jax.command_line import parse
+from engram_jax.costs.accounting import allocate
 from engram_jax.errors import InputError, one_sentence
-from engram_jax.processes import leads
+from engram_jax.processes import is_leader
 from engram_jax.run import Run
 from engram_jax.sampling import sample
 from engram_jax.trainer import Diverged, train
@@ -70,7 +70,7 @@ def main() -> None:
     )
     state = train(run, profile=options.profile)
     stopped = state.step < config.train.steps
-    if leads():
+    if is_leader():
         print(f"{run.folder} holds {int(state.step)} of {config.train.steps} steps.")
         python = "python" if "VIRTUAL_ENV" in os.environ else os.path.relpath(sys.executable)
         following = f"Next: {python} eval.py {run.folder}"

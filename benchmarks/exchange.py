@@ -16,7 +16,7 @@ import tyro
 from jax.sharding import AxisType
 from jaxtyping import Array
 
-from engram_jax.ahead_of_time import Cost, compile_cost, topology_mesh
+from engram_jax.costs.ahead_of_time import Cost, compile_cost, topology_mesh
 from engram_jax.errors import one_sentence
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import RecordLayout, Table

@@ -25,7 +25,7 @@ import tyro
 from jax.sharding import AxisType
 from jaxtyping import Array
 
-from engram_jax.ahead_of_time import topology_mesh
+from engram_jax.costs.ahead_of_time import topology_mesh
 from engram_jax.sharding import MeshConfig
 from pallas_kernels import gated_fusion, hashed_gather
 from pallas_kernels.gated_fusion import FusionForm

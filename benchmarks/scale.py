@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from engram_jax.accounting import account
-from engram_jax.ahead_of_time import compile_costs, topology_mesh
 from engram_jax.command_line import load_named_config
+from engram_jax.costs.accounting import account
+from engram_jax.costs.ahead_of_time import compile_costs, topology_mesh
 from engram_jax.errors import one_sentence
 from engram_jax.program import Program
 

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from benchmarks.throughput import Training
 from engram_jax.command_line import load_named_config
 from engram_jax.memory import lookup
-from engram_jax.memory.layout import RecordLayout, Rows, Table
+from engram_jax.memory.layout import RecordLayout, RowState, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan, plan_places
 from engram_jax.memory.row_adam import RowAdamConfig, make_row_adam
 from engram_jax.sharding import TOKEN_AXES, MeshConfig, make_mesh
@@ -57,7 +57,7 @@ def fill_table(rows: int) -> Table:
     @partial(jax.jit, donate_argnums=0)
     def fill(records: jax.Array, number: jax.Array) -> jax.Array:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), number), 4)
-        part = Rows(
+        part = RowState(
             value=jax.random.normal(keys[0], (CHUNK, WIDTH)),
             mean=1e-3 * jax.random.normal(keys[1], (CHUNK, WIDTH)),
             square=1e-6 * jax.random.uniform(keys[2], (CHUNK, WIDTH)),

@@ -23,7 +23,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from engram_jax.errors import DISK_FULL, InputError
-from engram_jax.processes import all_agree, leads, together
+from engram_jax.processes import all_agree, collective, is_leader
 
 try:
     from orbax.checkpoint import v1 as ocp
@@ -83,23 +83,23 @@ class Checkpoints:
         arrays = _named(state)
         final = self.folder / f"{step:08d}"
         partial = self.folder / f"{PARTIAL}{step:08d}"
-        with together(f"begin the checkpoint of step {step}"):
-            if leads():
+        with collective(f"begin the checkpoint of step {step}"):
+            if is_leader():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._tidy()
                 self.require_space(arrays)
                 partial.mkdir()
         try:
-            with together(f"write the checkpoint of step {step}"):
+            with collective(f"write the checkpoint of step {step}"):
                 with _orbax_context():
                     ocp.save(partial / STATE, arrays)
-                if leads():
+                if is_leader():
                     for file in files:
                         shutil.copy(file, partial)
                     _write_manifest(partial, step, self._identity, config, arrays)
                     self._publish(partial, final)
         except BaseException as error:
-            if leads():  # what a concurrent write of Orbax leaves here, the next save removes
+            if is_leader():  # what a concurrent write of Orbax leaves here, the next save removes
                 shutil.rmtree(partial, ignore_errors=True)
             if _is_disk_full(error):
                 raise self._full(arrays) from error
@@ -162,14 +162,14 @@ class Checkpoints:
             for name, leaf in _named(abstract).items()
         }
         for candidate in [step] if step is not None else reversed(found):
-            with together(f"read the checkpoint of step {candidate}"):
+            with collective(f"read the checkpoint of step {candidate}"):
                 damage = self._damage(candidate, wanted, partial)
             if all_agree(damage is None):
                 with _orbax_context(partial):
                     arrays = ocp.load(self.path(candidate) / STATE, wanted)
                 leaves = [arrays[name] for name in wanted]
                 return candidate, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-            if leads() and step is None:
+            if is_leader() and step is None:
                 print(
                     f"The checkpoint of step {candidate} is damaged ({damage or 'on a host'}): "
                     "falling back to the one before it.",
@@ -205,7 +205,7 @@ class Checkpoints:
         if partial:
             saved = {name: saved[name] for name in wanted if name in saved}
         _check_arrays(step, saved, _described(wanted))
-        if not leads():
+        if not is_leader():
             return None
         for name, saved in content["files"].items():
             path = folder / name

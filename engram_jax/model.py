@@ -26,7 +26,7 @@ from engram_jax.layers.latent_attention import LatentAttention, LatentAttentionC
 from engram_jax.layers.mixture_of_experts import ExpertsConfig, MixtureOfExperts
 from engram_jax.layers.norms import RMSNorm
 from engram_jax.layers.over_encoding import OverEncoding
-from engram_jax.parameters import Lookup
+from engram_jax.parameters import VocabularyMatrix
 from engram_jax.sharding import gather_parameters, split_axes
 
 type Memory = Mapping[int, Float[Array, "B T E"]]  # by layer id
@@ -272,7 +272,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, sites: MemorySites, *, rngs: nnx.Rngs) -> None:
         init = nnx.initializers.normal(0.02)
         self.embedding = nnx.Param(
-            init(rngs.params(), (config.vocabulary, config.width)), role=Lookup()
+            init(rngs.params(), (config.vocabulary, config.width)), role=VocabularyMatrix()
         )
         self.blocks = nnx.List(
             [
@@ -288,7 +288,7 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         if not config.tie_embeddings:
             self.head = nnx.Param(
-                init(rngs.params(), (config.vocabulary, config.width)), role=Lookup()
+                init(rngs.params(), (config.vocabulary, config.width)), role=VocabularyMatrix()
             )
         if sites.over_encoding:
             self.over_encoding = OverEncoding(

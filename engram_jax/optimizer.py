@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from engram_jax.errors import InputError
 from engram_jax.muon import scale_by_muon
-from engram_jax.parameters import Connection, Lookup, Matrix, Plain
+from engram_jax.parameters import Connection, Matrix, Plain, VocabularyMatrix
 from engram_jax.typing import PyTree
 
 
@@ -134,7 +134,7 @@ def _with_factors(
     """Multiplies updates, decay and all, by what the learning rate of their role is."""
     factor_of = {
         Matrix: config.matrix_factor,
-        Lookup: config.lookup_factor,
+        VocabularyMatrix: config.lookup_factor,
         Connection: config.connection_factor,
         Plain: 1.0,
     }

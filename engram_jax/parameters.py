@@ -1,6 +1,6 @@
 """What a parameter is to the optimizer and to the mesh, declared where the parameter is made.
 
-`nnx.Param(value, role=Matrix(…))` is a hidden matrix, `Lookup()` says embedding or head,
+`nnx.Param(value, role=Matrix(…))` is a hidden matrix, `VocabularyMatrix()` says embedding or head,
 `Connection()` a part of a hyper-connection; anything else has no role: a gain, a bias, a tap of a
 convolution, a router of experts. These and connections are computed in float32.
 """
@@ -30,7 +30,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Lookup:
+class VocabularyMatrix:
     """The embedding of the tokens, or the head that scores them."""
 
 
@@ -44,7 +44,7 @@ class Connection(Plain):
     """What makes the mappings of a hyper-connection."""
 
 
-type Role = Matrix | Lookup | Plain
+type Role = Matrix | VocabularyMatrix | Plain
 
 
 def role_of(variable: nnx.Variable) -> Role:

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from engram_jax.errors import InputError
 
 
-def leads() -> bool:
+def is_leader() -> bool:
     """Whether this process writes what one must write: folders, logs, manifests."""
     return jax.process_index() == 0
 
@@ -23,7 +23,7 @@ def all_agree(here: bool) -> bool:
 
 
 @contextmanager
-def together(what: str) -> Iterator[None]:
+def collective(what: str) -> Iterator[None]:
     """Runs the same block on all processes; if it raises on one, it raises on all.
 
     A block that itself waits for the others, as a collective write does, is left by all or none.

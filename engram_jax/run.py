@@ -28,7 +28,7 @@ from engram_jax.hashing import NgramHash
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table
 from engram_jax.optimizer import OptimizerConfig
-from engram_jax.processes import leads, together
+from engram_jax.processes import collective, is_leader
 from engram_jax.program import Program, make_config_row_adam, without_foreign_kernels
 from engram_jax.sharding import MeshConfig, make_mesh, platform_of
 from engram_jax.tokenizer import Tokenizer, load_tokenizer
@@ -115,7 +115,7 @@ class Run(Program):
                 sizes do not divide the mesh, the run is beyond the configuration's steps, or the
                 other run's weights do not fit.
         """
-        with together(f"begin the run in {folder}"):
+        with collective(f"begin the run in {folder}"):
             run = cls._check_start(config, folder, reschedule)
             done = run.checkpoints.steps()
             if done and done[-1] > config.train.steps:
@@ -128,12 +128,12 @@ class Run(Program):
                 raise InputError("--start-step chooses a checkpoint of --start-from; give both.")
             if start_from is not None and not done:
                 run.fitting(start_from).checkpoints.require(start_step)
-        with together(f"write to {folder}"):
-            if leads() and not (folder / "config.json").exists():
+        with collective(f"write to {folder}"):
+            if is_leader() and not (folder / "config.json").exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 with _locked(folder):
                     run._write_beginning()
-            elif leads() and reschedule:
+            elif is_leader() and reschedule:
                 with _locked(folder):
                     save_config(config, folder / "config.json")
         return run
@@ -217,8 +217,8 @@ class Run(Program):
             InputError: one does already.
         """
         with ExitStack() as stack:
-            with together(f"train in {self.folder}"):
-                if leads():
+            with collective(f"train in {self.folder}"):
+                if is_leader():
                     stack.enter_context(_locked(self.folder))
                 _check_same(self.config, self.folder)  # somebody may have begun another since
             yield
@@ -276,7 +276,7 @@ class Run(Program):
         theirs = load_config(self.checkpoints.path(checkpoint) / "config.json")
         if not tables or _row_adam_facts(theirs) == _row_adam_facts(self.config):
             return tables
-        if leads():
+        if is_leader():
             print(
                 f"The checkpoint of step {checkpoint} in {self.checkpoints.folder} had another row "
                 "optimizer or schedule; what that one owes its idle rows is settled now."

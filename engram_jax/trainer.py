@@ -27,7 +27,7 @@ from engram_jax.memory import lookup
 from engram_jax.memory.plan import MemoryPlan
 from engram_jax.metrics import MetricsLog, read_metrics
 from engram_jax.model import Report
-from engram_jax.processes import all_agree, leads, together
+from engram_jax.processes import all_agree, collective, is_leader
 from engram_jax.program import Program
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState
@@ -159,15 +159,15 @@ def train(
     config = run.config
     with jax.set_mesh(run.mesh), run.exclusively(), ExitStack() as stack:
         corpora = run.corpora()
-        with together("find room for the checkpoints"):
+        with collective("find room for the checkpoints"):
             run.checkpoints.require_space(run.abstract_state(), all_to_come=True)
         state = _first_state(run)
         step = int(state.step)
         train_step = make_train_step(run)
         scorer = make_scorer(run)
         log = None
-        with together("open the log"):
-            if leads():
+        with collective("open the log"):
+            if is_leader():
                 log = stack.enter_context(MetricsLog(run.folder, resume_step=step))
         with (
             _stop_signal() as stopped,
@@ -189,7 +189,7 @@ def train(
                 total=config.train.steps,
                 initial=step,
                 unit="step",
-                disable=not leads(),
+                disable=not is_leader(),
                 mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants few lines
             ) as bar,
         ):
@@ -208,7 +208,7 @@ def train(
                 return is_due(step, config.train.evaluate_every, config.train.steps)
 
             # A run that was killed between a save and the evaluation of that step lacks its line.
-            if step and evaluates(step) and all_agree(not leads() or _lacks_score(run, step)):
+            if step and evaluates(step) and all_agree(not is_leader() or _lacks_score(run, step)):
                 evaluate()
             for batch in prefetch_to_device(batches, run.put):
                 if step == config.train.steps or stopped(step):
@@ -320,12 +320,12 @@ def _first_state(run: Run) -> TrainState:
     """The newest checkpoint's state, or a new one, perhaps with another run's weights."""
     start_from = run.start_from
     if run.checkpoints.steps():
-        if start_from is not None and leads():
+        if start_from is not None and is_leader():
             print(f"{run.folder} has checkpoints: it goes on with them, not from {start_from}.")
         return run.restore()
     if start_from is None:
         return run.initial_state()
-    with together(f"start from {start_from}"):
+    with collective(f"start from {start_from}"):
         other = run.fitting(start_from)
     # Their checkpoints, in the shapes and on the devices of this run.
     weights = replace(run, checkpoints=other.checkpoints).restore_weights(run.start_step)
@@ -334,7 +334,7 @@ def _first_state(run: Run) -> TrainState:
         for layer, table in weights.tables.items()
     }
     state = run.first_state(replace(weights, tables=tables))
-    if leads():
+    if is_leader():
         print(f"{run.folder} begins with the weights of step {int(weights.step)} of {start_from}.")
     run.save(state)  # or a run killed before its first checkpoint would forget where it came from
     return state

@@ -9,7 +9,6 @@ import jax
 import pytest
 from tiny_runs import vary
 
-from engram_jax.ahead_of_time import abstract_batch
 from engram_jax.command_line import load_named_config, named_configs
 from engram_jax.config import (
     Config,
@@ -19,6 +18,7 @@ from engram_jax.config import (
     load_config,
     save_config,
 )
+from engram_jax.costs.ahead_of_time import abstract_batch
 from engram_jax.errors import InputError
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.engram import EngramConfig

@@ -12,19 +12,19 @@ from flax import nnx
 from engram_jax.layers.hyper_connections import HyperConnectionsConfig
 from engram_jax.layers.latent_attention import LatentAttentionConfig
 from engram_jax.layers.mixture_of_experts import ExpertsConfig
-from engram_jax.memory.layout import Rows
+from engram_jax.memory.layout import RowState
 from engram_jax.memory.row_adam import RowAdamConfig, make_row_adam
 from engram_jax.model import Decoder, DecoderConfig, MemorySites
 from engram_jax.muon import scale_by_muon
 from engram_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from engram_jax.parameters import Connection, Lookup, Matrix, Plain, roles
+from engram_jax.parameters import Connection, Matrix, Plain, VocabularyMatrix, roles
 from engram_jax.sharding import MeshConfig, make_mesh, parameter_sharding
 from engram_jax.typing import Parameters, PyTree
 
 type Choice = Literal["adam", "muon"]
 
 ROLES = {
-    "embedding": Lookup(),
+    "embedding": VocabularyMatrix(),
     "block": {
         "gain": Plain(),
         "up": Matrix(),
@@ -214,7 +214,7 @@ def test_exact_row_adam_owes_idle_rows_the_steps_of_the_schedule(written: int) -
     config = RowAdamConfig(form="exact", factor=1.0)
     adam = make_row_adam(config, schedule, 100)
     nothing = jnp.zeros((1, 1))
-    row = Rows(nothing, nothing, nothing, jnp.zeros(1, jnp.int32))
+    row = RowState(nothing, nothing, nothing, jnp.zeros(1, jnp.int32))
     row = adam.update(row, jnp.full((1, 1), 0.3), jnp.int32(written - 1))
     rates = np.asarray(schedule(np.arange(100)), np.float64)
     value = mean = square = 0.0

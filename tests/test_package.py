@@ -22,7 +22,7 @@ def test_every_public_name_is_there() -> None:
 def test_host_modules_import_no_jax() -> None:
     program = """
 import importlib, sys
-for module in ("hashing", "compression", "tokenizer", "memory.plan", "memory.statistics"):
+for module in ("hashing", "compression", "tokenizer", "memory.plan", "evaluation.statistics"):
     importlib.import_module(f"engram_jax.{module}")
     assert "jax" not in sys.modules, f"{module} imports JAX"
 """

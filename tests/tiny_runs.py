@@ -22,7 +22,7 @@ from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.hyper_connections import HyperConnectionsConfig
 from engram_jax.layers.latent_attention import LatentAttentionConfig
 from engram_jax.layers.mixture_of_experts import ExpertsConfig
-from engram_jax.memory.layout import Rows, Table
+from engram_jax.memory.layout import RowState, Table
 from engram_jax.memory.places import stored_places
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.metrics import read_metrics
@@ -130,7 +130,7 @@ def use_rows(table: Table, steps: int) -> Table:
     return _with_rows(table, rows._replace(mean=mean, square=mean**2, clock=clock))
 
 
-def _with_rows(table: Table, rows: Rows) -> Table:
+def _with_rows(table: Table, rows: RowState) -> Table:
     records = table.layout.pack(jax.tree.map(jnp.asarray, rows))
     return replace(table, records=jax.device_put(records, table.records.sharding))
 

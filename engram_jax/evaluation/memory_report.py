@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 
 from engram_jax.data.pipeline import mix_rows
 from engram_jax.evaluation.held_out import ScoredBatch, Suppress
-from engram_jax.files import written_whole
-from engram_jax.memory.statistics import (
+from engram_jax.evaluation.statistics import (
     BinMeans,
     NgramCounts,
     count_full_collisions,
@@ -31,6 +30,7 @@ from engram_jax.memory.statistics import (
     ngram_keys,
     row_occupancy,
 )
+from engram_jax.files import written_whole
 from engram_jax.run import Run
 from engram_jax.train_state import Weights
 

@@ -44,7 +44,7 @@ class StorageConfig:
     second_moment: Literal["element", "row"] = "element"
 
 
-class Rows(NamedTuple):
+class RowState(NamedTuple):
     """Rows with their state in Adam, unpacked.
 
     Attributes:
@@ -96,7 +96,9 @@ class RecordLayout:
         """Which word is the clock."""
         return sum(part.words for part in self._parts)
 
-    def pack(self, rows: Rows, noise: UInt32[Array, "n"] | None = None) -> UInt32[Array, "n words"]:
+    def pack(
+        self, rows: RowState, noise: UInt32[Array, "n"] | None = None
+    ) -> UInt32[Array, "n words"]:
         """Records of rows.
 
         Args:
@@ -114,14 +116,14 @@ class RecordLayout:
         padding = jnp.zeros((len(rows.clock), self.words - used), jnp.uint32)
         return jnp.concatenate([*words, padding], axis=1)
 
-    def unpack(self, records: UInt32[Array, "n words"]) -> Rows:
+    def unpack(self, records: UInt32[Array, "n words"]) -> RowState:
         """Rows of records."""
         start, parts = 0, []
         for form in self._parts:
             parts.append(form.decode(records[:, start : start + form.words]))
             start += form.words
         value, mean, square = parts
-        return Rows(value, mean, square, self.clocks(records))
+        return RowState(value, mean, square, self.clocks(records))
 
     def clocks(self, records: UInt32[Array, "n words"]) -> Int32[Array, "n"]:
         """Clocks of records; nothing else of them is read."""
@@ -144,7 +146,7 @@ class Table:
     layout: RecordLayout = field(metadata={"static": True})
     layer: int = field(metadata={"static": True})
 
-    def unpack(self) -> Rows:
+    def unpack(self) -> RowState:
         """All rows; on the device, a copy of the table."""
         return self.layout.unpack(self.records)
 
@@ -168,7 +170,7 @@ def init_table(key: Array, rows: int, layout: RecordLayout, layer: int, scale: f
     value = scale * jax.random.normal(key, (rows, layout.width))
     nothing = jnp.zeros_like(value)
     square = nothing[:, :1] if layout.storage.second_moment == "row" else nothing
-    records = layout.pack(Rows(value, nothing, square, jnp.zeros(rows, jnp.int32)))
+    records = layout.pack(RowState(value, nothing, square, jnp.zeros(rows, jnp.int32)))
     return Table(records, layout, layer)
 
 

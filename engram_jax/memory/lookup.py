@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from engram_jax.memory.exchange import Route
-from engram_jax.memory.layout import Rows, Table, mix
+from engram_jax.memory.layout import RowState, Table, mix
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.sharding import TOKEN_AXES
@@ -257,7 +257,7 @@ def _further_rounds[State](
     return jax.lax.while_loop(lambda carry: carry[0] < route.rounds, body, (jnp.int32(1), state))[1]
 
 
-def _gather(table: Table, rows: Int32[Array, "n"], *, distinct: bool = False) -> Rows:
+def _gather(table: Table, rows: Int32[Array, "n"], *, distinct: bool = False) -> RowState:
     """Reads rows; numbers beyond the table read as zeros."""
     records = table.records.at[rows].get(
         mode="fill", fill_value=0, indices_are_sorted=distinct, unique_indices=distinct
@@ -265,7 +265,7 @@ def _gather(table: Table, rows: Int32[Array, "n"], *, distinct: bool = False) ->
     return table.layout.unpack(records)
 
 
-def _scatter(table: Table, rows: Int32[Array, "n"], new: Rows, step: Int32[Array, ""]) -> Table:
+def _scatter(table: Table, rows: Int32[Array, "n"], new: RowState, step: Int32[Array, ""]) -> Table:
     """The table with distinct ascending rows replaced; those beyond it are dropped."""
     # Random bits by table, row of the whole table and step, hence the same on every mesh.
     place = rows + jax.lax.axis_index(TOKEN_AXES) * len(table.records)

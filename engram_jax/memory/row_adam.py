@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int32
 
 from engram_jax.errors import InputError
 from engram_jax.memory.drift import Drift, make_drift
-from engram_jax.memory.layout import Rows
+from engram_jax.memory.layout import RowState
 
 type Schedule = Callable[[Array], Array]  # learning rate by the number of finished steps
 type RowAdamForm = Literal["exact", "lazy"]
@@ -83,7 +83,7 @@ class RowAdam:
         one = jnp.where(step >= 0, jnp.float32(1), 0)  # as the compiler cannot know
         return replace(self, drift=jax.tree.map(lambda part: part * one, self.drift))
 
-    def current(self, gathered: Rows, step: Int32[Array, ""]) -> Float[Array, "U F"]:
+    def current(self, gathered: RowState, step: Int32[Array, ""]) -> Float[Array, "U F"]:
         """The rows as the forward pass of step `step` + 1 reads them."""
         if self.drift is None:
             return gathered.value
@@ -91,7 +91,7 @@ class RowAdam:
         # differently, in programs of different meshes.
         return jax.lax.optimization_barrier(gathered.value + self._owed(gathered, step))
 
-    def settled(self, gathered: Rows, step: Int32[Array, ""]) -> Rows:
+    def settled(self, gathered: RowState, step: Int32[Array, ""]) -> RowState:
         """The rows with nothing owed up to step `step`; they go on from there as they would have.
 
         Exactly so in real numbers, not bit for bit: a run that settled is another run.
@@ -99,9 +99,11 @@ class RowAdam:
         if self.drift is None:
             return gathered
         value, (mean, square) = self.current(gathered, step), self._decayed(gathered, step)
-        return Rows(value, mean, square, jnp.where(gathered.clock > 0, step, 0))
+        return RowState(value, mean, square, jnp.where(gathered.clock > 0, step, 0))
 
-    def update(self, gathered: Rows, gradient: Float[Array, "U F"], step: Int32[Array, ""]) -> Rows:
+    def update(
+        self, gathered: RowState, gradient: Float[Array, "U F"], step: Int32[Array, ""]
+    ) -> RowState:
         """The rows, moments and clocks after step `step` + 1.
 
         Args:
@@ -125,14 +127,14 @@ class RowAdam:
         corrected_mean = _correct_bias(mean, config.b1, corrections)
         corrected_square = _correct_bias(square, config.b2, corrections)
         movement = corrected_mean / (jnp.sqrt(corrected_square) + config.eps)
-        return Rows(
+        return RowState(
             value=value - config.factor * self.schedule(step) * movement,
             mean=mean,
             square=square,
             clock=clock,
         )
 
-    def _owed(self, gathered: Rows, step: Int32[Array, ""]) -> Float[Array, "U F"]:
+    def _owed(self, gathered: RowState, step: Int32[Array, ""]) -> Float[Array, "U F"]:
         """How far dense Adam moved every row since it was last written, up to step `step`.
 
         The whole drift from the last write on, less what is left of it at `step`.
@@ -159,7 +161,7 @@ class RowAdam:
         return -self.config.factor * mean * total
 
     def _decayed(
-        self, gathered: Rows, step: Int32[Array, ""]
+        self, gathered: RowState, step: Int32[Array, ""]
     ) -> tuple[Float[Array, "U F"], Float[Array, "U #F"]]:
         """The moments at `step`, after the steps without a gradient."""
         idle = (step - gathered.clock).astype(jnp.float32)[:, None]

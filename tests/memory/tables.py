@@ -11,7 +11,7 @@ from jax import Array
 from engram_jax.compression import VocabularyProjection
 from engram_jax.hashing import HashSpec, NgramHash
 from engram_jax.memory import lookup
-from engram_jax.memory.layout import RecordLayout, Rows, Table
+from engram_jax.memory.layout import RecordLayout, RowState, Table
 from engram_jax.memory.places import stored_places
 from engram_jax.memory.plan import MemoryPlan, Planner, RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
@@ -102,4 +102,4 @@ def draw_table(
         square = jnp.where(touched, jax.random.uniform(keys[3], rows.shape), 0)
     if layout.storage.second_moment == "row":
         square = square[:, :1]
-    return put(mesh, Table(layout.pack(Rows(rows, mean, square, clock)), layout, LAYER))
+    return put(mesh, Table(layout.pack(RowState(rows, mean, square, clock)), layout, LAYER))

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from engram_jax.memory.layout import Rows
+from engram_jax.memory.layout import RowState
 from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, make_row_adam
 
 ROWS, WIDTH, STEPS = 300, 4, 2000
@@ -69,7 +69,7 @@ def by_row(config: RowAdamConfig, steps: int):
     adam: RowAdam = make_row_adam(config, schedule, steps)
 
     def run(start: jax.Array, gradients: jax.Array) -> jax.Array:
-        def step(table: Rows, numbered):
+        def step(table: RowState, numbered):
             number, gradient = numbered
             new = adam.update(table, gradient, number)
             touched = jnp.any(gradient != 0, axis=1)
@@ -79,7 +79,7 @@ def by_row(config: RowAdamConfig, steps: int):
             return jax.tree.map(pick, new, table), None
 
         nothing = jnp.zeros_like(start)
-        table = Rows(start, nothing, nothing, jnp.zeros(len(start), jnp.int32))
+        table = RowState(start, nothing, nothing, jnp.zeros(len(start), jnp.int32))
         table, _ = jax.lax.scan(step, table, (jnp.arange(len(gradients)), gradients))
         return adam.current(table, jnp.int32(len(gradients)))
 

@@ -8,20 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import Array
 
-from engram_jax.memory.layout import RecordLayout, Rows, StorageConfig, init_table, mix
+from engram_jax.memory.layout import RecordLayout, RowState, StorageConfig, init_table, mix
 from engram_jax.sharding import TABLE_RW, MeshConfig, make_mesh
 
 SMALLEST = StorageConfig("bfloat16", "bfloat16", "row")
 
 
-def draw_rows(layout: RecordLayout, count: int = 7) -> Rows:
+def draw_rows(layout: RecordLayout, count: int = 7) -> RowState:
     generator = np.random.default_rng(0)
     squares = 1 if layout.storage.second_moment == "row" else layout.width
     value, mean, square = (
         jnp.asarray(generator.normal(size=(count, width)), jnp.float32)
         for width in (layout.width, layout.width, squares)
     )
-    return Rows(value, mean, square**2, jnp.arange(count, dtype=jnp.int32))
+    return RowState(value, mean, square**2, jnp.arange(count, dtype=jnp.int32))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engram_jax.errors import InputError
 from engram_jax.memory.drift import make_drift
-from engram_jax.memory.layout import Rows
+from engram_jax.memory.layout import RowState
 from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, make_row_adam
 
 COUNT, WIDTH = 12, 3
@@ -22,16 +22,16 @@ def constant(rate: float):
     return lambda done: jnp.full(jnp.shape(done), rate, jnp.float32)
 
 
-def untouched(seed: int = 0, scale: float = 0.5) -> Rows:
+def untouched(seed: int = 0, scale: float = 0.5) -> RowState:
     values = scale * np.random.default_rng(seed).normal(size=(COUNT, WIDTH)).astype(np.float32)
     nothing = jnp.zeros((COUNT, WIDTH))
-    return Rows(jnp.asarray(values), nothing, nothing, jnp.zeros(COUNT, jnp.int32))
+    return RowState(jnp.asarray(values), nothing, nothing, jnp.zeros(COUNT, jnp.int32))
 
 
-def run(adam: RowAdam, rows: Rows, gradients: np.ndarray, touched: np.ndarray) -> Rows:
+def run(adam: RowAdam, rows: RowState, gradients: np.ndarray, touched: np.ndarray) -> RowState:
     """Updates the touched rows, step by step; gradients [steps, n, F], touched [steps, n]."""
 
-    def step(rows: Rows, numbered):
+    def step(rows: RowState, numbered):
         number, gradient, touched = numbered
         new = adam.update(rows, gradient, number)
         pick = jax.tree.map(lambda a: touched.reshape(-1, *[1] * (a.ndim - 1)), rows)

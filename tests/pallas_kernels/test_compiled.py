@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from engram_jax.ahead_of_time import topology_mesh
+from engram_jax.costs.ahead_of_time import topology_mesh
 from engram_jax.sharding import MeshConfig
 from pallas_kernels import gated_fusion, hashed_gather
 from pallas_kernels.gated_fusion import FusionForm

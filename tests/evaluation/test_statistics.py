@@ -9,10 +9,8 @@ from hypothesis import strategies as st
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
-from engram_jax.hashing import HashSpec, NgramHash
-from engram_jax.memory import statistics
-from engram_jax.memory.places import stored_places
-from engram_jax.memory.statistics import (
+from engram_jax.evaluation import statistics
+from engram_jax.evaluation.statistics import (
     count_full_collisions,
     count_ngrams,
     expected_full_collisions,
@@ -22,6 +20,8 @@ from engram_jax.memory.statistics import (
     ngram_keys,
     row_occupancy,
 )
+from engram_jax.hashing import HashSpec, NgramHash
+from engram_jax.memory.places import stored_places
 
 PROJECTION = VocabularyProjection(np.array([0, 1, 2, 1, 3, 4, 2], np.int32))
 

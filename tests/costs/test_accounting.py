@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 from tiny_runs import vary
 
-from engram_jax.accounting import account, allocate, count_flops, main
 from engram_jax.command_line import load_named_config
 from engram_jax.config import Config
+from engram_jax.costs.accounting import account, allocate, count_flops, main
 from engram_jax.errors import InputError
 from engram_jax.program import Program
 from engram_jax.sharding import MeshConfig, make_abstract_mesh

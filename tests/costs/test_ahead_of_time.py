@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tiny_runs import vary
 
-from engram_jax.ahead_of_time import (
+from engram_jax.command_line import load_named_config
+from engram_jax.costs.ahead_of_time import (
     Collective,
     Cost,
     abstract_batch,
@@ -17,7 +18,6 @@ from engram_jax.ahead_of_time import (
     read_collectives,
     topology_mesh,
 )
-from engram_jax.command_line import load_named_config
 from engram_jax.errors import InputError
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import RecordLayout, Table

@@ -1,0 +1,1 @@
+"""What a configuration costs, before it runs: counted, and compiled ahead of time."""
