@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Int64
 
-from engram_jax.data.packing import PackedRows, Rows, empty_rows
+from engram_jax.data.packing import Batch, PackedRows, empty_rows, place_rows
 from engram_jax.errors import InputError
 
 
@@ -57,13 +57,12 @@ class RowMixture:
             left, following, total = next_left, next_following, total - share
         raise AssertionError("the last source takes all that is left")
 
-    def rows(self, indices: Int64[np.ndarray, "B"]) -> Rows:
+    def rows(self, indices: Int64[np.ndarray, "B"]) -> Batch:
         """Return the rows of these numbers."""
         located = np.array([self.locate(int(index)) for index in indices], np.int64)
         packed = empty_rows(len(indices), self.sources[0].sequence_length)
         for number, source in enumerate(self.sources):
             chosen = located[:, 0] == number
             if chosen.any():
-                for whole, piece in zip(packed, source.rows(located[chosen, 1]), strict=True):
-                    whole[chosen] = piece
+                place_rows(packed, chosen, source.rows(located[chosen, 1]))
         return packed

@@ -4,62 +4,43 @@ Training and evaluation cut alike: documents follow one another as bos … eos, 
 stream's positions iT … iT+T, its last token being a target only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, Integer, UInt64
+from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt64
 
 from engram_jax.data.corpus import CorpusView
 from engram_jax.errors import InputError
 
 
-class Rows(NamedTuple):
-    """Packed rows.
+class Batch(NamedTuple):
+    """Packed rows of T tokens: [B, T], or [A, B, T] as the A micro-batches of an optimizer step.
+
+    NumPy arrays on the host, JAX arrays on the devices.
 
     Attributes:
-        tokens: the input ids.
+        tokens: the input ids; −1 is an image placeholder.
         targets: the id that follows each.
         target_mask: 1 where the target lies in the same document, otherwise 0.
         segments: which of the row's documents a token belongs to, from 1; 0 is padding.
         positions: position in the row's piece of that document, from 0.
+        documents: held-out rows: number of the token's document in the corpus's view (0 in padding,
+            where the mask is 0); None: not known.
+        plan: the `MemoryPlan` of the step; None: not planned, or a model without memory.
     """
 
-    tokens: Int32[np.ndarray, "B T"]
-    targets: Int32[np.ndarray, "B T"]
-    target_mask: Float32[np.ndarray, "B T"]
-    segments: Int32[np.ndarray, "B T"]
-    positions: Int32[np.ndarray, "B T"]
-
-
-class Batch(NamedTuple):
-    """The rows of one optimizer step, as A micro-batches (see `Rows`).
-
-    Attributes:
-        plan: the `MemoryPlan` of the step; None for a model without memory.
-    """
-
-    tokens: Int32[Any, "A B T"]
-    targets: Int32[Any, "A B T"]
-    target_mask: Float32[Any, "A B T"]
-    segments: Int32[Any, "A B T"]
-    positions: Int32[Any, "A B T"]
+    tokens: Int32[Any, "*A B T"]
+    targets: Int32[Any, "*A B T"]
+    target_mask: Float32[Any, "*A B T"]
+    segments: Int32[Any, "*A B T"]
+    positions: Int32[Any, "*A B T"]
+    documents: Int32[Any, "*A B T"] | None = None
     plan: Any = None
 
-
-class HeldOutRows(NamedTuple):
-    """Packed rows, with the document of every token.
-
-    Attributes:
-        documents: number of the token's document in the view (0 in padding, where the mask is 0).
-    """
-
-    tokens: Int32[np.ndarray, "B T"]
-    targets: Int32[np.ndarray, "B T"]
-    target_mask: Float32[np.ndarray, "B T"]
-    segments: Int32[np.ndarray, "B T"]
-    positions: Int32[np.ndarray, "B T"]
-    documents: Int32[np.ndarray, "B T"]
+    def map(self, change: Callable[[Any], Any]) -> "Batch":
+        """The batch with every array of the tokens changed, without its plan."""
+        return Batch(*(None if array is None else change(array) for array in self[:-1]))
 
 
 class _Stream(NamedTuple):
@@ -105,7 +86,7 @@ class PackedRows:
         """Pickle without the cached epochs."""
         return PackedRows, (self.documents, self.sequence_length, self.seed, self.source)
 
-    def rows(self, indices: Int64[np.ndarray, "B"]) -> Rows:
+    def rows(self, indices: Int64[np.ndarray, "B"]) -> Batch:
         """Return the rows of these numbers."""
         corpus = self.documents.corpus
         epochs, rows = np.divmod(indices, self.rows_per_epoch)
@@ -116,8 +97,7 @@ class PackedRows:
             cut = _cut(
                 corpus.ids, stream, rows[chosen], self.sequence_length, corpus.manifest.pad_id
             )
-            for whole, piece in zip(packed, cut[: len(packed)], strict=True):
-                whole[chosen] = piece
+            place_rows(packed, chosen, cut)
         return packed
 
     def _stream(self, epoch: int) -> _Stream:
@@ -130,16 +110,23 @@ class PackedRows:
         return self._epochs[epoch]
 
 
-def empty_rows(count: int, sequence_length: int) -> Rows:
+def empty_rows(count: int, sequence_length: int) -> Batch:
     """Return `count` rows to be filled."""
     shape = (count, sequence_length)
     tokens, targets, segments, positions = (np.empty(shape, np.int32) for _ in range(4))
-    return Rows(tokens, targets, np.empty(shape, np.float32), segments, positions)
+    return Batch(tokens, targets, np.empty(shape, np.float32), segments, positions)
+
+
+def place_rows(packed: Batch, chosen: Bool[np.ndarray, "B"], rows: Batch) -> None:
+    """Write `rows` to the chosen rows of `packed`; what `packed` lacks is left out."""
+    for whole, piece in zip(packed, rows, strict=True):
+        if whole is not None:
+            whole[chosen] = piece
 
 
 def pack_held_out(
     documents: CorpusView, sequence_length: int, batch_size: int
-) -> Iterator[HeldOutRows]:
+) -> Iterator[Batch]:
     """Cut documents, each once and in their order, into batches of `batch_size` rows.
 
     Every token but a document's bos is a target exactly once. Where the documents end, rows are
@@ -172,7 +159,7 @@ def _cut(
     rows: Int64[np.ndarray, "B"],
     sequence_length: int,
     pad_id: int,
-) -> HeldOutRows:
+) -> Batch:
     """Return rows of a stream, with padding beyond its end."""
     first = rows[:, None] * sequence_length
     places = first + np.arange(sequence_length + 1)
@@ -185,7 +172,7 @@ def _cut(
     same = (documents[:, 1:] == documents[:, :-1]) & inside[:, 1:]
     segments = np.where(inside, documents - documents[:, :1] + 1, 0)
     positions = np.where(inside, places - np.maximum(begins, first), 0)
-    return HeldOutRows(
+    return Batch(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
         target_mask=same.astype(np.float32),

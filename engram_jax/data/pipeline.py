@@ -76,7 +76,7 @@ class BatchBuilder:
         first = number * self.batch_size
         indices = first + np.arange(self.batch_size).reshape(self.accumulation, micro)
         rows = self.rows.rows(indices[:, mine].reshape(-1))
-        batch = Batch(*(field.reshape(self.accumulation, local, -1) for field in rows))
+        batch = rows.map(lambda field: field.reshape(self.accumulation, local, -1))
         if self.planner is None:
             return batch
         return batch._replace(plan=self.planner(batch.tokens, batch.segments))

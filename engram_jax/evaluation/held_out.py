@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Float32, Float64
 
 from engram_jax.data.corpus import Corpus, CorpusView
-from engram_jax.data.packing import Batch, HeldOutRows, pack_held_out
+from engram_jax.data.packing import Batch, pack_held_out
 from engram_jax.loss import token_losses
 from engram_jax.memory import lookup
 from engram_jax.memory.plan import MemoryPlan
@@ -37,7 +37,7 @@ class ScoredBatch(NamedTuple):
     """
 
     source: str
-    rows: HeldOutRows
+    rows: Batch
     mask: Float32[np.ndarray, "B T"]
     losses: Float[np.ndarray, "B T"]
     gates: dict[int, Float[np.ndarray, "B T M"]]
@@ -149,7 +149,7 @@ def evaluate_held_out(
         documents = len(corpus.held_out)
         sums = DocumentSums(np.zeros(documents), np.zeros(documents))
         for packed in pack_held_out(corpus.held_out, data.sequence_length, rows):
-            batch = _own_rows(Batch(*(field[None] for field in packed[:-1])))
+            batch = _own_rows(packed._replace(documents=None).map(lambda field: field[None]))
             if planner:
                 batch = batch._replace(plan=planner(batch.tokens, batch.segments))
             read = multihost_utils.process_allgather(scorer(weights, run.put(batch)), tiled=True)
@@ -203,7 +203,7 @@ def _own_rows(batch: Batch) -> Batch:
     """This process's rows of a batch that every process built whole."""
     rows = batch.tokens.shape[1] // jax.process_count()
     mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-    return jax.tree.map(lambda field: field[:, mine], batch)
+    return batch.map(lambda field: field[:, mine])
 
 
 def count_targets(view: CorpusView) -> int:
