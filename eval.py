@@ -98,7 +98,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     # The slow part last: what is wrong with a text or a setting shows at once.
     study = _study(run, weights) if weights.tables and options.statistics else None
-    scorer = make_scorer(run)
+    scorer = make_scorer(run.program)
     results: dict[str, Any] = {"run": run.config.name, "step": step}
     # What was scored in part does not replace the whole.
     name = "eval.json" if options.max_tokens is None else "eval_part.json"
@@ -123,7 +123,9 @@ def main(args: Sequence[str] | None = None) -> None:
         written += [options.run / "gates.html", options.run / "gates.png"]
         means = {str(layer): gates.mean() for layer, gates in gate_map.gates.items()}
         results["gates"] = {"text": text, "mean": means}
-    report = evaluate(run, scorer, weights, corpora, max_tokens=options.max_tokens, watch=study)
+    report = evaluate(
+        run.program, scorer, weights, corpora, max_tokens=options.max_tokens, watch=study
+    )
     print(format_report(report))
     results["held_out"] = to_json(report)
     if study:

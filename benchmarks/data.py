@@ -16,7 +16,7 @@ import tyro
 from configs.default import config
 from engram_jax.data.pipeline import make_batches
 from engram_jax.run import Run
-from engram_jax.trainer import make_train_step
+from engram_jax.train_step import make_train_step
 
 
 def main(workers: int = 0, repeats: int = 7, batches: int = 100, steps: int = 10) -> None:
@@ -41,7 +41,7 @@ def main(workers: int = 0, repeats: int = 7, batches: int = 100, steps: int = 10
         }
 
         def time_pipeline(with_plan: bool) -> float:
-            planner = run.planner() if with_plan else None
+            planner = run.program.planner() if with_plan else None
             with make_batches(corpora, data.weights, planner=planner, **sizes) as stream:
                 for _ in range(data.prefetch + 1):  # what was built ahead costs nothing
                     next(stream)
@@ -50,18 +50,20 @@ def main(workers: int = 0, repeats: int = 7, batches: int = 100, steps: int = 10
                     next(stream)
                 return batches * tokens / (time.perf_counter() - start)
 
-        with jax.set_mesh(run.mesh):
-            train_step = make_train_step(run)
-            with make_batches(corpora, data.weights, planner=run.planner(), **sizes) as stream:
-                ready = [run.put(batch) for batch in islice(stream, steps)]
-            state, _ = train_step(run.initial_state(), ready[0])  # compiles
+        with run.program.use_mesh():
+            train_step, row_adam = make_train_step(run.program), run.program.row_adam
+            with make_batches(
+                corpora, data.weights, planner=run.program.planner(), **sizes
+            ) as stream:
+                ready = [run.program.put(batch) for batch in islice(stream, steps)]
+            state, _ = train_step(run.program.initial_state(), ready[0], row_adam)  # compiles
             rates: dict[str, list[float]] = {"plan": [], "rows": [], "model": []}
             for _ in range(repeats):
                 rates["plan"].append(time_pipeline(with_plan=True))
                 rates["rows"].append(time_pipeline(with_plan=False))
                 start = time.perf_counter()
                 for batch in ready:
-                    state, metrics = train_step(state, batch)
+                    state, metrics = train_step(state, batch, row_adam)
                 jax.block_until_ready((state, metrics))
                 rates["model"].append(steps * tokens / (time.perf_counter() - start))
 

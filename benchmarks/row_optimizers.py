@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-import jax
 import numpy as np
 import tyro
 
@@ -39,8 +38,8 @@ def held_out_loss(config: Config, folder: Path) -> float:
         run = Run.start(config, folder)
         state = train(run)
         prose = [corpus for corpus in run.corpora() if corpus.name in PROSE]
-        with jax.set_mesh(run.mesh):
-            scores = evaluate_held_out(run, make_scorer(run), state.weights, prose)
+        with run.program.use_mesh():
+            scores = evaluate_held_out(run.program, make_scorer(run.program), state.weights, prose)
         result.write_text(json.dumps(pool(list(scores.values())).loss))
         shutil.rmtree(folder / "checkpoints")
     loss: float = json.loads(result.read_text())

@@ -90,11 +90,11 @@ def touched_rows(rows: int) -> Advance:
     def step(table: Table, plan: tuple[RowPlan, SlotPlan], done: jax.Array) -> Table:
         row_plan, slots = plan
         read = lookup.read_rows(table, row_plan, adam, done)
-        memory, pullback = jax.vjp(lambda read: lookup.expand(read, slots), read)
+        memory, pullback = jax.vjp(lambda rows: lookup.expand(rows, slots), read.values)
         (gradient,) = pullback(memory)  # of its squares' sum, a gradient as good as any
         own = lookup.own_gradients(table, row_plan, gradient)
         scale = jnp.minimum(1, jax.lax.rsqrt(own.square_norm))
-        return lookup.update_rows(table, row_plan, gradient, own, scale, adam, done)
+        return lookup.update_rows(table, row_plan, gradient, own, read.own, scale, adam, done)
 
     table, done = put(fill_table(rows)), 1000
 

@@ -18,10 +18,10 @@ import tyro
 
 from engram_jax.command_line import load_named_config
 from engram_jax.config import Config
-from engram_jax.data.pipeline import make_batches, prefetch_to_device
+from engram_jax.data.pipeline import prefetch_to_device
 from engram_jax.errors import one_sentence
 from engram_jax.run import Run
-from engram_jax.trainer import make_train_step
+from engram_jax.train_step import make_train_step
 
 CONFIGS = ("dense", "over_encoding", "default")
 
@@ -31,27 +31,19 @@ class Training:
 
     def __init__(self, config: Config, folder: Path, stack: ExitStack) -> None:
         run = Run.start(config, folder)
-        stack.enter_context(jax.set_mesh(run.mesh))
-        batches = make_batches(
-            run.corpora(),
-            config.data.weights,
-            sequence_length=config.data.sequence_length,
-            batch_size=config.data.batch_size,
-            accumulation=config.train.accumulation,
-            planner=run.planner(),
-            workers=config.data.workers,
-            prefetch=config.data.prefetch,
-        )
-        self._batches = prefetch_to_device(stack.enter_context(batches), run.put)
-        self._step = make_train_step(run)
-        self._state = run.initial_state()
+        stack.enter_context(run.program.use_mesh())
+        batches = stack.enter_context(run.batches())
+        self._batches = prefetch_to_device(batches, run.program.put)
+        self._row_adam = run.program.row_adam
+        self._step = make_train_step(run.program)
+        self._state = run.program.initial_state()
         self.tokens = config.data.batch_size * config.data.sequence_length
 
     def advance(self, steps: int) -> float:
         """Trains that many steps and returns the seconds they took."""
         start = time.perf_counter()
         for _ in range(steps):
-            self._state, metrics = self._step(self._state, next(self._batches))
+            self._state, metrics = self._step(self._state, next(self._batches), self._row_adam)
         jax.block_until_ready((self._state, metrics))
         return time.perf_counter() - start
 

@@ -30,7 +30,8 @@ try:
 except ImportError:  # the path until Orbax moves it
     from orbax.checkpoint.experimental import v1 as ocp
 
-FORMAT = 3  # 1 had models whose embedding entered unscaled, 2 tables of four arrays
+FORMAT = 4  # 1 had models whose embedding entered unscaled, 2 tables of four arrays
+RECORD_AS_TEXT = 3  # format 3 named the form of the rows by a text that changed with the code
 STATE = "state"
 MANIFEST = "manifest.json"
 PARTIAL = "partial-"  # being written or removed
@@ -49,7 +50,7 @@ class Checkpoints:
     shared folder. Nothing on disk changes until the first `save`, so that others may read.
     """
 
-    def __init__(self, folder: Path, *, keep: int, identity: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, *, keep: int, identity: Mapping[str, Any]) -> None:
         """Raises InputError unless at least one checkpoint is to be kept."""
         if keep < 1:
             raise InputError(f"At least 1 checkpoint must be kept, not {keep}: raise `keep`.")
@@ -218,13 +219,16 @@ class Checkpoints:
         return None
 
     def _check_identity(self, step: int, content: Mapping[str, Any]) -> None:
-        if content["format"] != FORMAT:
+        if content["format"] not in (FORMAT, RECORD_AS_TEXT):
             raise InputError(
                 f"The checkpoint of step {step} in {self.folder} has format {content['format']}, "
                 f"and this version reads {FORMAT}: use the version that wrote it."
             )
         saved = content["identity"]
-        for name in sorted(saved.keys() | self._identity.keys()):
+        names = saved.keys() | self._identity.keys()
+        if content["format"] == RECORD_AS_TEXT:
+            names -= {"record"}  # the configuration and the arrays' shapes say the same
+        for name in sorted(names):
             if saved.get(name) != self._identity.get(name):
                 raise InputError(
                     f"The checkpoint of step {step} in {self.folder} was made with another {name} "
@@ -316,7 +320,7 @@ def _check_arrays(step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]
 def _write_manifest(
     folder: Path,
     step: int,
-    identity: Mapping[str, str],
+    identity: Mapping[str, Any],
     config: Mapping[str, Any],
     arrays: Mapping[str, jax.Array],
 ) -> None:

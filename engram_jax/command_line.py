@@ -15,11 +15,28 @@ from engram_jax.errors import InputError
 
 
 def named_configs() -> dict[str, str]:
-    """The named runs in configs/ and the first line of what each says of itself.
+    """The named runs in configs/, and one line about each.
 
     Raises:
         InputError: configs/ is not on Python's path, as outside the repository.
     """
+    return {name: line for name, (line, _) in _registry().items()}
+
+
+def load_named_config(name: str) -> Config:
+    """The configuration of this name in configs/.
+
+    Raises:
+        InputError: there is none; the sentence lists those there are.
+    """
+    known = _registry()
+    if name not in known:
+        raise InputError(f"There is no configuration {name!r}; there are {', '.join(known)}.")
+    return known[name][1]
+
+
+def _registry() -> dict[str, tuple[str, Config]]:
+    """Line and configuration by name: a file of configs/ holds `config`, or a `family` of them."""
     try:
         import configs
     except ModuleNotFoundError as error:
@@ -28,21 +45,12 @@ def named_configs() -> dict[str, str]:
             "from the repository's root."
         ) from error
 
-    folder = Path(configs.__path__[0])
-    names = sorted(path.stem for path in folder.glob("[!_]*.py"))
-    return {name: _module(name).__doc__.strip().splitlines()[0] for name in names}
-
-
-def load_named_config(name: str) -> Config:
-    """The configuration that configs/NAME.py defines.
-
-    Raises:
-        InputError: there is no such file; the sentence lists those there are.
-    """
-    known = named_configs()
-    if name not in known:
-        raise InputError(f"There is no configuration {name!r}; there are {', '.join(known)}.")
-    return _module(name).config
+    found: dict[str, tuple[str, Config]] = {}
+    for path in sorted(Path(configs.__path__[0]).glob("[!_]*.py")):
+        module = importlib.import_module(f"configs.{path.stem}")
+        line = (module.__doc__ or "").strip().splitlines()[0]
+        found |= getattr(module, "family", None) or {path.stem: (line, module.config)}
+    return found
 
 
 def parse[Options](
@@ -75,7 +83,7 @@ def parse[Options](
             ("config", Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]),
         ],
     )
-    runs = "\n".join(f"  {name:<16}{line}" for name, line in named_configs().items())
+    runs = "\n".join(f"  {name:<20}{line}" for name, line in named_configs().items())
     parsed, unknown = tyro.cli(
         command,
         default=command(options(), config),
@@ -114,7 +122,3 @@ def _flags(options: Any, prefix: str = "--") -> Iterator[str]:
             yield from _flags(value, f"{name}.")
         elif value is not None or not any(map(is_dataclass, get_args(field.type))):
             yield name
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f"configs.{name}")

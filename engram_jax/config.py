@@ -227,6 +227,9 @@ class Config:
             )
 
 
+_SECTIONS = {"name", "model", "memory", "data", "optimizer", "train", "mesh"}  # since version 0.1.0
+
+
 def save_config(config: Config, path: Path) -> None:
     """Writes a configuration as JSON, whole or not at all."""
     with written_whole(path) as partial:
@@ -234,13 +237,19 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def load_config(path: Path) -> Config:
-    """Reads what `save_config` wrote.
+    """Reads what `save_config` wrote, of this version or an earlier one.
+
+    A field that the file lacks takes its default, which always means what was done before the field
+    existed.
 
     Raises:
-        InputError: the file is missing or is not a configuration of this version.
+        InputError: the file is missing, or holds what this version does not know.
     """
     try:
-        return _from_plain(Config, json.loads(path.read_text()))
+        plain = json.loads(path.read_text())
+        if lacking := _SECTIONS - set(plain):
+            raise TypeError(f"it lacks {', '.join(sorted(lacking))}")
+        return _from_plain(Config, plain)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"No configuration at {path}; is this a run folder?") from error
     except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -251,15 +260,16 @@ def _from_plain(kind: Any, value: Any) -> Any:
     """Rebuilds nested dataclasses and tuples from what JSON made of them."""
     if isinstance(value, dict) and isinstance(kind, types.UnionType):
         members = [member for member in typing.get_args(kind) if is_dataclass(member)]
-        kind = next(
-            (m for m in members if {item.name for item in fields(m)} == set(value)), members[0]
-        )
+        kind = max(members, key=lambda member: len(_names(member) & set(value)))
     if isinstance(kind, type) and is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        known = {item.name for item in fields(kind)}
-        if known != set(value):
-            raise TypeError(f"{kind.__name__} has the fields {sorted(known)}, not {sorted(value)}")
+        if unknown := sorted(set(value) - _names(kind)):
+            raise TypeError(f"{kind.__name__} has no field {', '.join(unknown)}")
         return kind(**{name: _from_plain(hints[name], entry) for name, entry in value.items()})
     if isinstance(value, list):
         return tuple(value)
     return value
+
+
+def _names(kind: Any) -> set[str]:
+    return {item.name for item in fields(kind)}

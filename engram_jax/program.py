@@ -4,27 +4,32 @@ Needs no text, no tokenizer and no folder, nor the devices themselves: of a TPU 
 there it gives shapes and shardings to compile for. `run.Run` is a program with a folder.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config
 from engram_jax.data.packing import Batch
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
-from engram_jax.memory.layout import LANES, init_table
-from engram_jax.memory.plan import Planner
+from engram_jax.memory import lookup
+from engram_jax.memory.layout import LANES, Table, init_table
+from engram_jax.memory.lookup import OwnGradients, ReadRows
+from engram_jax.memory.plan import MemoryPlan, Planner, SlotPlan
 from engram_jax.memory.row_adam import RowAdam, make_row_adam
-from engram_jax.model import Decoder
+from engram_jax.model import Decoder, ExpertBias, Report
 from engram_jax.optimizer import make_optimizer, make_schedule
 from engram_jax.parameters import roles
+from engram_jax.platforms import NEEDS, foreign_kernels
 from engram_jax.sharding import (
     BATCH_ABT,
     ROWS_SU,
@@ -39,37 +44,22 @@ from engram_jax.sharding import (
 from engram_jax.train_state import TrainState, Weights
 from engram_jax.typing import Parameters, PyTree
 
-# Where implementations run that do not run everywhere.
-_NEEDS = {"cudnn": "gpu", "splash": "tpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
+
+class MicroBatch(NamedTuple):
+    """One of the A micro-batches of a step, or all of them, stacked.
+
+    Attributes:
+        batch: its tokens, without a plan.
+        slots: where they find their rows, by layer id.
+    """
+
+    batch: Batch
+    slots: dict[int, SlotPlan]
 
 
-def without_foreign_kernels(config: Config, platform: str) -> Config:
-    """The configuration, implementations of another platform than this left to be picked."""
-    for part in _foreign(config, platform):
-        *outer, name = part.split(".")
-        config = _replaced(config, outer, {name: None})
-    return config
-
-
-def _replaced(node: Any, path: Sequence[str], change: dict[str, Any]) -> Any:
-    """The dataclass with fields of a part of it replaced."""
-    if not path:
-        return replace(node, **change)
-    return replace(node, **{path[0]: _replaced(getattr(node, path[0]), path[1:], change)})
-
-
-def _foreign(config: Config, platform: str) -> dict[str, str]:
-    """The implementations that do not run on this platform, by field."""
-    chosen = {
-        "memory.gather": config.memory.gather,
-        "model.engram.implementation": config.model.engram.implementation,
-        "model.attention.implementation": config.model.attention.implementation,
-    }
-    return {
-        part: name
-        for part, name in chosen.items()
-        if name is not None and _NEEDS.get(name, platform) != platform
-    }
+def micro_batches(batch: Batch) -> MicroBatch:
+    """The A micro-batches of a step's batch, stacked."""
+    return MicroBatch(batch._replace(plan=None), batch.plan.slots if batch.plan else {})
 
 
 @dataclass(frozen=True)
@@ -84,7 +74,6 @@ class Program:
         roles: what every parameter is to optimizer and mesh.
         schedule: learning rate by step.
         optimizer: optimizer of the dense parameters.
-        row_adam: optimizer of the tables' rows.
     """
 
     config: Config
@@ -94,7 +83,6 @@ class Program:
     roles: PyTree
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
-    row_adam: RowAdam
 
     @classmethod
     def build(cls, config: Config, ngram_hash: NgramHash | None, mesh: AnyMesh) -> "Program":
@@ -116,9 +104,9 @@ class Program:
                 "memory.row_width; in float32, 22 is the least, and 42, 85 and 127 fill their "
                 "lines best."
             )
-        for part, chosen in _foreign(config, platform).items():
+        for part, chosen in foreign_kernels(config, platform).items():
             raise InputError(
-                f"--{part} {chosen} needs a {_NEEDS[chosen].upper()}, and this runs on {platform}; "
+                f"--{part} {chosen} needs a {NEEDS[chosen].upper()}, and this runs on {platform}; "
                 "leave the flag out."
             )
         rows = config.data.batch_size // config.train.accumulation
@@ -137,7 +125,6 @@ class Program:
             roles=roles(shapes),
             schedule=schedule,
             optimizer=make_optimizer(config.optimizer, schedule, roles(shapes)),
-            row_adam=make_config_row_adam(config),
         )
 
     @classmethod
@@ -151,6 +138,11 @@ class Program:
             return cls.build(config, None, mesh)
         identity = VocabularyProjection.identity(config.model.vocabulary)
         return cls.build(config, NgramHash.build(config.memory.hash_spec(0), identity), mesh)
+
+    def use_mesh(self) -> AbstractContextManager[object]:
+        """The context in which everything here is traced and run."""
+        context: AbstractContextManager[object] = jax.set_mesh(self.mesh)  # type: ignore[arg-type]
+        return context
 
     def planner(self) -> Planner | None:
         """The planner of this process's batches; None for a model without memory."""
@@ -177,9 +169,126 @@ class Program:
             places = places._replace(plan=places.plan._replace(rows=rows))
         return places
 
+    @cached_property
+    def row_adam(self) -> RowAdam:
+        """The optimizer of the tables' rows; its arrays lie on every device."""
+        whole = jax.NamedSharding(self.mesh, WHOLE)
+        return jax.tree.map(
+            lambda array: jax.device_put(array, whole), make_config_row_adam(self.config)
+        )
+
+    def abstract_row_adam(self) -> RowAdam:
+        """Shapes, dtypes and shardings of `row_adam`."""
+        whole = jax.NamedSharding(self.mesh, WHOLE)
+        return jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=whole),
+            make_config_row_adam(self.config),
+        )
+
+    def read_rows(
+        self, weights: Weights, plan: MemoryPlan | None, row_adam: RowAdam
+    ) -> dict[int, ReadRows]:
+        """Reads the distinct rows of a batch from every table, as the next forward pass sees them.
+
+        Args:
+            weights: the tables, and how many steps they are behind.
+            plan: the batch's plan; None is for a model without tables.
+            row_adam: the row optimizer, which gives each row's pending update.
+        """
+        if plan is None:
+            return {}
+        gather = self.config.memory.gather
+        return {
+            layer: lookup.read_rows(table, plan.rows[layer], row_adam, weights.step, gather)
+            for layer, table in weights.tables.items()
+        }
+
+    def forward(
+        self,
+        params: Parameters,
+        rows: Mapping[int, Float[Array, "S U F"]],
+        micro_batch: MicroBatch,
+        expert_bias: ExpertBias,
+    ) -> tuple[Float[Array, "B T V"], Report]:
+        """Logits of a micro-batch, and the report of the blocks.
+
+        Args:
+            params: the dense parameters.
+            rows: each device's distinct rows by layer id; a layer that is missing adds nothing.
+            micro_batch: tokens, and where they find their rows.
+            expert_bias: what balances the experts, by layer id.
+        """
+        batch, slots = micro_batch
+        memory = {
+            layer: lookup.expand(of_layer, slots[layer], self.config.memory.gather)
+            for layer, of_layer in rows.items()
+        }
+        decoder = nnx.merge(self.graph, params)
+        return decoder(batch.tokens, memory, batch.segments, batch.positions, expert_bias)
+
+    def own_gradients(
+        self,
+        tables: Mapping[int, Table],
+        plan: MemoryPlan | None,
+        gradients: Mapping[int, Float[Array, "S U F"]],
+    ) -> dict[int, OwnGradients]:
+        """Brings the row gradients of all devices to the rows' owners, by layer id."""
+        if plan is None:
+            return {}
+        return {
+            layer: lookup.own_gradients(tables[layer], plan.rows[layer], gradient)
+            for layer, gradient in gradients.items()
+        }
+
+    def update_rows(
+        self,
+        state: TrainState,
+        plan: MemoryPlan | None,
+        read: Mapping[int, ReadRows],
+        gradients: Mapping[int, Float[Array, "S U F"]],
+        by_owner: Mapping[int, OwnGradients],
+        scale: Float[Array, ""],
+        row_adam: RowAdam,
+    ) -> dict[int, Table]:
+        """All tables after the step; those without gradients (frozen ones) stay as they are.
+
+        Args:
+            state: the state before the step.
+            plan: the batch's plan.
+            read: what `read_rows` gave for this step.
+            gradients: of each device's distinct rows, by layer id.
+            by_owner: what `own_gradients` made of them.
+            scale: factor of all gradients (clipping).
+            row_adam: the row optimizer.
+        """
+        if plan is None:
+            return {}
+        return state.tables | {
+            layer: lookup.update_rows(
+                state.tables[layer],
+                plan.rows[layer],
+                gradient,
+                by_owner[layer],
+                read[layer].own,
+                scale,
+                row_adam,
+                state.step,
+            )
+            for layer, gradient in gradients.items()
+        }
+
+    def exchange_metrics(self, tables: Mapping[int, Table], plan: MemoryPlan) -> dict[str, Array]:
+        """Distinct rows asked for, rounds of the exchange and load of the fullest shard."""
+        metrics: dict[str, Array] = {}
+        for layer, rows in plan.rows.items():
+            metrics[f"rows_asked_{layer}"] = jnp.sum(rows.distinct)
+            metrics[f"exchange_rounds_{layer}"] = jnp.max(rows.rounds)
+            metrics[f"shard_load_{layer}"] = lookup.shard_load(tables[layer], rows)
+        return metrics
+
     def initial_state(self) -> TrainState:
         """The state before the first step, made where it lies."""
-        with jax.set_mesh(self.mesh):  # type: ignore[arg-type]  # of devices that are there
+        with self.use_mesh():
             return self.initializer()(jax.random.key(self.config.train.seed))
 
     def initializer(self) -> Callable[[jax.Array], TrainState]:
@@ -263,6 +372,6 @@ def make_config_row_adam(config: Config) -> RowAdam:
     """The row optimizer of a configuration."""
     adam = config.memory.adam
     if config.memory.frozen:
-        adam = replace(adam, form="lazy")  # which owes nothing
+        adam = replace(adam, form="lazy")  # no pending updates
     schedule = make_schedule(config.optimizer, config.train.steps)
     return make_row_adam(adam, schedule, config.train.steps)

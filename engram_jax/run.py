@@ -6,10 +6,10 @@ and what evaluation writes.
 """
 
 import json
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,27 @@ from engram_jax.checkpoint import Checkpoints
 from engram_jax.compression import project_vocabulary
 from engram_jax.config import Config, load_config, save_config
 from engram_jax.data.corpus import Corpus, build_corpus
-from engram_jax.data.pipeline import mix_rows
+from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
 from engram_jax.data.sources import resolve_source, source_name
 from engram_jax.errors import InputError
 from engram_jax.files import hold_lock, written_whole
 from engram_jax.hashing import NgramHash
+from engram_jax.identity import (
+    check_fitting,
+    check_same_run,
+    check_texts,
+    checkpoint_identity,
+    row_adam_facts,
+    stored_hash,
+)
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table
-from engram_jax.optimizer import OptimizerConfig
+from engram_jax.platforms import without_foreign_kernels
 from engram_jax.processes import collective, is_leader
-from engram_jax.program import Program, make_config_row_adam, without_foreign_kernels
+from engram_jax.program import Program, make_config_row_adam
 from engram_jax.sharding import MeshConfig, make_mesh, platform_of
 from engram_jax.tokenizer import Tokenizer, load_tokenizer
 from engram_jax.train_state import TrainState, Weights
-from engram_jax.typing import PyTree
 
 # What a start that was killed before it wrote config.json leaves in the folder.
 _BEGUN = {
@@ -42,39 +49,12 @@ _BEGUN = {
 }
 
 
-# What may change when a run is resumed: none of it changes what is learned.
-_CHANGEABLE = (
-    "memory.gather",
-    "model.attention.implementation",
-    "model.engram.implementation",
-    "model.experts.implementation",
-    "model.remat",
-    "model.scan",
-    "mesh.",
-    "data.workers",
-    "data.prefetch",
-    "data.cache",
-    "train.log_every",
-    "train.evaluate_",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-)
-
-
-# What may change if `reschedule` is given: how it goes on learning, from the newest checkpoint.
-_RESCHEDULABLE = (
-    *("train.steps", "memory.frozen"),
-    # All but which optimizers there are: their states differ.
-    *(f"optimizer.{f.name}" for f in fields(OptimizerConfig) if f.name != "matrices"),
-    *(f"memory.adam.{name}" for name in ("factor", "b1", "b2", "eps")),
-)
-
-
 @dataclass(frozen=True)
-class Run(Program):
-    """A program with a folder and a tokenizer. Make one with `Run.start` or `Run.open`.
+class Run:
+    """A folder, a tokenizer and a program. Make one with `Run.start` or `Run.open`.
 
     Attributes:
+        program: what the devices run.
         folder: the run folder.
         tokenizer: the tokenizer.
         checkpoints: the folder's checkpoints.
@@ -82,12 +62,17 @@ class Run(Program):
         start_step: which checkpoint of that run; None: the newest.
     """
 
-    mesh: jax.sharding.Mesh  # of devices that are there
+    program: Program
     folder: Path
     tokenizer: Tokenizer
     checkpoints: Checkpoints
     start_from: Path | None = None
     start_step: int | None = None
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.program.config
 
     @classmethod
     def start(
@@ -140,8 +125,8 @@ class Run(Program):
 
     def _write_beginning(self) -> None:
         """Writes what defines the run; config.json, last, says that all of it is there."""
-        if self.ngram_hash is not None:
-            self.ngram_hash.save(self.folder / "hash.json")
+        if self.program.ngram_hash is not None:
+            self.program.ngram_hash.save(self.folder / "hash.json")
         with written_whole(self.folder / "texts.json") as partial:
             partial.write_text(json.dumps(self._texts(), indent=1) + "\n")
         save_config(self.config, self.folder / "config.json")
@@ -152,9 +137,9 @@ class Run(Program):
         tokenizer, ngram_hash = _make_hash(config)
         resumes = (folder / "config.json").exists()
         if resumes:
-            _check_same(config, folder, reschedule=reschedule)
+            check_same_run(config, folder, reschedule=reschedule)
             if ngram_hash is not None:
-                ngram_hash = _stored_hash(ngram_hash, config, folder)
+                ngram_hash = stored_hash(ngram_hash, config, folder)
         elif folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; name a folder for the run.")
         elif folder.exists() and any(path.name not in _BEGUN for path in folder.iterdir()):
@@ -163,7 +148,7 @@ class Run(Program):
         data = config.data
         mix_rows(run.corpora(), data.weights, data.sequence_length, config.train.seed)
         if resumes:
-            _check_texts(run._texts(), folder)
+            check_texts(run._texts(), folder)
         return run
 
     def _texts(self) -> dict[str, Any]:
@@ -193,19 +178,14 @@ class Run(Program):
         ngram_hash: NgramHash | None,
         mesh: jax.sharding.Mesh,
     ) -> "Run":
-        program = Program.build(config, ngram_hash, mesh)
-        identity = {"tokenizer": tokenizer.fingerprint}
-        if ngram_hash is not None:
-            identity["hash"] = ngram_hash.fingerprint
-            identity["record"] = str(config.memory.layout)
         return cls(
-            **{item.name: getattr(program, item.name) for item in fields(program)},
+            program=Program.build(config, ngram_hash, mesh),
             folder=folder,
             tokenizer=tokenizer,
             checkpoints=Checkpoints(
                 folder / "checkpoints",
                 keep=config.train.keep_checkpoints,
-                identity=identity,
+                identity=checkpoint_identity(tokenizer, ngram_hash, config.memory.layout),
             ),
         )
 
@@ -220,18 +200,27 @@ class Run(Program):
             with collective(f"train in {self.folder}"):
                 if is_leader():
                     stack.enter_context(_locked(self.folder))
-                _check_same(self.config, self.folder)  # somebody may have begun another since
+                check_same_run(self.config, self.folder)  # somebody may have begun another since
             yield
 
     def corpora(self, sources: Sequence[str] = ()) -> list[Corpus]:
-        """The corpora, tokenized now if they are not in the cache; by default those of the run.
+        """The corpora of these sources, tokenized now if they are not in the cache.
+
+        Args:
+            sources: shipped corpora or paths; by default those of the run.
 
         Raises:
             InputError: a source cannot be read (see `build_corpus`), has nothing held out, or has
                 another's name.
         """
+        return self._read_corpora(sources) if sources else list(self._own_corpora)
+
+    @cached_property
+    def _own_corpora(self) -> list[Corpus]:
+        return self._read_corpora(self.config.data.sources)
+
+    def _read_corpora(self, sources: Sequence[str]) -> list[Corpus]:
         data = self.config.data
-        sources = sources or data.sources
         names = [source_name(resolve_source(source)) for source in sources]
         for name in names:
             if names.count(name) > 1:
@@ -251,6 +240,24 @@ class Run(Program):
                 )
         return corpora
 
+    def batches(self, first_batch: int = 0) -> BatchIterator:
+        """This process's training batches from a number on; close them (see `make_batches`)."""
+        data, train = self.config.data, self.config.train
+        return make_batches(
+            self.corpora(),
+            data.weights,
+            sequence_length=data.sequence_length,
+            batch_size=data.batch_size,
+            accumulation=train.accumulation,
+            seed=train.seed,
+            planner=self.program.planner(),
+            first_batch=first_batch,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=data.workers,
+            prefetch=data.prefetch,
+        )
+
     def restore(self, step: int | None = None) -> TrainState:
         """The newest intact checkpoint's state, or a given step's.
 
@@ -260,12 +267,12 @@ class Run(Program):
         Raises:
             InputError: there is none, or it belongs to another tokenizer, hash or model.
         """
-        found, state = self.checkpoints.restore(self.abstract_state(), step)
+        found, state = self.checkpoints.restore(self.program.abstract_state(), step)
         return replace(state, tables=self._take_over(found, state.tables, state.step))
 
     def restore_weights(self, step: int | None = None) -> Weights:
         """As `restore`, without the state of the dense parameters' optimizer."""
-        abstract = self.abstract_state().weights
+        abstract = self.program.abstract_state().weights
         found, weights = self.checkpoints.restore(abstract, step, partial=True)
         return replace(weights, tables=self._take_over(found, weights.tables, weights.step))
 
@@ -274,17 +281,17 @@ class Run(Program):
     ) -> dict[int, Table]:
         """A checkpoint's tables for this run's row optimizer."""
         theirs = load_config(self.checkpoints.path(checkpoint) / "config.json")
-        if not tables or _row_adam_facts(theirs) == _row_adam_facts(self.config):
+        if not tables or row_adam_facts(theirs) == row_adam_facts(self.config):
             return tables
         if is_leader():
             print(
                 f"The checkpoint of step {checkpoint} in {self.checkpoints.folder} had another row "
-                "optimizer or schedule; what that one owes its idle rows is settled now."
+                "optimizer or schedule; the pending updates of its idle rows are applied now."
             )
-        owes, keep = make_config_row_adam(theirs), not self.config.memory.frozen
-        with jax.set_mesh(self.mesh):
+        before, keep = make_config_row_adam(theirs), not self.config.memory.frozen
+        with self.program.use_mesh():
             return {
-                layer: lookup.settle(table, owes, step, keep_moments=keep)
+                layer: lookup.settle(table, before, step, keep_moments=keep)
                 for layer, table in tables.items()
             }
 
@@ -295,36 +302,12 @@ class Run(Program):
             InputError: there is none, or its tokenizer, hash or sizes are others.
         """
         other = Run.open(folder)
-        if other.tokenizer.fingerprint != self.tokenizer.fingerprint:
-            raise InputError(
-                f"{folder} has another tokenizer than this run, so its embeddings mean other "
-                "tokens; give this run the same data.tokenizer."
-            )
-        ours, theirs = self.ngram_hash, other.ngram_hash
-        if ours and theirs and ours.fingerprint != theirs.fingerprint:
-            raise InputError(
-                f"{folder} hashes with {theirs.fingerprint}, this run with {ours.fingerprint}: its "
-                "table rows would mean other n-grams. Give this run the same memory and tokenizer."
-            )
-        if ours and self.config.memory.layout != other.config.memory.layout:
-            raise InputError(
-                f"{folder} stores its rows as {other.config.memory.layout}, this run as "
-                f"{self.config.memory.layout}; give this run the same memory.row_width and "
-                "memory.storage."
-            )
-        wanted, found = (_shapes(run.abstract_state().weights) for run in (self, other))
-        for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                raise InputError(
-                    f"The model in {folder} has other weights than this run: at {name} "
-                    f"{found.get(name, 'nothing')} there, {wanted.get(name, 'nothing')} here; give "
-                    "this run the same model and memory sizes."
-                )
+        check_fitting(folder, (self.program, self.tokenizer), (other.program, other.tokenizer))
         return other
 
     def save(self, state: TrainState) -> Path:
         """Saves the state as a checkpoint of its step, with the configuration and the hash."""
-        names = ["config.json", *(["hash.json"] if self.ngram_hash else [])]
+        names = ["config.json", *(["hash.json"] if self.program.ngram_hash else [])]
         return self.checkpoints.save(
             int(state.step),
             state,
@@ -365,105 +348,3 @@ def _make_hash(config: Config) -> tuple[Tokenizer, NgramHash | None]:
         return tokenizer, None
     spec = config.memory.hash_spec(tokenizer.pad_id)
     return tokenizer, NgramHash.build(spec, project_vocabulary(tokenizer))
-
-
-def _row_adam_facts(config: Config) -> tuple[Any, ...]:
-    """What `make_config_row_adam` depends on."""
-    optimizer = config.optimizer
-    schedule = (
-        *(optimizer.learning_rate, optimizer.warmup_steps),
-        *(optimizer.decay, optimizer.final_fraction),
-    )
-    return config.memory.adam, config.memory.frozen, schedule, config.train.steps
-
-
-def _stored_hash(ours: NgramHash, config: Config, folder: Path) -> NgramHash:
-    """The hash that a folder's run began with, whatever multipliers NumPy draws today."""
-    stored = NgramHash.load(folder / "hash.json")
-    if stored.projection.fingerprint != ours.projection.fingerprint:
-        raise InputError(
-            f"{folder} was hashed for another tokenizer than {config.data.tokenizer!r}; restore "
-            "that tokenizer or start another run."
-        )
-    if stored.spec != ours.spec:
-        raise InputError(
-            f"{folder / 'hash.json'} is of another memory than {folder / 'config.json'}: "
-            f"{stored.spec} there, {ours.spec} here; restore it from a checkpoint's folder."
-        )
-    return stored
-
-
-def _check_same(config: Config, folder: Path, *, reschedule: bool = False) -> None:
-    stored = load_config(folder / "config.json")
-    ours, theirs = _flatten(asdict(config)), _flatten(asdict(stored))
-    changeable = _CHANGEABLE + (_RESCHEDULABLE if reschedule else ())
-    # Parts that only one of them has, as experts, are a difference in all their fields.
-    differ = [
-        name
-        for name in ours | theirs
-        if ours.get(name) != theirs.get(name) and not name.startswith(changeable)
-    ]
-    if not differ:
-        return
-    if "name" in differ or ours.keys() != theirs.keys():
-        wanted = f"the configuration {theirs['name']} and the flags that it was begun with"
-    else:
-        wanted = " ".join(_as_flag(name, theirs[name]) for name in differ)
-    message = f"{folder} holds another run: give {wanted} to resume it"
-    if all(name.startswith(_RESCHEDULABLE) for name in differ):
-        message += ", add --reschedule to go on with yours"
-    if any((folder / "checkpoints").glob("*")):
-        weights = f" (to begin with the weights of this one, add --start-from {folder})"
-    else:
-        message += f", delete {folder}, which has no checkpoint, to start anew"
-        weights = ""
-    raise InputError(f"{message}, or name another --run folder{weights}.")
-
-
-def _as_flag(name: str, value: Any) -> str:
-    """As one would type it."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    words = [shlex.quote(str(word)) for word in values]
-    return " ".join([f"--{name.replace('_', '-')}", *words])
-
-
-def _check_texts(texts: dict[str, Any], folder: Path) -> None:
-    """Compares the fingerprints of tokenizer and corpora with those a resumed run began with."""
-    path = folder / "texts.json"
-    try:
-        begun = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError) as error:
-        raise InputError(
-            f"{path}, the fingerprints of the texts, is missing or damaged ({error}); restore it, "
-            "or give another --run folder to start anew."
-        ) from error
-    if begun["tokenizer"] != texts["tokenizer"]:
-        raise InputError(
-            f"{folder} was begun with another tokenizer; restore that, or give another --run "
-            "folder to start anew."
-        )
-    ours, theirs = texts["corpora"], begun["corpora"]
-    changed = [name for name in ours if theirs.get(name) != ours[name]]
-    if changed:
-        raise InputError(
-            f"The text of {', '.join(changed)} is not what {folder} was begun with; restore it, or "
-            "give another --run folder to start anew."
-        )
-
-
-def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree.leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves
-    }
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= (
-            _flatten(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {prefix + name: value}
-        )
-    return flat

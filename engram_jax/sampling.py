@@ -6,16 +6,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Int32
 
 from engram_jax.data.packing import Batch
 from engram_jax.errors import InputError
-from engram_jax.memory import lookup
+from engram_jax.memory.row_adam import RowAdam
+from engram_jax.program import micro_batches
 from engram_jax.run import Run
 from engram_jax.train_state import Weights
 
-type NextToken = Callable[[Weights, Batch, Array, Array], Array]
+type NextToken = Callable[[Weights, Batch, RowAdam, Array, Array], Array]
 
 
 def sample(
@@ -54,14 +54,15 @@ def sample(
     tokenizer = run.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     start = len(ids)
-    with jax.set_mesh(run.mesh):
+    program = run.program
+    with program.use_mesh():
         next_token = _make_next_token(run, temperature, top_k)
         key = jax.random.key(seed)
         for number in range(tokens):
             window = ids[-run.config.data.sequence_length :]
-            batch = run.put(_window_batch(run, window))
-            last = jnp.int32(len(window) - 1)
-            following = int(next_token(weights, batch, last, jax.random.fold_in(key, number)))
+            batch = program.put(_window_batch(run, window))
+            last, draw = jnp.int32(len(window) - 1), jax.random.fold_in(key, number)
+            following = int(next_token(weights, batch, program.row_adam, last, draw))
             if following == tokenizer.eos_id:
                 break
             ids.append(following)
@@ -83,34 +84,29 @@ def check_drawing(temperature: float, top_k: int | None, vocabulary: int) -> Non
 
 def _window_batch(run: Run, window: list[int]) -> Batch:
     """A batch whose first row holds the window, with one row for every device."""
-    shape = (1, run.mesh.size, run.config.data.sequence_length)
+    shape = (1, run.program.mesh.size, run.config.data.sequence_length)
     row = np.index_exp[0, 0, : len(window)]
     tokens = np.full(shape, run.tokenizer.pad_id, np.int32)
     segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     tokens[row] = window
     segments[row] = 1
     positions[row] = np.arange(len(window))
-    planner = run.planner()
+    planner = run.program.planner()
     plan = planner(tokens, segments) if planner else None
-    return Batch(tokens, tokens, np.zeros(shape, np.float32), segments, positions, plan)
+    return Batch(tokens, tokens, np.zeros(shape, np.float32), segments, positions, plan=plan)
 
 
 def _make_next_token(run: Run, temperature: float, top_k: int | None) -> NextToken:
-    """A jitted function (weights, batch, last, key) → the token after position `last` of row 0."""
+    """The jitted function from a batch to the token after position `last` of its row 0."""
+    program = run.program
 
-    def next_token(weights: Weights, batch: Batch, last: Array, key: Array) -> Int32[Array, ""]:
-        memory = {}
-        for layer, table in weights.tables.items():
-            gather = run.config.memory.gather
-            rows = lookup.read_rows(
-                table, batch.plan.rows[layer], run.row_adam, weights.step, gather
-            )
-            slots = jax.tree.map(lambda array: array[0], batch.plan.slots[layer])
-            memory[layer] = lookup.expand(rows, slots, gather)
-        decoder = nnx.merge(run.graph, weights.params)
-        by_position, _ = decoder(
-            *(batch.tokens[0], memory, batch.segments[0], batch.positions[0]), weights.expert_bias
-        )
+    def next_token(
+        weights: Weights, batch: Batch, row_adam: RowAdam, last: Array, key: Array
+    ) -> Int32[Array, ""]:
+        read = program.read_rows(weights, batch.plan, row_adam)
+        rows = {layer: of_layer.values for layer, of_layer in read.items()}
+        only = jax.tree.map(lambda array: array[0], micro_batches(batch))
+        by_position, _ = program.forward(weights.params, rows, only, weights.expert_bias)
         # A model may have more ids than its tokenizer.
         pieces = run.tokenizer.vocab_size
         logits = jax.sharding.reshard(by_position, jax.P())[0, last, :pieces]

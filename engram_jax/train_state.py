@@ -19,7 +19,7 @@ class Weights:
     Attributes:
         step: optimizer steps behind it.
         params: dense parameters, as nested dicts with the modules' names.
-        tables: memory tables by layer id; what the row optimizer owes idle rows is in their state.
+        tables: memory tables by layer id; pending updates of idle rows are not in their values.
         expert_bias: by layer id, what balances the experts of a layer.
     """
 

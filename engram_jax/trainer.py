@@ -1,149 +1,37 @@
-"""The training step and the loop around it."""
+"""The training loop: batches in, checkpoints, metrics and held-out losses out."""
 
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
-from jaxtyping import Array
 from tqdm import tqdm
 
-from engram_jax.data.packing import Batch
-from engram_jax.data.pipeline import make_batches, prefetch_to_device
+from engram_jax.data.corpus import Corpus
+from engram_jax.data.pipeline import prefetch_to_device
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
-from engram_jax.layers.mixture_of_experts import balance
-from engram_jax.loss import token_losses
 from engram_jax.memory import lookup
-from engram_jax.memory.plan import MemoryPlan
 from engram_jax.metrics import MetricsLog, read_metrics
-from engram_jax.model import Report
 from engram_jax.processes import all_agree, collective, is_leader
-from engram_jax.program import Program
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState
-from engram_jax.typing import Parameters
-
-type Metrics = dict[str, Array]
-type TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-
-def make_train_step(program: Program) -> TrainStep:
-    """One optimizer step as a jitted function; the state is donated.
-
-    Gather the distinct rows once; run the micro-batches, which read them by plan; sum their
-    gradients of parameters and rows in float32; clip both by their common norm; update.
-
-    Call it inside `jax.set_mesh(program.mesh)`. Its metrics:
-
-    - loss: nats a token; learning_rate: of what has no factor of its own.
-    - gradient_norm: of parameters and rows together, before clipping; row_gradient_norm: of rows.
-    - rows_asked_L, exchange_rounds_L, shard_load_L of the table of layer L: distinct rows, summed
-      over devices; rounds that the exchange took (1, unless rows meet at few shards); rows that the
-      fullest shard is asked for, over the mean.
-    - expert_load_worst, expert_load_mean: load of a layer's fullest expert over the mean of its
-      experts; the worst layer's, and the layers' mean.
-    - mixing_error: largest error of a column sum of any H_res.
-    """
-    config, graph = program.config, program.graph
-    optimizer, row_adam = program.optimizer, program.row_adam
-    clip_norm, frozen = config.optimizer.clip_norm, config.memory.frozen
-    gather, experts = config.memory.gather, config.model.experts
-    balance_rate = experts.balance_rate if experts else 0.0
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        step, tables = state.step, state.tables
-        plans, slots = batch.plan or MemoryPlan({}, {})
-        rows = {
-            layer: lookup.read_rows(table, plans[layer], row_adam, step, gather)
-            for layer, table in tables.items()
-        }
-        trained = {} if frozen else rows
-        targets = batch.target_mask.sum()
-
-        def loss(
-            params: Parameters, trained: dict[int, Array], part: tuple[Batch, Any]
-        ) -> tuple[Array, Report]:
-            batch, slots = part
-            losses, report = token_losses(
-                graph, params, rows | trained, slots, batch, state.expert_bias, gather
-            )
-            return jnp.sum(losses * batch.target_mask) / targets, report._replace(gates={})
-
-        def accumulate(total: Any, part: tuple[Batch, Any]) -> tuple[Any, Report]:
-            differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-            (value, report), gradients = differentiate(state.params, trained, part)
-            return jax.tree.map(jnp.add, total, (value, gradients)), report
-
-        nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, (state.params, trained)))
-        parts = batch._replace(plan=None), slots
-        (loss_value, (dense, by_row)), reports = jax.lax.scan(accumulate, nothing, parts)
-        loads = {layer: jnp.sum(load, axis=0) for layer, load in reports.loads.items()}
-
-        own = {
-            layer: lookup.own_gradients(tables[layer], plans[layer], gradient)
-            for layer, gradient in by_row.items()
-        }
-        rows_square_norm = sum((part.square_norm for part in own.values()), jnp.zeros(()))
-        norm = jnp.sqrt(optax.tree.norm(dense, squared=True) + rows_square_norm)
-        scale = jnp.minimum(1.0, clip_norm / norm)
-        dense = jax.tree.map(lambda gradient: gradient * scale, dense)
-        updates, optimizer_state = optimizer.update(dense, state.optimizer, state.params)
-        new_state = TrainState(
-            step=step + 1,
-            params=optax.apply_updates(state.params, updates),
-            optimizer=optimizer_state,
-            tables=tables
-            | {
-                layer: lookup.update_rows(
-                    *(tables[layer], plans[layer], gradient, own[layer]), scale, row_adam, step
-                )
-                for layer, gradient in by_row.items()
-            },
-            expert_bias={
-                layer: balance(bias, loads[layer], balance_rate)
-                for layer, bias in state.expert_bias.items()
-            },
-        )
-        metrics = {
-            "loss": loss_value,
-            "gradient_norm": norm,
-            "row_gradient_norm": jnp.sqrt(rows_square_norm),
-            "learning_rate": program.schedule(step),
-        }
-        for layer, plan in plans.items():
-            metrics[f"rows_asked_{layer}"] = jnp.sum(plan.distinct)
-            metrics[f"exchange_rounds_{layer}"] = jnp.max(plan.rounds)
-            metrics[f"shard_load_{layer}"] = lookup.shard_load(tables[layer], plan)
-        if loads:
-            largest = jnp.stack([jnp.max(load) / jnp.mean(load) for load in loads.values()])
-            metrics["expert_load_worst"] = jnp.max(largest)
-            metrics["expert_load_mean"] = jnp.mean(largest)
-        if reports.mixing_error is not None:
-            metrics["mixing_error"] = jnp.max(reports.mixing_error)
-        return new_state, metrics
-
-    return jax.jit(train_step, donate_argnums=0)
+from engram_jax.train_step import Metrics, make_train_step
 
 
 class Diverged(RuntimeError):
     """The loss or the gradient stopped being finite."""
 
 
-def train(
-    run: Run,
-    *,
-    profile: bool = False,
-) -> TrainState:
+def train(run: Run, *, profile: bool = False) -> TrainState:
     """Trains to the configured number of steps, from the newest checkpoint if there is one.
 
     Ctrl-C or SIGTERM saves a checkpoint and returns early.
@@ -156,83 +44,114 @@ def train(
         InputError: something the user gave does not fit.
         Diverged: NaN or Inf; names the step and the newest checkpoint.
     """
-    config = run.config
-    with jax.set_mesh(run.mesh), run.exclusively(), ExitStack() as stack:
+    config, program = run.config.train, run.program
+    with program.use_mesh(), run.exclusively(), ExitStack() as stack:
         corpora = run.corpora()
         with collective("find room for the checkpoints"):
-            run.checkpoints.require_space(run.abstract_state(), all_to_come=True)
+            run.checkpoints.require_space(program.abstract_state(), all_to_come=True)
         state = _first_state(run)
         step = int(state.step)
-        train_step = make_train_step(run)
-        scorer = make_scorer(run)
+        saved = step if run.checkpoints.steps() else None
+        train_step = make_train_step(program)
+        evaluate = _Evaluation(run, corpora)
+        progress = stack.enter_context(_open_progress(run, step))
+        stopped = stack.enter_context(_stop_signal())
+        batches = stack.enter_context(run.batches(step))
+        trace = stack.enter_context(_Trace(run.folder / "profile", step + 5 if profile else None))
+        # A run that was killed between a save and the evaluation of that step lacks its line.
+        if step and evaluate.is_due(step) and all_agree(not is_leader() or _lacks_score(run, step)):
+            evaluate(state, progress)
+        for batch in prefetch_to_device(batches, program.put):
+            if step == config.steps or stopped(step):
+                break
+            trace.before(step)
+            state, metrics = train_step(state, batch, program.row_adam)
+            step += 1
+            progress.update(step, metrics)
+            if is_due(step, config.checkpoint_every, config.steps):
+                progress.drain()
+                run.save(state)
+                saved = step
+                progress.restart_clock()
+            if evaluate.is_due(step):
+                progress.drain()
+                evaluate(state, progress)
+        progress.drain()
+        if step != saved:
+            run.save(state)
+    return state
+
+
+class _Evaluation:
+    """Held-out losses during training; compiled once."""
+
+    def __init__(self, run: Run, corpora: Sequence[Corpus]) -> None:
+        self._run = run
+        self._corpora = corpora
+        self._scorer = make_scorer(run.program)
+
+    def is_due(self, step: int) -> bool:
+        config = self._run.config.train
+        return is_due(step, config.evaluate_every, config.steps)
+
+    def __call__(self, state: TrainState, progress: "_Progress") -> None:
+        """Scores the state and logs the losses."""
+        scores = evaluate_held_out(
+            self._run.program,
+            self._scorer,
+            state.weights,
+            self._corpora,
+            max_tokens=self._run.config.train.evaluate_tokens,
+        )
+        progress.report(int(state.step), scores)
+
+
+class _Trace:
+    """A profile of ten steps.
+
+    Args:
+        folder: where it is written.
+        first: its first step; None: there is no profile.
+    """
+
+    STEPS = 10
+
+    def __init__(self, folder: Path, first: int | None) -> None:
+        self._folder, self._first = folder, first
+        self._open = ExitStack()
+
+    def before(self, step: int) -> None:
+        """Begins or ends the profile, if it begins or ends before this step."""
+        if self._first is None:
+            return
+        if step == self._first:
+            self._open.enter_context(jax.profiler.trace(self._folder))
+        elif step == self._first + self.STEPS:
+            self._open.close()
+
+    def __enter__(self) -> "_Trace":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+
+@contextmanager
+def _open_progress(run: Run, step: int) -> Iterator["_Progress"]:
+    """The log and the progress bar of a run that begins at a step."""
+    with ExitStack() as stack:
         log = None
         with collective("open the log"):
             if is_leader():
                 log = stack.enter_context(MetricsLog(run.folder, resume_step=step))
-        with (
-            _stop_signal() as stopped,
-            make_batches(
-                corpora,
-                config.data.weights,
-                sequence_length=config.data.sequence_length,
-                batch_size=config.data.batch_size,
-                accumulation=config.train.accumulation,
-                seed=config.train.seed,
-                planner=run.planner(),
-                first_batch=step,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                workers=config.data.workers,
-                prefetch=config.data.prefetch,
-            ) as batches,
-            tqdm(
-                total=config.train.steps,
-                initial=step,
-                unit="step",
-                disable=not is_leader(),
-                mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants few lines
-            ) as bar,
-        ):
-            progress = _Progress(run, log, bar)
-            traced = range(step + 5, step + 15)
-            trace = ExitStack()
-            saved = step if run.checkpoints.steps() else None
-
-            def evaluate() -> None:
-                scores = evaluate_held_out(
-                    run, scorer, state.weights, corpora, max_tokens=config.train.evaluate_tokens
-                )
-                progress.report(step, scores)
-
-            def evaluates(step: int) -> bool:
-                return is_due(step, config.train.evaluate_every, config.train.steps)
-
-            # A run that was killed between a save and the evaluation of that step lacks its line.
-            if step and evaluates(step) and all_agree(not is_leader() or _lacks_score(run, step)):
-                evaluate()
-            for batch in prefetch_to_device(batches, run.put):
-                if step == config.train.steps or stopped(step):
-                    break
-                if profile and step == traced.start:
-                    trace.enter_context(jax.profiler.trace(run.folder / "profile"))
-                state, metrics = train_step(state, batch)
-                step += 1
-                progress.update(step, metrics)
-                if step == traced.stop:
-                    trace.close()
-                if is_due(step, config.train.checkpoint_every, config.train.steps):
-                    progress.drain()
-                    run.save(state)
-                    saved = step
-                    progress.restart_clock()
-                if evaluates(step):
-                    progress.drain()
-                    evaluate()
-            progress.drain()
-            if step != saved:
-                run.save(state)
-            trace.close()
-    return state
+        bar = tqdm(
+            total=run.config.train.steps,
+            initial=step,
+            unit="step",
+            disable=not is_leader(),
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants few lines
+        )
+        yield _Progress(run, log, stack.enter_context(bar))
 
 
 def _lacks_score(run: Run, step: int) -> bool:
@@ -318,22 +237,22 @@ class _Progress:
 
 def _first_state(run: Run) -> TrainState:
     """The newest checkpoint's state, or a new one, perhaps with another run's weights."""
-    start_from = run.start_from
+    start_from, program = run.start_from, run.program
     if run.checkpoints.steps():
         if start_from is not None and is_leader():
             print(f"{run.folder} has checkpoints: it goes on with them, not from {start_from}.")
         return run.restore()
     if start_from is None:
-        return run.initial_state()
+        return program.initial_state()
     with collective(f"start from {start_from}"):
         other = run.fitting(start_from)
     # Their checkpoints, in the shapes and on the devices of this run.
     weights = replace(run, checkpoints=other.checkpoints).restore_weights(run.start_step)
     tables = {
-        layer: lookup.settle(table, run.row_adam, weights.step)
+        layer: lookup.settle(table, program.row_adam, weights.step)
         for layer, table in weights.tables.items()
     }
-    state = run.first_state(replace(weights, tables=tables))
+    state = program.first_state(replace(weights, tables=tables))
     if is_leader():
         print(f"{run.folder} begins with the weights of step {int(weights.step)} of {start_from}.")
     run.save(state)  # or a run killed before its first checkpoint would forget where it came from

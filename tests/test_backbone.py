@@ -14,12 +14,11 @@ from lively import enliven
 from tiny_runs import assert_identical, losses, on_devices, vary, with_backbone
 
 from engram_jax.config import Config
-from engram_jax.data.pipeline import make_batches
 from engram_jax.metrics import read_metrics
 from engram_jax.parameters import Plain
 from engram_jax.run import Run
 from engram_jax.sampling import sample
-from engram_jax.trainer import make_train_step, train
+from engram_jax.train_step import make_train_step, train
 from engram_jax.typing import PyTree
 
 
@@ -75,21 +74,14 @@ def one_step(config: Config, folder: Path, *mesh: int) -> tuple[PyTree, PyTree]:
     zeros = partial(jax.tree.map, jnp.zeros_like)
     with on_devices(*mesh):
         run = Run.start(vary(config, optimizer={"clip_norm": 1e9}), folder)
-    run = replace(run, optimizer=optax.GradientTransformation(zeros, keep))
-    data, accumulation = config.data, config.train.accumulation
-    with (
-        jax.set_mesh(run.mesh),
-        make_batches(
-            run.corpora(),
-            sequence_length=data.sequence_length,
-            batch_size=data.batch_size,
-            accumulation=accumulation,
-            planner=run.planner(),
-        ) as batches,
-    ):
-        state = run.initial_state()
+    keeping = optax.GradientTransformation(zeros, keep)
+    run = replace(run, program=replace(run.program, optimizer=keeping))
+    with run.program.use_mesh(), run.batches() as batches:
+        state = run.program.initial_state()
         state = replace(state, params=enliven(state.params))
-        after, _ = make_train_step(run)(state, run.put(next(batches)))
+        after, _ = make_train_step(run.program)(
+            state, run.program.put(next(batches)), run.program.row_adam
+        )
         assert jax.tree.leaves(after.optimizer)[0].shape
         return jax.device_get((after.optimizer, after.expert_bias))
 

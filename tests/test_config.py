@@ -22,13 +22,14 @@ from engram_jax.costs.ahead_of_time import abstract_batch
 from engram_jax.errors import InputError
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.engram import EngramConfig
+from engram_jax.layers.latent_attention import LatentAttentionConfig
 from engram_jax.layers.mixture_of_experts import ExpertsConfig
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.model import DecoderConfig
 from engram_jax.optimizer import OptimizerConfig
 from engram_jax.program import Program
 from engram_jax.sharding import MeshConfig, make_mesh
-from engram_jax.trainer import make_train_step
+from engram_jax.train_step import make_train_step
 
 ROOT = Path(__file__).parent.parent
 PAPER = load_named_config("engram_27b")
@@ -76,13 +77,23 @@ def test_an_unknown_field_in_the_file_is_refused(tmp_path: Path, section: str | 
         load_config(path)
 
 
-def test_a_missing_field_in_the_file_is_refused(tmp_path: Path) -> None:
+def test_a_field_that_an_older_file_lacks_takes_its_default(tmp_path: Path) -> None:
+    path, latent = tmp_path / "config.json", LatentAttentionConfig(heads=3)
+    config = vary(Config(), model={"attention": latent}, train={"seed": 7})
+    save_config(config, path)
+    document = json.loads(path.read_text())
+    del document["train"]["steps"], document["model"]["attention"]["latent_width"]
+    path.write_text(json.dumps(document))
+    assert load_config(path) == config
+
+
+def test_a_missing_section_in_the_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     save_config(Config(), path)
     document = json.loads(path.read_text())
-    del document["train"]["steps"]
+    del document["train"]
     path.write_text(json.dumps(document))
-    with pytest.raises(InputError, match="steps"):
+    with pytest.raises(InputError, match="lacks train"):
         load_config(path)
 
 
@@ -174,7 +185,9 @@ def test_every_named_configuration_builds(name: str, tmp_path: Path) -> None:
     program = Program.of_sizes(config, mesh)
     with jax.set_mesh(mesh):
         state, batch = program.abstract_state(), abstract_batch(program)
-        new_state, metrics = jax.eval_shape(make_train_step(program), state, batch)
+        new_state, metrics = jax.eval_shape(
+            make_train_step(program), state, batch, program.abstract_row_adam()
+        )
     # Of other types, a weak one among them, the second step would be compiled anew.
     types, new_types = (
         {
@@ -188,10 +201,7 @@ def test_every_named_configuration_builds(name: str, tmp_path: Path) -> None:
     assert set(state.tables) == set(config.memory.layers)
 
 
-def test_the_named_configurations_are_the_files() -> None:
-    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {
-        "__init__",
-        "_paper",
-        "_small",
-    }
-    assert set(named_configs()) == files
+def test_the_named_configurations_are_the_files_and_the_small_family() -> None:
+    files = {path.stem for path in (ROOT / "configs").glob("[!_]*.py")} - {"small"}
+    kinds, sizes = ("dense", "moe", "engram", "over_encoding"), ("2m", "10m", "100m")
+    assert set(named_configs()) == files | {f"{kind}_{size}" for kind in kinds for size in sizes}

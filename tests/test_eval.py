@@ -134,7 +134,7 @@ def test_a_folder_that_is_no_run_is_refused(eval_program, run, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     save_config(run.config, bare / "config.json")
-    run.ngram_hash.save(bare / "hash.json")
+    run.program.ngram_hash.save(bare / "hash.json")
     with pytest.raises(InputError, match="no complete checkpoint"):
         eval_program([str(bare)])
 

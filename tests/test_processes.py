@@ -12,7 +12,6 @@ import pytest
 from tiny_runs import losses, tiny_config, vary, with_backbone
 
 from engram_jax.config import Config, TrainConfig
-from engram_jax.data.pipeline import make_batches
 from engram_jax.errors import InputError
 from engram_jax.files import hold_lock
 from engram_jax.memory import lookup
@@ -65,24 +64,17 @@ def train_part(
 def write_memory(start: Path, run: Run, path: Path) -> None:
     """Writes this process's part of the memory of the first batch, under another run's weights."""
     with (
-        jax.set_mesh(run.mesh),
-        make_batches(
-            run.corpora(),
-            sequence_length=run.config.data.sequence_length,
-            batch_size=run.config.data.batch_size,
-            planner=run.planner(),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ) as batches,
+        run.program.use_mesh(),
+        run.batches() as batches,
     ):
         source = Run.open(start).checkpoints
         weights = replace(run, checkpoints=source).restore_weights(20)
-        batch = run.put(next(batches))
+        batch = run.program.put(next(batches))
         plans, slots = batch.plan
 
         def read(weights: Weights, plans: Any, slots: Any) -> jax.Array:
-            rows = lookup.read_rows(weights.tables[1], plans[1], run.row_adam, weights.step)
-            return lookup.expand(rows, jax.tree.map(lambda array: array[0], slots[1]))
+            rows = lookup.read_rows(weights.tables[1], plans[1], run.program.row_adam, weights.step)
+            return lookup.expand(rows.values, jax.tree.map(lambda array: array[0], slots[1]))
 
         memory = jax.jit(read)(weights, plans, slots)
     shards = {

@@ -145,7 +145,7 @@ def test_start_from_takes_weights_alone(tiny: Config, trained: Run, tmp_path: Pa
     first = trained.restore()
     config = vary(tiny, mesh={"fsdp": 4})
     second = Run.start(config, tmp_path / "second", start_from=trained.folder, start_step=6)
-    with jax.set_mesh(second.mesh):
+    with second.program.use_mesh():
         state = trainer._first_state(second)
     fresh = second.initial_state()
     assert_identical(
@@ -154,7 +154,9 @@ def test_start_from_takes_weights_alone(tiny: Config, trained: Run, tmp_path: Pa
     )
     table, old = state.tables[1], first.tables[1]
     value, *state_of_rows = table.unpack()
-    owed_paid = jax.jit(trained.row_adam.current)(*jax.device_get((old.unpack(), first.step)))
+    owed_paid = jax.jit(trained.program.row_adam.current)(
+        *jax.device_get((old.unpack(), first.step))
+    )
     np.testing.assert_allclose(value, owed_paid, rtol=1e-6, atol=1e-7)
     assert np.abs(owed_paid - old.unpack().value).max() > 1e-3
     assert not any(np.any(part) for part in state_of_rows)
@@ -253,7 +255,7 @@ def test_another_schedule_settles_the_tables_once(
 
     def read(run: Run, state: TrainState) -> np.ndarray:
         rows, step = jax.device_get((state.tables[1].unpack(), state.step))
-        return np.asarray(jax.jit(run.row_adam.current)(rows, step))
+        return np.asarray(jax.jit(run.program.row_adam.current)(rows, step))
 
     np.testing.assert_allclose(read(run, new), read(trained, old), rtol=1e-6, atol=1e-7)
     before, after = old.tables[1].unpack(), new.tables[1].unpack()
@@ -299,7 +301,7 @@ def test_a_frozen_table_stays_bit_for_bit_while_the_network_learns(
     # What was owed is paid, and nothing is left that would move a row.
     value, *state_of_rows = first.tables[1].unpack()
     old = trained.restore()
-    owed_paid = jax.jit(trained.row_adam.current)(
+    owed_paid = jax.jit(trained.program.row_adam.current)(
         *jax.device_get((old.tables[1].unpack(), old.step))
     )
     np.testing.assert_allclose(value, owed_paid, rtol=1e-6, atol=1e-7)

@@ -18,7 +18,6 @@ from tiny_runs import assert_identical, on_devices, tiny_config, vary, with_back
 from engram_jax import run as run_module
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config, save_config
-from engram_jax.data.pipeline import make_batches
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.attention import AttentionConfig
@@ -43,10 +42,9 @@ def test_devices_follow_one_another_by_process() -> None:
 
 def test_a_batch_lies_on_the_mesh_in_its_own_order(config: Config, tmp_path: Path) -> None:
     run = Run.start(replace(config, mesh=MeshConfig(fsdp=4)), tmp_path / "run")
-    sizes = {"sequence_length": 24, "batch_size": 8, "planner": run.planner()}
-    with make_batches(run.corpora(), **sizes) as batches:
+    with run.batches() as batches:
         batch = next(batches)
-    placed = run.put(batch)
+    placed = run.program.put(batch)
     for host, device in zip(jax.tree.leaves(batch), jax.tree.leaves(placed), strict=True):
         np.testing.assert_array_equal(host, device)
 
@@ -181,8 +179,8 @@ def test_one_row_on_one_device(config: Config, tmp_path: Path, heads: int, kv_he
     attention = AttentionConfig(heads=heads, kv_heads=kv_heads, head_width=8)
     Run.start(replace(config, model=replace(config.model, attention=attention)), tmp_path / "run")
     run = Run.open(tmp_path / "run")
-    assert run.mesh.size == 1
-    sample(run, run.initial_state().weights, "Alexander", tokens=1)
+    assert run.program.mesh.size == 1
+    sample(run, run.program.initial_state().weights, "Alexander", tokens=1)
 
 
 def test_rows_that_do_not_divide_over_the_devices_are_refused(tiny: Config, tmp_path: Path) -> None:
@@ -230,7 +228,7 @@ def test_another_tokenizer_than_the_models_is_refused(tiny: Config, tmp_path: Pa
 def test_a_model_may_have_ids_to_spare(tiny: Config, tmp_path: Path) -> None:
     """As the paper's have, whose 129,280 are DeepSeek's 128,815 pieces, padded; none is drawn."""
     run = Run.start(vary(tiny, model={"vocabulary": 8200, "tie_embeddings": False}), tmp_path)
-    weights = run.initial_state().weights
+    weights = run.program.initial_state().weights
     # Of the head's rows, those of the spare ids have the greatest products, with either sign.
     sizes = np.r_[np.ones(8192), 2e6 * np.ones(4), -2e6 * np.ones(4)].astype(np.float32)
     head = 0 * weights.params["head"] + sizes[:, None]

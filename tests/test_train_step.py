@@ -12,34 +12,26 @@ from tiny_runs import scale_rows, vary
 
 from engram_jax.config import Config
 from engram_jax.data.packing import Batch
-from engram_jax.data.pipeline import make_batches
 from engram_jax.memory.places import stored_places
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState
-from engram_jax.trainer import make_train_step
+from engram_jax.train_step import make_train_step
 
 
 def first_batch(run: Run) -> Batch:
-    data, accumulation = run.config.data, run.config.train.accumulation
-    with make_batches(
-        run.corpora(),
-        sequence_length=data.sequence_length,
-        batch_size=data.batch_size,
-        accumulation=accumulation,
-        planner=run.planner(),
-    ) as batches:
-        return run.put(next(batches))
+    with run.batches() as batches:
+        return run.program.put(next(batches))
 
 
 def one_step(run: Run, state: TrainState | None = None) -> tuple[TrainState, dict[str, Any]]:
-    with jax.set_mesh(run.mesh):
+    with run.program.use_mesh():
         if state is None:
-            state = run.initial_state()
+            state = run.program.initial_state()
             # With seed 3, no gate's score is below 4e-3: nearer to zero, the signed root is so
             # steep that the order of summation shows in the gradient.
             state = replace(state, params=enliven(state.params, seed=3))
-        state, metrics = make_train_step(run)(state, first_batch(run))
+        state, metrics = make_train_step(run.program)(state, first_batch(run), run.program.row_adam)
     return state, {name: array.item() for name, array in metrics.items()}
 
 
@@ -75,7 +67,7 @@ def test_clipping_scales_parameters_and_merged_rows_by_their_common_norm(
         config = vary(tiny, optimizer={"clip_norm": clip_norm})
         run = Run.start(config, tmp_path / str(clip_norm))
         # A large projection of small rows, so that rows have gradients as large as parameters.
-        state = run.initial_state()
+        state = run.program.initial_state()
         engram, table = state.params["blocks"][1]["engram"], state.tables[1]
         engram["value"] = engram["value"] * 100
         state.tables[1] = scale_rows(table, 1e-3)
@@ -104,10 +96,10 @@ def test_clipping_scales_parameters_and_merged_rows_by_their_common_norm(
 def test_a_step_writes_only_the_rows_that_its_tokens_hash_to(tiny: Config, tmp_path: Path) -> None:
     run = Run.start(tiny, tmp_path / "run")
     batch = first_batch(run)
-    before = run.initial_state().tables[1].unpack()
+    before = run.program.initial_state().tables[1].unpack()
     after = one_step(run)[0].tables[1].unpack()
     tokens, segments = np.asarray(batch.tokens), np.asarray(batch.segments)
-    numbers = np.unique(run.ngram_hash.hash_tokens(1, tokens, segments))
+    numbers = np.unique(run.program.ngram_hash.hash_tokens(1, tokens, segments))
     touched = np.sort(stored_places(numbers, len(before.clock)))
     idle = np.setdiff1d(np.arange(len(before.clock)), touched)
     for old, new in zip(before, after, strict=True):
@@ -126,11 +118,15 @@ def test_a_step_costs_the_same_whatever_the_tables_size(
     def compile_step(rows: int) -> tuple[int, int, int]:
         config = vary(tiny, memory={"rows_per_head": (rows, rows)})
         run = Run.start(config, tmp_path / str(rows))
-        with jax.set_mesh(run.mesh):
-            compiled = make_train_step(run).lower(run.abstract_state(), first_batch(run)).compile()
+        with run.program.use_mesh():
+            compiled = (
+                make_train_step(run.program)
+                .lower(run.program.abstract_state(), first_batch(run), run.program.row_adam)
+                .compile()
+            )
         memory = compiled.memory_analysis()
-        table = run.ngram_hash.padded_rows[0] * config.memory.layout.words * 4
-        return memory.temp_size_in_bytes, memory.alias_size_in_bytes, table // run.mesh.size
+        table = run.program.ngram_hash.padded_rows[0] * config.memory.layout.words * 4
+        return memory.temp_size_in_bytes, memory.alias_size_in_bytes, table // run.program.mesh.size
 
     small, large = compile_step(500), compile_step(40_000)
     assert large[0] <= small[0] * 1.01

@@ -32,11 +32,11 @@ def test_all_meshes_give_the_losses_of_one_device(tiny: Config, train_whole: Tra
     curves = {}
     for shape in ((1, 1), (1, 8), (2, 4), (8, 1)):
         run, state = train_whole(config, *shape)
-        assert run.mesh.devices.shape == (*shape, 1)
+        assert run.program.mesh.devices.shape == (*shape, 1)
         curves[shape] = read_metrics(run.folder), losses(run.folder, "held_out")
         for table in state.tables.values():
             shards = [shard.data.shape[0] for shard in table.records.addressable_shards]
-            assert shards == [len(table.records) // run.mesh.size] * run.mesh.size
+            assert shards == [len(table.records) // run.program.mesh.size] * run.program.mesh.size
         if shape == (2, 4):
             kernel = state.params["blocks"][0]["feed_forward"]["up"]
             assert kernel.addressable_shards[0].data.size == kernel.size // 4
@@ -89,7 +89,7 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(
     tiny: Config, tmp_path: Path
 ) -> None:
     run = Run.start(vary(tiny, train={"checkpoint_every": 2}), tmp_path / "run")
-    put = run.put
+    put = run.program.put
     batches = 0
 
     def put_poison(batch: Batch) -> Batch:
@@ -99,7 +99,7 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(
             batch = batch._replace(target_mask=batch.target_mask * np.float32("nan"))
         return put(batch)
 
-    object.__setattr__(run, "put", put_poison)
+    object.__setattr__(run.program, "put", put_poison)
     with pytest.raises(Diverged, match=r"Step 6 has loss nan.*checkpoint is that of step 4"):
         train(run)
     assert [step for step, _ in losses(run.folder)] == [1, 2, 3, 4, 5]

@@ -77,7 +77,7 @@ def make_run(folder: Path, memory: str) -> Run:
     adam = RowAdamConfig(form="exact")
     config = replace(config, memory=replace(config.memory, layers=layers, fusion=fusion, adam=adam))
     run = Run.start(config, folder / "run")
-    state = run.initial_state()
+    state = run.program.initial_state()
     state = replace(
         state,
         step=jax.device_put(jnp.int32(2), state.step.sharding),
@@ -93,10 +93,12 @@ def plain_pass(run: Run, weights: Weights) -> PlainPass:
 
     Rows are taken by the hash, without a plan, padding or a mesh.
     """
-    decoder = nnx.merge(run.graph, jax.tree.map(jnp.asarray, jax.device_get(weights.params)))
+    decoder = nnx.merge(
+        run.program.graph, jax.tree.map(jnp.asarray, jax.device_get(weights.params))
+    )
     tables = {
         layer: np.asarray(
-            jax.jit(run.row_adam.current)(*jax.device_get((table.unpack(), weights.step)))
+            jax.jit(run.program.row_adam.current)(*jax.device_get((table.unpack(), weights.step)))
         )
         for layer, table in weights.tables.items()
     }
@@ -105,7 +107,7 @@ def plain_pass(run: Run, weights: Weights) -> PlainPass:
     def apply(tokens: Tokens, segments: Tokens, positions: Tokens) -> tuple[Array, Gates]:
         memory = {}
         for layer, table in tables.items():
-            numbers = run.ngram_hash.hash_tokens(layer, tokens, segments)
+            numbers = run.program.ngram_hash.hash_tokens(layer, tokens, segments)
             memory[layer] = table[stored_places(numbers, len(table))].reshape(*tokens.shape, -1)
         inputs = jax.tree.map(jnp.asarray, (tokens, memory, segments, positions))
         logits, report = decode(decoder, *inputs)

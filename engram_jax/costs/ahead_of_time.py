@@ -32,10 +32,12 @@ from engram_jax.data.packing import Batch
 from engram_jax.errors import InputError
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table
+from engram_jax.memory.lookup import ReadRows
 from engram_jax.memory.plan import Planner, RowPlan, SlotPlan
+from engram_jax.memory.row_adam import RowAdam
 from engram_jax.program import Program
 from engram_jax.sharding import ROWS_SU, MeshConfig, make_mesh
-from engram_jax.trainer import make_train_step
+from engram_jax.train_step import make_train_step
 from engram_jax.typing import Parameters, PyTree
 
 _KINDS = "all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute"
@@ -122,26 +124,28 @@ def compile_costs(program: Program) -> dict[str, Cost]:
     optimizer, and the step.
     """
     state, batch = program.abstract_state(), abstract_batch(program)
+    row_adam = program.abstract_row_adam()
     costs: dict[str, Cost] = {}
-    with jax.set_mesh(program.mesh):  # type: ignore[arg-type]  # of devices, to compile for
+    with program.use_mesh():
         key = jax.eval_shape(jax.random.key, 0)
         costs["first state"] = compile_cost(program.initializer(), key)
         for layer in list(state.tables)[:1]:
             table, plan = state.tables[layer], batch.plan.rows[layer]
             slots = jax.tree.map(_without_first_axis, batch.plan.slots[layer])
-            costs["lookup"] = compile_cost(
-                jax.jit(_look_up(program)), table, plan, slots, state.step
-            )
+            look_up = jax.jit(_look_up(program))
+            costs["lookup"] = compile_cost(look_up, table, plan, slots, row_adam, state.step)
             gradient = jax.ShapeDtypeStruct(
                 (*plan.places.shape, table.layout.width),
                 jnp.float32,
                 sharding=jax.NamedSharding(program.mesh, ROWS_SU),
             )
             update = jax.jit(_update(program), donate_argnums=0)
-            costs["row update"] = compile_cost(update, table, plan, gradient, state.step)
+            read = jax.eval_shape(lookup.read_rows, table, plan, row_adam, state.step)
+            arguments = table, plan, gradient, read, row_adam, state.step
+            costs["row update"] = compile_cost(update, *arguments)
         optimize = jax.jit(_optimize(program), donate_argnums=(0, 1))
         costs["optimizer"] = compile_cost(optimize, state.params, state.optimizer, state.params)
-        costs["training step"] = compile_cost(make_train_step(program), state, batch)
+        costs["training step"] = compile_cost(make_train_step(program), state, batch, row_adam)
     return costs
 
 
@@ -168,7 +172,7 @@ def abstract_batch(program: Program) -> Batch:
     plan = None
     if program.ngram_hash is not None:
         plan = Planner(program.ngram_hash, shards=program.mesh.size)(tokens)
-    batch = Batch(tokens, tokens, np.zeros(shape, np.float32), tokens, tokens, plan)
+    batch = Batch(tokens, tokens, np.zeros(shape, np.float32), tokens, tokens, plan=plan)
     return jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         batch,
@@ -205,22 +209,26 @@ def read_collectives(text: str) -> Iterator[Collective]:
 
 def _look_up(program: Program) -> Any:
     def look_up(
-        table: Table, plan: RowPlan, slots: SlotPlan, step: Int32[Array, ""]
+        table: Table, plan: RowPlan, slots: SlotPlan, row_adam: RowAdam, step: Int32[Array, ""]
     ) -> Float[Array, "B T E"]:
         gather = program.config.memory.gather
-        rows = lookup.read_rows(table, plan, program.row_adam, step, gather)
-        return lookup.expand(rows, slots, gather)
+        rows = lookup.read_rows(table, plan, row_adam, step, gather)
+        return lookup.expand(rows.values, slots, gather)
 
     return look_up
 
 
 def _update(program: Program) -> Any:
     def update(
-        table: Table, plan: RowPlan, gradient: Float[Array, "S U F"], step: Int32[Array, ""]
+        table: Table,
+        plan: RowPlan,
+        gradient: Float[Array, "S U F"],
+        read: ReadRows,
+        row_adam: RowAdam,
+        step: Int32[Array, ""],
     ) -> Table:
-        own = lookup.own_gradients(table, plan, gradient)
-        scale = jnp.float32(1)
-        return lookup.update_rows(table, plan, gradient, own, scale, program.row_adam, step)
+        own, scale = lookup.own_gradients(table, plan, gradient), jnp.float32(1)
+        return lookup.update_rows(table, plan, gradient, own, read.own, scale, row_adam, step)
 
     return update
 

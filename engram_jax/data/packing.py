@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     target_mask: Float32[Any, "*A B T"]
     segments: Int32[Any, "*A B T"]
     positions: Int32[Any, "*A B T"]
-    documents: Int32[Any, "*A B T"] | None = None
+    documents: Any = None  # Int32[Any, "*A B T"]
     plan: Any = None
 
     def map(self, change: Callable[[Any], Any]) -> "Batch":
@@ -124,9 +124,7 @@ def place_rows(packed: Batch, chosen: Bool[np.ndarray, "B"], rows: Batch) -> Non
             whole[chosen] = piece
 
 
-def pack_held_out(
-    documents: CorpusView, sequence_length: int, batch_size: int
-) -> Iterator[Batch]:
+def pack_held_out(documents: CorpusView, sequence_length: int, batch_size: int) -> Iterator[Batch]:
     """Cut documents, each once and in their order, into batches of `batch_size` rows.
 
     Every token but a document's bos is a target exactly once. Where the documents end, rows are

@@ -88,7 +88,7 @@ def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap
     Raises:
         InputError: the text is empty, or the model has no Engram layer.
     """
-    tokenizer, planner = run.tokenizer, run.planner()
+    tokenizer, planner = run.tokenizer, run.program.planner()
     if planner is None or not run.config.memory.sites.layers:
         raise InputError(f"The model in {run.folder} has no Engram layer, hence no gates to show.")
     ids = tokenizer.encode(text)
@@ -105,8 +105,9 @@ def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap
         chosen = starts[first : first + rows]
         batch = _windows(whole, chosen, rows, length, tokenizer.pad_id)
         batch = batch._replace(plan=planner(batch.tokens, batch.segments))
-        with jax.set_mesh(run.mesh):
-            read = multihost_utils.process_allgather(scorer(weights, run.put(batch)), tiled=True)
+        with run.program.use_mesh():
+            scored = scorer(weights, run.program.put(batch), run.program.row_adam)
+            read = multihost_utils.process_allgather(scored, tiled=True)
         by_token, by_layer = jax.tree.map(lambda array: np.asarray(array)[0], read)
         for row, start in enumerate(chosen):
             # Later windows know more of what comes before their second half.

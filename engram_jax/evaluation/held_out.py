@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,14 @@ from jaxtyping import Array, Float, Float32, Float64
 from engram_jax.data.corpus import Corpus, CorpusView
 from engram_jax.data.packing import Batch, pack_held_out
 from engram_jax.loss import token_losses
-from engram_jax.memory import lookup
-from engram_jax.memory.plan import MemoryPlan
+from engram_jax.memory.row_adam import RowAdam
 from engram_jax.model import Gates
-from engram_jax.run import Run
+from engram_jax.program import MicroBatch, Program, micro_batches
 from engram_jax.train_state import Weights
 
 type Suppress = Literal["nothing", "output", "rows"]
 type StepGates = dict[int, Float[Array, "A B T M"]]  # by layer id
-type Scorer = Callable[[Weights, Batch], tuple[Array, StepGates]]
+type Scorer = Callable[[Weights, Batch, RowAdam], tuple[Array, StepGates]]
 
 
 class ScoredBatch(NamedTuple):
@@ -82,43 +81,40 @@ class Score:
         return self.loss * self.tokens_per_byte / math.log(2)
 
 
-def make_scorer(run: Run, suppress: Suppress = "nothing") -> Scorer:
-    """A jitted function (weights, batch) → (loss of every token, gates by layer).
+def make_scorer(program: Program, suppress: Suppress = "nothing") -> Scorer:
+    """The jitted function (weights, batch, row optimizer) → (loss of every token, gates by layer).
 
-    Call it inside `jax.set_mesh(run.mesh)`.
+    Call it inside `program.use_mesh()`; the row optimizer is `program.row_adam`.
 
     Args:
-        run: the run.
-        suppress: "output" drops what the memory layers add (paper §6.3); "rows" lets them run on
-            rows of zeros.
+        program: the program.
+        suppress: "output" drops what the memory layers add (paper §6.3); "rows" gives them rows of
+            zeros.
     """
 
-    def score(weights: Weights, batch: Batch) -> tuple[Float[Array, "A B T"], StepGates]:
-        plans, slots = batch.plan or MemoryPlan({}, {})
+    def score(
+        weights: Weights, batch: Batch, row_adam: RowAdam
+    ) -> tuple[Float[Array, "A B T"], StepGates]:
         rows: dict[int, Array] = {}
         if suppress != "output":
-            for layer, table in weights.tables.items():
-                rows[layer] = lookup.read_rows(
-                    table, plans[layer], run.row_adam, weights.step, run.config.memory.gather
-                )
+            read = program.read_rows(weights, batch.plan, row_adam)
+            rows = {layer: of_layer.values for layer, of_layer in read.items()}
         if suppress == "rows":
             rows = jax.tree.map(jnp.zeros_like, rows)
 
-        def score_part(part: tuple[Batch, Any]) -> tuple[Array, Gates]:
-            batch, slots = part
-            gather = run.config.memory.gather
+        def score_part(micro_batch: MicroBatch) -> tuple[Array, Gates]:
             losses, report = token_losses(
-                run.graph, weights.params, rows, slots, batch, weights.expert_bias, gather
+                program, weights.params, rows, micro_batch, weights.expert_bias
             )
             return losses, report.gates
 
-        return jax.lax.map(score_part, (batch._replace(plan=None), slots))
+        return jax.lax.map(score_part, micro_batches(batch))
 
     return jax.jit(score)
 
 
 def evaluate_held_out(
-    run: Run,
+    program: Program,
     scorer: Scorer,
     weights: Weights,
     corpora: Sequence[Corpus],
@@ -126,10 +122,10 @@ def evaluate_held_out(
     max_tokens: int | None = None,
     watch: Callable[[ScoredBatch], object] = lambda scored: None,
 ) -> dict[str, Score]:
-    """Scores the held-out documents of every corpus; call it inside `jax.set_mesh(run.mesh)`.
+    """Scores the held-out documents of every corpus; call it inside `program.use_mesh()`.
 
     Args:
-        run: the run.
+        program: the program.
         scorer: as `make_scorer` gives it.
         weights: parameters and tables.
         corpora: where the documents come from.
@@ -142,8 +138,8 @@ def evaluate_held_out(
     Raises:
         InputError: a corpus holds no held-out documents.
     """
-    data, planner = run.config.data, run.planner()
-    rows = data.batch_size // run.config.train.accumulation
+    data, planner = program.config.data, program.planner()
+    rows = data.batch_size // program.config.train.accumulation
     scores = {}
     for corpus in corpora:
         documents = len(corpus.held_out)
@@ -152,7 +148,8 @@ def evaluate_held_out(
             batch = _own_rows(packed._replace(documents=None).map(lambda field: field[None]))
             if planner:
                 batch = batch._replace(plan=planner(batch.tokens, batch.segments))
-            read = multihost_utils.process_allgather(scorer(weights, run.put(batch)), tiled=True)
+            scored = scorer(weights, program.put(batch), program.row_adam)
+            read = multihost_utils.process_allgather(scored, tiled=True)
             by_token, gates = jax.tree.map(lambda array: np.asarray(array)[0], read)
             mask = packed.target_mask
             if max_tokens is not None:

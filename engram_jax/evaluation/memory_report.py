@@ -121,12 +121,15 @@ class MemoryStudy:
     """
 
     def __init__(self, run: Run, weights: Weights) -> None:
-        assert run.ngram_hash is not None
+        assert run.program.ngram_hash is not None
         length = run.config.data.sequence_length
         rows = int(weights.step) * run.config.data.batch_size
         counted = min(rows, MOST_TOKENS // length)
         parts = _training_rows(run, counted, at_once=-(-_PART // length))
-        self._hash, self._counts = run.ngram_hash, count_ngrams(run.ngram_hash, parts)
+        self._hash, self._counts = (
+            run.program.ngram_hash,
+            count_ngrams(run.program.ngram_hash, parts),
+        )
         self._tables = _inspect_tables(run, weights, self._counts, complete=counted == rows)
         self._tokens_read, self._tokens_counted = rows * length, counted * length
         self._sources: dict[str, int] = {}
@@ -194,7 +197,7 @@ def _training_rows(
 def _inspect_tables(
     run: Run, weights: Weights, counts: dict[int, NgramCounts], *, complete: bool
 ) -> list[OrderReport]:
-    ngram_hash, batch_size = run.ngram_hash, run.config.data.batch_size
+    ngram_hash, batch_size = run.program.ngram_hash, run.config.data.batch_size
     complete = complete and not run.config.memory.frozen
     assert ngram_hash is not None
     batches = [

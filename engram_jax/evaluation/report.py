@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
 from engram_jax.data.corpus import Corpus
@@ -19,7 +18,7 @@ from engram_jax.evaluation.held_out import (
     make_scorer,
     pool,
 )
-from engram_jax.run import Run
+from engram_jax.program import Program
 from engram_jax.train_state import Weights
 
 POOLED = "all sources"
@@ -54,7 +53,7 @@ class SourceReport:
 
 
 def evaluate(
-    run: Run,
+    program: Program,
     scorer: Scorer,
     weights: Weights,
     corpora: Sequence[Corpus],
@@ -65,7 +64,7 @@ def evaluate(
     """Scores every corpus, and all pooled under `POOLED`; with memory, also without it (§6.3).
 
     Args:
-        run: the run.
+        program: the program.
         scorer: of the whole model, as `make_scorer` gives it.
         weights: parameters and tables.
         corpora: where the documents come from.
@@ -80,7 +79,7 @@ def evaluate(
     if max_tokens is not None:
         tokens = sum(min(max_tokens, count_targets(corpus.held_out)) for corpus in corpora)
     with (
-        jax.set_mesh(run.mesh),
+        program.use_mesh(),
         tqdm(total=tokens * (1 + len(parts)), unit=" tokens", unit_scale=True, leave=False) as bar,
     ):
 
@@ -92,12 +91,12 @@ def evaluate(
 
             bar.set_description(title)
             return evaluate_held_out(
-                run, scorer, weights, corpora, max_tokens=max_tokens, watch=see
+                program, scorer, weights, corpora, max_tokens=max_tokens, watch=see
             )
 
         whole = score("nothing", scorer, "scoring the whole model")
         suppressed = {
-            part: score(part, make_scorer(run, part), f"scoring with {_ABLATIONS[part]}")
+            part: score(part, make_scorer(program, part), f"scoring with {_ABLATIONS[part]}")
             for part in parts
         }
     harms = {

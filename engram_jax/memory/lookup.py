@@ -8,7 +8,7 @@ mesh (of one device, too), and nothing but gathers and scatters touches an array
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,25 @@ PART = 8192  # rows gathered at a time, where only a part of them is kept
 _BY_DEVICE = jax.P(TOKEN_AXES)  # tables by R, plans by S, tokens by B
 
 
+class ReadRows(NamedTuple):
+    """The distinct rows of a step.
+
+    Attributes:
+        values: what the forward pass reads.
+        own: what each owner keeps of its rows for their update in this step.
+    """
+
+    values: Float[Array, "S U F"]
+    own: Any = None
+
+
 def read_rows(
     table: Table,
     plan: RowPlan,
     adam: RowAdam,
     step: Int32[Array, ""],
     gather: GatherImplementation | None = None,
-) -> Float[Array, "S U F"]:
+) -> ReadRows:
     """Each device's distinct rows, as the forward pass of step `step` + 1 reads them.
 
     The row optimizer adds what it owes idle rows to this copy; the table stays as it is.
@@ -47,7 +59,7 @@ def read_rows(
             something need their moments, too, which XLA reads.)
     """
 
-    def read_own(table: Table, plan: RowPlan, step: Array) -> Float[Array, "1 U F"]:
+    def read_own(table: Table, plan: RowPlan, adam: RowAdam, step: Array) -> Float[Array, "1 U F"]:
         loaded = adam.loaded(step)
 
         def answer(own_rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
@@ -74,12 +86,13 @@ def read_rows(
         first, _ = route.fetch(jnp.int32(0), answer)
         return _further_rounds(route, fetch_further, first)[None]
 
-    return jax.shard_map(
+    values = jax.shard_map(
         read_own,
-        in_specs=(_BY_DEVICE, _BY_DEVICE, jax.P()),
+        in_specs=(_BY_DEVICE, _BY_DEVICE, jax.P(), jax.P()),
         out_specs=_BY_DEVICE,
         check_vma=False,  # see `expand`
-    )(table, plan, step)
+    )(table, plan, adam, step)
+    return ReadRows(values)
 
 
 def expand(
@@ -150,6 +163,7 @@ def update_rows(
     plan: RowPlan,
     gradient: Float[Array, "S U F"],
     own: OwnGradients,
+    own_rows: Any,
     scale: Float[Array, ""],
     adam: RowAdam,
     step: Int32[Array, ""],
@@ -167,7 +181,13 @@ def update_rows(
     """
 
     def update_own(
-        table: Table, plan: RowPlan, gradient: Array, own: OwnGradients, scale: Array, step: Array
+        table: Table,
+        plan: RowPlan,
+        gradient: Array,
+        own: OwnGradients,
+        scale: Array,
+        adam: RowAdam,
+        step: Array,
     ) -> Table:
         loaded = adam.loaded(step)
 
@@ -196,9 +216,9 @@ def update_rows(
     by_device = OwnGradients(_BY_DEVICE, _BY_DEVICE, jax.P())  # type: ignore[arg-type]
     return jax.shard_map(
         update_own,
-        in_specs=(_BY_DEVICE, _BY_DEVICE, _BY_DEVICE, by_device, jax.P(), jax.P()),
+        in_specs=(_BY_DEVICE, _BY_DEVICE, _BY_DEVICE, by_device, jax.P(), jax.P(), jax.P()),
         out_specs=_BY_DEVICE,
-    )(table, plan, gradient, own, scale, step)
+    )(table, plan, gradient, own, scale, adam, step)
 
 
 def shard_load(table: Table, plan: RowPlan) -> Float[Array, ""]:
@@ -229,7 +249,7 @@ def settle(
         keep_moments: moments and clocks go on; otherwise the rows start anew, as at step 0.
     """
 
-    def settle_own(table: Table, step: Array) -> Table:
+    def settle_own(table: Table, adam: RowAdam, step: Array) -> Table:
         loaded = adam.loaded(step)
 
         def settle_record(record: UInt32[Array, "words"]) -> UInt32[Array, "words"]:
@@ -240,8 +260,9 @@ def settle(
 
         return replace(table, records=jax.lax.map(settle_record, table.records, batch_size=PART))
 
-    settle_all = jax.shard_map(settle_own, in_specs=(_BY_DEVICE, jax.P()), out_specs=_BY_DEVICE)
-    return jax.jit(settle_all, donate_argnums=0)(table, step)
+    specs = (_BY_DEVICE, jax.P(), jax.P())
+    settle_all = jax.shard_map(settle_own, in_specs=specs, out_specs=_BY_DEVICE)
+    return jax.jit(settle_all, donate_argnums=0)(table, adam, step)
 
 
 def _route(table: Table, plan: RowPlan) -> Route:

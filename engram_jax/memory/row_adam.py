@@ -12,8 +12,8 @@ Both work on rows that were gathered from a table and are scattered back by the 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,8 @@ class RowAdamConfig:
             )
 
 
+@no_type_check
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RowAdam:
     """A row optimizer; make one with `make_row_adam`.
@@ -69,8 +71,8 @@ class RowAdam:
         drift: how idle rows move, by the step that last wrote them; None for lazy Adam.
     """
 
-    config: RowAdamConfig
-    schedule: Schedule
+    config: RowAdamConfig = field(metadata={"static": True})
+    schedule: Schedule = field(metadata={"static": True})
     drift: Drift | None
 
     def loaded(self, step: Int32[Array, ""]) -> "RowAdam":

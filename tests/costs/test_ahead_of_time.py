@@ -25,7 +25,7 @@ from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, make_row_adam
 from engram_jax.program import Program
 from engram_jax.sharding import TOKEN_AXES, MeshConfig
-from engram_jax.trainer import make_train_step
+from engram_jax.train_step import make_train_step
 
 TOPOLOGY = "v5p:2x2x1"
 TOKENS, COLUMNS = 1024, 16  # of one chip
@@ -57,12 +57,12 @@ def compile_memory_part(mesh: jax.sharding.Mesh, width: int, rows: int) -> Cost:
     slots = SlotPlan(*[abstract(mesh, (chips, TOKENS, COLUMNS))] * 2)
 
     def part(table: Table, plan: RowPlan, slots: SlotPlan, step: jax.Array):
-        rows = lookup.read_rows(table, plan, adam, step)
-        memory, pullback = jax.vjp(lambda rows: lookup.expand(rows, slots), rows)
+        read = lookup.read_rows(table, plan, adam, step)
+        memory, pullback = jax.vjp(lambda rows: lookup.expand(rows, slots), read.values)
         (gradient,) = pullback(memory)
         own = lookup.own_gradients(table, plan, gradient)
         scale = jnp.minimum(1, 1 / own.square_norm)
-        return lookup.update_rows(table, plan, gradient, own, scale, adam, step)
+        return lookup.update_rows(table, plan, gradient, own, read.own, scale, adam, step)
 
     with jax.set_mesh(mesh):
         jitted = jax.jit(part, donate_argnums=0)
@@ -104,7 +104,7 @@ def test_on_v5p_a_step_does_not_grow_with_the_table(mesh: jax.sharding.Mesh, wid
         program = Program.of_sizes(vary(config, memory={"rows_per_head": (rows, rows)}), mesh)
         state, batch = program.abstract_state(), abstract_batch(program)
         with jax.set_mesh(mesh):
-            cost = compile_cost(make_train_step(program), state, batch)
+            cost = compile_cost(make_train_step(program), state, batch, program.abstract_row_adam())
         assert_only_gathers_and_scatters_meet(program.ngram_hash.padded_rows[0] // 4, cost.text)
         temporaries.append(cost.temporaries)
     assert abs(temporaries[1] - temporaries[0]) <= 0.002 * temporaries[0]
@@ -152,7 +152,7 @@ def test_what_a_loop_over_layers_sends_is_counted_for_every_layer(mesh: jax.shar
     program = Program.of_sizes(config, mesh)
     state, batch = program.abstract_state(), abstract_batch(program)
     with jax.set_mesh(mesh):
-        cost = compile_cost(make_train_step(program), state, batch)
+        cost = compile_cost(make_train_step(program), state, batch, program.abstract_row_adam())
     assert {part.trips for part in cost.collectives} == {1, 5}
     # Halves of its parameters, twice, and of their gradients at least as much, in bfloat16 or more.
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params["blocks"][0]))

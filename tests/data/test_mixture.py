@@ -47,7 +47,9 @@ def test_rows_are_those_of_the_sources(sources):
     rows = mixture.rows(indices)
     for place, index in enumerate(indices):
         source, row = mixture.locate(int(index))
-        for field, expected in zip(rows[:5], sources[source].rows(np.array([row]))[:5], strict=True):
+        for field, expected in zip(
+            rows[:5], sources[source].rows(np.array([row]))[:5], strict=True
+        ):
             assert np.array_equal(field[place], expected[0])
 
 

@@ -1,4 +1,3 @@
-import jax
 import pytest
 
 from engram_jax.run import Run
@@ -17,5 +16,5 @@ def weights(run) -> Weights:
 
 @pytest.fixture
 def in_mesh(run):
-    with jax.set_mesh(run.mesh):
+    with run.program.use_mesh():
         yield

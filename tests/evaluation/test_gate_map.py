@@ -18,7 +18,7 @@ TEXT = "Alexander the Great was\n\tborn in 東京 & <script>alert('$x_1$')</scri
 
 @pytest.fixture(scope="module")
 def scorer(run):
-    return make_scorer(run)
+    return make_scorer(run.program)
 
 
 @pytest.fixture(scope="module")
@@ -166,4 +166,4 @@ def test_an_empty_text_is_refused(read):
 def test_models_without_gates_are_refused(memory, untrained):
     run = untrained(memory)
     with pytest.raises(InputError, match="no Engram layer"):
-        read_gates(run, make_scorer(run), run.restore_weights(), "text")
+        read_gates(run, make_scorer(run.program), run.restore_weights(), "text")

@@ -30,8 +30,8 @@ def test_loss_is_that_of_a_plain_pass_over_every_row(run, weights):
     """By hand: rows cut from the concatenated documents, a plain pass, softmax in NumPy."""
     corpus = run.corpora()[0]
     held_out = corpus.held_out
-    with jax.set_mesh(run.mesh):
-        score = evaluate_held_out(run, make_scorer(run), weights, [corpus])["first"]
+    with run.program.use_mesh():
+        score = evaluate_held_out(run.program, make_scorer(run.program), weights, [corpus])["first"]
 
     stream = np.concatenate([held_out.tokens(i) for i in range(len(held_out))])
     document = np.repeat(np.arange(len(held_out), dtype=np.int32), held_out.lengths)
@@ -106,29 +106,40 @@ def test_pooling_weighs_by_tokens():
 @pytest.mark.usefixtures("in_mesh")
 def test_dropped_output_is_the_backbone_alone(run, weights):
     """Without its Engram parameters and rows, a model scores what the suppressed one scores."""
-    scores = evaluate_held_out(run, make_scorer(run, "output"), weights, run.corpora())
+    scores = evaluate_held_out(
+        run.program, make_scorer(run.program, "output"), weights, run.corpora()
+    )
     other_tables = {1: scale_rows(weights.tables[1], 7)}
     params = jax.tree.map(lambda leaf: leaf, weights.params)
     engram = params["blocks"][1]["engram"]
     params["blocks"][1]["engram"] = jax.tree.map(lambda leaf: leaf + 1, engram)
     changed = replace(weights, params=params, tables=other_tables)
-    assert evaluate_held_out(run, make_scorer(run, "output"), changed, run.corpora()) == scores
-    whole = make_scorer(run)
-    assert evaluate_held_out(run, whole, changed, run.corpora()) != scores
+    assert (
+        evaluate_held_out(run.program, make_scorer(run.program, "output"), changed, run.corpora())
+        == scores
+    )
+    whole = make_scorer(run.program)
+    assert evaluate_held_out(run.program, whole, changed, run.corpora()) != scores
 
 
 @pytest.mark.usefixtures("in_mesh")
 def test_zeroed_rows_equal_rows_of_zeros(run, weights):
     zeros = replace(weights, tables={1: scale_rows(weights.tables[1], 0)})
-    suppressed = evaluate_held_out(run, make_scorer(run, "rows"), weights, run.corpora())
-    assert suppressed == evaluate_held_out(run, make_scorer(run), zeros, run.corpora())
-    assert suppressed != evaluate_held_out(run, make_scorer(run), weights, run.corpora())
+    suppressed = evaluate_held_out(
+        run.program, make_scorer(run.program, "rows"), weights, run.corpora()
+    )
+    assert suppressed == evaluate_held_out(
+        run.program, make_scorer(run.program), zeros, run.corpora()
+    )
+    assert suppressed != evaluate_held_out(
+        run.program, make_scorer(run.program), weights, run.corpora()
+    )
 
 
 def test_evaluating_changes_nothing(run, weights):
     before = jax.device_get(weights)
-    first = evaluate(run, make_scorer(run), weights, run.corpora())
-    second = evaluate(run, make_scorer(run), weights, run.corpora())
+    first = evaluate(run.program, make_scorer(run.program), weights, run.corpora())
+    second = evaluate(run.program, make_scorer(run.program), weights, run.corpora())
     assert first == second
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(weights))
 
@@ -136,8 +147,8 @@ def test_evaluating_changes_nothing(run, weights):
 @pytest.mark.usefixtures("in_mesh")
 @pytest.mark.parametrize("max_tokens", [1, 70, 8 * 24 + 5])
 def test_fewer_tokens_are_the_first_documents(run, weights, max_tokens):
-    corpora, scorer = run.corpora(), make_scorer(run)
-    whole = evaluate_held_out(run, scorer, weights, corpora)
+    corpora, scorer = run.corpora(), make_scorer(run.program)
+    whole = evaluate_held_out(run.program, scorer, weights, corpora)
     batches: list[ScoredBatch] = []
     part = evaluate_held_out(
         run, scorer, weights, corpora, max_tokens=max_tokens, watch=batches.append
@@ -156,7 +167,7 @@ def test_fewer_tokens_are_the_first_documents(run, weights, max_tokens):
 
 
 def test_report_prints_every_figure(run, weights):
-    report = evaluate(run, make_scorer(run), weights, run.corpora())
+    report = evaluate(run.program, make_scorer(run.program), weights, run.corpora())
     table = format_report(report)
     for name in ("first", "second", POOLED):
         rows = [line for line in table.splitlines() if line.startswith(f"{name} ")]

@@ -42,13 +42,15 @@ def evaluated(trained) -> Evaluated:
         study(suppressed, scored)
         batches[suppressed].append(scored)
 
-    scores = evaluate(run, make_scorer(run), weights, run.corpora(), max_tokens=200, watch=watch)
+    scores = evaluate(
+        run.program, make_scorer(run.program), weights, run.corpora(), max_tokens=200, watch=watch
+    )
     return Evaluated(run, study.report(), scores, batches)
 
 
 def spell(run, tokens, segments, order) -> list[tuple[int, ...]]:
     """The n-gram at every position: ids of its document and row, latest first."""
-    lookup, ngrams = run.ngram_hash.projection.lookup, []
+    lookup, ngrams = run.program.ngram_hash.projection.lookup, []
     for row, documents in zip(tokens, segments, strict=True):
         for end in range(len(row)):
             places = range(end, max(end - order, -1), -1)
@@ -71,7 +73,7 @@ def read(evaluated):
 def test_tables_hold_the_rows_of_the_text_that_was_read(evaluated, read):
     run, report = evaluated.run, evaluated.report
     assert report.tokens_read == report.tokens_counted == 6 * 8 * 24
-    rows = run.ngram_hash.hash_tokens(1, *read)
+    rows = run.program.ngram_hash.hash_tokens(1, *read)
     assert [table.order for table in report.tables] == [2, 3]
     for table in report.tables:
         columns = range((table.order - 2) * 2, (table.order - 1) * 2)
@@ -87,7 +89,7 @@ def test_tables_hold_the_rows_of_the_text_that_was_read(evaluated, read):
         for start in range(0, 16 * 8, 8):
             batch = more.rows(np.arange(start, start + 8))
             ngrams.append(len(set(spell(run, batch.tokens, batch.segments, table.order))))
-            hashed = run.ngram_hash.hash_tokens(1, batch.tokens, batch.segments)
+            hashed = run.program.ngram_hash.hash_tokens(1, batch.tokens, batch.segments)
             distinct.append(len(np.unique(hashed[..., columns])))
         assert table.ngrams_per_batch == np.mean(ngrams)
         assert table.rows_per_batch == np.mean(distinct)

@@ -252,9 +252,10 @@ def test_nan_in_padding_reaches_no_row() -> None:
         gradient = put(mesh, jnp.full((1, plan.rows[LAYER].places.shape[1], WIDTH), jnp.nan))
         distinct = int(plan.rows[LAYER].distinct[0])
         gradient = gradient.at[:, :distinct].set(1.0)
+        read = lookup.read_rows(table, plan.rows[LAYER], adam, jnp.int32(0))
         own = lookup.own_gradients(table, plan.rows[LAYER], gradient)
         own = replace(own, square_norm=jnp.float32(1))
         new = lookup.update_rows(
-            table, plan.rows[LAYER], gradient, own, jnp.float32(1), adam, jnp.int32(0)
+            table, plan.rows[LAYER], gradient, own, read.own, jnp.float32(1), adam, jnp.int32(0)
         )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))

@@ -1,14 +1,28 @@
 """The small family: the paper's four kinds of model at three sizes, for one CPU or one GPU.
 
-All of a size have the same backbone of latent attention, four residual branches and Muon, and
-activate the same parameters: what reads the memory is taken from the leading dense layer. The
-mixture of experts, Engram and OverEncoding have the same total, too: of their sparse parameters
-three quarters are experts where there is memory, and the rest are its tables (ρ = 0.75, the paper's
+Command: `python train.py KIND_SIZE`, such as `engram_2m`; kinds are dense, moe (a mixture of
+experts), engram and over_encoding (the paper's baseline), sizes 2m, 10m and 100m, after the
+parameters that a token activates besides the vocabulary.
+
+All models of a size have the same backbone of latent attention, four residual branches and Muon,
+and activate the same parameters: what reads the memory is taken from the leading dense layer. The
+mixture of experts, Engram and OverEncoding have the same total, too: where there is memory, three
+quarters of their sparse parameters are experts, and the rest are its tables (ρ = 0.75, the paper's
 best).
+
+| size | activated | dense | the other three, of them in tables | cost on two CPU cores |
+|---|---|---|---|---|
+| 2m | 1.6 M | 2.6 M | 8.6 M, 1.5 M | five minutes of 500 steps |
+| 10m | 8.5 M | 10.5 M | 43.7 M, 8.3 M | 1.5 to 1.9 s a step |
+| 100m | 114 M | 120 M | 587 M, 117 M | not trained yet |
+
+Expect of 2m with `--train.steps 500`, held-out loss on prose in nats per token: dense 5.216 ±
+0.005, moe 5.195 ± 0.012, over_encoding 5.210 ± 0.010, engram 5.100 ± 0.005. The larger sizes are
+not trained yet.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from engram_jax.config import Config, MemoryConfig
 from engram_jax.layers.hyper_connections import HyperConnectionsConfig
@@ -94,3 +108,21 @@ def small_config(kind: Kind, size: str) -> Config:
         ),
         optimizer=OptimizerConfig(matrices="muon", learning_rate=1e-2),
     )
+
+
+_WHAT = {
+    "dense": "dense feed-forward layers, no memory",
+    "moe": "a mixture of experts, no memory",
+    "engram": "a mixture of experts and Engram",
+    "over_encoding": "a mixture of experts and OverEncoding, the paper's baseline",
+}
+
+# What the command line offers: for each name a line about it, and its configuration.
+family = {
+    f"{kind}_{size}": (
+        f"Small family, {size.removesuffix('m')} M activated: {_WHAT[kind]}.",
+        small_config(kind, size),
+    )
+    for size in _SIZES
+    for kind in get_args(Kind.__value__)
+}

@@ -1,0 +1,39 @@
+"""Which implementations of kernels and attention run on which platform."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from engram_jax.config import Config
+
+# The platform of each implementation that does not run on all of them.
+NEEDS = {"cudnn": "gpu", "splash": "tpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
+
+
+def without_foreign_kernels(config: Config, platform: str) -> Config:
+    """The configuration, with the choice left open where it names another platform's kernel."""
+    for part in foreign_kernels(config, platform):
+        *outer, name = part.split(".")
+        config = _replaced(config, outer, {name: None})
+    return config
+
+
+def _replaced(node: Any, path: Sequence[str], change: dict[str, Any]) -> Any:
+    """The dataclass with fields of a part of it replaced."""
+    if not path:
+        return replace(node, **change)
+    return replace(node, **{path[0]: _replaced(getattr(node, path[0]), path[1:], change)})
+
+
+def foreign_kernels(config: Config, platform: str) -> dict[str, str]:
+    """The named implementations that do not run on this platform, by field."""
+    chosen = {
+        "memory.gather": config.memory.gather,
+        "model.engram.implementation": config.model.engram.implementation,
+        "model.attention.implementation": config.model.attention.implementation,
+    }
+    return {
+        part: name
+        for part, name in chosen.items()
+        if name is not None and NEEDS.get(name, platform) != platform
+    }

@@ -1,0 +1,185 @@
+"""One optimizer step: gather rows, forward, backward, clip, update."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from engram_jax.data.packing import Batch
+from engram_jax.layers.mixture_of_experts import balance
+from engram_jax.loss import token_losses
+from engram_jax.memory.lookup import ReadRows
+from engram_jax.memory.row_adam import RowAdam
+from engram_jax.model import Report
+from engram_jax.program import MicroBatch, Program, micro_batches
+from engram_jax.train_state import TrainState, Weights
+from engram_jax.typing import Parameters
+
+type Metrics = dict[str, Array]
+type TrainStep = Callable[[TrainState, Batch, RowAdam], tuple[TrainState, Metrics]]
+
+
+class Gradients(NamedTuple):
+    """Gradients of the mean loss of a step, in float32.
+
+    Attributes:
+        params: of the dense parameters.
+        rows: of each device's distinct rows, by layer id; empty for frozen tables.
+    """
+
+    params: Parameters
+    rows: dict[int, Float[Array, "S U F"]]
+
+
+class Norms(NamedTuple):
+    """Norms of the gradients, before clipping.
+
+    Attributes:
+        all: of parameters and rows together.
+        rows: of the rows.
+    """
+
+    all: Float[Array, ""]
+    rows: Float[Array, ""]
+
+
+def make_train_step(program: Program) -> TrainStep:
+    """The jitted function (state, batch, row optimizer) → (next state, metrics).
+
+    The state is donated. The row optimizer is `program.row_adam`: an argument, because its arrays
+    would be megabytes of constants in the compiled program.
+
+    Call it inside `program.use_mesh()`. `step_metrics` lists the metrics.
+    """
+
+    def train_step(
+        state: TrainState, batch: Batch, row_adam: RowAdam
+    ) -> tuple[TrainState, Metrics]:
+        read = program.read_rows(state.weights, batch.plan, row_adam)
+        loss, gradients, report = forward_backward(program, state.weights, read, batch)
+        new_state, norms = apply_updates(
+            program, state, read, batch, gradients, report.loads, row_adam
+        )
+        return new_state, step_metrics(program, state, batch, loss, norms, report)
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def forward_backward(
+    program: Program, weights: Weights, read: Mapping[int, ReadRows], batch: Batch
+) -> tuple[Float[Array, ""], Gradients, Report]:
+    """Runs the micro-batches of a step one after another and sums their gradients in float32.
+
+    Args:
+        program: the program.
+        weights: parameters, and what balances the experts.
+        read: the step's distinct rows by layer id, from which all micro-batches take theirs.
+        batch: the step's batch.
+
+    Returns:
+        Mean loss of the step's targets in nats; its gradients; and the blocks' report, with the
+        experts' loads summed over micro-batches and the mixing errors one for each.
+    """
+    rows = {layer: of_layer.values for layer, of_layer in read.items()}
+    trained = {} if program.config.memory.frozen else rows
+    targets = batch.target_mask.sum()
+
+    def mean_loss(
+        params: Parameters, trained: dict[int, Array], micro_batch: MicroBatch
+    ) -> tuple[Array, Report]:
+        losses, report = token_losses(
+            program, params, rows | trained, micro_batch, weights.expert_bias
+        )
+        mask = micro_batch.batch.target_mask
+        return jnp.sum(losses * mask) / targets, report._replace(gates={})
+
+    def accumulate(total: Any, micro_batch: MicroBatch) -> tuple[Any, Report]:
+        differentiate = jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True)
+        (loss, report), gradients = differentiate(weights.params, trained, micro_batch)
+        return jax.tree.map(jnp.add, total, (loss, gradients)), report
+
+    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, (weights.params, trained))
+    (loss, gradients), reports = jax.lax.scan(accumulate, zeros, micro_batches(batch))
+    loads = {layer: jnp.sum(load, axis=0) for layer, load in reports.loads.items()}
+    return loss, Gradients(*gradients), reports._replace(loads=loads)
+
+
+def apply_updates(
+    program: Program,
+    state: TrainState,
+    read: Mapping[int, ReadRows],
+    batch: Batch,
+    gradients: Gradients,
+    loads: Mapping[int, Array],
+    row_adam: RowAdam,
+) -> tuple[TrainState, Norms]:
+    """The next state: gradients clipped by the norm of parameters and rows together, then applied.
+
+    Args:
+        program: the program.
+        state: the state before the step.
+        read: the step's distinct rows by layer id.
+        batch: the step's batch.
+        gradients: of the mean loss.
+        loads: tokens that chose each expert, by layer id.
+        row_adam: the row optimizer.
+    """
+    by_owner = program.own_gradients(state.tables, batch.plan, gradients.rows)
+    rows_square_norm = sum((own.square_norm for own in by_owner.values()), jnp.zeros(()))
+    norm = jnp.sqrt(optax.tree.norm(gradients.params, squared=True) + rows_square_norm)
+    scale = jnp.minimum(1.0, program.config.optimizer.clip_norm / norm)
+    clipped = jax.tree.map(lambda gradient: gradient * scale, gradients.params)
+    updates, optimizer_state = program.optimizer.update(clipped, state.optimizer, state.params)
+    experts = program.config.model.experts
+    new_state = TrainState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        optimizer=optimizer_state,
+        tables=program.update_rows(
+            state, batch.plan, read, gradients.rows, by_owner, scale, row_adam
+        ),
+        expert_bias={
+            layer: balance(bias, loads[layer], experts.balance_rate if experts else 0.0)
+            for layer, bias in state.expert_bias.items()
+        },
+    )
+    return new_state, Norms(norm, jnp.sqrt(rows_square_norm))
+
+
+def step_metrics(
+    program: Program,
+    state: TrainState,
+    batch: Batch,
+    loss: Float[Array, ""],
+    norms: Norms,
+    report: Report,
+) -> Metrics:
+    """What a step reports.
+
+    - loss: nats a token; learning_rate: of what has no factor of its own.
+    - gradient_norm: of parameters and rows together, before clipping; row_gradient_norm: of rows.
+    - rows_asked_L, exchange_rounds_L, shard_load_L of the table of layer L: distinct rows, summed
+      over devices; rounds that the exchange took (1, unless a pair of devices exceeds the
+      capacity); rows asked of the fullest shard, over the mean.
+    - expert_load_worst, expert_load_mean: load of a layer's fullest expert over the mean of its
+      experts; the worst layer's, and the layers' mean.
+    - mixing_error: largest error of a column sum of any H_res.
+    """
+    metrics = {
+        "loss": loss,
+        "gradient_norm": norms.all,
+        "row_gradient_norm": norms.rows,
+        "learning_rate": program.schedule(state.step),
+    }
+    if batch.plan is not None:
+        metrics |= program.exchange_metrics(state.tables, batch.plan)
+    if report.loads:
+        largest = jnp.stack([jnp.max(load) / jnp.mean(load) for load in report.loads.values()])
+        metrics["expert_load_worst"] = jnp.max(largest)
+        metrics["expert_load_mean"] = jnp.mean(largest)
+    if report.mixing_error is not None:
+        metrics["mixing_error"] = jnp.max(report.mixing_error)
+    return metrics
