@@ -50,7 +50,7 @@ def test_unknown_config_lists_the_known() -> None:
     [
         (
             ["--model.widht", "3"],
-            r"Unknown argument '--model.widht'; did you mean --model\.width\?",
+            r"Unknown argument '--model.widht'; did you mean --model\.width",
             ["--model.layers", "--model.attention.heads"],
         ),
         (
