@@ -206,7 +206,7 @@ def test_a_disk_without_room_is_refused_before_tokenizing(tmp_path, tokenizer, m
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=1000))
     path = write_jsonl(tmp_path / "a.jsonl", ["x" * 100_000])
-    with pytest.raises(InputError, match=r"cache is full: .* about 50,024 bytes .*1,000 are free"):
+    with pytest.raises(InputError, match=r"cache is full: .* about 50,024 bytes.*1,000 are free"):
         build_corpus(path, tokenizer, tmp_path / "cache")
     assert tokenizer.encoded == 0
 
