@@ -1,6 +1,6 @@
-"""Evaluates a trained run, with its memory and without: `python eval.py RUN [--flag VALUE …]`.
+"""Evaluates a trained run, with and without its memory: `python eval.py RUN [--flag VALUE …]`.
 
-Prints held-out loss, perplexity and bits per byte of every source, the same with the memory
+Prints held-out loss, perplexity and bits per byte of every source, the loss with the memory
 suppressed, statistics of the memory, and a sampled continuation. Writes `eval.json`, a gate map
 (`gates.html`, `gates.png`) and a picture of the statistics (`memory.png`) into the run folder.
 """
@@ -34,28 +34,28 @@ from engram_jax.run import Run
 from engram_jax.sampling import check_drawing, sample
 from engram_jax.train_state import Weights
 
-MAP_TOKENS = 1024  # more makes a page that nobody reads
-OPENING_TOKENS = 160  # of a held-out document, if no text is given
+MAP_TOKENS = 1024  # maximum number of tokens of a gate map, to keep the page readable
+OPENING_TOKENS = 160  # tokens of a held-out document that the map shows if no text is given
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to evaluate.
+    """Options of an evaluation.
 
     Attributes:
         run: the run folder that train.py wrote.
-        step: step of the checkpoint; the newest by default.
-        sources: what to score: shipped corpora or paths, of which the held-out share counts; those
-            of the run by default.
-        max_tokens: how many held-out tokens to score per source, written to `eval_part.json`
-            instead; all by default.
-        statistics: report on the memory, too; that reads the text the run was trained on.
-        text: text of the gate map; by default, the beginning of a held-out document.
+        step: step of the checkpoint; by default, the newest.
+        sources: shipped corpora or paths whose held-out documents are scored; by default, those of
+            the run.
+        max_tokens: number of held-out tokens to score per source; by default, all. With a number,
+            the results are written to `eval_part.json`.
+        statistics: also report statistics of the memory; this reads the training text.
+        text: text of the gate map; by default, the start of a held-out document.
         text_file: file with the text of the gate map (UTF-8).
         prompt: text to continue.
-        sample_tokens: tokens of the continuation; 0 samples none.
-        temperature: what logits are divided by; 0 takes the likeliest token.
-        top_k: draw among that many likeliest tokens; all by default.
+        sample_tokens: tokens of the continuation; 0: no continuation.
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_k: sample from this many most likely tokens; by default, from all.
         seed: seed of the continuation.
     """
 
@@ -77,7 +77,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Parses the command line, evaluates, prints and writes.
 
     Raises:
-        InputError: something that was asked for cannot be done.
+        InputError: invalid options, or data that cannot be read.
     """
     options = tyro.cli(EvalOptions, args=args, prog="eval.py", description=__doc__)
     _check(options)
@@ -87,7 +87,8 @@ def main(args: Sequence[str] | None = None) -> None:
     has_gates = bool(run.config.memory.sites.layers)
     if text and not has_gates:
         raise InputError(
-            f"The model in {run.folder} has no memory, hence no gates to show; leave out the text."
+            f"The model in {run.folder} has no Engram layer, so it has no gates; leave out the "
+            "text."
         )
     for source in options.sources:
         resolve_source(source)
@@ -96,11 +97,11 @@ def main(args: Sequence[str] | None = None) -> None:
     step = int(weights.step)
     print(f"{options.run}: {run.config.name}, step {step} of {run.config.train.steps}\n")
 
-    # The slow part last: what is wrong with a text or a setting shows at once.
+    # The slow part is last, so that errors in a text or an option appear early.
     study = _study(run, weights) if weights.tables and options.statistics else None
     scorer = make_scorer(run.program)
     results: dict[str, Any] = {"run": run.config.name, "step": step}
-    # What was scored in part does not replace the whole.
+    # Scores of a part of the text do not replace those of all of it.
     name = "eval.json" if options.max_tokens is None else "eval_part.json"
     written = [options.run / name]
     continuation = ""
@@ -143,7 +144,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _check(options: EvalOptions) -> None:
     if not options.run.is_dir():
-        raise InputError(f"There is no run folder {options.run}; train.py makes one, runs/NAME.")
+        raise InputError(f"There is no run folder {options.run}; train.py creates runs/NAME.")
     if options.max_tokens is not None and options.max_tokens < 1:
         raise InputError(f"--max-tokens is {options.max_tokens}; score at least 1 token.")
     if options.sample_tokens < 0:
@@ -164,7 +165,7 @@ def _given_text(options: EvalOptions) -> str | None:
         except UnicodeDecodeError as error:
             raise InputError(f"{options.text_file} is not UTF-8; convert it.") from error
     if text is not None and not text.strip():
-        raise InputError("The text for the gate map is empty; give some, or leave it to eval.py.")
+        raise InputError("The text for the gate map is empty; give a text, or omit the option.")
     return text
 
 
@@ -173,13 +174,14 @@ def _study(run: Run, weights: Weights) -> MemoryStudy:
         return MemoryStudy(run, weights)
     except InputError as error:
         raise InputError(
-            f"{error} Or leave out the memory's statistics: --no-statistics."
+            f"{error} Or skip the statistics of the memory: --no-statistics."
         ) from error
 
 
 def _opening(run: Run, corpus: Corpus) -> str:
-    """The beginning of the corpus's first held-out document."""
-    return run.tokenizer.decode(corpus.held_out.tokens(0)[1:-1][:OPENING_TOKENS])  # no bos, eos
+    """The start of the corpus's first held-out document."""
+    ids = corpus.held_out.tokens(0)[1:-1]  # without bos and eos
+    return run.tokenizer.decode(ids[:OPENING_TOKENS])
 
 
 def _shorten(run: Run, text: str) -> str:

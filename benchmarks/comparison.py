@@ -1,12 +1,12 @@
-"""Kinds of model trained against each other on the shipped texts, three seeds of each.
+"""Trains and compares kinds of model on the shipped texts, with three seeds each.
 
     python -m benchmarks.comparison [default | 2m | 10m | 100m] [--steps N] [--folder PATH]
 
-Measures throughput; trains and evaluates what is not there yet in runs/comparison/; prints the
-table. "default" is the default model and OverEncoding against their dense twin, and that twin given
-the wall-clock time that Engram takes: an hour or two on two CPU cores. A size of the small family
-is its dense model, mixture of experts, OverEncoding and Engram. Prose are the sources vital_en and
-austen.
+Measures throughput, trains and evaluates the runs that are not yet in runs/comparison/, and prints
+a table. "default" compares the default model, OverEncoding and the dense twin (the default model
+without memory), and the dense twin trained for the same wall-clock time as Engram. This takes one
+to two hours on two CPU cores. A size of the small family compares its dense model, mixture of
+experts, OverEncoding and Engram. Prose is the sources vital_en and austen.
 """
 
 import json
@@ -37,22 +37,22 @@ PROSE = ("vital_en", "austen")
 
 
 def call(*words: str) -> None:
-    """Runs a program of this repository and stops if it fails."""
+    """Runs a program of this repository; raises if it fails."""
     subprocess.run([sys.executable, *words], check=True)
 
 
 def train_and_evaluate(run: Path, config: str, seed: int, steps: int) -> dict[str, Any]:
-    """What eval.py writes of a run, which is trained and evaluated if it is not there.
+    """Returns the content of a run's eval.json. Trains and evaluates the run if necessary.
 
     Raises:
-        InputError: the run that is there is of another configuration than this one is now.
+        InputError: the existing run has another configuration than the named one.
     """
     if (run / "eval.json").exists():
         named, stored = load_named_config(config), load_config(run / "config.json")
         if stored != replace(named, train=stored.train):
             raise InputError(
-                f"{run} is of another {config} than configs/ holds now; delete it, or give "
-                "another --folder."
+                f"{run} was made with another version of the configuration {config}; delete it, "
+                "or choose another --folder."
             )
     else:
         flags = ["--train.seed", str(seed), "--train.steps", str(steps)]
@@ -78,9 +78,9 @@ def main(
     """Measures, trains, evaluates, prints.
 
     Args:
-        family: the models: the default one with its twins, or a size of the small family.
-        folder: where the runs lie, a folder per family.
-        steps: optimizer steps; those of the configuration by default.
+        family: the models: the default model with its baselines, or a size of the small family.
+        folder: folder of the runs; each family has a folder in it.
+        steps: optimizer steps; by default, those of the configuration.
         rounds: rounds of the throughput measurement.
     """
     folder = folder / family
@@ -99,9 +99,12 @@ def main(
     lines = [(LABELS[name.removesuffix(f"_{family}")], name, steps) for name in configs]
     if family == "default":
         longer = round(steps / relative["default"])
-        lines.append(("dense twin, as long as Engram takes", dense, longer))
+        lines.append(("dense twin, for Engram's wall-clock time", dense, longer))
 
-    print("| model | steps | held-out loss | less dense, by seed | tokens/s, of dense | minutes |")
+    print(
+        "| model | steps | held-out loss | minus dense, paired by seed "
+        "| tokens/s relative to dense | minutes |"
+    )
     print("|---|---|---|---|---|---|")
     baseline = np.zeros(len(SEEDS))
     for label, name, steps_of_line in lines:
@@ -120,13 +123,13 @@ def main(
             flush=True,
         )
     print(
-        "\nNats per token of the prose sources, mean ± standard error over seeds; minutes of the "
-        "steps alone, at the measured tokens/s."
+        "\nNats per token of the prose sources, mean ± standard error over seeds. Minutes are only "
+        "for the steps, at the measured tokens/s."
     )
 
 
 def mean_and_error(values: np.ndarray) -> str:
-    """Of the seeds."""
+    """Mean ± standard error over seeds."""
     return f"{values.mean():.4f} ± {values.std(ddof=1) / np.sqrt(len(values)):.4f}"
 
 

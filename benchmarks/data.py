@@ -1,7 +1,8 @@
-"""Data against model: tokens per second of the input pipeline alone, as a multiple of what the
-default model's training step consumes, both measured in this process.
+"""Compares the input pipeline's tokens per second with those of the default model's training step.
 
-Usage: python -m benchmarks.data [--workers K] [--repeats N]
+Both are measured in this process.
+
+    python -m benchmarks.data [--workers K] [--repeats N]
 """
 
 import statistics
@@ -23,10 +24,10 @@ def main(workers: int = 0, repeats: int = 7, batches: int = 100, steps: int = 10
     """Prints throughputs and their ratios.
 
     Args:
-        workers: processes that build batches; 0 builds them in a thread, as the default run does.
-        repeats: measurements of each, taken in turn.
-        batches: batches of one measurement of the pipeline.
-        steps: steps of one measurement of the model.
+        workers: number of processes that build batches; 0: a thread does, as in the default run.
+        repeats: number of measurements, alternating between pipeline and model.
+        batches: batches per measurement of the pipeline.
+        steps: steps per measurement of the model.
     """
     data = config.data
     tokens = data.batch_size * data.sequence_length
@@ -43,7 +44,7 @@ def main(workers: int = 0, repeats: int = 7, batches: int = 100, steps: int = 10
         def time_pipeline(with_plan: bool) -> float:
             planner = run.program.planner() if with_plan else None
             with make_batches(corpora, data.weights, planner=planner, **sizes) as stream:
-                for _ in range(data.prefetch + 1):  # what was built ahead costs nothing
+                for _ in range(data.prefetch + 1):  # batches built before the measurement
                     next(stream)
                 start = time.perf_counter()
                 for _ in range(batches):
@@ -69,7 +70,7 @@ def main(workers: int = 0, repeats: int = 7, batches: int = 100, steps: int = 10
 
     where = f"{workers} workers" if workers else "a thread"
     print(f"{data.batch_size} rows of {data.sequence_length} tokens, built in {where}")
-    _print("pipeline, packing alone", rates["rows"])
+    _print("pipeline, packing only", rates["rows"])
     _print("pipeline with hash and plan", rates["plan"])
     _print(f"training step of the default model on {jax.devices()[0].device_kind}", rates["model"])
     ratios = [plan / model for plan, model in zip(rates["plan"], rates["model"], strict=True)]

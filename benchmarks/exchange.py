@@ -1,11 +1,11 @@
-"""The exchange on a TPU slice against XLA's own partitioned gather, compiled without a TPU.
+"""Compares the exchange on a TPU slice with XLA's own partitioned gather. No TPU is needed.
 
     python -m benchmarks.exchange [--topology v5p:4x4x4]
 
-One table of Engram-27B (16 columns of 2,262,500 rows of width 80), every chip asks for the rows of
-4,096 tokens; exact row Adam. Prints what each chip sends over the interconnect and the temporaries
-that it needs. XLA's gather is `table.at[numbers].get()` of a table of bare embeddings, split by
-row. Needs libtpu (`pip install -e '.[tpu]'`).
+The table is one of Engram-27B's (16 columns of 2,262,500 rows of width 80), with exact row Adam.
+Every chip requests the rows of 4,096 tokens. Prints the bytes that each chip sends over the
+interconnect, and its temporaries. XLA's gather is `table.at[numbers].get()` of a table that holds
+only embeddings, split by row. Needs libtpu (`pip install -e '.[tpu]'`).
 """
 
 from typing import Any, NamedTuple
@@ -29,11 +29,11 @@ ROWS = -(-COLUMNS * 2_262_500 // 4096) * 4096
 
 
 class Costs(NamedTuple):
-    """Of one step on one chip.
+    """Costs of one step on one chip.
 
     Attributes:
-        lookup: distinct rows brought and spread to [T, E] in bfloat16.
-        update: row gradients brought to the owners, and exact row Adam.
+        lookup: fetching the distinct rows, and copying them to [T, E] in bfloat16.
+        update: sending row gradients to their owners, and exact row Adam.
         gather: XLA's gather, by dtype of the table.
     """
 
@@ -43,12 +43,12 @@ class Costs(NamedTuple):
 
 
 def measure(topology: str, tokens: int, rows: int = ROWS) -> Costs:
-    """Compiles all of them.
+    """Compiles the three programs.
 
     Args:
         topology: such as "v5p:4x4x4".
-        tokens: of one chip.
-        rows: of the table.
+        tokens: tokens per chip.
+        rows: rows of the table.
     """
     mesh = topology_mesh(topology, MeshConfig())
     chips, asked = mesh.size, tokens * COLUMNS
@@ -104,11 +104,11 @@ def main(topology: str = "v5p:4x4x4", tokens: int = 4096) -> None:
 
     Args:
         topology: TPU generation and shape.
-        tokens: of one chip.
+        tokens: tokens per chip.
     """
     jax.config.update("jax_platforms", "cpu")
     costs = measure(topology, tokens)
-    print(f"{topology}, {ROWS:,} rows of {WIDTH}, {tokens:,} tokens a chip; MB per chip and step")
+    print(f"{topology}, {ROWS:,} rows of {WIDTH}, {tokens:,} tokens per chip; MB per chip and step")
     print(f"{'':<26}{'sent':>10}{'temporaries':>14}")
     named = {"lookup": costs.lookup, "row update": costs.update}
     named |= {f"XLA's gather, {dtype}": cost for dtype, cost in costs.gather.items()}
@@ -116,8 +116,8 @@ def main(topology: str = "v5p:4x4x4", tokens: int = 4096) -> None:
         print(f"{name:<26}{cost.sent / 1e6:>10,.1f}{cost.temporaries / 1e6:>14,.1f}")
     least = costs.gather["bfloat16"]
     print(
-        f"\nXLA's gather in bfloat16 sends {least.sent / costs.lookup.sent:.0f} × what the lookup "
-        f"does, with {least.temporaries / costs.lookup.temporaries:.1f} × its temporaries."
+        f"\nXLA's gather in bfloat16 sends {least.sent / costs.lookup.sent:.0f} × as many bytes as "
+        f"the lookup, with {least.temporaries / costs.lookup.temporaries:.1f} × its temporaries."
     )
 
 

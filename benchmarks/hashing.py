@@ -1,8 +1,8 @@
-"""Hashing on the host: tokens/s of `NgramHash.hash_tokens` against the plain formula.
+"""Hashing on the host: tokens/s of `NgramHash.hash_tokens` and of the plain formula.
 
-Both run in this process, on one core, at the sizes of Engram-27B (two layers of 2 × 8 heads of
-2,262,400 rows) over 8 × 4,096 tokens of a shipped corpus. The plain formula is equation 2 in int64
-NumPy as the paper's demo writes it. Their results are compared first.
+Both run in this process, on one core, with the sizes of Engram-27B (two layers of 2 × 8 heads of
+2,262,400 rows), on 8 × 4,096 tokens of a shipped corpus. The plain formula is equation 2 in int64
+NumPy, as in the paper's demo. The two results are checked to be equal first.
 
     python -m benchmarks.hashing
 """
@@ -23,7 +23,7 @@ SPEC = HashSpec(layers=(1, 14), rows_per_head=(2_262_400, 2_262_400))
 
 
 def hash_plainly(ngram_hash: NgramHash, tokens: np.ndarray) -> list[np.ndarray]:
-    """Head-local rows of every layer, column by column (documents are not told apart)."""
+    """Rows of every layer within their heads, by column. (Ignores document boundaries.)"""
     ids = ngram_hash.projection.lookup[tokens].astype(np.int64)
     length = ids.shape[1]
     window = [ids] + [
@@ -37,7 +37,7 @@ def hash_plainly(ngram_hash: NgramHash, tokens: np.ndarray) -> list[np.ndarray]:
         for order in range(1, len(window)):
             mix = np.bitwise_xor(mix, window[order] * multipliers[order])
             columns += [mix % prime for prime in primes[order - 1]]
-        layers.append(np.moveaxis(np.stack(columns), 0, 2))  # laid out as ours, for equal work
+        layers.append(np.moveaxis(np.stack(columns), 0, 2))  # the same memory layout as ours
     return layers
 
 
@@ -47,10 +47,11 @@ def hash_vectorized(ngram_hash: NgramHash, tokens: np.ndarray) -> list[np.ndarra
 
 
 def measure(runs: list[Callable[[], object]]) -> list[list[float]]:
-    """Seconds of each function in every round; the functions take turns.
+    """Seconds of each function in every round; the functions alternate.
 
-    Each is called once before it is timed, so that neither pays for pages that the other gave back
-    to the system (two microseconds a page on some virtual machines, half of our time).
+    Each is called once before it is timed. Otherwise it would include page faults for memory that
+    the other function returned to the system (two microseconds per page on some virtual machines,
+    half of our time).
     """
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):

@@ -1,12 +1,12 @@
-"""The kernels against a large copy, and against XLA, on the device that is there.
+"""Compares the kernels with a large copy and with XLA, on this machine's device.
 
     python -m benchmarks.kernels
-    python -m benchmarks.kernels --topology v5p:2x2x1    # temporaries on a TPU that is not there
+    python -m benchmarks.kernels --topology v5p:2x2x1    # only compile for a TPU: temporaries
 
-Prints, for every implementation that runs on the device, the bytes that must be moved (each input
-once, each result once) per second, as a share of what a large copy moves in the same run, and the
-time as a ratio to XLA's; medians and quartiles over rounds that take the implementations in turn.
-Writes them to benchmarks/results/ under the device's name.
+Prints for every implementation that the device supports: the bytes that must be moved (each input
+once, each result once) per second; the ratio of that to a large copy in the same run; and the ratio
+of the time to XLA's. Ratios are medians and quartiles over rounds that alternate between the
+implementations. Writes them to benchmarks/results/, in a file with the device's name.
 """
 
 import json
@@ -37,7 +37,7 @@ FORM = FusionForm(2.0**-23, dilation=3)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured; by default Engram-27B's layer, with rows that fill lines.
+    """The sizes; by default those of Engram-27B's layer, with rows of 128 numbers.
 
     Attributes:
         batch: rows of the batch B.
@@ -46,7 +46,7 @@ class Sizes:
         width: model width D.
         columns: hash columns H.
         row_width: width F of a table's row.
-        rows: rows of the table, in 32-bit words; random ones are read.
+        rows: rows of the table, which has 32-bit words; random rows are read.
         dtype: of hidden states, keys and values.
     """
 
@@ -67,11 +67,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to measure.
+    """A computation to measure.
 
     Attributes:
-        run: from an implementation's name to a function of `inputs`.
-        inputs: shape and dtype of each.
+        run: maps an implementation's name to a function of `inputs`.
+        inputs: shape and dtype of each input.
         moved: bytes that must be read and written.
     """
 
@@ -81,7 +81,7 @@ class Task:
 
 
 def tasks(sizes: Sizes) -> dict[str, Task]:
-    """What is measured, by name."""
+    """The computations to measure, by name."""
     batch, length, branches, width = sizes.batch, sizes.length, sizes.branches, sizes.width
     columns, row_width = sizes.columns, sizes.row_width
     distinct, form = sizes.tokens * columns, RowFormat(row_width)
@@ -140,7 +140,7 @@ def tasks(sizes: Sizes) -> dict[str, Task]:
 
 
 def draw(task: Task) -> list[Array]:
-    """Random inputs: row numbers of the table, or slots with the order that sorts them."""
+    """Draws random inputs. Integers are row numbers of the table, or slots and their sort order."""
     arrays: list[Array] = []
     for index, x in enumerate(task.inputs):
         key = jax.random.key(index)
@@ -156,7 +156,7 @@ def draw(task: Task) -> list[Array]:
 
 
 def seconds(run: Callable[..., Any], inputs: list[Array], calls: int) -> float:
-    """Per call, of several in a row."""
+    """Seconds per call, from several consecutive calls."""
     begin = time.perf_counter()
     for _ in range(calls):
         out = run(*inputs)
@@ -165,7 +165,7 @@ def seconds(run: Callable[..., Any], inputs: list[Array], calls: int) -> float:
 
 
 def measure(sizes: Sizes, rounds: int, calls: int) -> dict[str, Any]:
-    """Seconds of every task and implementation, and of a copy, by round."""
+    """Measures every task and implementation, and a copy."""
     here = {"cpu": [], "tpu": ["pallas_tpu"], "gpu": ["pallas_gpu"]}[jax.default_backend()]
     source = jax.random.normal(jax.random.key(0), (2**28 if here else 2**25,))
     copy = jax.jit(lambda x: x + 1)
@@ -204,7 +204,7 @@ def quartiles(values: np.ndarray) -> list[float]:
 
 
 def temporaries(sizes: Sizes, topology: str) -> dict[str, dict[str, float]]:
-    """MB that compiled programs take beside inputs and results."""
+    """MB of temporaries of the compiled programs."""
     chip = topology_mesh(topology, MeshConfig()).devices.ravel()[:1]
     mesh = jax.sharding.Mesh(chip, ("one",), axis_types=(AxisType.Explicit,))
     whole = jax.NamedSharding(mesh, jax.P())
@@ -223,13 +223,13 @@ def temporaries(sizes: Sizes, topology: str) -> dict[str, dict[str, float]]:
 def main(
     sizes: Sizes | None = None, topology: str | None = None, rounds: int = 15, calls: int = 5
 ) -> None:
-    """Measures, or compiles, and prints.
+    """Measures, or only compiles, and prints.
 
     Args:
-        sizes: what to measure; None: Engram-27B's, or on a CPU a small model's.
+        sizes: the sizes; None: Engram-27B's, or on a CPU those of a small model.
         topology: compile for this TPU slice instead of measuring.
         rounds: rounds of the measurement.
-        calls: calls in a row of a round.
+        calls: consecutive calls per round.
     """
     on_cpu = topology is None and jax.default_backend() == "cpu"
     small = Sizes(8, 256, 1, 192, row_width=24, rows=2**20, dtype="float32")

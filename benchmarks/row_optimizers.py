@@ -1,10 +1,10 @@
-"""Exact against lazy row Adam on the default run, each at its best factor and initial scale.
+"""Compares exact and lazy row Adam on the default run, each with its best factor and initial scale.
 
     python -m benchmarks.row_optimizers [--screening-steps N] [--folder PATH]
 
-Trains what is not there yet in runs/row_optimizers/: a grid of short runs of one seed (form ×
-factor × initial scale), then whole runs of three seeds at each form's best; prints both as tables.
-Some hours on two CPU cores. Prose are the sources vital_en and austen.
+Trains the runs that are not yet in runs/row_optimizers/: a grid of short runs with one seed (form ×
+factor × initial scale), then complete runs with three seeds at each form's best. Prints both as
+tables. This takes a few hours on two CPU cores. Prose is the sources vital_en and austen.
 """
 
 import json
@@ -29,9 +29,9 @@ FACTORS = (1.0, 2.5, 5.0, 10.0)
 
 
 def held_out_loss(config: Config, folder: Path) -> float:
-    """Held-out nats per token of the prose sources after a run, trained if it is not there.
+    """Held-out nats per token of the prose sources. Trains the run if necessary.
 
-    Its checkpoint, 1.6 GB, is not kept.
+    The run's checkpoint (1.6 GB) is deleted.
     """
     result = folder / "prose_loss.json"
     if not result.exists():
@@ -50,8 +50,8 @@ def main(folder: Path = Path("runs/row_optimizers"), screening_steps: int = 400)
     """Trains and prints.
 
     Args:
-        folder: where the runs lie.
-        screening_steps: steps of the runs that choose factor and scale.
+        folder: folder of the runs.
+        screening_steps: steps of the short runs, which choose factor and scale.
     """
     config = load_named_config("default")
     scales = (0.0, 0.02, config.memory.row_width**-0.5)
@@ -82,13 +82,13 @@ def main(folder: Path = Path("runs/row_optimizers"), screening_steps: int = 400)
 
     print(f"\n| {config.train.steps} steps, seeds {SEEDS} | factor | scale | held-out loss |")
     print("|---|---|---|---|")
-    whole = {}
+    final = {}
     for form, (factor, scale) in best.items():
-        whole[form] = np.array(
+        final[form] = np.array(
             [loss(form, factor, scale, config.train.steps, seed) for seed in SEEDS]
         )
-        print(f"| {form} | {factor:g} | {scale:.3g} | {mean_and_error(whole[form])} |", flush=True)
-    print(f"\nExact less lazy, paired by seed: {mean_and_error(whole['exact'] - whole['lazy'])}")
+        print(f"| {form} | {factor:g} | {scale:.3g} | {mean_and_error(final[form])} |", flush=True)
+    print(f"\nExact minus lazy, paired by seed: {mean_and_error(final['exact'] - final['lazy'])}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The paper's models on a pod that is not there: writes the table of docs/scale.md.
+"""Compiles the paper's models for a TPU pod, and writes the table of docs/scale.md; needs no TPU.
 
     python -m benchmarks.scale [CONFIG …] [--topology v5p:4x8x8]
 
-Compiles the training step of every configuration, and parts of it alone, for the topology: bytes a
-chip holds, needs besides and sends. Minutes to more than half an hour a configuration on two CPU
-cores, and up to 20 GB of memory: run nothing beside it. Rows of configurations
-that are not named stay.
+Compiles the training step of every configuration, and parts of it separately, for the topology. The
+table has bytes per chip: state, temporaries, sent. A configuration takes from a few minutes to more
+than half an hour on two CPU cores, and up to 20 GB of memory: run nothing else at the same time.
+Rows of configurations that are not named are kept.
 """
 
 import json
@@ -29,8 +29,8 @@ RESULTS = Path(__file__).parent / "results" / "scale.json"
 NAMES = ("dense_4b", "moe_27b", "engram_27b", "engram_40b", "engram_v41_memory")
 COLUMNS = (
     *("configuration", "mesh (data × fsdp × expert)", "parameters, of them in tables"),
-    *("GFLOP a token, forward and backward", "state", "temporaries of a step"),
-    *("of the optimizer", "of a lookup", "of the first state", "sent a step", "compiled in"),
+    *("GFLOP per token, forward and backward", "state", "temporaries of a step"),
+    *("of the optimizer", "of a lookup", "of the first state", "sent per step", "compiled in"),
     "commit",
 )
 
@@ -41,7 +41,7 @@ class Options:
 
     Attributes:
         names: named configurations.
-        topology: TPU generation and shape; the configurations' meshes are of 256 chips.
+        topology: TPU generation and shape; the configurations' meshes have 256 chips.
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = NAMES
@@ -49,7 +49,7 @@ class Options:
 
 
 def measure(name: str, topology: str) -> dict[str, Any]:
-    """Counts and compiles a configuration; sizes are in bytes a chip."""
+    """Counts and compiles a configuration. Sizes are in bytes per chip."""
     code, config = read_version(), load_named_config(name)
     counted = account(config)
     program = Program.of_sizes(config, topology_mesh(topology, config.mesh))
@@ -74,7 +74,7 @@ def measure(name: str, topology: str) -> dict[str, Any]:
 
 
 def read_version() -> str:
-    """The commit that the code is of, with a + if it has been changed since."""
+    """The commit of the code, with a + if the working tree differs from it."""
     code = ("engram_jax", "pallas_kernels", "configs")
 
     def git(*words: str) -> str:
@@ -102,9 +102,10 @@ def as_row(name: str, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures what is asked for, and writes results and page after each.
+    """Measures the named configurations, and writes results and page after each.
 
-    Each configuration in a process of its own: the third in one was killed at 21 GB.
+    Each configuration has its own process, because memory is not freed: in a single process, the
+    third configuration exceeded 21 GB.
     """
     jax.config.update("jax_platforms", "cpu")
     options = tyro.cli(Options, description=__doc__)
@@ -123,7 +124,7 @@ def main() -> None:
 
 
 def write_table(rows: list[str]) -> None:
-    """Puts the table in its place on the page."""
+    """Replaces the table in docs/scale.md."""
     head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     before, _, rest = PAGE.read_text().partition("| configuration ")
     after = rest[rest.index("\n\n") :]

@@ -1,9 +1,9 @@
-"""Training throughput: Engram and OverEncoding against their dense twin, in one process.
+"""Training throughput of Engram and OverEncoding relative to their dense twin, in one process.
 
     python -m benchmarks.throughput [--configs NAME …] [--rounds N]
 
-Prints the median tokens/s of each config, batches built beside it as in training, and the ratio to
-the first one's.
+Prints the median tokens/s of each config, and the ratio to the first one's. Batches are built at
+the same time, as in training.
 """
 
 import tempfile
@@ -27,7 +27,7 @@ CONFIGS = ("dense", "over_encoding", "default")
 
 
 class Training:
-    """A run in progress that nobody logs, evaluates or saves; `stack` closes its pipeline."""
+    """A training loop without logging, evaluation and checkpoints; `stack` closes its pipeline."""
 
     def __init__(self, config: Config, folder: Path, stack: ExitStack) -> None:
         run = Run.start(config, folder)
@@ -40,7 +40,7 @@ class Training:
         self.tokens = config.data.batch_size * config.data.sequence_length
 
     def advance(self, steps: int) -> float:
-        """Trains that many steps and returns the seconds they took."""
+        """Trains for some steps, and returns the seconds they took."""
         start = time.perf_counter()
         for _ in range(steps):
             self._state, metrics = self._step(self._state, next(self._batches), self._row_adam)
@@ -49,7 +49,7 @@ class Training:
 
 
 def measure(configs: Sequence[str], rounds: int, steps: int) -> dict[str, np.ndarray]:
-    """Tokens per second of every config in every round; the configs take turns."""
+    """Tokens per second of every config in every round; the configs alternate."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         trainings = {
             name: Training(load_named_config(name), Path(folder) / name, stack) for name in configs
@@ -67,9 +67,9 @@ def main(configs: tuple[str, ...] = CONFIGS, rounds: int = 15, steps: int = 4) -
     """Measures and prints.
 
     Args:
-        configs: what to measure, the one they are compared to first.
-        rounds: measurements of every config, taken in turn.
-        steps: training steps of one measurement.
+        configs: names of configurations; the others are compared with the first.
+        rounds: measurements of every config, alternating.
+        steps: training steps per measurement.
     """
     rates = measure(configs, rounds, steps)
     print(f"{jax.devices()[0].device_kind}, {rounds} rounds of {steps} steps")

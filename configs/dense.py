@@ -1,4 +1,4 @@
-"""The dense twin of the default run: the same backbone, tokens and steps, without memory.
+"""The default run without memory (its dense twin): the same backbone, tokens and steps.
 
 Command: `python train.py dense`.
 Cost: 3.1 M parameters; four minutes on two CPU cores.

@@ -1,7 +1,7 @@
-"""Engram-27B of the paper: as MoE-27B, with 17 experts fewer and 5.8 B of memory instead.
+"""Engram-27B of the paper: MoE-27B with 17 experts fewer and 5.8 B parameters of memory.
 
 Command: `python train.py engram_27b --distributed --data.sources PATHS --data.tokenizer FILE`.
-Cost: 26.7 B parameters, 3.8 B activated; docs/scale.md has its step on a v5p:4x8x8.
+Cost: 26.7 B parameters, 3.8 B activated; docs/scale.md has the costs of a step on a v5p:4x8x8.
 Expect: not trained by us.
 """
 

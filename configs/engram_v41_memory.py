@@ -1,8 +1,8 @@
-"""The memory of DeepSeek-V4.1-Flash, at its released sizes, in a thin backbone: to compile.
+"""The memory of DeepSeek-V4.1-Flash at its released sizes, in a small backbone; only to compile.
 
 Command: `python -m engram_jax.ahead_of_time engram_v41_memory --topology v5p:4x8x8`.
-Cost: two tables of 384 M rows of 256, orders 2 to 4, 8 heads each.
-Expect: docs/scale.md; the released backbone is not built here, so do not train it.
+Cost: two tables of 384 M rows of width 256, orders 2 to 4, 8 heads each.
+Expect: the memory figures of docs/scale.md. The backbone is not the released one: do not train it.
 """
 
 from engram_jax.config import Config, DataConfig, MemoryConfig

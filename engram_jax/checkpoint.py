@@ -1,10 +1,10 @@
-"""Checkpoints: Orbax writes the arrays, a manifest written last says that they are whole.
+"""Checkpoints: Orbax writes the arrays, then a manifest with their checksums is written.
 
-`checkpoints/00000120/` holds Orbax's folder `state/` and `manifest.json`: step, identity, config,
-the name, shape and dtype of every array, and size and checksum of every file. Orbax reports
-truncation, flipped bits and wrong shapes with one and the same misleading error, hence the manifest
-is checked first. Only damage may fall back to an earlier checkpoint; what differs on purpose
-(another hash, another tokenizer, other shapes) is an error.
+`checkpoints/00000120/` contains Orbax's folder `state/` and `manifest.json`: step, identity,
+config, name, shape and dtype of every array, size and checksum of every file. The manifest is
+checked first, because Orbax reports truncation, flipped bits and wrong shapes with the same
+misleading error. Only a damaged checkpoint causes a fall back to an earlier one. A different
+identity (hash or tokenizer) or different shapes are an error.
 """
 
 import json
@@ -30,36 +30,36 @@ try:
 except ImportError:  # the path until Orbax moves it
     from orbax.checkpoint.experimental import v1 as ocp
 
-FORMAT = 4  # 1 had models whose embedding entered unscaled, 2 tables of four arrays
-RECORD_AS_TEXT = 3  # format 3 named the form of the rows by a text that changed with the code
+FORMAT = 4  # in format 1 models did not scale the embedding; in 2 a table was four arrays
+RECORD_AS_TEXT = 3  # in format 3 the identity described the row records by a Python repr
 STATE = "state"
 MANIFEST = "manifest.json"
-PARTIAL = "partial-"  # being written or removed
-REPLACED = ".replaced"  # complete, until a second save of its step has taken the place
+PARTIAL = "partial-"  # prefix of a folder that is being written or removed
+REPLACED = ".replaced"  # suffix of a complete checkpoint that a second save of its step replaces
 
-# Zstandard gains 8 % on float32 tables and takes five times as long; 64 MiB chunks bound what is in
-# flight and let a restore on another mesh read only what it needs.
+# Chunks of 64 MiB limit the memory in use, and let a restore on another mesh read only the parts it
+# needs. No compression: Zstandard saves 8 % on float32 tables and takes five times as long.
 CHUNK_BYTES = 64 << 20
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`; the newest `keep` stay.
+    """The checkpoints of one run, in `folder`; the newest `keep` are kept.
 
-    `identity` holds fingerprints, such as {"hash": …, "tokenizer": …}: a checkpoint that does not
-    share them is not restored. All processes of a run call `save` and `restore` alike, on one
-    shared folder. Nothing on disk changes until the first `save`, so that others may read.
+    `identity` holds fingerprints, such as {"hash": …, "tokenizer": …}. A checkpoint with other
+    fingerprints is not restored. All processes of a run call `save` and `restore`, on one shared
+    folder. Nothing on disk changes before the first `save`, so opening for reading is safe.
     """
 
     def __init__(self, folder: Path, *, keep: int, identity: Mapping[str, Any]) -> None:
-        """Raises InputError unless at least one checkpoint is to be kept."""
+        """Raises InputError if `keep` is less than 1."""
         if keep < 1:
             raise InputError(f"At least 1 checkpoint must be kept, not {keep}: raise `keep`.")
-        self.folder = folder.absolute()  # Orbax takes no relative path
+        self.folder = folder.absolute()  # Orbax does not accept a relative path
         self._keep = keep
         self._identity = dict(identity)
 
     def steps(self) -> list[int]:
-        """The steps whose checkpoint was completed, ascending: only those have their final name."""
+        """The steps of all complete checkpoints, ascending; only those have their final name."""
         names = {path.name.removesuffix(REPLACED) for path in self.folder.glob("*")}
         return sorted(int(name) for name in names if re.fullmatch(r"\d{8,}", name))
 
@@ -71,15 +71,15 @@ class Checkpoints:
         config: Mapping[str, Any],
         files: Iterable[Path] = (),
     ) -> Path:
-        """Writes the checkpoint of `step`, blocks until it is complete, and returns its folder.
+        """Writes the checkpoint of `step`, waits until it is complete, and returns its folder.
 
         `files` are copied into it, so that it can be read without its run folder.
 
-        An earlier checkpoint of the same step stays until the new one is complete. On the CPU
-        no second copy of the state is made.
+        An earlier checkpoint of the same step is kept until the new one is complete. On CPU the
+        state is not copied in memory.
 
         Raises:
-            InputError: the disk is too small or full; the earlier checkpoints are untouched.
+            InputError: the disk is too small or full. The earlier checkpoints are unchanged.
         """
         arrays = _named(state)
         final = self.folder / f"{step:08d}"
@@ -100,7 +100,7 @@ class Checkpoints:
                     _write_manifest(partial, step, self._identity, config, arrays)
                     self._publish(partial, final)
         except BaseException as error:
-            if is_leader():  # what a concurrent write of Orbax leaves here, the next save removes
+            if is_leader():  # the next save removes files that Orbax still writes after this
                 shutil.rmtree(partial, ignore_errors=True)
             if _is_disk_full(error):
                 raise self._full(arrays) from error
@@ -108,23 +108,23 @@ class Checkpoints:
         return final
 
     def require_space(self, state: PyTree, *, all_to_come: bool = False) -> None:
-        """Looks whether a checkpoint of the state (arrays, or their shapes) fits on the disk.
+        """Checks that a checkpoint of the state (arrays, or their shapes) fits on the disk.
 
-        With `all_to_come`, as many as a run has at most: those it keeps, and a new one until it is
-        complete.
+        With `all_to_come`, checks the maximum over a run: the checkpoints that it keeps, and a new
+        one that is being written.
 
         Raises:
-            InputError: it does not.
+            InputError: the disk has too little space.
         """
         count = max(self._keep + 1 - len(self.steps()), 1) if all_to_come else 1
         if self._free() < count * _size(state):
             raise self._full(state, count)
 
     def require(self, step: int | None = None) -> list[int]:
-        """As `steps`, if there are any, and that of `step` among them.
+        """Returns `steps()`, after checking that it contains `step`, or any step if None.
 
         Raises:
-            InputError: it is not there.
+            InputError: there is no such checkpoint.
         """
         found = self.steps()
         if not found:
@@ -144,16 +144,16 @@ class Checkpoints:
         *,
         partial: bool = False,
     ) -> tuple[int, PyTree[jax.Array]]:
-        """The newest whole checkpoint, or that of `step`, as (step, state), bit for bit as saved.
+        """Restores the newest intact checkpoint, or that of `step`, as (step, state), bit for bit.
 
-        `abstract` gives structure, shapes, dtypes and shardings, which may be those of another mesh
-        than the one that saved; a leaf without a sharding goes to the first device. A `partial`
-        restore reads its leaves alone, and the checkpoint may hold more. With no `step`, a damaged
-        checkpoint is passed over and a sentence on stderr says so.
+        `abstract` gives structure, shapes, dtypes and shardings. The mesh may differ from the one
+        at saving. A leaf without a sharding goes to the first device. With `partial`, only the
+        leaves of `abstract` are read, and the checkpoint may contain more. Without `step`, damaged
+        checkpoints are skipped, with a message on stderr.
 
         Raises:
-            InputError: there is none, the asked one (or all) is damaged, or it is of another
-                identity or has other arrays.
+            InputError: there is no checkpoint, the requested one (or all) is damaged, or it has
+                another identity or other arrays.
         """
         found = self.require(step)
         wanted = {
@@ -190,9 +190,12 @@ class Checkpoints:
     def _damage(
         self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], partial: bool
     ) -> str | None:
-        """What is broken in a checkpoint, or None; raises InputError if it is whole but another's.
+        """Describes the damage of a checkpoint; None if it is intact.
 
-        Process 0 reads the files for all.
+        Only the leader process reads the files.
+
+        Raises:
+            InputError: the checkpoint is readable, but has another identity or other arrays.
         """
         folder = self.path(step)
         try:
@@ -227,17 +230,17 @@ class Checkpoints:
         saved = content["identity"]
         names = saved.keys() | self._identity.keys()
         if content["format"] == RECORD_AS_TEXT:
-            names -= {"record"}  # the configuration and the arrays' shapes say the same
+            names -= {"record"}  # checked through the configuration and the array shapes
         for name in sorted(names):
             if saved.get(name) != self._identity.get(name):
                 raise InputError(
-                    f"The checkpoint of step {step} in {self.folder} was made with another {name} "
+                    f"The checkpoint of step {step} in {self.folder} was saved with another {name} "
                     f"({saved.get(name)}, here {self._identity.get(name)}): use the {name} of that "
                     "run or another run folder."
                 )
 
     def _tidy(self) -> None:
-        """Removes what a killed save left, and finishes a replacement that a kill interrupted."""
+        """Removes the remains of a killed save, and completes an interrupted replacement."""
         for leftover in self.folder.glob(f"{PARTIAL}*"):
             shutil.rmtree(leftover)
         for replaced in self.folder.glob(f"*{REPLACED}"):
@@ -248,7 +251,7 @@ class Checkpoints:
                 replaced.rename(final)
 
     def _publish(self, partial: Path, final: Path) -> None:
-        """Gives a complete checkpoint its name, then removes what it replaces and the oldest."""
+        """Renames a complete checkpoint to its final name, then removes superseded ones."""
         replaced = final.with_name(final.name + REPLACED)
         if final.exists():
             final.rename(replaced)
@@ -257,7 +260,7 @@ class Checkpoints:
         shutil.rmtree(replaced, ignore_errors=True)
         for path in [self.path(step) for step in self.steps()[: -self._keep]]:
             if path != final:
-                # Under another name first: a kill in between must leave no half checkpoint behind.
+                # Rename first: a killed process must not leave an incomplete checkpoint.
                 shutil.rmtree(path.rename(path.with_name(PARTIAL + path.name)))
 
     def _free(self) -> int:
@@ -267,13 +270,13 @@ class Checkpoints:
     def _full(self, state: PyTree, count: int = 1) -> InputError:
         what = "A checkpoint does" if count == 1 else f"{count} checkpoints do"
         return InputError(
-            f"{what} not fit in {self.folder}: that needs {count * _size(state):,} bytes, and "
+            f"{what} not fit in {self.folder}: it needs {count * _size(state):,} bytes, and "
             f"{self._free():,} are free; free some space or keep fewer checkpoints."
         )
 
 
 def _size(state: PyTree) -> int:
-    """Bytes of all arrays together."""
+    """Total bytes of all arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
@@ -286,11 +289,11 @@ def _orbax_context(partial: bool = False) -> Any:
 
 
 def _named(tree: PyTree) -> dict[str, Any]:
-    """The leaves by their path, such as "params/blocks/0/norm/scale", in the tree's order."""
+    """The leaves by path, such as "params/blocks/0/norm/scale", in the order of the tree."""
     leaves = jax.tree.leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
-        raise ValueError("Two leaves of the state have one and the same path.")
+        raise ValueError("Two leaves of the state have the same path.")
     return named
 
 
@@ -313,7 +316,7 @@ def _check_arrays(step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]
             ]
             raise InputError(
                 f"The checkpoint of step {step} holds {texts[0]} where the model has {texts[1]}, "
-                f"at {name}: use the config that it was saved with."
+                f"for {name}: use the config that it was saved with."
             )
 
 
@@ -324,7 +327,7 @@ def _write_manifest(
     config: Mapping[str, Any],
     arrays: Mapping[str, jax.Array],
 ) -> None:
-    """Describes what lies in a checkpoint's folder; written last."""
+    """Writes the manifest of a checkpoint's folder, after all other files."""
     content = {
         "format": FORMAT,
         "step": step,
@@ -355,12 +358,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = json.loads(path.read_text(encoding="utf-8"))
     content: dict[str, Any] = manifest["content"]
     if zlib.crc32(json.dumps(content).encode()) != manifest["crc32"]:
-        raise ValueError(f"{path} has another checksum")
+        raise ValueError(f"{path} has a wrong checksum")
     return content
 
 
 def _sync(folder: Path) -> None:
-    """Makes the renames in a folder survive a loss of power."""
+    """Flushes the renames in a folder to the disk, so that they survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -377,9 +380,9 @@ def _checksum(path: Path) -> int:
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for lack of space, by quota or by a limit on the size of a file.
+    """Whether a write failed because of a full disk, a quota, or a limit on file size.
 
-    TensorStore raises ValueError with the operating system's number in the text.
+    TensorStore raises ValueError with the operating system's error number in the text.
     """
     return any(
         (isinstance(cause, OSError) and cause.errno in DISK_FULL)

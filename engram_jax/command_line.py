@@ -1,4 +1,4 @@
-"""The command line of a run: a named configuration, and every field of it as a flag."""
+"""The command line of a run: a named configuration, and a flag for every field of it."""
 
 import difflib
 import importlib
@@ -18,7 +18,7 @@ def named_configs() -> dict[str, str]:
     """The named runs in configs/, and one line about each.
 
     Raises:
-        InputError: configs/ is not on Python's path, as outside the repository.
+        InputError: configs/ is not on Python's path; it is only in the repository's root.
     """
     return {name: line for name, (line, _) in _registry().items()}
 
@@ -27,11 +27,11 @@ def load_named_config(name: str) -> Config:
     """The configuration of this name in configs/.
 
     Raises:
-        InputError: there is none; the sentence lists those there are.
+        InputError: there is none; the message lists the known names.
     """
     known = _registry()
     if name not in known:
-        raise InputError(f"There is no configuration {name!r}; there are {', '.join(known)}.")
+        raise InputError(f"There is no configuration {name!r}; choose from {', '.join(known)}.")
     return known[name][1]
 
 
@@ -41,8 +41,8 @@ def _registry() -> dict[str, tuple[str, Config]]:
         import configs
     except ModuleNotFoundError as error:
         raise InputError(
-            "The named configurations lie in the folder configs/ of the repository; start this "
-            "from the repository's root."
+            "The named configurations are in the folder configs/ of the repository; run this "
+            "command in the repository's root."
         ) from error
 
     found: dict[str, tuple[str, Config]] = {}
@@ -60,18 +60,18 @@ def parse[Options](
     *,
     program: str | None = None,
 ) -> tuple[Options, Config]:
-    """Reads `[CONFIG] [--flag value …]`: options of the program, then fields of the config.
+    """Parses `[CONFIG] [--flag value …]`. Flags are the options and the fields of the config.
 
     Args:
-        options: a dataclass whose fields become flags of their own name.
-        description: what `--help` says first.
-        args: the words after the program's name; None takes the process's.
-        program: how the program is started; by default by the name of its file.
+        options: a dataclass; each field becomes a flag of the same name.
+        description: first part of the `--help` text.
+        args: the words after the program's name; None: those of the process.
+        program: the command that starts the program; default: the name of its file.
 
     Raises:
-        InputError: an unknown configuration or flag; the sentence lists those there are, of flags
-            those of its group.
-        SystemExit: values that cannot work, after a message that names them; or `--help`.
+        InputError: an unknown configuration or flag; the message lists the known ones (of flags,
+            those of the same group).
+        SystemExit: invalid values, after a message that names them; or `--help`.
     """
     words = list(sys.argv[1:] if args is None else args)
     name = words.pop(0) if words and not words[0].startswith("-") else "default"
@@ -91,22 +91,24 @@ def parse[Options](
         prog=f"{program or Path(sys.argv[0]).name} [CONFIG]",
         description=f"{description}\n\nConfigurations:\n{runs}\n\nShown below: {name}.",
         return_unknown_args=True,
-        config=(tyro.conf.AvoidSubcommands,),  # which parts a model has, its named run says
+        config=(tyro.conf.AvoidSubcommands,),  # the named configuration decides a model's parts
     )
     if unknown:
         flags = [*_flags(parsed.options), *_flags(parsed.config)]
         near = difflib.get_close_matches(unknown[0], flags, n=3)
         raise InputError(
-            f"There is no {unknown[0]!r} here"
-            f"{', perhaps ' + ' or '.join(near) + ' is meant' if near else ''}. A configuration's "
-            f"name comes first; the flags are {', '.join(_flags_near(unknown[0], flags))} (see "
-            "--help)."
+            f"Unknown argument {unknown[0]!r}"
+            f"{'; did you mean ' + ' or '.join(near) + '?' if near else '.'} The name of a "
+            "configuration must come first. Flags here are "
+            f"{', '.join(_flags_near(unknown[0], flags))} (see --help)."
         )
     return parsed.options, parsed.config
 
 
 def _flags_near(unknown: str, flags: Sequence[str]) -> list[str]:
-    """The flags of the unknown one's group; if it has none, those of no group and the groups."""
+    """The flags in the group of an unknown flag; without such a group, all ungrouped flags and the
+    names of the groups.
+    """
     group = unknown.rpartition(".")[0]
     if group and (members := [flag for flag in flags if flag.startswith(f"{group}.")]):
         return members
@@ -115,7 +117,7 @@ def _flags_near(unknown: str, flags: Sequence[str]) -> list[str]:
 
 
 def _flags(options: Any, prefix: str = "--") -> Iterator[str]:
-    """The flags of a dataclass and of those in it; a part that a model lacks has none."""
+    """The flags of a dataclass and of nested ones; a field that is None has no nested flags."""
     for field in fields(options):
         name, value = prefix + field.name.replace("_", "-"), getattr(options, field.name)
         if is_dataclass(value):

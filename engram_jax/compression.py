@@ -1,4 +1,4 @@
-"""Vocabulary projection V → V′: ids whose texts differ in case, accents or spacing fall together.
+"""Vocabulary projection V → V′: ids whose texts differ only in case, accents or spacing are merged.
 
 Engram paper (arXiv 2601.07372), §2.2 and appendix C.
 """
@@ -33,14 +33,14 @@ class VocabularyProjection:
     lookup: Int32[np.ndarray, "V"]
 
     def __post_init__(self) -> None:
-        """Keep a copy of the table that nobody can write to."""
+        """Keep a read-only copy of the lookup array."""
         lookup = self.lookup.copy()
         lookup.setflags(write=False)
         object.__setattr__(self, "lookup", lookup)
 
     @classmethod
     def identity(cls, vocab_size: int) -> "VocabularyProjection":
-        """Return the projection that leaves raw ids as they are."""
+        """Return the projection that maps every id to itself."""
         return cls(np.arange(vocab_size, dtype=np.int32))
 
     @property
@@ -55,35 +55,35 @@ class VocabularyProjection:
 
     @cached_property
     def fingerprint(self) -> str:
-        """First 16 hex digits of the SHA-256 of the table as little-endian int32."""
+        """First 16 hex digits of the SHA-256 of `lookup` as little-endian int32."""
         return hashlib.sha256(self._table_bytes()).hexdigest()[:16]
 
     def __call__(self, ids: Integer[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
-        """Return the projected ids, in the same shape; −1 (a dead position) stays −1.
+        """Return the projected ids, in the same shape; −1 (an image placeholder) stays −1.
 
         Raises:
-            InputError: an id outside [−1, V), or ids that are no integers.
+            InputError: an id is outside [−1, V), or the ids are not integers.
         """
         if ids.dtype.kind not in "iu":
-            raise InputError(f"token ids of dtype {ids.dtype} are no integers; convert them.")
+            raise InputError(f"token ids of dtype {ids.dtype} are not integers; convert them.")
         if ids.size and not (ids.min() >= -1 and ids.max() < self.vocab_size):
             wrong = ids.min() if ids.min() < -1 else ids.max()
             raise InputError(
                 f"token id {wrong} is outside the vocabulary of {self.vocab_size} ids; use the "
-                "tokenizer that this projection was made from (−1 marks a dead position)."
+                "tokenizer of this projection (−1 marks an image placeholder)."
             )
         return np.asarray(self._lookup_and_dead[ids])
 
     @cached_property
     def _lookup_and_dead(self) -> np.ndarray:
-        # The last entry is where index −1 reads.
+        # Index −1 reads the last entry.
         return np.append(self.lookup, np.int32(-1))
 
     def _table_bytes(self) -> bytes:
         return self.lookup.astype("<i4").tobytes()
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON-serializable content: sizes, fingerprint and the compressed table."""
+        """Return JSON-serializable content: sizes, fingerprint and the compressed `lookup`."""
         return {
             "vocab_size": self.vocab_size,
             "size": self.size,
@@ -93,10 +93,10 @@ class VocabularyProjection:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "VocabularyProjection":
-        """Rebuild a projection from what `to_json` returned.
+        """Restore a projection from the content that `to_json` returned.
 
         Raises:
-            InputError: a part is missing, or the table does not have its fingerprint.
+            InputError: a part is missing, or the fingerprint does not match.
         """
         try:
             table = zlib.decompress(base64.b64decode(content["lookup"], validate=True))
@@ -110,18 +110,19 @@ class VocabularyProjection:
             ) from error
         if found != expected:
             raise InputError(
-                f"the stored vocabulary projection has {found} as V, V′ and fingerprint where "
-                f"{expected} is noted; restore the file it came from."
+                f"the stored vocabulary projection is damaged: V, V′ and fingerprint are {found}, "
+                f"but {expected} were stored; restore the file it came from."
             )
         return projection
 
 
 def project_vocabulary(tokenizer: Tokenizer) -> VocabularyProjection:
-    """Give every token id the number of its group, groups numbered by first appearance.
+    """Return the projection of a tokenizer: ids with equal keys get one projected id.
 
-    An id's group is its text decoded alone and normalized (`normalize`); its raw piece where the
-    text is not whole UTF-8; its name where SentencePiece decodes control, unknown and padding
-    pieces to nothing or all alike.
+    The key of an id is its text, decoded alone and normalized (`normalize`). If the text is not
+    valid UTF-8, the key is the raw piece. For control, unknown and padding pieces, SentencePiece
+    decodes nothing or the same text for all, so their key is the piece's name. Projected ids are
+    numbered by first appearance.
     """
     new_ids: dict[str, int] = {}
     lookup = np.empty(tokenizer.vocab_size, np.int32)
@@ -134,10 +135,11 @@ def project_vocabulary(tokenizer: Tokenizer) -> VocabularyProjection:
 
 
 def normalize(text: str) -> str:
-    """Strip a text of case, marks, compatibility forms and outer spaces; never to nothing.
+    """Remove case, marks, compatibility forms and outer spaces from a text.
 
-    NFKC, NFD, without category M, lowercase, runs of space, tab and line ends to one space,
-    stripped unless a single space is all there is; the text itself where nothing is left.
+    The steps are: NFKC; NFD; remove category M; lowercase; replace each run of spaces, tabs and
+    line ends by one space; strip, unless the result is a single space. If nothing is left, return
+    the original text.
     """
     decomposed = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
     bare = "".join(c for c in decomposed if not unicodedata.category(c).startswith("M"))

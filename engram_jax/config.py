@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses, checked when they are made."""
+"""The configuration of a run: frozen dataclasses that are validated on construction."""
 
 import json
 import types
@@ -20,22 +20,23 @@ from pallas_kernels.hashed_gather import GatherImplementation
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """The memory: its hash, its tables and how the network reads them.
+    """The memory: its hash, its tables, and how the network reads them.
 
     Attributes:
-        layers: zero-based ids of the blocks with memory; a flag without values is a model without.
-        fusion: "engram" (gated, before the block), or "over_encoding" (the baseline: averaged
-            into the input embedding; layers must be 0).
-        max_order: largest n-gram order N; the paper sets model.engram.dilation to the same.
+        layers: zero-based ids of the blocks with memory; the flag without values means a model
+            without memory.
+        fusion: "engram" (gated, before the block), or "over_encoding" (the baseline: averaged with
+            the input embedding; layers must be 0).
+        max_order: largest n-gram order N; the paper sets model.engram.dilation to the same value.
         heads: hash heads K per order.
-        rows_per_head: least rows of a head, for each order 2…N.
+        rows_per_head: minimum number of rows of a head, for each order 2…N.
         row_width: width F of a row.
         hash_seed: seed of the hash multipliers.
-        init_scale: standard deviation of the rows at the start.
-        frozen: the tables are read and not trained.
+        init_scale: standard deviation of the initial rows.
+        frozen: the tables are read, but not trained.
         adam: the row optimizer.
         storage: precision of the rows and of their moments.
-        gather: implementation of `pallas_kernels.hashed_gather` that reads rows and spreads them
+        gather: implementation of `pallas_kernels.hashed_gather`, which reads rows and copies them
             to tokens; None is "xla".
     """
 
@@ -59,8 +60,8 @@ class MemoryConfig:
             raise InputError(f"memory.row_width is {self.row_width}; it must be at least 1.")
         if self.fusion == "over_encoding" and self.layers not in ((), (0,)):
             raise InputError(
-                f"OverEncoding reads memory at the input alone, not at layers {self.layers}; "
-                "set memory.layers to 0."
+                f"OverEncoding reads memory only at the input, not at layers {self.layers}; set "
+                "memory.layers to 0."
             )
 
     def hash_spec(self, pad_id: int) -> HashSpec:
@@ -76,7 +77,7 @@ class MemoryConfig:
 
     @property
     def layout(self) -> RecordLayout:
-        """What is stored of a row."""
+        """The format of a stored row."""
         return RecordLayout(self.row_width, self.storage)
 
     @property
@@ -94,23 +95,23 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text and how it is cut.
+    """The text, and how it becomes batches.
 
     Attributes:
         sources: names of shipped corpora, files (.jsonl, also .gz, .xz, .zst; .txt, which is one
             document; .parquet; .arrayrecord), or folders of such files.
-        weights: share of every source; by default they are taken as large as they are.
+        weights: share of every source; by default, proportional to its size.
         tokenizer: "default", or the path of a SentencePiece .model or a tokenizer.json.
-        pad_id: padding id, for a tokenizer that names none; also what the hash reads before a
-            document's beginning.
-        bos_id: id that begins a document, for a tokenizer that names none.
-        eos_id: id that ends a document, for a tokenizer that names none.
+        pad_id: padding id, if the tokenizer does not define one; the hash also reads it before the
+            start of a document.
+        bos_id: id at the start of a document, if the tokenizer does not define one.
+        eos_id: id at the end of a document, if the tokenizer does not define one.
         sequence_length: tokens T of a packed row.
         batch_size: rows of an optimizer step, over all devices and micro-batches.
-        held_out: share of the documents that training never sees, chosen by their hash.
+        held_out: share of the documents that is never used for training, chosen by their hash.
         cache: folder of the tokenized corpora.
-        workers: processes that build batches; 0 builds them in a thread of this one.
-        prefetch: batches kept ready.
+        workers: number of processes that build batches; 0: a thread of the main process does.
+        prefetch: number of batches that are built ahead.
     """
 
     sources: tuple[str, ...] = ("vital_en", "factbook", "web_bible", "austen", "wordnet")
@@ -139,7 +140,7 @@ class DataConfig:
         if min(self.workers, self.prefetch) < 0:
             raise InputError("data.workers and data.prefetch must not be negative.")
         if not 0 < self.held_out < 1:
-            raise InputError(f"held_out is {self.held_out}; it is a share between 0 and 1.")
+            raise InputError(f"held_out is {self.held_out}; it must be between 0 and 1.")
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,13 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps.
-        accumulation: micro-batches of a step.
+        accumulation: micro-batches per step.
         seed: seed of the parameters and of the order of the documents.
         log_every: steps between lines of metrics.
-        evaluate_every: steps between held-out evaluations; 0 evaluates at the end alone.
-        evaluate_tokens: held-out tokens scored per source in such an evaluation, if it has as many.
-        checkpoint_every: steps between checkpoints; 0 saves at the end alone.
-        keep_checkpoints: checkpoints kept.
+        evaluate_every: steps between held-out evaluations; 0: only at the end.
+        evaluate_tokens: maximum number of held-out tokens per source in such an evaluation.
+        checkpoint_every: steps between checkpoints; 0: only at the end.
+        keep_checkpoints: number of newest checkpoints to keep.
     """
 
     steps: int = 1000
@@ -175,19 +176,19 @@ class TrainConfig:
             raise InputError("train.log_every and train.evaluate_tokens must be at least 1.")
         if min(self.evaluate_every, self.checkpoint_every) < 0:
             raise InputError(
-                "train.evaluate_every and train.checkpoint_every must not be negative; 0 is at the "
-                "end alone."
+                "train.evaluate_every and train.checkpoint_every must not be negative; 0 means "
+                "only at the end."
             )
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run's whole configuration.
+    """The complete configuration of a run.
 
     Attributes:
-        name: name of the run; its folder is runs/NAME unless another is given.
+        name: name of the run; its default folder is runs/NAME.
         model: sizes of the decoder.
-        memory: tables, and how they are read.
+        memory: hash and tables.
         data: text.
         optimizer: optimizer of the dense parameters.
         train: steps, seeds, evaluation, checkpoints.
@@ -206,17 +207,17 @@ class Config:
         outside = [layer for layer in self.memory.layers if layer >= self.model.layers]
         if outside:
             raise InputError(
-                f"memory.layers {outside} are outside a model of {self.model.layers} layers, "
-                f"whose ids are 0…{self.model.layers - 1}."
+                f"memory.layers {outside} do not exist in a model of {self.model.layers} layers; "
+                f"the layer ids are 0…{self.model.layers - 1}."
             )
         experts = self.model.experts
         if experts is None and self.mesh.expert > 1:
             raise InputError(
-                f"mesh.expert is {self.mesh.expert} and the model has no experts; set it to 1."
+                f"mesh.expert is {self.mesh.expert}, but the model has no experts; set it to 1."
             )
         if experts is not None and experts.stored % self.mesh.expert:
             raise InputError(
-                f"{experts.stored} experts cannot be dealt evenly to mesh.expert "
+                f"{experts.stored} experts cannot be split evenly over mesh.expert "
                 f"{self.mesh.expert} devices; choose a divisor, or for a new run set "
                 f"model.experts.multiple to {self.mesh.expert}."
             )
@@ -231,7 +232,7 @@ _SECTIONS = {"name", "model", "memory", "data", "optimizer", "train", "mesh"}  #
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes a configuration as JSON, whole or not at all."""
+    """Writes a configuration as JSON; the file is replaced atomically."""
     with written_whole(path) as partial:
         partial.write_text(json.dumps(asdict(config), indent=1) + "\n")
 

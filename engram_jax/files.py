@@ -1,4 +1,4 @@
-"""Files that several processes share: locks, and contents that appear whole or not at all."""
+"""Files that several processes share: locks, and atomic replacement of a file."""
 
 import errno
 import fcntl
@@ -10,12 +10,12 @@ from pathlib import Path
 
 @contextmanager
 def hold_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Holds a lock, which ends with the process at the latest; `path` is the file that carries it.
+    """Holds a lock on the file `path`. The end of the process releases it, too.
 
-    On file systems without locks, which some networks have, nothing is held.
+    Some network file systems do not support locks. There, this does nothing.
 
     Raises:
-        BlockingIOError: somebody holds it, and `wait` is False.
+        BlockingIOError: another process holds the lock, and `wait` is False.
     """
     with path.open("w") as file:
         try:
@@ -28,10 +28,10 @@ def hold_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path to write to; what is there at the end takes the place of `path`.
+    """Yields a temporary path to write to. At the end, that file replaces `path` atomically.
 
-    If writing fails, `path` stays what it was. The name given keeps the suffix, by which some
-    writers choose the format.
+    If writing fails, `path` is unchanged. The temporary name has the same suffix, because some
+    writers choose the format by it.
     """
     partial = path.with_name(f"partial-{path.name}")
     try:

@@ -1,7 +1,7 @@
 """N-gram hashing: from token ids to row numbers (paper §2.2, equations 1 and 2). Pure NumPy.
 
-A row number depends on token ids alone, so rows are computed on the host, in the input pipeline,
-before any device work. The functions here define them for the whole project.
+Row numbers depend only on token ids. So the input pipeline computes them on the host, before any
+device work. This file defines them for all of the project.
 """
 
 import hashlib
@@ -20,11 +20,12 @@ from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
 from engram_jax.files import written_whole
 
-# The token id of a position that is no text, as an image's; the sources here have none.
+# The token id of an image placeholder (a dead position). The data sources here produce none.
 DEAD = -1
 ROW_MULTIPLE = 4096  # a table is padded to a multiple of this, whatever the mesh
 
-# What a row number means beyond its arithmetic; part of the fingerprint.
+# Conventions that row numbers depend on, in addition to the arithmetic. The fingerprint includes
+# these strings, so a changed word makes every saved hash unreadable.
 CONVENTIONS = (
     "layer ids are zero-based",
     "columns are order-major: all heads of 2-grams first",
@@ -32,22 +33,22 @@ CONVENTIONS = (
     "a dead position reads as pad",
 )
 
-# Elements hashed at a time: few enough that their 64-bit buffers (128 KiB) stay in the cache, and
-# enough that NumPy's calls cost little beside them.
+# Elements hashed at a time: few enough for their 64-bit buffers (128 KiB) to stay in the cache,
+# enough to make the overhead of a NumPy call small.
 _BLOCK = 16_384
 
 
 @dataclass(frozen=True)
 class HashSpec:
-    """What defines a hash, apart from the vocabulary projection.
+    """The parameters that define a hash, except the vocabulary projection.
 
     Attributes:
-        layers: zero-based ids of the layers that own a table. They enter the seed.
+        layers: zero-based ids of the layers that have a table. A layer's seed depends on its id.
         max_order: largest n-gram order N; the orders are 2…N.
         heads: hash heads K per order.
-        rows_per_head: for each order 2…N, the least number of rows of a head (the true number is
-            the next unused prime).
-        pad_id: raw token id that stands for "nothing there".
+        rows_per_head: for each order 2…N, the minimum number of rows of a head (the actual number
+            is the next unused prime).
+        pad_id: token id (before projection) that is read where no token exists.
         seed: seed of the multipliers.
     """
 
@@ -80,8 +81,8 @@ class HashSpec:
 class NgramHash:
     """The hash of every memory layer: spec, projection, multipliers and primes.
 
-    Build it with `NgramHash.build`, or read it with `NgramHash.load`. A loaded hash uses the
-    stored multipliers, so it does not depend on NumPy's random stream staying what it is.
+    Create it with `NgramHash.build`, or read it with `NgramHash.load`. A loaded hash uses the
+    stored multipliers, so a future change of NumPy's random stream does not affect it.
     """
 
     spec: HashSpec
@@ -93,9 +94,9 @@ class NgramHash:
     def build(cls, spec: HashSpec, projection: VocabularyProjection) -> "NgramHash":
         """Draws the multipliers and chooses the primes.
 
-        Layer ℓ's multipliers are odd, from `default_rng(seed + 10007·ℓ)`, and so small that a
-        product with a projected id stays below 2⁶³. Head sizes are, walking layers, orders and
-        heads, the next prime that no head of the model has used.
+        Layer ℓ's multipliers are drawn from `default_rng(seed + 10007·ℓ)`. They are odd, and small
+        enough that a product with a projected id is below 2⁶³. The size of a head is the next prime
+        that no earlier head of the model uses, in the order layers, orders, heads.
         """
         if not 0 <= spec.pad_id < len(projection.lookup):
             raise InputError(
@@ -123,8 +124,8 @@ class NgramHash:
         for layer, rows in zip(self.spec.layers, self.rows, strict=True):
             if rows > 2**30:
                 raise InputError(
-                    f"Layer {layer}'s table has {rows:,} rows; row numbers are 32-bit with room "
-                    "for padding, so at most 1,073,741,824 fit. Lower rows_per_head or heads."
+                    f"Layer {layer}'s table has {rows:,} rows; at most 1,073,741,824 are possible "
+                    "with 32-bit row numbers. Lower rows_per_head or heads."
                 )
 
     @property
@@ -139,7 +140,7 @@ class NgramHash:
 
     @property
     def padded_rows(self) -> list[int]:
-        """Rows R of each layer's table as it is stored: a multiple of 4,096."""
+        """Rows R of each layer's stored table: a multiple of 4,096."""
         return [-(-rows // ROW_MULTIPLE) * ROW_MULTIPLE for rows in self.rows]
 
     @cached_property
@@ -161,8 +162,9 @@ class NgramHash:
         """Projected ids x, x₋₁, … x₋₍ₙ₋₁₎ of every position.
 
         Args:
-            tokens: raw token ids; `DEAD` (−1) marks positions that are no text.
-            segments: document number of every position; None: a row is one document.
+            tokens: token ids; `DEAD` (−1) marks image placeholders.
+            segments: document number of every position; None: each row of the batch is one
+                document.
 
         Raises:
             InputError: an id is outside the vocabulary.
@@ -172,7 +174,8 @@ class NgramHash:
         has_dead = bool(dead.any())
         if has_dead:
             ids = np.where(dead, self.pad, ids)
-            # Two positions see each other only if no dead one lies after the older of them.
+            # A position sees an older one only if no dead position lies between them, and neither
+            # of the two is dead.
             passed = np.cumsum(dead, axis=-1)
         ids = ids.astype(np.uint64)
         window = [ids]
@@ -190,14 +193,14 @@ class NgramHash:
     def hash_window(
         self, layer: int, window: Sequence[UInt64[np.ndarray, "G"]]
     ) -> Int32[np.ndarray, "H G"]:
-        """Table rows of the n-grams that a window spells, column by column, order-major.
+        """Table rows of the n-grams in a window, one line per column, order-major.
 
         Equations 1 and 2: mixₙ = x·m₀ ⊕ x₋₁·m₁ ⊕ … ⊕ x₋₍ₙ₋₁₎·mₙ₋₁, row = mixₙ mod prime + offset.
 
         Args:
             layer: layer id, one of `spec.layers`.
-            window: x, x₋₁, … as `look_back` gives them, flattened. If it is shorter than N, only
-                the orders it reaches are hashed.
+            window: x, x₋₁, … from `look_back`, flattened. If it has fewer than N entries, only the
+                orders up to that number are hashed.
         """
         index = self.spec.layers.index(layer)
         multipliers = self.multipliers[index].astype(np.uint64)
@@ -218,9 +221,9 @@ class NgramHash:
         tokens: Int[np.ndarray, "*batch T"],
         segments: Int[np.ndarray, "*batch T"] | None = None,
     ) -> Int32[np.ndarray, "*batch T H"]:
-        """Table rows of every position: head-local row plus the head's offset.
+        """Table rows of every position: the row within the head plus the head's offset.
 
-        A part of T has the same rows as in the whole, if the N − 1 tokens before it come with it.
+        To hash only a part of T, include the N − 1 tokens before it.
 
         Args and errors are those of `look_back`; `layer` is one of `spec.layers`.
         """
@@ -230,7 +233,7 @@ class NgramHash:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with any row number any text could get."""
+        """16 hex digits that identify the hash: they change if any possible row number changes."""
         facts = self._facts()
         facts["projection"] = self.projection.fingerprint
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -238,7 +241,7 @@ class NgramHash:
     def save(self, path: Path) -> None:
         """Writes the hash as JSON: spec, conventions, multipliers, primes, projection.
 
-        The file appears whole or not at all.
+        The file is replaced atomically.
         """
         document = self._facts() | {
             "projection": self.projection.to_json(),
@@ -252,7 +255,7 @@ class NgramHash:
         """Reads what `save` wrote.
 
         Raises:
-            InputError: the file is missing, damaged, or follows other conventions.
+            InputError: the file is missing, damaged, or uses other conventions.
         """
         try:
             document = json.loads(path.read_text())
@@ -272,11 +275,11 @@ class NgramHash:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a readable hash file ({error}).") from error
         if conventions != list(CONVENTIONS):
-            raise InputError(f"{path} follows other hashing conventions than this version.")
+            raise InputError(f"{path} uses other hashing conventions than this version.")
         if loaded.fingerprint != fingerprint:
             raise InputError(
-                f"{path} is damaged: its content has fingerprint {loaded.fingerprint}, "
-                f"it says {fingerprint}."
+                f"{path} is damaged: its content has fingerprint {loaded.fingerprint}, but the "
+                f"stored fingerprint is {fingerprint}."
             )
         return loaded
 
@@ -290,7 +293,7 @@ class NgramHash:
 
 
 def _unused_primes(least: int, count: int, used: set[int]) -> list[int]:
-    """The next `count` primes from `least` up that are not in `used`, which they join."""
+    """The smallest `count` primes ≥ `least` that are not in `used`; adds them to `used`."""
     primes: list[int] = []
     candidate = least - 1
     while len(primes) < count:
@@ -309,9 +312,9 @@ def _reduce(
 ) -> None:
     """Writes mix mod prime + offset, for every prime.
 
-    NumPy divides 64-bit integers by a scalar with SIMD multiplications but takes remainders one
-    by one, so the remainder is mix − quotient·prime; and since it fits 32 bits, the product and
-    the difference are taken modulo 2³², on twice as many lanes.
+    NumPy divides 64-bit integers by a scalar with SIMD, but has no SIMD for remainders. So the
+    remainder is computed as mix − quotient·prime. It fits in 32 bits, so product and difference
+    are computed modulo 2³², on twice as many SIMD lanes.
     """
     low, quotient = mix.astype(np.uint32), np.empty_like(mix)
     for row, prime, offset in zip(out, primes, offsets, strict=True):

@@ -1,4 +1,4 @@
-"""The record of a run: JSON Lines always, TensorBoard event files beside it."""
+"""The metrics of a run, as JSON Lines and as TensorBoard event files."""
 
 import json
 import math
@@ -22,20 +22,21 @@ EVENTS = "events.out.tfevents."
 class MetricsLog:
     """Appends scalars to `metrics.jsonl` and to one TensorBoard event file of a run folder.
 
-    A line is `{"step": 3, "kind": "train", "loss": 5.25, …}`. Floats are written so that reading
-    gives them back exactly; "NaN", "Infinity" and "-Infinity" stand as strings, which keeps the
-    line valid JSON. The event file holds the same as float32 under the tags `kind/name`.
+    A line is `{"step": 3, "kind": "train", "loss": 5.25, …}`. Floats are written with enough digits
+    to be read back exactly. "NaN", "Infinity" and "-Infinity" are strings, so that every line is
+    valid JSON. The event file has the same values as float32, under the tags `kind/name`.
 
-    Opening keeps the whole lines of an earlier session up to `resume_step` (None: all of them; -1:
-    none) and drops what a kill left half written. The event file is then made anew from
-    those lines, so that the two always agree (the kept events get the wall time of opening).
+    Opening keeps the complete lines of an earlier session up to `resume_step` (None: all; -1: none)
+    and removes an incomplete last line, which a killed process may leave. Then the event file is
+    written again from these lines, so that both files agree. The kept events get the time of
+    opening.
 
     Raises:
-        InputError: a line that is no JSON stands before the last one, or the disk is full.
+        InputError: a line before the last one is not JSON, or the disk is full.
     """
 
     def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
-        """Opens the log in `folder`, which is made if it does not exist."""
+        """Opens the log in `folder`, which is created if it does not exist."""
         self._folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ class MetricsLog:
             raise self._cannot_write(error) from error
 
     def write(self, step: int, scalars: Mapping[str, float | int], kind: str = "train") -> None:
-        """Appends one line and one event; both are with the operating system on return."""
+        """Appends one line and one event. On return, the operating system has both."""
         line = {"step": step, "kind": kind} | {
             name: value if math.isfinite(value) else _NON_FINITE[str(float(value))]
             for name, value in scalars.items()
@@ -64,7 +65,7 @@ class MetricsLog:
         encoded = (json.dumps(line) + "\n").encode()
         try:
             written = 0
-            while written < len(encoded):  # a disk that fills up takes a part, then raises
+            while written < len(encoded):  # a nearly full disk accepts a part, then raises
                 written += self._lines.write(encoded[written:])
             self._events.write(_event(line))
         except OSError as error:
@@ -87,8 +88,8 @@ class MetricsLog:
         self.close()
 
     def _rewrite_events(self, lines: list[dict[str, Any]]) -> RecordWriter:
-        """One event file of `lines`, open at its end, in place of all others in the folder."""
-        # TensorBoard would read a file with "tfevents" in its name: this one gets it when complete.
+        """Replaces the folder's event files by one that holds `lines`, open for appending."""
+        # TensorBoard reads any file with "tfevents" in its name, so it gets its name when complete.
         partial = self._folder / "events.partial"
         stale = set(self._folder.glob(f"{EVENTS}*"))
         with partial.open("wb") as file:
@@ -114,10 +115,10 @@ class MetricsLog:
 def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of one kind in a run folder, in the order written, as {"step": int, name: float}.
 
-    A last line that is still being written is left out; no file gives an empty list.
+    An incomplete last line is skipped. If there is no file, the list is empty.
 
     Raises:
-        InputError: a line that is no JSON stands before the last one.
+        InputError: a line before the last one is not JSON.
     """
     return [
         {
@@ -139,7 +140,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
-                return  # torn: the writer was killed, or is writing now
+                return  # incomplete: the writer was killed, or is writing now
             try:
                 yield json.loads(line)
             except ValueError as error:

@@ -1,4 +1,4 @@
-"""The decoder: a readable stack of layers that takes its memory as an argument."""
+"""The decoder: a stack of layers that takes the gathered memory as an argument."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,19 +47,21 @@ class DecoderConfig:
         layers: number of blocks.
         attention: sizes of the attention layers: grouped-query, or multi-head latent attention.
         feed_forward: inner width W of the dense feed-forward layers.
-        experts: mixture-of-experts layers in their place; None: none.
+        experts: mixture-of-experts layers instead of feed-forward layers; None: none.
         hyper_connections: several residual branches; None: a plain residual stream.
-        engram: form of the Engram layers.
-        single_fusion: Engram has one gate, behind the pre-mapping of the hyper-connection (an
-            ablation of the paper), instead of one for each residual branch.
+        engram: options of the Engram layers.
+        single_fusion: Engram has one gate, after the pre-mapping of the hyper-connection, instead
+            of one per residual branch (an ablation of the paper).
         tie_embeddings: the output head is the input embedding.
         norm_epsilon: epsilon of the block norms.
         dtype: dtype of the computation; parameters are float32.
         remat: what the forward pass of a block keeps for the backward pass, which recomputes the
-            rest: a policy of `jax.checkpoint_policies`, or "experts_saveable": the sum of what a
-            token's experts gave, which spares dealt experts one of three forward computations and
-            one of six exchanges, and others nothing; None keeps everything.
-        scan: blocks in a row that are alike run as one loop, which compiles once for all of them.
+            rest. None keeps everything; otherwise a policy of `jax.checkpoint_policies`, or
+            "experts_saveable", which keeps the output of the routed experts. With expert
+            parallelism that saves one of three forward computations of the experts and one of six
+            exchanges; without it, nothing.
+        scan: run consecutive blocks of the same kind as one loop, which is compiled once for all of
+            them.
     """
 
     vocabulary: int = 8192
@@ -82,8 +84,8 @@ class DecoderConfig:
             raise InputError("model.vocabulary, width, layers and feed_forward must be at least 1.")
         if self.experts is not None and self.experts.leading_dense >= self.layers:
             raise InputError(
-                f"All {self.layers} layers are before experts.leading_dense "
-                f"{self.experts.leading_dense}; leave layers for the experts, or set experts None."
+                f"experts.leading_dense {self.experts.leading_dense} leaves no layer for experts "
+                f"in a model of {self.layers} layers; lower it, or set experts None."
             )
 
     @property
@@ -99,13 +101,13 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class MemorySites:
-    """Where a decoder reads memory, and how much.
+    """Where a decoder reads memory, and the size of that memory.
 
     Attributes:
         layers: zero-based ids of the blocks that begin with an Engram layer.
-        over_encoding: memory 0 is averaged into the input embedding instead.
+        over_encoding: memory 0 is averaged with the input embedding instead.
         width: memory width E.
-        orders: n-gram orders N−1 in it.
+        orders: number of n-gram orders, N−1.
     """
 
     layers: tuple[int, ...] = ()
@@ -115,7 +117,7 @@ class MemorySites:
 
 
 class BlockReport(NamedTuple):
-    """What a block says of itself; None where it has no such part.
+    """Diagnostics of a block; None where the block has no such layer.
 
     Attributes:
         gate: Engram's gates.
@@ -129,11 +131,11 @@ class BlockReport(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the blocks say of themselves.
+    """Diagnostics of all blocks.
 
     Attributes:
-        gates: of the Engram layers.
-        loads: of the layers with experts, by layer id: how many tokens chose each.
+        gates: gates of the Engram layers, by layer id.
+        loads: how many tokens chose each expert, by the id of a layer with experts.
         mixing_error: largest error of a column sum of any H_res; None without hyper-connections.
     """
 
@@ -143,7 +145,7 @@ class Report(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Engram, if the block has one; attention; feed-forward: each added to the residual stream.
+    """Engram (if the block has it), attention, feed-forward: each adds to the residual stream.
 
     Args:
         config: sizes.
@@ -157,7 +159,8 @@ class Block(nnx.Module):
     ) -> None:
         width, dtype = config.width, jnp.dtype(config.dtype)
         epsilon, connections = config.norm_epsilon, config.hyper_connections
-        # Parts draw from streams of their own, so that a twin without Engram starts equal.
+        # Engram draws from its own random stream, so that the same model without Engram starts
+        # with equal parameters.
         self.attention_norm = RMSNorm(width, epsilon=epsilon)
         if isinstance(config.attention, LatentAttentionConfig):
             self.attention: Attention | LatentAttention = LatentAttention(
@@ -192,7 +195,7 @@ class Block(nnx.Module):
         memory: Float[Array, "B T E"] | None = None,
         expert_bias: Float[Array, "X"] | None = None,
     ) -> tuple[Float[Array, "B T M D"], BlockReport]:
-        """The new residual stream; without memory, Engram adds nothing."""
+        """Returns the new residual stream and diagnostics. Without memory, Engram adds nothing."""
         gate = load = mappings = later = None
         if memory is not None and not self.single_fusion:
             fused, gate = self.engram(x, memory, segments)
@@ -227,17 +230,21 @@ class Block(nnx.Module):
 def run_block(
     block: Block, x: Float[Array, "B T M D"], *inputs: Any
 ) -> tuple[Float[Array, "B T M D"], BlockReport]:
-    """Runs a block on parameters gathered here: remat gathers again instead of keeping them."""
+    """Gathers a block's parameters and runs it.
+
+    Because the gather is inside, remat repeats it in the backward pass instead of keeping the
+    gathered parameters.
+    """
     return gather_parameters(block, x.dtype, split_axes(x))(x, *inputs)
 
 
 def _look_up(embedding: Float[Array, "V D"], tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The tokens' embeddings.
+    """The tokens' embeddings, in float32.
 
-    In float32, in which the gradients of a token's many uses are then summed, too: in bfloat16 the
-    sum of a thousand stands still at half its size. Devices sum those of their own tokens first;
-    left to itself, JAX asks for the gradients of all tokens on every device, and the compiler has
-    to see better.
+    Then the gradients of a token's many occurrences are summed in float32, too. In bfloat16, a sum
+    of a thousand terms stops growing at half its value, due to rounding. The `shard_map` makes each
+    device sum the gradients of its own tokens first. Without it, JAX requests the gradients of all
+    tokens on every device, and leaves it to the compiler to avoid that.
     """
     axes = split_axes(tokens)
 
@@ -257,16 +264,17 @@ def _look_up(embedding: Float[Array, "V D"], tokens: Int32[Array, "B T"]) -> Flo
 class Decoder(nnx.Module):
     """A pre-norm decoder with memory.
 
-    At the start attention and feed-forward add nothing, since their last matrices are zero, and the
-    embedding enters times √D: with random last matrices and a plain embedding, the token itself
-    drowns in what the blocks add (0.45 nats more after 400 steps of the dense twin;
-    docs/experiments.md, 2026-11-24).
+    The output matrices of attention and feed-forward are initialized to zero, and the embedding is
+    multiplied by √D. So initially attention and feed-forward add nothing. With random output
+    matrices and an unscaled embedding, the blocks' outputs are much larger than the embedding (the
+    loss is 0.45 nats higher after 400 steps of the model without memory; docs/experiments.md,
+    2026-11-24).
 
     Args:
         config: sizes.
-        sites: where memory enters.
-        rngs: random streams "params" and "memory"; what reads memory draws from the latter, so
-            that models with and without memory start from equal backbones.
+        sites: where the decoder reads memory.
+        rngs: random streams "params" and "memory". Layers that read memory draw from the latter, so
+            that models with and without memory start with equal parameters elsewhere.
     """
 
     def __init__(self, config: DecoderConfig, sites: MemorySites, *, rngs: nnx.Rngs) -> None:
@@ -308,15 +316,15 @@ class Decoder(nnx.Module):
         positions: Int32[Array, "B T"],
         expert_bias: ExpertBias | None = None,
     ) -> tuple[Float[Array, "B T V"], Report]:
-        """Logits in float32, and what the blocks say of themselves.
+        """Returns logits in float32, and diagnostics of the blocks.
 
         Args:
             tokens: token ids.
             memory: memory vectors by layer id; a layer that is missing here adds nothing.
             segments: document number of every position.
             positions: position within the document.
-            expert_bias: of the layers with experts, by layer id: what balances them. A trained
-                model needs its own (`TrainState.expert_bias`); None is zeros, as training begins.
+            expert_bias: biases that balance the experts, by layer id. For a trained model, pass
+                `TrainState.expert_bias`; None is zeros, the initial value.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         gather = partial(gather_parameters, dtype=dtype, axes=split_axes(tokens))
@@ -348,7 +356,7 @@ class Decoder(nnx.Module):
         memory: Memory,
         expert_bias: ExpertBias,
     ) -> tuple[Float[Array, "B T M D"], list[BlockReport]]:
-        """Runs all blocks; with `scan`, those in a row that are alike as one loop."""
+        """Runs all blocks; with `scan`, consecutive blocks of the same kind as one loop."""
         run, remat = run_block, self.config.remat
         if remat == "experts_saveable":
             keep_experts = jax.checkpoint_policies.save_only_these_names("experts")
@@ -370,7 +378,7 @@ class Decoder(nnx.Module):
             ) -> tuple[Float[Array, "B T M D"], BlockReport]:
                 return run(part[0], x, segments, positions, None, part[1])
 
-            # Parameters have a name for every layer, also here; they become one stack for the loop.
+            # Parameters are named per layer in any case. They are stacked here, for the loop.
             stacks = jax.tree.map(
                 lambda *leaves: jnp.stack(leaves), *zip(blocks, biases, strict=True)
             )
@@ -382,7 +390,7 @@ class Decoder(nnx.Module):
         return x, reports
 
     def _loops(self) -> list[list[int]]:
-        """Layers in a row that are alike and have no Engram; any other layer by itself."""
+        """Groups of consecutive layers of the same kind, without Engram; other layers singly."""
         ids = range(len(self.blocks))
         if not self.config.scan:
             return [[layer] for layer in ids]

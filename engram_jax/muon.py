@@ -4,13 +4,13 @@ With the gradient G of a matrix,
 
     M ← μ M + G,    update = 0.2 √max(inputs, outputs) · orthogonalize(μ M + G)
 
-where orthogonalize(U S Vᵀ) ≈ U Vᵀ by Newton–Schulz iterations. The factor, of "Muon is Scalable for
-LLM Training" (arXiv 2502.16982), gives the update the root mean square of AdamW's, so that one
-learning rate serves both.
+where orthogonalize(U S Vᵀ) ≈ U Vᵀ by Newton–Schulz iterations. The factor, from "Muon is Scalable
+for LLM Training" (arXiv 2502.16982), gives the update the same root mean square as AdamW's, so that
+both can use the same learning rate.
 
-The iterations need a matrix whole, and parameters are split over the mesh. So the devices that
-share a split trade pieces of as many matrices as they are: each orthogonalizes one of them whole,
-and trades back.
+The iterations need complete matrices, but parameters are split over the mesh. So n devices that
+share n matrices exchange their pieces by an all-to-all. Then each device has one complete matrix,
+orthogonalizes it, and a second all-to-all returns the pieces.
 """
 
 import math
@@ -27,24 +27,25 @@ from jaxtyping import Array, Float, Int
 from engram_jax.parameters import Matrix
 from engram_jax.typing import PyTree
 
-# Of Jordan's quintic: steepest at zero; singular values end between 0.68 and 1.13.
+# Coefficients of Jordan's quintic, chosen for a steep slope at zero. Singular values converge to
+# the interval from 0.68 to 1.13.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _RMS = 0.2
 _EPS = 1e-8
-# Pieces that are lined up at once, at most; a parameter that has more is alone. Few bytes waste
-# devices (the last round of a line is not full), many cost memory.
-_LINE_BYTES = 128 * 2**20
+# Largest size of a group of parameters that is processed together; a larger parameter is a group by
+# itself. Small groups leave devices idle in their last round, large groups need more memory.
+_GROUP_BYTES = 128 * 2**20
 
 
 def scale_by_muon(roles: PyTree, *, momentum: float, steps: int) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalized and scaled; without learning rate and decay.
 
-    A matrix without gradient, as an expert's whom no token chooses, goes on at full size by what
-    its momentum was: for some 350 steps, at μ = 0.95, until that is as small as what guards the
-    division.
+    A matrix whose gradient is zero, such as that of an expert that no token chooses, still receives
+    updates of full size from its momentum. At μ = 0.95 they last for about 350 steps, until the
+    momentum is as small as the epsilon of the normalization.
 
     Args:
-        roles: `Matrix` for every parameter, in their tree.
+        roles: `Matrix` for every parameter, in a tree like that of the parameters.
         momentum: μ.
         steps: Newton–Schulz iterations.
     """
@@ -62,11 +63,10 @@ def scale_by_muon(roles: PyTree, *, momentum: float, steps: int) -> optax.Gradie
 def orthogonalize_all(parameters: PyTree, roles: PyTree, steps: int) -> PyTree:
     """Orthogonalizes and scales every matrix of every parameter, each on one of its devices.
 
-    A matrix that lies whole on several devices, as on those along the mesh axis "data", is
-    orthogonalized by all of them.
+    A matrix that is replicated, as over the mesh axis "data", is orthogonalized on every replica.
 
     Args:
-        parameters: arrays; inside a mesh, each matrix is split along one axis at most.
+        parameters: arrays; inside a mesh, each matrix is split along at most one axis.
         roles: `Matrix` for each of them, in the same tree.
         steps: Newton–Schulz iterations.
 
@@ -88,7 +88,7 @@ def orthogonalize_all(parameters: PyTree, roles: PyTree, steps: int) -> PyTree:
 def orthogonalize(
     matrix: Float[Array, "inputs outputs"], steps: int
 ) -> Float[Array, "inputs outputs"]:
-    """U Vᵀ of a matrix U S Vᵀ, nearly: its singular values become about one. Zero stays zero."""
+    """Approximately U Vᵀ of a matrix U S Vᵀ: singular values become about 1. Zero stays zero."""
     inputs, outputs = matrix.shape
     a, b, c = _QUINTIC
 
@@ -102,31 +102,31 @@ def orthogonalize(
 
 
 class _Kind(NamedTuple):
-    """Pieces of one kind can be lined up.
+    """What parameters must have in common to be processed together.
 
     Attributes:
         piece: shape of a device's piece of one matrix.
-        inputs: axes of it that are inputs.
-        axis: axis of it that is split; None: the matrix is here whole.
-        over: mesh axes that it is split over.
-        dealt: mesh axes that matrices are dealt to.
+        inputs: number of its axes that are inputs.
+        axis: its axis that is split; None: the device has the complete matrix.
+        over: mesh axes over which that axis is split.
+        stacked_over: mesh axes over which the matrices of a stack are distributed.
     """
 
     piece: tuple[int, ...]
     inputs: int
     axis: int | None
     over: tuple[str, ...]
-    dealt: tuple[str, ...]
+    stacked_over: tuple[str, ...]
 
 
 def _kind(array: jax.Array, matrix: Matrix, spec: jax.P) -> _Kind:
     names = [_names(entry) for entry in spec] + [()] * (array.ndim - len(spec))
-    dealt = sum(names[: matrix.stacked], ())
+    stacked_over = sum(names[: matrix.stacked], ())
     split = [(axis, over) for axis, over in enumerate(names[matrix.stacked :]) if over]
     if len(split) > 1:
-        raise ValueError(f"A matrix may be split along one axis, not as {spec}.")
+        raise ValueError(f"A matrix can only be split along one axis, not as {spec}.")
     axis, over = split[0] if split else (None, ())
-    return _Kind(array.shape[matrix.stacked :], matrix.inputs, axis, over, dealt)
+    return _Kind(array.shape[matrix.stacked :], matrix.inputs, axis, over, stacked_over)
 
 
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -138,63 +138,63 @@ def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def _orthogonalize_local(
     matrices: list[Matrix], specs: list[jax.P], steps: int, arrays: list[jax.Array]
 ) -> list[jax.Array]:
-    """What each device does with its own parts of the parameters."""
+    """Orthogonalizes on one device, given its parts of the parameters."""
     by_kind: dict[_Kind, list[int]] = defaultdict(list)
     for number, (array, matrix, spec) in enumerate(zip(arrays, matrices, specs, strict=True)):
         by_kind[_kind(array, matrix, spec)].append(number)
     done = list(arrays)
     for kind, numbers in by_kind.items():
-        for line in _lines(numbers, arrays):
-            found = _orthogonalize_line(kind, steps, [arrays[number] for number in line])
-            for number, array in zip(line, found, strict=True):
+        for group in _groups(numbers, arrays):
+            found = _orthogonalize_group(kind, steps, [arrays[number] for number in group])
+            for number, array in zip(group, found, strict=True):
                 done[number] = array
     return done
 
 
-def _lines(numbers: list[int], arrays: list[jax.Array]) -> Iterator[list[int]]:
-    """Splits the numbers of arrays into lines of at most _LINE_BYTES."""
-    line: list[int] = []
+def _groups(numbers: list[int], arrays: list[jax.Array]) -> Iterator[list[int]]:
+    """Splits the numbers of arrays into groups of at most _GROUP_BYTES."""
+    group: list[int] = []
     taken = 0
     for number in numbers:
         taken += arrays[number].nbytes
-        if line and taken > _LINE_BYTES:
-            yield line
-            line, taken = [], arrays[number].nbytes
-        line.append(number)
-    yield line
+        if group and taken > _GROUP_BYTES:
+            yield group
+            group, taken = [], arrays[number].nbytes
+        group.append(number)
+    yield group
 
 
-def _orthogonalize_line(kind: _Kind, steps: int, arrays: list[jax.Array]) -> list[jax.Array]:
-    """Lines up the pieces of arrays of one kind, and orthogonalizes a round of them at a time."""
+def _orthogonalize_group(kind: _Kind, steps: int, arrays: list[jax.Array]) -> list[jax.Array]:
+    """Orthogonalizes arrays of one kind in rounds, with one matrix per device in each round."""
     parts = jax.lax.axis_size(kind.over) if kind.over else 1
     pieces = [array.reshape(-1, *kind.piece) for array in arrays]
     counts = [len(piece) for piece in pieces]
     missing = -sum(counts) % parts
-    lined_up = jnp.concatenate([*pieces, jnp.zeros((missing, *kind.piece), pieces[0].dtype)])
-    rounds = lined_up.reshape(-1, parts, *kind.piece)
+    padded = jnp.concatenate([*pieces, jnp.zeros((missing, *kind.piece), pieces[0].dtype)])
+    rounds = padded.reshape(-1, parts, *kind.piece)
 
     def run_round(number: Int[Array, ""], rounds: jax.Array) -> jax.Array:
         return rounds.at[number].set(_orthogonalize_round(kind, steps, rounds[number]))
 
     rounds = jax.lax.fori_loop(0, len(rounds), run_round, rounds)
-    lined_up = rounds.reshape(-1, *kind.piece)
+    found = rounds.reshape(-1, *kind.piece)
     starts = [sum(counts[:place]) for place in range(len(counts))]
     return [
-        lined_up[start : start + count].reshape(array.shape)
+        found[start : start + count].reshape(array.shape)
         for start, count, array in zip(starts, counts, arrays, strict=True)
     ]
 
 
 def _orthogonalize_round(kind: _Kind, steps: int, pieces: jax.Array) -> jax.Array:
-    """One matrix per device: trades pieces, orthogonalizes, trades back."""
+    """One matrix per device: exchanges pieces, orthogonalizes, returns the pieces."""
     if kind.axis is None:
-        whole = pieces
+        complete = pieces
     else:
-        whole = jax.lax.all_to_all(pieces, kind.over, 0, kind.axis + 1, tiled=True)
-    shape = whole.shape[1:]
+        complete = jax.lax.all_to_all(pieces, kind.over, 0, kind.axis + 1, tiled=True)
+    shape = complete.shape[1:]
     inputs, outputs = math.prod(shape[: kind.inputs]), math.prod(shape[kind.inputs :])
-    found = orthogonalize(whole.reshape(inputs, outputs), steps)
-    found = (_RMS * math.sqrt(max(inputs, outputs)) * found).reshape(whole.shape)
+    found = orthogonalize(complete.reshape(inputs, outputs), steps)
+    found = (_RMS * math.sqrt(max(inputs, outputs)) * found).reshape(complete.shape)
     if kind.axis is None:
         return found
     return jax.lax.all_to_all(found, kind.over, kind.axis + 1, 0, tiled=True)

@@ -1,4 +1,4 @@
-"""The optimizer of the dense parameters, and the learning rate that the tables share."""
+"""The optimizer of the dense parameters, and the learning-rate schedule, also used for tables."""
 
 import operator
 from dataclasses import dataclass
@@ -17,28 +17,28 @@ from engram_jax.typing import PyTree
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, with Muon for hidden matrices if asked, and its learning rate.
+    """AdamW or Muon, and the learning rate.
 
     Attributes:
-        matrices: optimizer of hidden matrices; all other parameters have AdamW. Muon's updates are
-            scaled to AdamW's, so that one learning rate can serve both.
+        matrices: optimizer of hidden matrices. All other parameters use AdamW. Muon's updates are
+            scaled to the size of AdamW's, so that both can use the same learning rate.
         learning_rate: peak learning rate.
-        matrix_factor: that of hidden matrices, relative to it.
-        lookup_factor: that of embedding and head, relative to it.
-        connection_factor: that of hyper-connections, relative to it. H_res ceases to be doubly
-            stochastic where its logits run far apart (`mixing_error` in the metrics).
+        matrix_factor: learning rate of hidden matrices, relative to learning_rate.
+        lookup_factor: learning rate of embedding and head, relative to learning_rate.
+        connection_factor: learning rate of hyper-connections, relative to learning_rate. If it is
+            too large, H_res is no longer doubly stochastic (see `mixing_error` in the metrics).
         warmup_steps: steps of linear warm-up.
-        decay: "cosine" from the peak to the end; "steps" stays at the peak, then takes 0.316 of it
-            from 80 % of the steps on and 0.1 from 90 % on (DeepSeek LLM, arXiv 2401.02954).
-        final_fraction: learning rate at the end of the cosine, relative to the peak.
+        decay: "cosine" from the peak to the end; "steps" keeps the peak, then multiplies it by
+            0.316 after 80 % of the steps and by 0.1 after 90 % (DeepSeek LLM, arXiv 2401.02954).
+        final_fraction: learning rate at the end of the cosine, relative to learning_rate.
         b1: AdamW's decay of the first moment.
         b2: AdamW's decay of the second moment.
         eps: added by AdamW to the root of the second moment.
         muon_momentum: decay of Muon's Nesterov momentum.
         muon_steps: Newton–Schulz iterations of Muon.
-        weight_decay: decoupled decay of hidden matrices; embeddings, norms, biases, routers of
-            experts and projections of hyper-connections have none.
-        clip_norm: bound of the global gradient norm, dense and row gradients together.
+        weight_decay: decoupled weight decay of hidden matrices; embeddings, norms, biases, routers
+            of experts and projections of hyper-connections have none.
+        clip_norm: largest global gradient norm, over dense and row gradients.
     """
 
     matrices: Literal["adam", "muon"] = "adam"
@@ -66,7 +66,7 @@ class OptimizerConfig:
             )
         if self.weight_decay < 0 or not 0 <= self.final_fraction <= 1:
             raise InputError(
-                "weight_decay must not be negative, and final_fraction is a share from 0 to 1."
+                "weight_decay must not be negative, and final_fraction must be from 0 to 1."
             )
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
             raise InputError("b1 and b2 must be at least 0 and below 1, and eps positive.")
@@ -96,12 +96,14 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, roles: PyTree
 ) -> optax.GradientTransformation:
-    """The optimizer of the dense parameters. Gradients come clipped: the clip spans the tables too.
+    """The optimizer of the dense parameters, without clipping.
+
+    The caller clips gradients, because the clipped norm includes the gradients of table rows.
 
     Args:
         config: hyperparameters.
         schedule: learning rate by the number of finished steps.
-        roles: what every parameter is, in the parameters' tree (see `parameters.roles`).
+        roles: the role of every parameter, in the parameters' tree (see `parameters.roles`).
     """
     is_matrix = jax.tree.map(lambda role: isinstance(role, Matrix), roles)
     if config.matrices == "adam":
@@ -114,7 +116,7 @@ def make_optimizer(
             mask=is_matrix,
         )
         return _with_factors(adamw, config, roles)
-    # `partition` hides the others' parameters like this.
+    # `optax.partition` replaces the parameters of other optimizers by MaskedNode, too.
     matrices = jax.tree.map(
         lambda role: role if isinstance(role, Matrix) else optax.MaskedNode(), roles
     )
@@ -131,7 +133,7 @@ def make_optimizer(
 def _with_factors(
     optimizer: optax.GradientTransformation, config: OptimizerConfig, roles: PyTree
 ) -> optax.GradientTransformation:
-    """Multiplies updates, decay and all, by what the learning rate of their role is."""
+    """Multiplies updates, including weight decay, by the learning-rate factor of their role."""
     factor_of = {
         Matrix: config.matrix_factor,
         VocabularyMatrix: config.lookup_factor,
@@ -151,7 +153,8 @@ def _step_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     def schedule(done: ArrayLike) -> jax.Array:
         done = jnp.asarray(done)
         warm = jnp.minimum(1.0, (done + 1) / (config.warmup_steps + 1))
-        # In integers: 0.9 · steps, rounded, may lie on the wrong side of a step.
+        # Compared as integers, because the rounded value of 0.9 · steps could shift the decay by
+        # one step.
         decayed = jnp.where(10 * done >= 9 * steps, 0.1, jnp.where(5 * done >= 4 * steps, 0.316, 1))
         return config.learning_rate * warm * decayed
 

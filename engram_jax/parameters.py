@@ -1,8 +1,9 @@
-"""What a parameter is to the optimizer and to the mesh, declared where the parameter is made.
+"""Roles of parameters: how the optimizer and the mesh treat a parameter.
 
-`nnx.Param(value, role=Matrix(…))` is a hidden matrix, `VocabularyMatrix()` says embedding or head,
-`Connection()` a part of a hyper-connection; anything else has no role: a gain, a bias, a tap of a
-convolution, a router of experts. These and connections are computed in float32.
+The role is given where the parameter is created: `nnx.Param(value, role=Matrix(…))` for a hidden
+matrix, `VocabularyMatrix()` for embedding and head, `Connection()` for hyper-connections. All other
+parameters are `Plain()`: gains, biases, taps of a convolution, routers of experts. `Plain` and
+`Connection` parameters are used in float32.
 """
 
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from engram_jax.typing import PyTree
 
 @dataclass(frozen=True)
 class Matrix:
-    """A hidden matrix or a stack of them. Its axes: those that number matrices, inputs, outputs.
+    """A hidden matrix or a stack of them. The axes are, in order: stack, inputs, outputs.
 
     Attributes:
-        stacked: leading axes that number matrices.
-        inputs: axes after those that are one matrix's inputs; the rest are its outputs.
-        experts: the first axis numbers experts, and lies over the mesh axis "expert".
+        stacked: number of leading axes that index the matrices of a stack.
+        inputs: number of axes after them that are a matrix's inputs; the rest are its outputs.
+        experts: the first axis indexes experts, and is split over the mesh axis "expert".
     """
 
     stacked: int = 0
@@ -31,17 +32,17 @@ class Matrix:
 
 @dataclass(frozen=True)
 class VocabularyMatrix:
-    """The embedding of the tokens, or the head that scores them."""
+    """The token embedding or the output head."""
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Anything else."""
+    """Any other parameter."""
 
 
 @dataclass(frozen=True)
 class Connection(Plain):
-    """What makes the mappings of a hyper-connection."""
+    """A parameter of a hyper-connection."""
 
 
 type Role = Matrix | VocabularyMatrix | Plain

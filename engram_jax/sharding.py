@@ -1,8 +1,9 @@
-"""The device mesh, and how arrays lie on it.
+"""The device mesh, and the sharding of arrays on it.
 
-Tokens are split over all axes of the mesh; parameters over "fsdp" alone, and every block gathers
-its own just before it runs (ZeRO-3), so most layers are written as if for one device. Experts are
-also dealt to "expert", and stay where they are along it: their tokens come to them.
+Tokens are split over all axes of the mesh. Parameters are split over "fsdp" only, and every block
+gathers its parameters just before it runs (ZeRO-3). So most layers are written as if for one
+device. Experts are also split over "expert" (expert parallelism). They are not gathered over that
+axis: the tokens are exchanged instead.
 """
 
 from collections.abc import Sequence
@@ -29,12 +30,12 @@ class MeshConfig:
     """Sizes of the mesh axes.
 
     Attributes:
-        data: copies of the parameters; −1 takes all devices that the other axes leave.
-        fsdp: devices that each copy of the parameters is split over; with model.remat, gathered
-            parameters are not kept for the backward pass. The TPU compiler gathers in
-            groups of up to 32 chips; over a whole slice of 64 or 256 it sums zeros instead, which
-            sends twice as much.
-        expert: devices that the experts of a layer are dealt to.
+        data: replicas of the parameters; −1 uses all devices that remain after the other axes.
+        fsdp: devices over which each replica of the parameters is split; with model.remat, gathered
+            parameters are not kept for the backward pass. The TPU compiler uses an all-gather in
+            groups of up to 32 chips. Over a complete slice of 64 or 256 chips it uses an all-reduce
+            of zero-padded parts instead, which sends twice as many bytes.
+        expert: devices over which the experts of a layer are split (expert parallelism).
     """
 
     data: int = -1
@@ -45,11 +46,12 @@ class MeshConfig:
         if min(self.fsdp, self.expert) < 1 or (self.data < 1 and self.data != -1):
             raise InputError(
                 f"mesh.data {self.data}, mesh.fsdp {self.fsdp} and mesh.expert {self.expert} must "
-                "be at least 1; data may be -1 for all devices that the others leave."
+                "be at least 1; data may be -1 for all devices that remain after the others."
             )
 
 
-# Where the arrays of a run lie; the letters spell their axes, those of a table rows and words.
+# Shardings of a run's arrays. Letters of a name are the array's axes: A, B, T, S and U as in
+# typing.py; R and W are the rows and words of a table.
 WHOLE = jax.P()
 BATCH_ABT = jax.P(None, TOKEN_AXES)
 TABLE_RW = jax.P(TOKEN_AXES)
@@ -61,7 +63,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Args:
         config: sizes of the axes.
-        devices: what it is made of; None takes all devices of all processes.
+        devices: devices of the mesh; None: all devices of all processes.
 
     Raises:
         InputError: the sizes do not multiply to the number of devices.
@@ -75,23 +77,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{len(devices)} devices; choose sizes whose product is the number of devices, or data "
             "-1."
         )
-    # Process p's devices must follow those of p−1: a process builds one contiguous slice of the
-    # batch. (jax.make_mesh orders TPUs by topology and interleaves processes.)
+    # Devices are ordered by process, because each process builds one contiguous slice of the batch.
+    # (jax.make_mesh orders TPUs by topology, which interleaves processes.)
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(ordered).reshape(data, config.fsdp, config.expert)
     return jax.sharding.Mesh(grid, TOKEN_AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def make_abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
-    """A mesh of so many devices that need not be there; data −1 is 1."""
+    """A mesh without devices, for tracing and lowering; data −1 is 1."""
     sizes = (max(config.data, 1), config.fsdp, config.expert)
     return jax.sharding.AbstractMesh(sizes, TOKEN_AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def platform_of(mesh: AnyMesh) -> str:
-    """The platform of a mesh's devices, such as "cpu" or "tpu"; of no mesh, the default one.
+    """The platform of a mesh's devices, such as "cpu" or "tpu"; without devices, the default.
 
-    Programs for TPU are compiled on CPUs, so the mesh knows better than the default backend.
+    The default backend can be the wrong answer, because programs for TPU can be compiled on a CPU.
     """
     if isinstance(mesh, jax.sharding.AbstractMesh):
         return mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
@@ -99,9 +101,10 @@ def platform_of(mesh: AnyMesh) -> str:
 
 
 def parameter_sharding(mesh: AnyMesh, shapes: PyTree, roles: PyTree) -> PyTree:
-    """Splits every parameter along its longest axis that divides; others are copied.
+    """Splits every parameter over "fsdp", along its longest axis that "fsdp" divides.
 
-    Over "fsdp"; stacks of experts are dealt to "expert", and each expert is split over "fsdp".
+    A parameter without such an axis is replicated. Stacks of experts are split over "expert", and
+    each expert over "fsdp".
 
     Args:
         mesh: the mesh.
@@ -124,7 +127,7 @@ def parameter_sharding(mesh: AnyMesh, shapes: PyTree, roles: PyTree) -> PyTree:
 
 
 def optimizer_sharding(mesh: AnyMesh, shapes: PyTree, parameters: PyTree) -> PyTree:
-    """Places what an optimizer keeps of a parameter as the parameter is, and the rest whole.
+    """Shards an optimizer's state of a parameter like the parameter; the rest is replicated.
 
     Args:
         mesh: the mesh.
@@ -141,50 +144,52 @@ def optimizer_sharding(mesh: AnyMesh, shapes: PyTree, parameters: PyTree) -> PyT
 
 
 def gather_parameters[T](module: T, dtype: jnp.dtype, axes: Sequence[str]) -> T:
-    """A copy of a module whose parameters lie whole on every device; experts stay dealt out.
+    """A copy of a module with complete parameters on every device; experts stay expert-parallel.
 
-    Matrices, embedding and head come in the dtype of the computation: in bfloat16 that halves what
-    is sent. On the way back their gradients are summed over "fsdp" in that dtype, every device
-    taking the part that it keeps, and that part over the other axes in float32.
+    Matrices, embedding and head are cast to the dtype of the computation before the gather; in
+    bfloat16 that halves the bytes sent. In the backward pass their gradients are reduced and
+    scattered over "fsdp" in that dtype. Each device's part is then summed over the other axes in
+    float32.
 
     Args:
         module: a module, or a parameter.
         dtype: dtype of the computation.
-        axes: mesh axes that the tokens are split over: gradients have to be summed over these.
+        axes: mesh axes over which the tokens are split; gradients are summed over these.
     """
-    spread = not jax.sharding.get_abstract_mesh().empty
+    in_mesh = not jax.sharding.get_abstract_mesh().empty
 
     def gather(variable: nnx.Variable) -> nnx.Variable:
         value, role = variable[...], role_of(variable)
         if isinstance(role, Plain):
-            return variable.replace(jax.sharding.reshard(value, jax.P()) if spread else value)
-        if not spread:
+            return variable.replace(jax.sharding.reshard(value, jax.P()) if in_mesh else value)
+        if not in_mesh:
             return variable.replace(value.astype(dtype))
-        # "Reduced" over an axis: whole along it, and the gradient will be a sum not yet taken.
+        # "Reduced" over an axis means: replicated over it, and the gradient is a sum over it that
+        # is not computed yet.
         spec = jax.typeof(value).sharding.spec
-        copied = set(axes) - set(spec_axes(spec))
-        value = jax.sharding.reshard(value, jax.P(*spec, reduced=copied)).astype(dtype)
-        dealt = "expert" if isinstance(role, Matrix) and role.experts else None
-        whole = jax.P(dealt, reduced=set(axes) - {dealt})
-        return variable.replace(jax.sharding.reshard(value, whole))
+        replicated = set(axes) - set(spec_axes(spec))
+        value = jax.sharding.reshard(value, jax.P(*spec, reduced=replicated)).astype(dtype)
+        stays_split = "expert" if isinstance(role, Matrix) and role.experts else None
+        gathered = jax.P(stays_split, reduced=set(axes) - {stays_split})
+        return variable.replace(jax.sharding.reshard(value, gathered))
 
     return jax.tree.map(gather, module, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def split_axes(array: jax.Array) -> tuple[str, ...]:
-    """The mesh axes that an array is split over; none outside a mesh, or on one device."""
+    """The mesh axes over which an array is split; none outside a mesh, or on one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    # (One device is not only simpler: JAX cannot lower "reduced" there.)
+    # On one device JAX cannot lower "reduced".
     return () if mesh.size <= 1 else spec_axes(jax.typeof(array).sharding.spec)
 
 
 def spec_axes(spec: jax.P) -> tuple[str, ...]:
-    """The mesh axes that a partition names."""
+    """The mesh axes in a partition spec."""
     return tuple(jax.tree.leaves(tuple(spec)))
 
 
 def extend_spec(array: jax.Array, *axes: str | None) -> jax.P | None:
-    """The array's own partition with more axes behind; None outside a mesh."""
+    """The array's partition spec with `axes` appended; None outside a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return None
     return jax.P(*jax.typeof(array).sharding.spec, *axes)

@@ -1,19 +1,7 @@
-"""Tokenizers behind one small protocol: SentencePiece models and `tokenizer.json` files.
-
-`python -m engram_jax.tokenizer train OUT.model --sources …` trains a SentencePiece model. The model
-that ships (`default`) is what this command writes:
-
-    python -m engram_jax.tokenizer train default.model --vocab-size 8192
-        --sources vital_en austen factbook web_bible wordnet --shares 1 1 0.25 0.3 0.15
-
-Prose (`vital_en`, `austen`) is 65 % of the bytes it saw. Bytes per token over each whole corpus:
-vital_en 3.960, austen 4.193, factbook 3.790, web_bible 3.901, wordnet 3.505.
-"""
+"""Tokenizers with a common protocol: SentencePiece models and `tokenizer.json` files."""
 
 import hashlib
-import io
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,22 +11,22 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int32
 
-from engram_jax.errors import InputError, one_sentence
-from engram_jax.files import written_whole
+from engram_jax.errors import InputError
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "tokenizers" / "default.model"
 
 _NO_IDS = np.empty(0, np.int32)
 
-# SentencePiece writes a space as U+2581 in its pieces, and so reads a U+2581 in a text as a space.
+# SentencePiece writes a space as U+2581 in its pieces, so it treats a U+2581 in a text as a space.
 _SPACE = "\u2581"
 _SPACE_MARKS = re.compile(f"({_SPACE}+)")
 _WORD_START = re.compile(f"(?<=[^ {_SPACE}]) ")
-# One call over a long text is slow (its merge queue leaves the caches): on a 5 MB text, pieces of
-# 1,000 characters took 1.4 s, of 64,000 2.0 to 3.1 s, the text at once 7.0 s.
+# A long text is encoded in chunks of about this many characters. One call for all of it is slow,
+# because SentencePiece's merge queue does not fit in the caches: a 5 MB text took 1.4 s in chunks
+# of 1,000 characters, 2.0 to 3.1 s in chunks of 64,000, and 7.0 s in one call.
 _CHUNK_CHARACTERS = 2048
 
-# Ordered by precedence: a file may hold more than one of them.
+# Well-known names of special tokens. If a file has several, the first in this order is used.
 _PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<PAD>", "<｜▁pad▁｜>", "<|padding|>")
 _BOS_NAMES = (
     *("<s>", "<bos>", "<|bos|>", "[BOS]", "<BOS>", "<｜begin▁of▁sentence｜>"),
@@ -52,10 +40,10 @@ _EOS_NAMES = (
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
-    `fingerprint` is the first 16 hex digits of the SHA-256 of the model file and of the special
-    ids that replace its own. Implementations pickle, so that data workers can hold one.
+    `fingerprint` is the first 16 hex digits of the SHA-256 of the model file and of special ids
+    that differ from the file's. Implementations can be pickled, for use in data workers.
     """
 
     name: str
@@ -66,7 +54,7 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode(self, text: str) -> Int32[np.ndarray, "T"]:
-        """Return the token ids of a text: no bos, no eos, and never a special token."""
+        """Return the token ids of a text, without bos, eos or any other special token."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
@@ -82,17 +70,17 @@ class Tokenizer(Protocol):
         ...
 
     def is_special(self, token_id: int) -> bool:
-        """Tell whether an id is a control, unknown or padding piece rather than text."""
+        """Return whether an id is a control, unknown or padding piece."""
         ...
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model.
 
-    For a model that neither normalizes nor adds or removes spaces and has byte pieces, such as
-    those of `train_tokenizer`, `decode(encode(text)) == text` for every text without surrogates.
-    Other models give what SentencePiece itself gives: a space for U+2581, text after their own
-    normalization, and the unknown piece for characters they lack.
+    If a model has byte pieces, does not normalize, and does not add or remove spaces, then
+    `decode(encode(text)) == text` for every text without surrogates. Models of
+    `tokenizer_training` are such models. Others behave as in SentencePiece itself: U+2581 becomes a
+    space, text is normalized, and missing characters become the unknown piece.
     """
 
     def __init__(
@@ -107,14 +95,15 @@ class SentencePieceTokenizer:
         """Build from the content of a model file; ids given here replace the model's own.
 
         Raises:
-            InputError: not a SentencePiece model, or no pad, bos or eos id in it and none given.
+            InputError: it is not a SentencePiece model, or it has no pad, bos or eos id and none is
+                given.
         """
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
         except RuntimeError:
             processor = None
         if processor is None or processor.vocab_size() == 0:
-            raise InputError(f"{name} is not a SentencePiece model; give a file it has written.")
+            raise InputError(f"{name} is not a SentencePiece model; give a .model file of one.")
         self._processor = processor
         self._model = model
         self.name = name
@@ -126,11 +115,11 @@ class SentencePieceTokenizer:
 
         pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
         keeps_spaces = processor.normalize("  a  b ").replace(_SPACE, " ") == "  a  b "
-        # Where no piece continues from a character into a space, a text may be cut before a space
-        # that follows one: no merge could have crossed the cut, so the ids stay the same.
+        # If no piece has a space after another character, a text can be cut before a space that
+        # follows another character. No merge can cross that cut, so the ids do not change.
         inner_space = re.compile(f"[^{_SPACE}]{_SPACE}")
         self._may_cut = keeps_spaces and not any(map(inner_space.search, pieces))
-        # The bytes of U+2581 spelled in byte pieces decode to the character, not to a space.
+        # U+2581 encoded as byte pieces decodes to itself; as part of another piece, to a space.
         mark = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_mark = np.array(mark, np.int32)
         self._spells_marks = keeps_spaces and all(processor.is_byte(i) for i in mark)
@@ -143,16 +132,16 @@ class SentencePieceTokenizer:
         return rebuild, (self._model, self.name)
 
     def encode(self, text: str) -> Int32[np.ndarray, "T"]:
-        """Return the token ids of a text: no bos, no eos, and never a control piece.
+        """Return the token ids of a text, without bos, eos or any other control piece.
 
         Raises:
-            InputError: the text holds a surrogate.
+            InputError: the text has a surrogate.
         """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
         """Return `encode` of each text, computed on several threads."""
-        parts = [list(self._split(_checked_text(text))) for text in texts]
+        parts = [list(self._split(checked_text(text))) for text in texts]
         plain = [part for of_text in parts for part in of_text if isinstance(part, str)]
         ids = iter(self._processor.encode(plain, out_type=int, num_threads=-1))
 
@@ -164,7 +153,7 @@ class SentencePieceTokenizer:
         return [np.concatenate([_NO_IDS, *map(part_ids, of_text)]) for of_text in parts]
 
     def _split(self, text: str) -> Iterator[str | int]:
-        """Cut a text into what one call encodes and, as a count, runs of U+2581 to spell out."""
+        """Split a text into chunks to encode, and runs of U+2581, given as their length."""
         if not self._spells_marks:
             yield from self._chunks(text)
             return
@@ -183,10 +172,10 @@ class SentencePieceTokenizer:
             start = end
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the text of a sequence of token ids; control pieces read as nothing.
+        """Return the text of a sequence of token ids; control pieces have no text.
 
         Raises:
-            InputError: an id outside the vocabulary.
+            InputError: an id is outside the vocabulary.
         """
         return self._processor.decode(_checked_ids(ids, self))
 
@@ -195,15 +184,16 @@ class SentencePieceTokenizer:
         return self._processor.id_to_piece(_checked_ids([token_id], self)[0])
 
     def is_special(self, token_id: int) -> bool:
-        """Tell whether an id is a control, unknown or padding piece rather than text."""
+        """Return whether an id is a control, unknown or padding piece."""
         return self._processor.is_control(token_id) or self._processor.is_unknown(token_id)
 
 
 class JsonTokenizer:
-    """A `tokenizer.json` file, read by the package `tokenizers` (extra `hf`).
+    """A `tokenizer.json` file, read with the package `tokenizers` (extra `hf`).
 
-    Text that spells a special token is encoded as text, so that no document can forge a boundary.
-    As lossless as the file: a byte-level BPE without a normalizer is.
+    The name of a special token in a text is encoded as ordinary text, so a document cannot contain
+    a false document boundary. Whether encoding is lossless depends on the file; a byte-level BPE
+    without a normalizer is.
     """
 
     def __init__(
@@ -215,11 +205,11 @@ class JsonTokenizer:
         bos_id: int | None = None,
         eos_id: int | None = None,
     ) -> None:
-        """Build from the content of a file; ids not given are found by well-known names.
+        """Build from the content of a file; ids not given here are found by well-known names.
 
         Raises:
-            InputError: `tokenizers` is not installed, the content is no tokenizer, or it has no
-                token of a well-known name for pad, bos or eos and no id was given.
+            InputError: `tokenizers` is not installed; the content is not a tokenizer; or it has no
+                token with a well-known name for pad, bos or eos and no id is given.
         """
         try:
             import tokenizers
@@ -231,8 +221,8 @@ class JsonTokenizer:
             backend = tokenizers.Tokenizer.from_buffer(model)
         except Exception as error:  # `tokenizers` raises this very class
             raise InputError(
-                f"{name} is not a tokenizer of the package tokenizers ({error}); "
-                "give the tokenizer.json of a model."
+                f"{name} is not a tokenizer.json file of the package tokenizers ({error}); give "
+                "the tokenizer.json of a model."
             ) from error
         backend.no_truncation()
         backend.no_padding()
@@ -240,7 +230,7 @@ class JsonTokenizer:
         self._backend = backend
         self._model = model
         self.name = name
-        # The ids may have holes; a hole has an empty piece and decodes to nothing.
+        # Some ids may be unused. An unused id has an empty piece and decodes to nothing.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._special = frozenset(
             i for i, token in backend.get_added_tokens_decoder().items() if token.special
@@ -261,33 +251,33 @@ class JsonTokenizer:
         return rebuild, (self._model, self.name)
 
     def encode(self, text: str) -> Int32[np.ndarray, "T"]:
-        """Return the token ids of a text: no bos, no eos, and never a special token.
+        """Return the token ids of a text, without bos, eos or any other special token.
 
         Raises:
-            InputError: the text holds a surrogate.
+            InputError: the text has a surrogate.
         """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
         """Return `encode` of each text, computed on several threads."""
-        checked = [_checked_text(text) for text in texts]
+        checked = [checked_text(text) for text in texts]
         encodings = self._backend.encode_batch_fast(checked, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the text of a sequence of token ids, special tokens by their names.
+        """Return the text of a sequence of token ids; special tokens become their names.
 
         Raises:
-            InputError: an id outside the vocabulary.
+            InputError: an id is outside the vocabulary.
         """
         return self._backend.decode(_checked_ids(ids, self), skip_special_tokens=False)
 
     def piece(self, token_id: int) -> str:
-        """Return the raw vocabulary piece of an id ("" for an id that the file leaves out)."""
+        """Return the raw vocabulary piece of an id ("" for an unused id)."""
         return self._backend.id_to_token(_checked_ids([token_id], self)[0]) or ""
 
     def is_special(self, token_id: int) -> bool:
-        """Tell whether the file marks an id as special."""
+        """Return whether the file marks an id as special."""
         return token_id in self._special
 
 
@@ -302,12 +292,12 @@ def load_tokenizer(
 
     Args:
         path: "default" or a path that ends in .model or .json.
-        pad_id: padding id, for a file that names none; the same for the two others.
-        bos_id: id that begins a document.
-        eos_id: id that ends a document.
+        pad_id: padding id, if the file does not define one.
+        bos_id: id at the start of a document, if the file does not define one.
+        eos_id: id at the end of a document, if the file does not define one.
 
     Raises:
-        InputError: no such file, another kind of file, or a special id is missing.
+        InputError: there is no such file, it is of another kind, or a special id is missing.
     """
     file = DEFAULT_MODEL if str(path) == "default" else Path(path).expanduser()
     kinds: dict[str, type[SentencePieceTokenizer | JsonTokenizer]] = {
@@ -316,8 +306,8 @@ def load_tokenizer(
     }
     if file.suffix not in kinds:
         raise InputError(
-            f"tokenizer {str(path)!r} is neither 'default', a SentencePiece *.model nor a *.json "
-            "file; name one of these."
+            f"tokenizer {str(path)!r} is not 'default', a SentencePiece *.model or a *.json file; "
+            "give one of these."
         )
     try:
         model = file.read_bytes()
@@ -329,136 +319,6 @@ def load_tokenizer(
     return kinds[file.suffix](model, name, pad_id=pad_id, bos_id=bos_id, eos_id=eos_id)
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int = 8192) -> bytes:
-    """Train a SentencePiece BPE model on texts and return the content of its file.
-
-    Ids: 0 pad, 1 bos, 2 eos, 3 unknown, 4–259 the bytes. Nothing is normalized, and characters
-    without a piece fall back to bytes, so that the model is lossless. Numbers are not split into
-    digits: on the shipped corpora that saves 2 % of the tokens of `vital_en` and 22 % of those of
-    `factbook`, whose dates and amounts are names rather than sums. The same texts in the same order
-    give the same bytes.
-
-    Raises:
-        InputError: no text, or a size that the texts cannot fill or that cannot hold their letters.
-    """
-    _check_vocab_size(vocab_size)
-    if not any(texts):
-        raise InputError("the sources hold no text to train a tokenizer on; give others.")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            # U+2585 is reserved: SentencePiece would pass over the whole document that holds it.
-            sentence_iterator=(_checked_text(text).replace("\u2585", "\n") for text in texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            byte_fallback=True,
-            character_coverage=0.9999,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=False,
-            max_sentence_length=2**30,  # bytes; its default drops documents above 4,192
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if limit := re.search(r"to a value <= (\d+)", str(error)):
-            raise InputError(
-                f"these sources give at most {limit[1]} pieces, not {vocab_size}; lower "
-                "--vocab-size or give more text."
-            ) from error
-        if limit := re.search(r"required_chars. \d+ vs (\d+)", str(error)):
-            raise InputError(
-                f"a vocabulary of {vocab_size} cannot hold the bytes and letters of these sources; "
-                f"raise --vocab-size to {limit[1]} or more."
-            ) from error
-        raise
-    return model.getvalue()
-
-
-def train(
-    out: Path,
-    /,
-    sources: tuple[str, ...],
-    shares: tuple[float, ...] = (),
-    vocab_size: int = 8192,
-) -> None:
-    """Train a SentencePiece BPE model with byte fallback, and print its bytes per token.
-
-    Args:
-        out: file to write, named *.model; it must not exist yet.
-        sources: what to train on: names of shipped corpora (such as vital_en) or paths.
-        shares: part of each source to use, in the order of the sources: 0.25 takes every fourth
-            document. Without it, all of every source.
-        vocab_size: number of pieces, the 4 special and 256 byte pieces included.
-    """
-    from tqdm import tqdm
-
-    from engram_jax.data.sources import read_documents  # `data` is built on this module
-
-    if out.suffix != ".model":
-        raise InputError(f"output {out} must end in .model; rename it.")
-    if out.exists():
-        raise InputError(f"{out} exists; remove it or name another file.")
-    if not out.parent.is_dir():
-        raise InputError(f"folder {out.parent} does not exist; make it first.")
-    shares = shares or (1.0,) * len(sources)
-    if len(shares) != len(sources) or not all(0 < share <= 1 for share in shares):
-        raise InputError(
-            f"--shares {' '.join(map(str, shares))} must be one number in (0, 1] for each of the "
-            f"{len(sources)} sources; correct it."
-        )
-
-    _check_vocab_size(vocab_size)  # here too, before the sources are read
-    corpora = []
-    for source in sources:
-        documents = tqdm(read_documents(source), f"reading {source}", unit=" documents")
-        corpora.append([document.text for document in documents])
-        if not any(corpora[-1]):
-            raise InputError(f"source {source} holds no text; leave it out or give another.")
-    used = [list(_spread(texts, share)) for texts, share in zip(corpora, shares, strict=True)]
-    used_bytes = [sum(len(text.encode()) for text in texts) for texts in used]
-    print(f"learning {vocab_size} pieces from {sum(used_bytes):,} bytes …", file=sys.stderr)
-    model = train_tokenizer([text for texts in used for text in texts], vocab_size)
-    _write(out, model)
-
-    tokenizer = SentencePieceTokenizer(model, out.name)
-    for source, texts, count in zip(sources, corpora, used_bytes, strict=True):
-        size = sum(len(text.encode()) for text in texts)
-        tokens = sum(map(len, tokenizer.encode_batch(texts)))
-        print(
-            f"{source}: {size / tokens:.3f} bytes per token "
-            f"({len(texts):,} documents; {count:,} of {size:,} bytes trained on)"
-        )
-    print(f"wrote {out} ({tokenizer.fingerprint})")
-
-
-def _check_vocab_size(vocab_size: int) -> None:
-    if vocab_size <= 260:
-        raise InputError(
-            f"a vocabulary of {vocab_size} has no room beside its 4 special and 256 byte pieces; "
-            "raise --vocab-size (the shipped model has 8192)."
-        )
-
-
-def _spread(texts: Sequence[str], share: float) -> Iterator[str]:
-    """Take a share of the documents at even distances."""
-    return (t for i, t in enumerate(texts) if int((i + 1) * share) > int(i * share))
-
-
-def _write(out: Path, content: bytes) -> None:
-    try:
-        with written_whole(out) as partial:
-            partial.write_bytes(content)
-    except OSError as error:
-        raise InputError(f"cannot write {out} ({error.strerror}); choose another place.") from error
-
-
 def _fingerprint(model: bytes, special: tuple[int, ...], own: tuple[int, ...]) -> str:
     content = model if special == own else model + repr(special).encode()
     return hashlib.sha256(content).hexdigest()[:16]
@@ -467,18 +327,19 @@ def _fingerprint(model: bytes, special: tuple[int, ...], own: tuple[int, ...]) -
 def _special_ids(
     name: str, vocab_size: int, given: tuple[int | None, ...], own: tuple[int, ...]
 ) -> tuple[int, int, int]:
-    """The pad, bos and eos ids: those given, else the model's own (negative where it has none)."""
+    """The pad, bos and eos ids: the given ones, else the model's own (negative: it has none)."""
 
     def choose(kind: str, given: int | None, own: int) -> int:
         if given is None and own < 0:
             raise InputError(
-                f"{name} names no {kind} token; give the id to use as {kind}_id "
-                f"(--data.{kind}-id on the command line)."
+                f"{name} defines no {kind} token; give its id as {kind}_id (--data.{kind}-id on "
+                "the command line)."
             )
         token_id = own if given is None else given
         if not 0 <= token_id < vocab_size:
             raise InputError(
-                f"{kind}_id {token_id} is outside the {vocab_size} ids of {name}; give one of them."
+                f"{kind}_id {token_id} is outside the {vocab_size} ids of {name}; choose one of "
+                "them."
             )
         return token_id
 
@@ -486,12 +347,17 @@ def _special_ids(
     return pad, bos, eos
 
 
-def _checked_text(text: str) -> str:
+def checked_text(text: str) -> str:
+    """Return the text.
+
+    Raises:
+        InputError: it has a surrogate.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"the text holds half of a surrogate pair at character {error.start}; remove it."
+            f"the text has half of a surrogate pair at character {error.start}; remove it."
         ) from error
     return text
 
@@ -502,23 +368,6 @@ def _checked_ids(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> list[
         if not 0 <= token_id < tokenizer.vocab_size:
             raise InputError(
                 f"token id {token_id} is outside the {tokenizer.vocab_size} ids of "
-                f"{tokenizer.name}; decode with the tokenizer that encoded it."
+                f"{tokenizer.name}; decode with the tokenizer that encoded the text."
             )
     return checked
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run `python -m engram_jax.tokenizer`; bad input ends it with one sentence and status 2."""
-    import tyro
-
-    with one_sentence():
-        tyro.extras.subcommand_cli_from_dict(
-            {"train": train},
-            prog="python -m engram_jax.tokenizer",
-            description="Train a tokenizer.",
-            args=args,
-        )
-
-
-if __name__ == "__main__":
-    main()

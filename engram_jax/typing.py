@@ -1,4 +1,4 @@
-"""The axis letters of this project's annotations; einsums spell them small, and may add their own.
+"""The axis letters of this project's annotations. Einsums use them in lower case, and may add more.
 
 | letter | axis                              | letter | axis                                     |
 |--------|-----------------------------------|--------|------------------------------------------|

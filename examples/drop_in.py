@@ -1,8 +1,8 @@
-"""Engram inside someone else's model: a byte model of a few lines learns a sentence by heart.
+"""Engram inside another model: a small byte model memorizes a sentence.
 
-Run it: `python examples/drop_in.py`. The model sees one byte, so that without the memory it can
-only know what tends to follow it; with the memory of the last two and three bytes it learns the
-sentence. Both losses are those of the sentence itself: nothing is held out here.
+Run it: `python examples/drop_in.py`. The model's input is only the current byte. So without the
+memory it can only learn how often each byte follows another. With the memory of the last two and
+three bytes it can learn the sentence. Both losses are training losses; no text is held out.
 """
 
 import jax
@@ -18,7 +18,7 @@ WIDTH = 32
 
 
 class SomeoneElsesModel(nnx.Module):
-    """Embeds a byte, looks no further back, and guesses the next one."""
+    """Predicts the next byte from the current byte, and optionally from the memory."""
 
     def __init__(self, ngram_hash: NgramHash, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Embed(256, WIDTH, rngs=rngs)
@@ -36,7 +36,7 @@ class SomeoneElsesModel(nnx.Module):
 
 
 def train(use_memory: bool, steps: int = 200) -> float:
-    """The loss after some steps, in nats per byte."""
+    """Trains for some steps, and returns the last loss in nats per byte."""
     tokens = np.frombuffer(TEXT, np.uint8).astype(np.int32)[None]
     spec = HashSpec(layers=(0,), max_order=3, heads=2, rows_per_head=(500, 500))
     ngram_hash = NgramHash.build(spec, VocabularyProjection.identity(256))

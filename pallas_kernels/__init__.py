@@ -1,1 +1,1 @@
-"""Kernels, one folder each: an API, a reference that defines it, and its implementations."""
+"""Kernels. Each has a folder with its API, a reference implementation, and faster ones."""

@@ -191,10 +191,13 @@ def test_another_identity_never_falls_back(saved: SimpleNamespace, name: str) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"odd": jax.ShapeDtypeStruct((6,), jnp.float32)}, r"float32\[5\] .* float32\[6\], at odd"),
-        ({"odd": jax.ShapeDtypeStruct((5,), jnp.int32)}, r"float32\[5\] .* int32\[5\], at odd"),
-        ({"new": jax.ShapeDtypeStruct((2,), jnp.int32)}, r"nothing .* int32\[2\], at new"),
-        ({"odd": None}, r"float32\[5\] .* nothing, at odd"),
+        (
+            {"odd": jax.ShapeDtypeStruct((6,), jnp.float32)},
+            r"float32\[5\] .* float32\[6\], for odd",
+        ),
+        ({"odd": jax.ShapeDtypeStruct((5,), jnp.int32)}, r"float32\[5\] .* int32\[5\], for odd"),
+        ({"new": jax.ShapeDtypeStruct((2,), jnp.int32)}, r"nothing .* int32\[2\], for new"),
+        ({"odd": None}, r"float32\[5\] .* nothing, for odd"),
     ],
 )
 def test_other_arrays_never_fall_back(saved: SimpleNamespace, change: dict, message: str) -> None:

@@ -50,17 +50,17 @@ def test_unknown_config_lists_the_known() -> None:
     [
         (
             ["--model.widht", "3"],
-            "no '--model.widht' here, perhaps --model.width",
+            r"Unknown argument '--model.widht'; did you mean --model\.width",
             ["--model.layers", "--model.attention.heads"],
         ),
         (
             ["--memory.adam.beta1", "0.9"],
-            "no '--memory.adam.beta1' here",
+            "Unknown argument '--memory.adam.beta1'",
             ["--memory.adam.b1", "--memory.adam.form"],
         ),
-        (["--model.experts", "3"], r"no '--model\.experts' here(?!.*--model\.experts)", []),
+        (["--model.experts", "3"], r"argument '--model\.experts'(?!.*--model\.experts)", []),
         (["--train.steps", "3", "--nonsense"], "'--nonsense'", ["--run", "--name", "--data.…"]),
-        (["--profile", "dense"], "no 'dense' here.* name comes first", ["--run", "--train.…"]),
+        (["--profile", "dense"], "argument 'dense'.* must come first", ["--run", "--train.…"]),
     ],
 )
 def test_unknown_flag_lists_the_known(args: list[str], sentence: str, listed: list[str]) -> None:

@@ -136,17 +136,17 @@ def assert_a_mesh_updates_as_one_device(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "line_bytes"),
-    [*((sizes, muon._LINE_BYTES) for sizes in MESHES), ((2, 2, 2), 1)],
+    ("sizes", "group_bytes"),
+    [*((sizes, muon._GROUP_BYTES) for sizes in MESHES), ((2, 2, 2), 1)],
 )
 def test_a_mesh_updates_as_one_device(
-    sizes: tuple[int, int, int], line_bytes: int, monkeypatch: pytest.MonkeyPatch
+    sizes: tuple[int, int, int], group_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With all parameters of a kind in one line, and with each in its own.
 
     By two iterations, as five magnify the rounding of sums in another order beyond 1e-6.
     """
-    monkeypatch.setattr(muon, "_LINE_BYTES", line_bytes)
+    monkeypatch.setattr(muon, "_GROUP_BYTES", group_bytes)
     assert_a_mesh_updates_as_one_device(draw_all(), sizes, steps=2, limit=1e-6)
 
 

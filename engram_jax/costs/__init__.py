@@ -1,1 +1,1 @@
-"""What a configuration costs, before it runs: counted, and compiled ahead of time."""
+"""The costs of a configuration before it runs: by counting, and by compiling ahead of time."""

@@ -1,10 +1,10 @@
-"""What a configuration is and costs before it runs: parameters, FLOPs, bytes of state.
+"""Counts the parameters, FLOPs and bytes of state of configurations, without running them.
 
     python -m engram_jax.accounting [CONFIG …] [--json] [--allocation ρ] [--FIELD VALUE …]
 
-Everything is counted: parameters from the shapes of `jax.eval_shape`, FLOPs from the matrix
-products of the traced program. And the allocation of §3.1: how many experts and table rows a share
-ρ of the sparse parameters makes.
+Parameters are counted from the shapes of `jax.eval_shape`, FLOPs from the matrix products of the
+traced program. `--allocation` applies §3.1 of the paper: a share ρ of the sparse parameters goes to
+experts, the rest to table rows.
 """
 
 import json
@@ -33,21 +33,21 @@ from engram_jax.sharding import make_abstract_mesh
 
 @dataclass(frozen=True)
 class Account:
-    """What a model has and does.
+    """The sizes and costs of a model.
 
     Attributes:
         name: of its configuration.
         vocabulary: parameters of one vocabulary matrix, V·D.
-        backbone: all dense parameters but vocabulary, routed experts and hyper-connections.
-        experts: parameters of the routed experts, padding not counted.
-        active_experts: of those, what a token uses.
+        backbone: all dense parameters except vocabulary, routed experts and hyper-connections.
+        experts: parameters of the routed experts, without padding.
+        active_experts: those of them that a token uses.
         hyper_connections: parameters of the hyper-connections.
-        memory: numbers in the tables that a hash can reach, without the optimizer's state.
+        memory: parameters of the tables, without padding and optimizer state.
         forward_flops: floating-point operations of the forward pass, per token: 2 for every
-            multiplication of a matrix product, attention as the full square of T positions.
-        training_flops: the same of forward and backward pass.
-        state_bytes: bytes a chip holds between two steps: parameters, optimizer, tables.
-        chips: how many chips that is for.
+            multiplication of a matrix product, attention over all T × T positions.
+        training_flops: the same for forward and backward pass.
+        state_bytes: bytes per chip between two steps: parameters, optimizer state, tables.
+        chips: number of chips.
     """
 
     name: str
@@ -64,28 +64,31 @@ class Account:
 
     @property
     def total(self) -> int:
-        """As the paper counts, by what its totals come to: one vocabulary matrix, no mHC."""
+        """Total parameters as the paper counts them: with one vocabulary matrix, without mHC.
+
+        The paper does not state this; it follows from its totals.
+        """
         return self.vocabulary + self.backbone + self.experts + self.memory
 
     @property
     def activated(self) -> int:
-        """As the paper counts: what a token uses, without vocabulary and mHC."""
+        """Parameters that a token uses, as the paper counts them: without vocabulary and mHC."""
         return self.backbone + self.active_experts
 
     @property
     def sparse(self) -> int:
-        """P_sparse of §3.1: what a token leaves alone, in idle experts and in tables."""
+        """P_sparse of §3.1: parameters of idle experts and of tables."""
         return self.experts - self.active_experts + self.memory
 
     @property
     def allocation(self) -> float:
-        """ρ of §3.1: the share of the sparse parameters that is experts; 1 if there are none."""
+        """ρ of §3.1: the share of experts in the sparse parameters; 1 if there are none."""
         return (self.experts - self.active_experts) / self.sparse if self.sparse else 1.0
 
 
 @cache
 def account(config: Config) -> Account:
-    """Counts a configuration; its mesh says over how many chips the state lies.
+    """Counts a configuration. Its mesh gives the number of chips that share the state.
 
     Raises:
         InputError: sizes do not fit each other or the mesh.
@@ -100,7 +103,7 @@ def account(config: Config) -> Account:
     for path, leaf in jax.tree.leaves_with_path(state.params):
         role = roles[path]
         if isinstance(role, VocabularyMatrix):
-            counts["vocabulary"] = leaf.size  # of each, if there are two
+            counts["vocabulary"] = leaf.size  # of one matrix, if there are two
         elif isinstance(role, Matrix) and role.experts:
             counts["experts"] += leaf.size
         else:
@@ -129,28 +132,29 @@ def account(config: Config) -> Account:
 
 
 def allocate(config: Config, share: float) -> Config:
-    """The configuration with its sparse parameters dealt anew between experts and tables (§3.1).
+    """The configuration with another allocation of sparse parameters to experts and tables (§3.1).
 
-    P_sparse = P_tot − P_act stays: the share ρ of it goes to idle experts, rounded to whole ones,
-    the rest to table rows, as many of every order. Routers become wider or narrower with it. At
-    ρ = 1 there is no memory, nor a layer that reads it; the leading dense layers, if there are any,
-    become wider by that, so that P_act stays, too.
+    P_sparse = P_tot − P_act does not change. The share ρ of it goes to idle experts, rounded to an
+    integer number of experts. The rest goes to table rows, the same number for every order. The
+    width of the routers follows the number of experts. At ρ = 1 there is no memory and no layer
+    that reads it. Then leading dense layers, if there are any, are widened by the parameters of
+    those layers, so that P_act does not change.
 
     Args:
         config: a configuration with experts, and with memory unless ρ is 1.
         share: ρ, from 0 (every expert is always active) to 1.
 
     Raises:
-        InputError: the configuration has no experts or no memory, or ρ is no share.
+        InputError: the configuration has no experts or no memory, or ρ is not from 0 to 1.
     """
     model, memory, experts = config.model, config.memory, config.model.experts
     if experts is None or not (memory.layers or share == 1):
         raise InputError(
-            f"An allocation is between experts and memory, and {config.name} lacks "
-            f"{'memory' if experts else 'experts'}; name a configuration that has both."
+            f"An allocation needs experts and memory, and {config.name} has no "
+            f"{'memory' if experts else 'experts'}; choose a configuration that has both."
         )
     if not 0 <= share <= 1:
-        raise InputError(f"The allocation is {share}; it is a share between 0 and 1.")
+        raise InputError(f"The allocation is {share}; it must be between 0 and 1.")
     now = account(config)
     one_expert = now.experts / experts.routed  # in all layers
     idle = round(share * now.sparse / one_expert)
@@ -161,7 +165,7 @@ def allocate(config: Config, share: float) -> Config:
     if rows < 2:
         pure = replace(config, model=model, memory=replace(memory, layers=()))
         freed = now.activated - account(pure).activated
-        column = 3 * model.width * experts.leading_dense  # of all the layers
+        column = 3 * model.width * experts.leading_dense  # one inner unit, over all dense layers
         wider = model.feed_forward + (round(freed / column) if column else 0)
         return replace(pure, model=replace(model, feed_forward=wider))
     memory = replace(memory, rows_per_head=(rows,) * len(memory.rows_per_head))
@@ -169,7 +173,7 @@ def allocate(config: Config, share: float) -> Config:
 
 
 def _flops_per_token(config: Config) -> tuple[float, float]:
-    """Of the forward pass, and of forward and backward pass, over one row of T tokens."""
+    """FLOPs per token of the forward pass, and of forward and backward pass."""
     model, length = config.model, config.data.sequence_length
     experts = model.experts and replace(model.experts, multiple=1, implementation="ragged")
     attention = replace(model.attention, implementation="xla")
@@ -214,7 +218,7 @@ def count_flops(jaxpr: Any) -> int:
 
 
 def _product_flops(equation: Any) -> int:
-    """2 × what the left side has × what the right side has and does not share with it."""
+    """2 × the size of the left operand × the sizes of the right operand's free axes."""
     left, right = (variable.aval.shape for variable in equation.invars[:2])
     shared: set[int] = set()
     if equation.primitive.name == "dot_general":
@@ -222,7 +226,7 @@ def _product_flops(equation: Any) -> int:
     else:
         numbers = equation.params["ragged_dot_dimension_numbers"]
         (_, contracted), (_, batched) = numbers.dot_dimension_numbers
-        shared |= set(numbers.rhs_group_dimensions)  # a row meets the matrix of its group alone
+        shared |= set(numbers.rhs_group_dimensions)  # a row uses only the matrix of its group
     shared |= {*contracted, *batched}
     free = [size for axis, size in enumerate(right) if axis not in shared]
     return 2 * math.prod(left) * math.prod(free)
@@ -233,8 +237,8 @@ class Options:
     """What to count.
 
     Attributes:
-        json: print JSON Lines, in single parameters, FLOPs and bytes.
-        allocation: share ρ of the sparse parameters that goes to experts, the rest to table rows.
+        json: print JSON Lines with unrounded numbers of parameters, FLOPs and bytes.
+        allocation: share ρ of the sparse parameters for experts; the rest is for table rows.
     """
 
     json: bool = False
@@ -242,8 +246,8 @@ class Options:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Parses `[CONFIG …] [--flag value …]`, counts, prints; flags are of every configuration."""
-    jax.config.update("jax_platforms", "cpu")  # shapes alone: leave accelerators to who trains
+    """Parses `[CONFIG …] [--flag value …]`, counts, prints; flags apply to all configurations."""
+    jax.config.update("jax_platforms", "cpu")  # only shapes are needed, so no accelerator is used
     words = list(sys.argv[1:] if args is None else args)
     names = list(takewhile(lambda word: not word.startswith("-"), words))
     accounts, flags, program = [], words[len(names) :], "python -m engram_jax.accounting"
@@ -271,13 +275,14 @@ def main(args: Sequence[str] | None = None) -> None:
             f"{counted.chips:>7}"
         )
     print(
-        "\nParameters; floating-point operations a token; bytes of state a chip.\n"
-        "Totals hold one vocabulary matrix, activated none, neither mHC (as the paper counts)."
+        "\nParameters; floating-point operations per token; bytes of state per chip.\n"
+        "As in the paper, total includes one vocabulary matrix and activated none; neither includes"
+        " mHC."
     )
 
 
 def _short(number: int | float) -> str:
-    """Four digits or five, in millions or billions."""
+    """A number in millions or billions."""
     return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 

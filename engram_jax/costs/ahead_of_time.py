@@ -1,15 +1,15 @@
-"""What a configuration costs on a TPU slice, read from its compiled programs; no TPU is needed.
+"""The costs of a configuration on a TPU slice, from its compiled programs. No TPU is needed.
 
-Compiles what makes the first state, the lookup of one table, its row update, the optimizer of the
-dense parameters, and the whole training step, and prints bytes per chip: arguments, temporaries,
-and what the collectives send over the interconnect.
+Compiles five programs: the initializer of the state, the lookup of one table, its row update, the
+optimizer of the dense parameters, and the training step. Prints bytes per chip: arguments,
+temporaries, and bytes that the collectives send over the interconnect.
 
 Needs libtpu (`pip install -e '.[tpu]'`).
 """
 
-# The compiler's memory figures are sound; its own cost estimate is not (it counts a gather's whole
-# operand and a loop's body once), so the bytes sent are computed here from the collectives' shapes,
-# groups and trip counts.
+# The compiler's memory figures are accurate. Its own cost estimate is not: it counts all of a
+# gather's operand, and the body of a loop once. So the bytes sent are computed here, from the
+# shapes, groups and trip counts of the collectives.
 
 import math
 import os
@@ -53,9 +53,9 @@ class Collective:
     Attributes:
         kind: such as "all-to-all".
         shape: of its result on one chip.
-        group: chips that take part together.
-        trips: how often a step runs it; 0: inside a loop whose count is not known when compiled
-            (further rounds of the exchange, which are mostly none).
+        group: number of chips in one group.
+        trips: how often a step runs it; 0: it is in a loop whose trip count is not known at compile
+            time (further rounds of the exchange, which are rarely needed).
         sent: bytes that a chip sends each time.
     """
 
@@ -68,13 +68,13 @@ class Collective:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one program costs on each chip.
+    """The costs of one program on each chip.
 
     Attributes:
         arguments: bytes of its inputs: state, batch.
-        temporaries: bytes beyond inputs and outputs.
+        temporaries: bytes in addition to inputs and outputs.
         collectives: in the order of the program's text.
-        seconds: what compiling took.
+        seconds: compile time.
         text: the compiled program.
     """
 
@@ -91,16 +91,17 @@ class Cost:
 
 
 def topology_mesh(topology: str, config: MeshConfig) -> jax.sharding.Mesh:
-    """The mesh of a TPU slice that is not there.
+    """The mesh of a TPU slice, for compiling without the TPU.
 
     Args:
         topology: generation and shape, such as "v5p:4x4x4" or "v6e:2x2".
         config: sizes of the mesh axes.
 
     Raises:
-        InputError: libtpu is missing or knows no such topology, or sizes do not fit it.
+        InputError: libtpu is missing or does not know the topology, or sizes do not fit it.
     """
-    # Read when libtpu is loaded: there is no metadata server to ask, nor a TPU to be alone with.
+    # libtpu reads these variables when it is loaded. Without them it queries a metadata server, and
+    # takes a lock for exclusive use of a TPU.
     for name, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
@@ -110,9 +111,9 @@ def topology_mesh(topology: str, config: MeshConfig) -> jax.sharding.Mesh:
         os.environ.setdefault(name, value)
     try:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    except Exception as error:  # what it raises differs from version to version
+    except Exception as error:  # its type differs between versions
         raise InputError(
-            f"The topology {topology!r} cannot be had ({error}); name a generation and a shape, "
+            f"The topology {topology!r} is not available ({error}); give a generation and a shape, "
             "such as v5p:4x4x4 or v6e:2x2, and install libtpu if it is missing (pip install -e "
             "'.[tpu]')."
         ) from error
@@ -120,9 +121,7 @@ def topology_mesh(topology: str, config: MeshConfig) -> jax.sharding.Mesh:
 
 
 def compile_costs(program: Program) -> dict[str, Cost]:
-    """Compiles a program for its mesh: what makes the first state; a table's lookup and update, the
-    optimizer, and the step.
-    """
+    """Compiles the five programs for a mesh (see the module's docstring)."""
     state, batch = program.abstract_state(), abstract_batch(program)
     row_adam = program.abstract_row_adam()
     costs: dict[str, Cost] = {}
@@ -150,7 +149,7 @@ def compile_costs(program: Program) -> dict[str, Cost]:
 
 
 def compile_cost(jitted: Any, *arguments: Any) -> Cost:
-    """Compiles a jitted function for abstract arguments, and reads what it costs."""
+    """Compiles a jitted function for abstract arguments, and reads its costs."""
     start = time.perf_counter()
     compiled = jitted.lower(*arguments).compile()
     seconds = time.perf_counter() - start
@@ -188,10 +187,11 @@ def read_collectives(text: str) -> Iterator[Collective]:
         if not found or f"{found[2]}-done" in line:
             continue
         shape, kind, started = found[1], found[2], found[3]
-        # The TPU compiler's own reduce-scatter: an all-reduce of which each chip keeps its part.
+        # The TPU compiler writes a reduce-scatter as an all-reduce in a computation of this name.
         scattered = computation.startswith("all-reduce-scatter")
         if started and kind in ("all-gather", "collective-permute"):
-            # (operands, results, and for a permute two scalars): the results are what arrives.
+            # The shape is (operands, results), for a permute with two more scalars. Only the
+            # results count.
             shapes = re.findall(r"\w+\[\d[\d,]*\](?:\{[^}]*\})?", shape)
             shape = ", ".join(shapes[len(shapes) // 2 :])
         group = _group_size(line)
@@ -247,7 +247,7 @@ def _without_first_axis(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _instructions(text: str) -> Iterator[tuple[str, str]]:
-    """Every instruction with the name of its computation."""
+    """Yields every instruction, with the name of its computation."""
     computation = ""
     for line in text.splitlines():
         if header := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
@@ -257,9 +257,9 @@ def _instructions(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _trips(text: str) -> Mapping[str, int]:
-    """How often a step runs each computation; 0 where a loop's count is not known."""
-    # The TPU compiler states no counts; where a loop's condition compares with a constant, that is
-    # it, since JAX's loops begin at 0.
+    """How often a step runs each computation; 0 if the trip count of a loop is not known."""
+    # The TPU compiler does not write trip counts. If a loop's condition compares with a constant,
+    # that is the trip count, because JAX's loops start at 0.
     constants: dict[str, int] = {}
     limits: dict[str, int] = {}
     for computation, line in _instructions(text):
@@ -303,7 +303,7 @@ def _group_size(line: str) -> int:
         return int(counted[1])
     if "source_target_pairs=" in line:
         return 1
-    raise ValueError(f"This collective's groups are of no known form: {line.strip()}")
+    raise ValueError(f"The replica groups of this collective have an unknown form: {line.strip()}")
 
 
 def _size(shape: str) -> int:
@@ -314,7 +314,7 @@ def _size(shape: str) -> int:
 
 @dataclass(frozen=True)
 class Options:
-    """What to compile for.
+    """The target of the compilation.
 
     Attributes:
         topology: TPU generation and shape, such as v5p:4x4x4 or v6e:2x2.
@@ -325,7 +325,7 @@ class Options:
 
 def main() -> None:
     """Parses the command line, compiles, prints a table and the collectives."""
-    jax.config.update("jax_platforms", "cpu")  # the host's; a TPU would be taken from its users
+    jax.config.update("jax_platforms", "cpu")  # do not occupy a TPU of this host
     name = "python -m engram_jax.ahead_of_time"
     options, config = parse(Options, __doc__ or "", program=name)
     mesh = topology_mesh(options.topology, config.mesh)
@@ -336,10 +336,10 @@ def main() -> None:
     for name, cost in costs.items():
         figures = [f"{value / 1e6:,.2f}" for value in (cost.arguments, cost.temporaries, cost.sent)]
         print(f"{name:<14}{figures[0]:>12}{figures[1]:>13}{figures[2]:>10}{cost.seconds:>11.1f} s")
-    print("\nCollectives of the training step, equal ones counted:")
+    print("\nCollectives of the training step (number of equal ones first):")
     counts: dict[Collective, int] = defaultdict(int)
     for part in costs["training step"].collectives:
         counts[part] += 1
     for part, count in counts.items():
-        trips = f"{part.trips}×" if part.trips else "seldom"
-        print(f"  {count:>3} {part.kind} {part.shape} in groups of {part.group}, {trips}")
+        trips = f"{part.trips} times" if part.trips else "unknown number of times"
+        print(f"  {count:>3} {part.kind} {part.shape} in groups of {part.group}, {trips} per step")

@@ -1,1 +1,1 @@
-"""From documents on disk to batches: `sources`, `corpus`, `packing`, `mixture`, `pipeline`."""
+"""From documents to batches, in this order: sources, corpus, packing, mixture, pipeline."""

@@ -1,4 +1,4 @@
-"""Corpora as memory-mapped token ids: tokenized once, reused while text and tokenizer stay."""
+"""Corpora as memory-mapped token ids: tokenized once, reused until text or tokenizer change."""
 
 import errno
 import hashlib
@@ -31,23 +31,23 @@ from engram_jax.errors import InputError
 from engram_jax.files import hold_lock
 from engram_jax.tokenizer import Tokenizer
 
-# Written into the name of every cache folder: raise it when what is stored changes.
+# Version of the cache folder's content, part of its name. Increase it when the content changes.
 FORMAT = 1
 
-# Documents are handed to the tokenizer in chunks of about this many bytes: enough to feed its
-# threads, little enough that ids and texts of a chunk stay far below 100 MB.
+# The tokenizer gets documents in chunks of about this many bytes: enough work for its threads, but
+# far below 100 MB for the ids and texts of a chunk.
 _CHUNK_BYTES = 1 << 20
 
-# A file may change twice within one tick of the file system's clock, so one that changed this
-# shortly before it was surveyed is surveyed again the next time.
+# A file can change twice within one tick of the file system's clock. So if a file changed less than
+# this before its survey, the survey is not reused.
 _CLOCK_TICK_NS = 2_000_000_000
 
-# A build that writes nothing for this long was killed.
+# A build that has written nothing for this long is considered killed.
 _ABANDONED_SECONDS = 3600.0
 
 
 class Survey(NamedTuple):
-    """What one reading of a source finds: enough to name its cache folder and to size it."""
+    """Facts about a source from reading it once, which give its cache folder's name and size."""
 
     fingerprint: str
     documents: int
@@ -57,7 +57,7 @@ class Survey(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` of a cache folder holds; it is written last."""
+    """The content of `manifest.json` in a cache folder; the file is written last."""
 
     format: int
     name: str
@@ -75,7 +75,7 @@ class Corpus:
 
     Attributes:
         name: the source's name.
-        folder: where the ids lie.
+        folder: the cache folder.
         manifest: sizes and the tokenizer's fingerprint.
     """
 
@@ -87,12 +87,14 @@ class Corpus:
             self.manifest = Manifest(**json.loads((folder / "manifest.json").read_text()))
             size = (folder / "ids.bin").stat().st_size
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{folder} is no complete corpus ({error}); delete it.") from error
+            raise InputError(
+                f"{folder} is not a complete corpus ({error}); delete it, and run again."
+            ) from error
         self.name = self.manifest.name
         if size != self.manifest.tokens * np.dtype(self.manifest.dtype).itemsize:
             raise InputError(
-                f"{folder / 'ids.bin'} does not hold {self.manifest.tokens} tokens; delete "
-                f"{folder}, and it is built again."
+                f"{folder / 'ids.bin'} does not have {self.manifest.tokens} tokens; delete "
+                f"{folder}, and run again."
             )
 
     def __reduce__(self) -> tuple[type["Corpus"], tuple[Path, float]]:
@@ -108,7 +110,7 @@ class Corpus:
     def ids(self) -> Integer[np.ndarray, "tokens"]:
         """All token ids, memory-mapped."""
         path, dtype = self.folder / "ids.bin", self.manifest.dtype
-        # A plain array over the map: NumPy's memmap subclass slows small reads down threefold.
+        # As a plain array, because small reads of NumPy's memmap subclass are three times slower.
         return np.asarray(np.memmap(path, dtype, "r", shape=(self.manifest.tokens,)))
 
     @cached_property
@@ -133,20 +135,20 @@ class Corpus:
 
     @cached_property
     def held_out(self) -> "CorpusView":
-        """The documents that training never sees."""
+        """The documents that are never used for training."""
         return CorpusView(self, "held_out", np.flatnonzero(self._is_held_out()))
 
     def _is_held_out(self) -> Bool[np.ndarray, "documents"]:
-        # 53 bits of the hash, so that both sides of the comparison are exact in a float64.
+        # With 53 bits of the hash, both sides of the comparison are exact in float64.
         return (self.hashes >> np.uint64(11)) < self._held_out_share * 2.0**53
 
 
 class CorpusView:
-    """Some documents of a corpus, in its order.
+    """A subset of a corpus's documents, in the same order.
 
     Attributes:
-        corpus: where they come from.
-        indices: their numbers there, int64 [documents].
+        corpus: the corpus.
+        indices: numbers of the documents in the corpus, int64 [documents].
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class CorpusView:
         side: Literal["train", "held_out"],
         indices: Int64[np.ndarray, "documents"],
     ) -> None:
-        """View the documents `indices`, which are those of `corpus.train` or `corpus.held_out`."""
+        """View the documents `indices` of `corpus.train` or `corpus.held_out`."""
         self.corpus = corpus
         self.indices = indices
         self._side = side
@@ -189,7 +191,7 @@ class CorpusView:
 
     @property
     def token_count(self) -> int:
-        """Tokens of all documents together."""
+        """Total number of tokens."""
         return int(self.lengths.sum())
 
     def tokens(self, document: int | np.integer) -> Int32[np.ndarray, "length"]:
@@ -201,20 +203,20 @@ class CorpusView:
 def build_corpus(
     source: str | Path, tokenizer: Tokenizer, cache: str | Path, held_out: float = 0.05
 ) -> Corpus:
-    """Return the tokenized corpus of a source, from the cache if its text and tokenizer are there.
+    """Return the tokenized corpus of a source; tokenize it if it is not in the cache.
 
-    The folder in `cache` is named by the source and by a fingerprint of its texts and the
-    tokenizer; it appears by one rename when it is complete. A document is held out if the hash of
-    its text falls below the share `held_out`, so equal texts fall on one side, and neither order
-    nor other documents matter; changing the share does not tokenize again. Empty documents are
-    passed over, with a note on stderr.
+    The name of the folder in `cache` contains the source's name and a fingerprint of its texts and
+    the tokenizer. The folder gets this name when it is complete. A document is held out if the hash
+    of its text, as a fraction of 1, is below `held_out`. So equal texts are on the same side, and
+    the choice does not depend on the order or on other documents. A change of `held_out` does not
+    tokenize again. Empty documents are skipped, with a message on stderr.
 
     Raises:
-        InputError: a source that cannot be read (see `read_documents`) or is empty, a tokenizer
-            that gives ids outside its vocabulary, a cache that cannot be written or is full.
+        InputError: the source cannot be read (see `read_documents`) or is empty, the tokenizer
+            returns ids outside its vocabulary, or the cache cannot be written or its disk is full.
     """
     if not 0 <= held_out <= 1:
-        raise InputError(f"held_out is a share of the documents from 0 to 1, not {held_out}.")
+        raise InputError(f"held_out is {held_out}; it must be from 0 to 1.")
     path = resolve_source(source)
     cache = Path(cache)
     name = source_name(path)
@@ -224,8 +226,8 @@ def build_corpus(
         specials = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
         folder = cache / f"{name}-{_digest(repr((*identity, *specials)).encode()).hex()}"
         manifest = folder / "manifest.json"
-        if not manifest.is_file():  # a complete one may lie where nobody may write
-            # The lock only saves work: each build writes a folder of its own.
+        if not manifest.is_file():  # a complete corpus may be in a read-only folder
+            # Each build writes its own folder, so the lock only avoids duplicate work.
             cache.mkdir(parents=True, exist_ok=True)
             with hold_lock(folder.with_name(f"{folder.name}.lock")):
                 if not manifest.is_file():
@@ -273,19 +275,19 @@ def _read_once(path: Path) -> Survey:
             documents += 1
             text_bytes += len(text)
     if not documents:
-        raise InputError(f"corpus {path} holds no text; give it at least one document.")
+        raise InputError(f"corpus {path} holds no text; it needs at least one document.")
     return Survey(fingerprint.hexdigest(), documents, text_bytes, empty)
 
 
 def _build(path: Path, name: str, tokenizer: Tokenizer, survey: Survey, folder: Path) -> None:
     _remove_abandoned(folder)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
-    # English gives 3.5 to 4.5 bytes of text a token; three int64 columns a document.
+    # English has 3.5 to 4.5 bytes of text per token. A document has three int64 columns.
     needed = survey.text_bytes // 4 * dtype.itemsize + 24 * survey.documents
     if (free := shutil.disk_usage(folder.parent).free) < needed:
         raise InputError(_full_disk(folder.parent, needed, free))
     if survey.empty:
-        print(f"{name}: {survey.empty} empty documents are left out.", file=sys.stderr)
+        print(f"{name}: skipped {survey.empty} empty documents.", file=sys.stderr)
     partial = folder.with_name(f"{folder.name}.{token_hex(4)}.partial")
     partial.mkdir()
     try:
@@ -318,7 +320,7 @@ def _build(path: Path, name: str, tokenizer: Tokenizer, survey: Survey, folder: 
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Make a finished build visible; where another process was first, its folder stays."""
+    """Rename a complete build to its final name; keep an existing folder of another process."""
     for file in partial.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -337,7 +339,7 @@ def _tokenize(
     ids: IO[bytes],
     dtype: np.dtype,
 ) -> tuple[array, array, array]:
-    """Write the ids of all documents; return their lengths, hashes and byte lengths."""
+    """Write the token ids of all documents; return the lengths, hashes and byte lengths."""
     lengths, hashes, byte_lengths = array("q"), array("Q"), array("q")
     fingerprint = hashlib.blake2b(digest_size=16)
     bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
@@ -347,8 +349,8 @@ def _tokenize(
             for text, of_text in zip(texts, tokenizer.encode_batch(texts), strict=True):
                 if of_text.size and not 0 <= of_text.min() <= of_text.max() < tokenizer.vocab_size:
                     raise InputError(
-                        f"tokenizer {tokenizer.name} gives ids up to {of_text.max()}, beyond its "
-                        f"vocabulary of {tokenizer.vocab_size}; its model file is inconsistent."
+                        f"tokenizer {tokenizer.name} returns ids up to {of_text.max()}, outside "
+                        f"its vocabulary of {tokenizer.vocab_size}; its model file is inconsistent."
                     )
                 ids.write(np.concatenate([bos, of_text.astype(dtype), eos]).tobytes())
                 encoded = text.encode()
@@ -359,7 +361,7 @@ def _tokenize(
                 byte_lengths.append(len(encoded))
                 progress.update(len(encoded))
     if fingerprint.hexdigest() != survey.fingerprint:
-        raise InputError(f"{path} changed while it was being read; start again.")
+        raise InputError(f"{path} changed while it was read; run again.")
     return lengths, hashes, byte_lengths
 
 
@@ -389,13 +391,13 @@ def _disk_errors(cache: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"cannot write the token cache {cache}: {error.strerror or error}; give a folder that "
-            "can be written."
+            f"cannot write the token cache {cache}: {error.strerror or error}; choose a writable "
+            "folder."
         ) from error
 
 
 def _full_disk(folder: Path, needed: int, free: int) -> str:
     return (
-        f"the disk of {folder} is full: the token cache needs about {needed:,} bytes there and "
-        f"{free:,} are free; make room or give another cache folder."
+        f"the disk of {folder} is full: the token cache needs about {needed:,} bytes, and "
+        f"{free:,} are free; free some space or choose another cache folder."
     )

@@ -19,11 +19,11 @@ from engram_jax.data.mixture import RowMixture
 from engram_jax.data.packing import Batch, PackedRows
 from engram_jax.errors import InputError
 
-# Grain's datasets have a length; this many batches outlast any run.
+# Grain's datasets need a length. No run has this many batches.
 _ENDLESS = 1 << 48
 
-# Arrays of workers come through a pipe: shared memory outlives a killed run, and containers often
-# have but 64 MB of it.
+# This threshold makes workers send arrays through a pipe, not through shared memory: shared memory
+# is leaked by a killed run, and containers often have only 64 MB of it.
 _NO_SHARED_MEMORY = 1 << 60
 
 
@@ -31,21 +31,21 @@ _NO_SHARED_MEMORY = 1 << 60
 class BatchBuilder:
     """Builds one process's part of global batch n: a picklable map from n to a `Batch`.
 
-    Global batch n is the rows n·batch_size … (n+1)·batch_size of the mixture, as `accumulation`
-    micro-batches one after another. Process p of P takes the p-th of P equal slices of every
-    micro-batch.
+    Global batch n consists of the rows n·batch_size … (n+1)·batch_size − 1 of the mixture, split
+    into `accumulation` consecutive micro-batches. Process p of P takes the p-th of P equal slices
+    of every micro-batch.
 
     Attributes:
-        rows: where rows come from.
+        rows: the mixture.
         batch_size: rows of one optimizer step, over all micro-batches and processes.
         accumulation: number A of micro-batches.
         planner: maps this process's tokens and segments, int32 [A, B, T], to the memory plan; None
             for a model without memory.
-        process_index: which slice this process takes.
-        process_count: how many slices there are.
+        process_index: p, the number of this process.
+        process_count: P, the number of processes.
 
     Raises:
-        InputError: sizes that do not divide.
+        InputError: the sizes do not divide.
     """
 
     rows: RowMixture
@@ -60,7 +60,10 @@ class BatchBuilder:
         if min(self.batch_size, self.accumulation, self.process_count) < 1:
             raise InputError("batch_size, accumulation and process_count must be at least 1.")
         if not 0 <= self.process_index < self.process_count:
-            raise InputError(f"process {self.process_index} of {self.process_count} is none.")
+            raise InputError(
+                f"process_index is {self.process_index}; it must be at least 0 and below "
+                f"process_count {self.process_count}."
+            )
         if self.batch_size % (self.accumulation * self.process_count):
             raise InputError(
                 f"a batch of {self.batch_size} rows does not divide into {self.accumulation} "
@@ -83,10 +86,10 @@ class BatchBuilder:
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches from a given number on, without end.
+    """An infinite iterator of batches.
 
-    Close it, or use it in a `with` statement: worker processes outlive an iterator that is merely
-    dropped. A closed one is exhausted.
+    Close it, or use it in a `with` statement. Otherwise worker processes are not stopped. A closed
+    iterator is exhausted.
     """
 
     def __init__(self, batches: DatasetIterator[Batch]) -> None:
@@ -111,7 +114,7 @@ class BatchIterator(Iterator[Batch]):
         """End threads and worker processes."""
         if self._batches is not None:
             self._batches.close()
-        # What Grain would close only when Python ends fails there, with its modules gone.
+        # Drop it now. When Python exits, Grain's own cleanup fails, as its modules are unloaded.
         self._batches = None
 
 
@@ -143,26 +146,26 @@ def make_batches(
 ) -> BatchIterator:
     """Return this process's batches first_batch, first_batch + 1, … of the training documents.
 
-    The iterator's state is the batch number alone: a run that starts at n meets what a run that
-    came to n meets, whatever `workers`, `prefetch` and `process_count` are.
+    The iterator's only state is the batch number: a run that resumes at batch n gets the same
+    batches as an uninterrupted run, for any `workers`, `prefetch` and `process_count`.
 
     Args:
-        corpora: what to train on; their `train` documents are read.
-        weights: shares of rows, one a corpus; by default each corpus at its natural size.
+        corpora: corpora to train on; their `train` documents are read.
+        weights: shares of rows, one per corpus; by default, each corpus by its size.
         sequence_length: T.
         batch_size: rows of one optimizer step, over all micro-batches and processes.
         accumulation: number A of micro-batches.
         seed: of the order of documents.
         planner: see `BatchBuilder`; must be picklable if there are workers.
         first_batch: number of the first batch to return.
-        process_index: this process's number.
+        process_index: number of this process.
         process_count: number of processes that share each batch.
-        workers: processes that build batches; 0 builds them in a thread of this one.
-        prefetch: batches built ahead, over all workers.
+        workers: number of processes that build batches; 0: a thread of this process does.
+        prefetch: number of batches built ahead, over all workers.
 
     Raises:
-        InputError: sizes that do not divide, a corpus too small for one row, weights that do not
-            fit the corpora, a negative number.
+        InputError: sizes do not divide, a corpus is too small for one row, the number of weights
+            is wrong, or a number is negative.
     """
     if min(first_batch, workers, prefetch) < 0:
         raise InputError("first_batch, workers and prefetch must not be negative.")
@@ -172,10 +175,10 @@ def make_batches(
     if not workers:
         reading = ReadOptions(num_threads=min(1, prefetch), prefetch_buffer_size=prefetch)
         return BatchIterator(iter(numbers.to_iter_dataset(reading)))
-    # Grain reads absl's flags, which refuse to be read where no absl program parsed them.
+    # Grain reads absl's flags, which raise an error unless they were parsed.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    # The unit that workers share out is the whole batch, so their number changes none.
+    # Workers build complete batches, so their number does not change the content of a batch.
     unbuffered = numbers.to_iter_dataset(ReadOptions(num_threads=0, prefetch_buffer_size=0))
     by_pipe = WithOptionsIterDataset(unbuffered, DatasetOptions(min_shm_size=_NO_SHARED_MEMORY))
     ahead = MultiprocessingOptions(workers, max(1, -(-prefetch // workers)))
@@ -183,8 +186,8 @@ def make_batches(
 
 
 def _begin_worker(worker: int, workers: int) -> None:
-    """Let this worker process end when its parent does, even by SIGKILL, and not by Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent may still want batches
+    """Makes a worker process ignore Ctrl-C, and exit when its parent ends, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent may still need batches
 
     def watch() -> None:
         if (parent := parent_process()) is not None:
@@ -197,10 +200,10 @@ def _begin_worker(worker: int, workers: int) -> None:
 def prefetch_to_device[Host, Device](
     batches: Iterator[Host], put: Callable[[Host], Device], depth: int = 2
 ) -> Iterator[Device]:
-    """Yield `put(batch)` for each batch, keeping `depth` further ones on their way.
+    """Yield `put(batch)` for each batch, with `depth` further transfers already started.
 
-    `put` must return at once, as `jax.device_put` does: the transfer of a batch then runs while
-    the step before it computes.
+    `put` must return immediately, like `jax.device_put`. Then the transfer of a batch overlaps with
+    the computation of the step before.
     """
     waiting: deque[Device] = deque()
     for batch in batches:

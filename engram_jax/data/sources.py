@@ -1,4 +1,4 @@
-"""Reading documents: the shipped corpora, and JSON Lines, text, Parquet and ArrayRecord by path."""
+"""Reads documents from the shipped corpora, JSON Lines, text, Parquet and ArrayRecord files."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from engram_jax.errors import InputError
 
 CORPORA = Path(__file__).parent / "corpora"
 
-# Two spellings of ArrayRecord are in use; Grain's documentation writes the first.
+# Two endings of ArrayRecord files are in use; Grain's documentation uses the first.
 ENDINGS = (
     ".jsonl",
     ".jsonl.gz",
@@ -27,7 +27,7 @@ ENDINGS = (
 
 
 class Document(NamedTuple):
-    """One text and its title ("" where the source has none)."""
+    """A text and its title ("" if the source has none)."""
 
     text: str
     title: str = ""
@@ -39,12 +39,12 @@ def shipped_corpora() -> tuple[str, ...]:
 
 
 def resolve_source(name_or_path: str | Path) -> Path:
-    """Return the file or folder behind a shipped name or a path.
+    """Return the file or folder of a shipped corpus's name, or of a path.
 
-    A bare shipped name means the shipped corpus; a file beside you of the same name is `./name`.
+    The name of a shipped corpus means that corpus. For a file with the same name, write `./name`.
 
     Raises:
-        InputError: neither a shipped name nor a file or folder that can be read as documents.
+        InputError: it is neither the name of a shipped corpus nor a readable file or folder.
     """
     if str(name_or_path) in shipped_corpora():
         return CORPORA / f"{name_or_path}.jsonl.xz"
@@ -54,8 +54,8 @@ def resolve_source(name_or_path: str | Path) -> Path:
             raise InputError(f"folder {path} holds no file that ends in {_listed(ENDINGS)}.")
     elif not path.is_file():
         raise InputError(
-            f"source {str(name_or_path)!r} is neither a file, a folder nor a shipped corpus "
-            f"({_listed(shipped_corpora())}); check the path, whose name ends in "
+            f"source {str(name_or_path)!r} is not a file, a folder or a shipped corpus "
+            f"({_listed(shipped_corpora())}); check the path. File names must end in "
             f"{_listed(ENDINGS)}."
         )
     elif _ending(path) is None:
@@ -64,7 +64,7 @@ def resolve_source(name_or_path: str | Path) -> Path:
 
 
 def source_name(path: Path) -> str:
-    """Return the name of a resolved source: that of the file without its ending."""
+    """Return the name of a resolved source: the file's name without its ending."""
     return path.resolve().name.removesuffix(_ending(path) or "")
 
 
@@ -78,14 +78,17 @@ def source_files(path: Path) -> list[Path]:
 def read_documents(name_or_path: str | Path) -> Iterator[Document]:
     """Read the documents of a source one by one, in the order of the file.
 
-    JSON Lines (plain, .gz, .xz, .zst): one object a line, its text under "text", an optional
-    "title"; blank lines are passed over. Text: one file is one document. Parquet: columns "text"
-    and, if there, "title". ArrayRecord: each record a JSON object as above or, where the file's
-    first record is none, UTF-8 text. A folder: all such files in it, sorted by path.
+    - JSON Lines (plain, .gz, .xz, .zst): one object per line, with "text" and optionally "title".
+      Blank lines are skipped.
+    - Text: one file is one document.
+    - Parquet: column "text" and optionally "title".
+    - ArrayRecord: each record is a JSON object as above. If the first record of a file is not a
+      JSON object, all of its records are UTF-8 text.
+    - A folder: all such files in it, sorted by path.
 
     Raises:
-        InputError: unknown source, unreadable or damaged file, broken JSON, no "text", a text
-            that is not UTF-8 (file and line or record are named).
+        InputError: unknown source, unreadable or damaged file, invalid JSON, no "text", or text
+            that is not UTF-8. The message names the file and the line or record.
     """
     for file in source_files(resolve_source(name_or_path)):
         match _ending(file):
@@ -125,9 +128,9 @@ def _read_json_lines(file: Path) -> Iterator[Document]:
                 yield _parse(line, f"{file}, line {number}")
     except damaged as error:
         raise InputError(
-            f"{file} is damaged or cut short after line {number} ({error}); fetch it again."
+            f"{file} is damaged or cut short after line {number} ({error}); download it again."
         ) from error
-    except OSError as error:  # gzip.BadGzipFile is one too
+    except OSError as error:  # includes gzip.BadGzipFile
         raise InputError(f"cannot read {file}: {error.strerror or error}.") from error
 
 
@@ -147,7 +150,7 @@ def _read_lines(file: Path) -> Iterator[bytes]:
 
 
 def _read_zstandard_lines(file: Path) -> Iterator[bytes]:
-    # By hand, because zstandard's own stream_reader takes a file that was cut short as complete.
+    # Not zstandard's own stream_reader, because it does not detect a file that is cut short.
     decompressor = _optional("zstandard", file).ZstdDecompressor()
     line = b""
     with file.open("rb") as stream:
@@ -160,7 +163,7 @@ def _read_zstandard_lines(file: Path) -> Iterator[bytes]:
                 compressed = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
     if frame:
-        raise EOFError("the last frame does not end")
+        raise EOFError("the last frame is incomplete")
     yield line
 
 
@@ -188,9 +191,9 @@ def _read_parquet(file: Path) -> Iterator[Document]:
 def _read_array_record(file: Path) -> Iterator[Document]:
     module = _optional("array_record.python.array_record_module", file)
     reader = module.ArrayRecordReader(str(file))
-    # A reader that failed refuses to be closed, too.
+    # (A reader that failed to open also fails to close.)
     if not reader.ok():
-        raise InputError(f"{file} is no ArrayRecord file, or damaged; write it again.")
+        raise InputError(f"{file} is damaged or not an ArrayRecord file; write it again.")
     is_json = False
     for index in range(reader.num_records()):
         where = f"{file}, record {index}"
@@ -221,29 +224,29 @@ def _parse(line: bytes, where: str) -> Document:
     except (ValueError, RecursionError) as error:
         what = getattr(error, "msg", str(error))
         at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(f"{where}: broken JSON ({what}{at}); mend or remove it.") from error
+        raise InputError(f"{where}: invalid JSON ({what}{at}); correct or remove it.") from error
     return _document(record, where)
 
 
 def _document(record: Any, where: str) -> Document:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise InputError(f'{where}: no string under "text"; each document is {{"text": "…"}}.')
+        raise InputError(f'{where}: no string "text"; each document must be {{"text": "…"}}.')
     return _check(Document(text, str(record.get("title") or "")), where)
 
 
 def _check(document: Document, where: str) -> Document:
-    # JSON can spell half of a surrogate pair, which no UTF-8 file and no tokenizer can hold.
+    # JSON can contain half of a surrogate pair, which UTF-8 and tokenizers do not support.
     try:
         document.text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: half of a surrogate pair in the text; remove it.") from error
+        raise InputError(f"{where}: the text has half of a surrogate pair; remove it.") from error
     return document
 
 
 def _decode(content: bytes, where: str) -> str:
     try:
-        return content.decode("utf-8-sig")  # some editors put a byte order mark first
+        return content.decode("utf-8-sig")  # some editors write a byte order mark first
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 ({error}); convert it.") from error
 

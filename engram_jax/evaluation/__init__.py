@@ -1,1 +1,1 @@
-"""What a trained model is asked: held-out loss, ablations, gates, use of the memory."""
+"""Evaluation of a trained model: held-out loss, ablations, gates, statistics of the memory."""

@@ -1,7 +1,7 @@
-"""Gate maps: which tokens of a text let their memory through, as a page and as a picture.
+"""Gate maps: the gate of every token of a text, as an HTML page and as a picture.
 
-After Figure 7 of the Engram paper: a token is the redder, the wider its gate opened for the memory
-of the n-grams that end there, compared with the other tokens of the text.
+As in Figure 7 of the Engram paper, a token is redder if its gate for the memory of the n-grams that
+end there is larger, compared with the other tokens of the text.
 """
 
 import html
@@ -28,21 +28,22 @@ from engram_jax.run import Run
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import Weights
 
-_WHITE, _RED = np.array([255, 255, 255]), np.array([244, 84, 74])  # black text reads on both
+_WHITE, _RED = np.array([255, 255, 255]), np.array([244, 84, 74])  # black text is legible on both
 _TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MARKS = str.maketrans({"\n": "↵", "\r": "↵", "\t": "⇥"})
 
 
 @dataclass(frozen=True)
 class GateMap:
-    """The gates of a text. T: its tokens, without bos.
+    """The gates of a text. T is the number of its tokens, without bos.
 
     Attributes:
-        texts: what each token adds to the text; "" for a token that ends inside a character.
-        labels: what to show for each token: its text, or "·" where that is "".
+        texts: the part of the text that each token adds; "" for a token that ends inside a
+            character.
+        labels: the text to show for each token: as in `texts`, but "·" instead of "".
         losses: cross-entropy of each token in nats.
         gates: by layer id, the gate of each token, the mean over the branches.
-        max_order: largest n-gram order N that the memory reads.
+        max_order: largest n-gram order N of the memory.
     """
 
     texts: list[str]
@@ -52,16 +53,16 @@ class GateMap:
     max_order: int
 
     def ngrams(self, token: int) -> list[str]:
-        """The n-grams that end at a token and are looked up there, orders 2…N."""
+        """The n-grams that end at a token and are looked up for it, of orders 2…N."""
         labels = ["⊢", *self.labels[: token + 1]]  # bos
         longest = min(self.max_order, len(labels))
         return ["".join(labels[-order:]) for order in range(2, longest + 1)]
 
     def shares(self, layer: int) -> Float[np.ndarray, "T"]:
-        """For every token, the share of the text's tokens with a narrower gate (ties count half).
+        """For every token, the share of the text's tokens with a smaller gate (ties count half).
 
-        The colors show this and not the gate itself: σ(±√|s|) avoids the middle, and after
-        training most gates stand close to 1, so that on a scale of gates most tokens look alike.
+        The colors show this share, not the gate itself. After training most gates are close to 1,
+        because σ(±√|s|) has few values near 0.5. On a scale of gates most tokens would look equal.
         """
         gates = self.gates[layer]
         ascending = np.sort(gates)
@@ -69,19 +70,20 @@ class GateMap:
         return (below + np.searchsorted(ascending, gates, "right") - 1) / 2 / max(len(gates) - 1, 1)
 
     def quartiles(self, layer: int) -> list[str]:
-        """The gates at the five ticks of the color scale: least, quartiles, greatest."""
+        """The gates at the five ticks of the color scale: minimum, quartiles, maximum."""
         return [f"{gate:.2f}" for gate in np.quantile(self.gates[layer], _TICKS)]
 
 
 def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap:
-    """Reads a text, as a document of its own, and keeps the gates.
+    """Computes the gates of a text, as one document.
 
-    A text longer than the window T is read in windows that overlap by half; every token's gate
-    is that of a window in which it has at least T/2 tokens before it (or the text's beginning).
+    A text longer than T tokens is read in windows of T tokens that overlap by half. The gate of a
+    token is from the window in which at least T/2 tokens precede it, or all tokens of the text that
+    precede it.
 
     Args:
         run: the run.
-        scorer: as `make_scorer` gives it; the compiled shape is that of evaluation.
+        scorer: from `make_scorer`; it is called with the same shapes as in evaluation.
         weights: parameters and tables.
         text: any text.
 
@@ -90,10 +92,10 @@ def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap
     """
     tokenizer, planner = run.tokenizer, run.program.planner()
     if planner is None or not run.config.memory.sites.layers:
-        raise InputError(f"The model in {run.folder} has no Engram layer, hence no gates to show.")
+        raise InputError(f"The model in {run.folder} has no Engram layer, so it has no gates.")
     ids = tokenizer.encode(text)
     if not len(ids):
-        raise InputError("The text for the gate map is empty; give at least one character.")
+        raise InputError("The text for the gate map is empty; it needs at least one character.")
     length = run.config.data.sequence_length
     rows = run.config.data.batch_size // run.config.train.accumulation
     whole = np.concatenate([[tokenizer.bos_id], ids]).astype(np.int32)
@@ -110,7 +112,7 @@ def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap
             read = multihost_utils.process_allgather(scored, tiled=True)
         by_token, by_layer = jax.tree.map(lambda array: np.asarray(array)[0], read)
         for row, start in enumerate(chosen):
-            # Later windows know more of what comes before their second half.
+            # Of every window except the first, only the second half is used.
             fresh = 0 if start == 0 else length - half
             place = slice(start + fresh, min(start + length, len(whole)))
             inside = slice(fresh, place.stop - start)
@@ -121,14 +123,14 @@ def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap
     return GateMap(
         texts=texts,
         labels=[text or "·" for text in texts],
-        losses=losses[:-1],  # position i predicts token i + 1, and bos stands before the text
+        losses=losses[:-1],  # position i predicts token i + 1, and position 0 is bos
         gates={layer: values[1:] for layer, values in gates.items()},
         max_order=run.config.memory.max_order,
     )
 
 
 def write_html(gate_map: GateMap, path: Path) -> None:
-    """Writes the map as a page of its own: one panel per layer, numbers on hovering."""
+    """Writes the map as a self-contained page: one panel per layer, numbers on hovering."""
     panels = "\n".join(_panel(gate_map, layer) for layer in gate_map.gates)
     with written_whole(path) as partial:
         partial.write_text(_PAGE.replace("PANELS", panels), encoding="utf-8")
@@ -142,14 +144,14 @@ def write_png(
     font_size: float = 9.0,
     max_lines: int = 60,
 ) -> None:
-    """Writes the map as a picture, with □ for characters that DejaVu Sans lacks.
+    """Writes the map as a picture, with □ for characters that DejaVu Sans does not have.
 
     Args:
         gate_map: the map.
-        path: where to.
+        path: the file to write.
         width: in inches, of 200 pixels each.
         font_size: in points.
-        max_lines: of a panel; what a longer text has beyond them is not drawn.
+        max_lines: maximum lines of a panel; the rest of a longer text is not drawn.
     """
     text_width, line, margin = width * 72, 1.75 * font_size, 1.2 * font_size
     pen = _Pen(font_size)
@@ -179,7 +181,7 @@ def write_png(
                 x += advance
             top += line
         top += font_size
-    # imshow moves the limits.
+    # imshow changes the limits, so they are set again.
     axes.set(xlim=(0, text_width), ylim=(height, 0))
     with written_whole(path) as partial:
         figure.savefig(partial)
@@ -191,7 +193,7 @@ def _draw_legend(axes: Axes, ticks: list[str], right: float, top: float, size: f
     axes.text(
         left - 0.5 * size,
         top,
-        "gates: least, quartiles, greatest",
+        "gates: minimum, quartiles, maximum",
         fontsize=0.8 * size,
         color="#444",
         ha="right",
@@ -208,7 +210,7 @@ def _draw_legend(axes: Axes, ticks: list[str], right: float, top: float, size: f
 
 
 class _Pen:
-    """Widths of texts in DejaVu Sans, Matplotlib's own font."""
+    """Widths of texts in DejaVu Sans, Matplotlib's default font."""
 
     def __init__(self, size: float) -> None:
         self._font = FT2Font(font_manager.findfont("DejaVu Sans"))
@@ -216,16 +218,16 @@ class _Pen:
         self._known = self._font.get_charmap()
 
     def spell(self, text: str) -> str:
-        """The text, with □ for characters that the font lacks."""
+        """The text, with □ for characters that the font does not have."""
         return "".join(char if ord(char) in self._known else "□" for char in text)
 
     def width(self, text: str) -> float:
-        """Its width in points."""
+        """The width of a text in points."""
         return sum(self._font.load_char(ord(char)).linearHoriAdvance / 65536 for char in text)
 
 
 def _wrap(labels: Sequence[str], pen: _Pen, width: float) -> Iterator[list[tuple[int, str]]]:
-    """Lines of (token, what is drawn of it); breaks fall before words and after line ends."""
+    """Lines of (token, text to draw); lines break before words and after line ends."""
     line: list[tuple[int, str]] = []
     used = 0.0
     for word in _words(labels):
@@ -249,7 +251,7 @@ def _wrap(labels: Sequence[str], pen: _Pen, width: float) -> Iterator[list[tuple
 
 
 def _words(labels: Sequence[str]) -> Iterator[list[int]]:
-    """Token numbers, grouped so that a group begins with a space or after a line end."""
+    """Groups of token numbers; a group starts with a space or after a line end."""
     word: list[int] = []
     for token, label in enumerate(labels):
         if word and (label[:1].isspace() or "\n" in labels[token - 1]):
@@ -261,7 +263,7 @@ def _words(labels: Sequence[str]) -> Iterator[list[int]]:
 
 
 def _color(share: float) -> Float[np.ndarray, "3"]:
-    # Squared, so that the lower half stays pale and the upper stands out.
+    # Squared: pale colors for the lower half, clearly different colors for the upper half.
     return _WHITE + (_RED - _WHITE) * share**2
 
 
@@ -278,7 +280,7 @@ def _panel(gate_map: GateMap, layer: int) -> str:
             f"gate {gate:.3f}, loss {gate_map.losses[token]:.2f}\nlooked up: {', '.join(ngrams)}"
         )
         label = gate_map.labels[token]
-        # The mark stands for the line end, which follows it outside of the colored box.
+        # The visible mark of a line end is in the colored box; the line end itself follows the box.
         after = "\n" * label.count("\n")
         spans.append(
             f'<span style="background:{_css(share)}" title="{html.escape(title)}">'
@@ -296,7 +298,7 @@ def _panel(gate_map: GateMap, layer: int) -> str:
 def _windows(
     ids: Int[np.ndarray, "tokens"], starts: Sequence[int], rows: int, length: int, pad_id: int
 ) -> Batch:
-    """One micro-batch whose first rows are the windows that begin at `starts`."""
+    """One micro-batch whose first rows are the windows that start at `starts`."""
     places = np.arange(length)
     index = np.full((rows, length), len(ids))
     index[: len(starts)] = np.array(starts)[:, None] + places
@@ -313,7 +315,7 @@ def _windows(
 
 
 def _token_texts(tokenizer: Tokenizer, ids: Int[np.ndarray, "T"]) -> Iterator[str]:
-    """What every token adds to the text; a token that ends inside a character adds nothing yet."""
+    """The text that every token adds; "" for a token that ends inside a character."""
     whole, done = tokenizer.decode(ids), 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end])
@@ -343,11 +345,11 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 1.5rem 0 0; }
 .text span:hover { outline: 2px solid #111; }
 </style>
 <h1>Engram gate map</h1>
-<p>The redder a token, the wider its gate opened for the memory of the n-grams that end there,
-compared with the other tokens of this text. Every color scale gives the gates of its layer in this
-text: least, quartiles, greatest. Hover over a token for its gate, its loss in nats and its n-grams
-(⊢ begins the text, · is a part of the character after it; before hashing, n-grams lose case and
-accents).</p>
+<p>A redder token has a larger gate for the memory of the n-grams that end there, compared with the
+other tokens of this text. The color scale of a layer gives its gates in this text: minimum,
+quartiles, maximum. Hover over a token to see its gate, its loss in nats and its n-grams. In
+n-grams, ⊢ is the start of the text, and · is a token that ends inside a character. The hash ignores
+case and accents.</p>
 PANELS
 </html>
 """

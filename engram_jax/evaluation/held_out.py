@@ -1,4 +1,4 @@
-"""Held-out loss, by source and document, with the memory or without it."""
+"""Held-out loss per source and document, with or without the memory."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,13 +25,13 @@ type Scorer = Callable[[Weights, Batch, RowAdam], tuple[Array, StepGates]]
 
 
 class ScoredBatch(NamedTuple):
-    """A batch and what it scored, for those who watch an evaluation.
+    """A batch and its losses, for the `watch` callback of an evaluation.
 
     Attributes:
         source: name of the corpus.
         rows: the batch.
-        mask: 1 where the loss counts.
-        losses: of every token, that of the token after it.
+        mask: 1 for tokens that are scored, else 0.
+        losses: at every position, the loss of the next token.
         gates: by layer id.
     """
 
@@ -43,7 +43,7 @@ class ScoredBatch(NamedTuple):
 
 
 class DocumentSums(NamedTuple):
-    """Per document: the sum of its tokens' losses, and how many of its tokens were scored."""
+    """Per document: the sum of its tokens' losses, and the number of scored tokens."""
 
     losses: Float64[np.ndarray, "documents"]
     tokens: Float64[np.ndarray, "documents"]
@@ -55,12 +55,12 @@ class Score:
 
     Attributes:
         loss: mean cross-entropy of a token, in nats.
-        standard_error: of that mean, over documents (as a ratio of two sums); None if there are
-            fewer than two.
-        tokens: tokens scored.
-        documents: documents they belong to.
+        standard_error: of that mean, over documents (the mean is a ratio of two sums); None for
+            fewer than two documents.
+        tokens: number of scored tokens.
+        documents: number of documents with scored tokens.
         tokens_per_byte: of the source's held-out documents.
-        by_document: what the score was made from; None for a pool.
+        by_document: the sums per document; None for a pooled score.
     """
 
     loss: float
@@ -77,7 +77,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Cross-entropy per UTF-8 byte, in bits; comparable between tokenizers."""
+        """Cross-entropy per UTF-8 byte, in bits. It is comparable between tokenizers."""
         return self.loss * self.tokens_per_byte / math.log(2)
 
 
@@ -88,8 +88,8 @@ def make_scorer(program: Program, suppress: Suppress = "nothing") -> Scorer:
 
     Args:
         program: the program.
-        suppress: "output" drops what the memory layers add (paper §6.3); "rows" gives them rows of
-            zeros.
+        suppress: "output" removes the output of the memory layers (paper §6.3); "rows" replaces
+            all table rows by zeros.
     """
 
     def score(
@@ -126,17 +126,17 @@ def evaluate_held_out(
 
     Args:
         program: the program.
-        scorer: as `make_scorer` gives it.
+        scorer: from `make_scorer`.
         weights: parameters and tables.
-        corpora: where the documents come from.
-        max_tokens: how many tokens to score per corpus, from its first document on; None: all.
+        corpora: corpora whose held-out documents are scored.
+        max_tokens: number of tokens to score per corpus, from its first document on; None: all.
         watch: called after every batch.
 
     Returns:
-        Scores by corpus name; they are sums over all processes' rows, the same on each.
+        Scores by corpus name. They cover the rows of all processes, and are equal on all processes.
 
     Raises:
-        InputError: a corpus holds no held-out documents.
+        InputError: a corpus has no held-out documents.
     """
     data, planner = program.config.data, program.planner()
     rows = data.batch_size // program.config.train.accumulation
@@ -165,20 +165,20 @@ def evaluate_held_out(
 
 
 def difference(one: Score, other: Score) -> Score:
-    """How much larger the loss of `one` is than that of `other`, on the same tokens.
+    """The loss of `one` minus the loss of `other`, on the same tokens.
 
-    Its standard error is that of the documents' paired differences, which is far below what the
-    two scores' own errors would give: hard documents are hard for both.
+    The standard error is that of paired differences of documents. It is much smaller than the
+    errors of the two scores suggest, because the losses of a document are correlated.
     """
     ours, theirs = one.by_document, other.by_document
     if ours is None or theirs is None or not np.array_equal(ours.tokens, theirs.tokens):
-        raise ValueError("Only scores of the same documents have paired differences.")
+        raise ValueError("A paired difference needs two scores of the same documents.")
     sums = DocumentSums(ours.losses - theirs.losses, ours.tokens)
     return _summarize(sums, one.tokens_per_byte)
 
 
 def pool(scores: Sequence[Score]) -> Score:
-    """The score of several sources' tokens together; its error is that of a stratified mean."""
+    """The score over the tokens of several sources; its error is that of a stratified mean."""
     tokens = sum(score.tokens for score in scores)
     variance = 0.0
     for score in scores:
@@ -204,7 +204,7 @@ def _own_rows(batch: Batch) -> Batch:
 
 
 def count_targets(view: CorpusView) -> int:
-    """The tokens of some documents that are scored: all but each one's bos."""
+    """The number of scored tokens of some documents: all except each document's bos."""
     return int(view.token_count - len(view))
 
 
@@ -218,7 +218,7 @@ def _summarize(sums: DocumentSums, tokens_per_byte: float) -> Score:
     mean = sums.losses.sum() / total
     error = None
     if count > 1:
-        # Documents are the independent draws; the mean is a ratio of two sums over them.
+        # Documents are independent samples; the mean is a ratio of two sums over documents.
         residuals = (sums.losses - mean * sums.tokens)[scored]
         error = float(np.sqrt((residuals**2).sum() * count / (count - 1)) / total)
     return Score(float(mean), error, int(total), count, tokens_per_byte, sums)

@@ -1,6 +1,6 @@
-"""How full the memory is, and what n-grams it helps with: measured, as tables, JSON and a picture.
+"""Statistics of the memory: how much of it is used, and for which n-grams it lowers the loss.
 
-Frequencies are how often training met an n-gram, in the very rows of text that it read.
+The frequency of an n-gram is the number of its occurrences in the rows that training has read.
 """
 
 from collections.abc import Iterator
@@ -34,9 +34,9 @@ from engram_jax.files import written_whole
 from engram_jax.run import Run
 from engram_jax.train_state import Weights
 
-MOST_TOKENS = 1 << 24  # counted of what training read: more takes long and says little more
+MOST_TOKENS = 1 << 24  # maximum number of counted training tokens; more takes long, changes little
 _PART = 1 << 20  # tokens counted at a time
-_BATCHES = 16  # whose distinct n-grams and rows are averaged
+_BATCHES = 16  # number of batches over which distinct n-grams and rows are averaged
 _COLORS = ("#3b6fd4", "#f4544a", "#2a9d74", "#8e5bc4")  # by order
 
 
@@ -47,15 +47,15 @@ class OrderReport:
     Attributes:
         layer: layer id.
         order: the order.
-        rows: of each of the K heads.
-        occupancy: the share of each head's rows that training wrote.
-        expected_occupancy: what an ideal hash of these n-grams gives; None if not all that
-            training read was counted, or tables are frozen.
-        ngrams: distinct n-grams counted.
-        full_collisions: how many of them share all K rows with another.
-        expected_full_collisions: with an ideal hash.
-        ngrams_per_batch: distinct n-grams of a training batch.
-        rows_per_batch: their distinct rows.
+        rows: number of rows of each of the K heads.
+        occupancy: share of each head's rows that training wrote.
+        expected_occupancy: the same for an ideal hash of these n-grams; None if not all training
+            tokens were counted, or if the tables are frozen.
+        ngrams: number of distinct n-grams counted.
+        full_collisions: number of n-grams that share all K rows with another n-gram.
+        expected_full_collisions: the same for an ideal hash.
+        ngrams_per_batch: mean number of distinct n-grams of a training batch.
+        rows_per_batch: mean number of distinct rows of these n-grams.
     """
 
     layer: int
@@ -72,15 +72,15 @@ class OrderReport:
 
 @dataclass(frozen=True)
 class FrequencyReport:
-    """Held-out tokens by how often training met the n-gram of one order that ends there.
+    """Held-out tokens, by the training frequency of the n-gram of one order that ends there.
 
     Attributes:
         order: the order.
-        least: the least number of times in each bin: 0, 1, 2, 4, 8, …
-        tokens: tokens scored in each bin.
-        loss: of the token that follows the n-gram.
-        loss_dropped: the same with the memory dropped.
-        harm: the difference, of paired documents.
+        least: smallest frequency in each bin: 0, 1, 2, 4, 8, …
+        tokens: number of scored tokens in each bin.
+        loss: loss of the token after the n-gram.
+        loss_dropped: the same without the memory's output.
+        harm: the paired difference of the two.
         gates: mean over the branches, by layer id.
     """
 
@@ -95,12 +95,13 @@ class FrequencyReport:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What `MemoryStudy` finds.
+    """The results of a `MemoryStudy`.
 
     Attributes:
-        tokens_read: what training read, of which `tokens_counted` were counted.
-        tables: by layer and order.
-        frequencies: by order.
+        tokens_read: number of tokens that training read.
+        tokens_counted: number of them whose n-grams were counted.
+        tables: reports of tables, by layer and order.
+        frequencies: reports of frequencies, by order.
     """
 
     tokens_read: int
@@ -110,14 +111,14 @@ class MemoryReport:
 
 
 class MemoryStudy:
-    """Watches an evaluation (see `report.evaluate`), then reports on the memory.
+    """Collects data during an evaluation (as `watch` of `report.evaluate`), then reports.
 
     Args:
         run: a run with memory.
         weights: its parameters and tables.
 
     Raises:
-        InputError: the text that training read is gone, or its n-grams cannot be counted.
+        InputError: the training text is not available, or its n-grams cannot be counted.
     """
 
     def __init__(self, run: Run, weights: Weights) -> None:
@@ -137,7 +138,7 @@ class MemoryStudy:
         self._dropped: list[np.ndarray] = []
 
     def __call__(self, suppressed: Suppress, scored: ScoredBatch) -> None:
-        """Takes a batch, scored with a part of the memory suppressed."""
+        """Adds a batch that was scored with a part of the memory suppressed, or nothing."""
         chosen = scored.mask > 0
         losses = scored.losses[chosen]
         if suppressed == "output":
@@ -154,7 +155,7 @@ class MemoryStudy:
         self._whole.append(columns)
 
     def report(self) -> MemoryReport:
-        """What was found, once the whole model and the one without memory have been scored."""
+        """The report. Call it after scoring the full model and the model without memory."""
         whole = {
             name: np.concatenate([part[name] for part in self._whole]) for name in self._whole[0]
         }
@@ -186,7 +187,7 @@ def _by_frequency(tokens: dict[str, np.ndarray], order: int) -> FrequencyReport:
 def _training_rows(
     run: Run, count: int, at_once: int
 ) -> Iterator[tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]]:
-    """Tokens and segments of the first rows that training reads, in parts."""
+    """Tokens and segments of the first `count` rows that training reads, in parts."""
     data = run.config.data
     rows = mix_rows(run.corpora(), data.weights, data.sequence_length, run.config.train.seed)
     for start in range(0, count, at_once):
@@ -230,13 +231,13 @@ def _inspect_tables(
 
 
 def format_memory(report: MemoryReport) -> str:
-    """Two tables: what the memory holds; and gates and losses by the frequency of N-grams."""
+    """Two tables: use of the memory; gates and losses by the frequency of N-grams."""
     counted = f"{report.tokens_counted:,}"
     if report.tokens_counted < report.tokens_read:
         counted = f"the first {counted} of {report.tokens_read:,}"
     lines = [
-        f"memory, and the n-grams of {counted} tokens that training read",
-        f"layer  order  {'rows a head':>11}  written  if ideal  {'n-grams':>10}  "
+        f"memory, and the n-grams of {counted} training tokens",
+        f"layer  order  {'rows/head':>11}  written  if ideal  {'n-grams':>10}  "
         f"{'full collisions':>15}  {'n-grams/batch':>13}  rows/batch",
     ]
     for table in report.tables:
@@ -252,9 +253,9 @@ def format_memory(report: MemoryReport) -> str:
     gates = "".join(f"  {f'gate {layer} ± s.e.':>15}" for layer in longest.gates)
     lines += [
         "",
-        f"held-out tokens by how often training met the {longest.order}-gram that ends there",
-        f"{'times':>15}  {'tokens':>9}{gates}  {'loss':>7}  {'memory dropped':>14}  "
-        f"{'more by ± s.e.':>16}",
+        f"held-out tokens, by the training frequency of the {longest.order}-gram that ends there",
+        f"{'frequency':>15}  {'tokens':>9}{gates}  {'loss':>7}  {'memory dropped':>14}  "
+        f"{'increase ± s.e.':>16}",
     ]
     for bin_, (least, tokens) in enumerate(zip(longest.least, longest.tokens, strict=True)):
         if not tokens:
@@ -270,7 +271,7 @@ def format_memory(report: MemoryReport) -> str:
 
 
 def memory_json(report: MemoryReport) -> dict[str, Any]:
-    """The report as plain values; null where there is none."""
+    """The report as JSON-serializable values; None for NaN."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -286,7 +287,7 @@ def memory_json(report: MemoryReport) -> dict[str, Any]:
 
 
 def write_memory_png(report: MemoryReport, path: Path) -> None:
-    """Writes a picture, 1,600 pixels wide: occupancy, gates (if there are any), and losses."""
+    """Writes a picture, 1,600 pixels wide: occupancy, gates (if there are any), losses."""
     gates = [_draw_gates] if report.frequencies[0].gates else []
     panels = [_draw_occupancy, *gates, _draw_losses]
     figure = Figure(figsize=(10, 3.2), dpi=160, facecolor="white", layout="constrained")
@@ -353,7 +354,7 @@ def _label_bins(axes: Axes, count: int) -> None:
     ticks = [0, *range(1, count, 2)]
     least = [2**tick // 2 for tick in ticks]
     axes.set_xticks(ticks, [f"{n >> 10}k" if n >= 1024 else f"{n}" for n in least])
-    axes.set_xlabel("times met in training, at least")
+    axes.set_xlabel("frequency in training, at least")
 
 
 def _color(order: int) -> str:

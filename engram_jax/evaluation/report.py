@@ -1,4 +1,4 @@
-"""Held-out scores with and without the memory: measured, as a table, as JSON."""
+"""Held-out scores with and without the memory, as a table and as JSON."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class Ablation:
     """Scores with a part of the memory suppressed.
 
     Attributes:
-        score: without it.
-        harm: how much larger that loss is than the whole model's.
+        score: the score of the model without that part.
+        harm: the loss without that part minus the loss of the full model.
     """
 
     score: Score
@@ -41,11 +41,11 @@ class Ablation:
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What one source, or all together, came to.
+    """The scores of one source, or of all sources.
 
     Attributes:
-        score: of the whole model.
-        ablations: by what was suppressed (see `make_scorer`); empty for a model without memory.
+        score: of the full model.
+        ablations: by the suppressed part (see `make_scorer`); empty for a model without memory.
     """
 
     score: Score
@@ -61,18 +61,20 @@ def evaluate(
     max_tokens: int | None = None,
     watch: Callable[[Suppress, ScoredBatch], object] | None = None,
 ) -> dict[str, SourceReport]:
-    """Scores every corpus, and all pooled under `POOLED`; with memory, also without it (§6.3).
+    """Scores every corpus, and all of them pooled, under the key `POOLED`.
+
+    A model with memory is also scored with parts of the memory suppressed (§6.3).
 
     Args:
         program: the program.
-        scorer: of the whole model, as `make_scorer` gives it.
+        scorer: of the full model, from `make_scorer`.
         weights: parameters and tables.
-        corpora: where the documents come from.
-        max_tokens: how many tokens to score per corpus; None: all.
-        watch: called after every batch with what was suppressed; the passes have the same batches.
+        corpora: corpora whose held-out documents are scored.
+        max_tokens: number of tokens to score per corpus; None: all.
+        watch: called after every batch, with the suppressed part; all passes use the same batches.
 
     Raises:
-        InputError: a corpus holds no held-out documents.
+        InputError: a corpus has no held-out documents.
     """
     parts: list[Suppress] = list(_ABLATIONS) if weights.tables else []
     tokens = sum(count_targets(corpus.held_out) for corpus in corpora)
@@ -94,27 +96,27 @@ def evaluate(
                 program, scorer, weights, corpora, max_tokens=max_tokens, watch=see
             )
 
-        whole = score("nothing", scorer, "scoring the whole model")
+        full = score("nothing", scorer, "scoring the full model")
         suppressed = {
             part: score(part, make_scorer(program, part), f"scoring with {_ABLATIONS[part]}")
             for part in parts
         }
     harms = {
-        part: {name: difference(scores[name], whole[name]) for name in whole}
+        part: {name: difference(scores[name], full[name]) for name in full}
         for part, scores in suppressed.items()
     }
     report = {
         name: SourceReport(
-            whole[name],
+            full[name],
             {
                 part: Ablation(scores[name], harms[part][name])
                 for part, scores in suppressed.items()
             },
         )
-        for name in whole
+        for name in full
     }
     report[POOLED] = SourceReport(
-        pool(list(whole.values())),
+        pool(list(full.values())),
         {
             part: Ablation(pool(list(scores.values())), pool(list(harms[part].values())))
             for part, scores in suppressed.items()
@@ -124,7 +126,7 @@ def evaluate(
 
 
 def format_report(report: dict[str, SourceReport]) -> str:
-    """Two tables: the whole model, and what suppressing its memory costs."""
+    """Two tables: the full model; the increase of the loss without parts of the memory."""
     width = max(len("held-out text"), *map(len, report))
     lines = [
         f"{'held-out text':<{width}}  {'loss ± s.e.':>15}  {'perplexity':>10}  "
@@ -138,8 +140,8 @@ def format_report(report: dict[str, SourceReport]) -> str:
         )
     parts = list(report[POOLED].ablations)
     if parts:
-        header = [f"{_ABLATIONS[part]:>15}  {'more by ± s.e.':>16}" for part in parts]
-        lines += ["", "  ".join([f"{'loss':<{width}}", f"{'whole':>7}", *header])]
+        header = [f"{_ABLATIONS[part]:>15}  {'increase ± s.e.':>16}" for part in parts]
+        lines += ["", "  ".join([f"{'loss':<{width}}", f"{'full':>7}", *header])]
         for name, of_source in report.items():
             cells = [
                 f"{ablation.score.loss:>15.3f}  {_with_error(ablation.harm, signed=True):>16}"
@@ -148,14 +150,14 @@ def format_report(report: dict[str, SourceReport]) -> str:
             lines.append("  ".join([f"{name:<{width}}", f"{of_source.score.loss:>7.3f}", *cells]))
     lines += [
         "",
-        "Losses are in nats per token; standard errors are over documents, those of differences"
+        "Losses are in nats per token. Standard errors are over documents; those of increases are"
         " over\npaired documents.",
     ]
     return "\n".join(lines)
 
 
 def to_json(report: dict[str, SourceReport]) -> dict[str, Any]:
-    """The report as plain values."""
+    """The report as JSON-serializable values."""
     return {
         name: _plain(of_source.score)
         | {

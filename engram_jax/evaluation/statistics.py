@@ -1,7 +1,7 @@
-"""Statistics of n-grams and of the table rows that they hash to. Pure NumPy.
+"""Statistics of n-grams and of their table rows. Pure NumPy.
 
-An n-gram is what the hash looks back on: projected ids, and pad where a document or a row begins.
-Its key is one unsigned 64-bit integer: Σ x₋ⱼ · V′ʲ over its ids x, x₋₁, … and the V′ projected ids.
+An n-gram consists of projected ids, as for the hash: before the start of a document or a row, it
+has the pad id. Its key is one unsigned 64-bit integer, Σ x₋ⱼ · V′ʲ over its ids x, x₋₁, ….
 """
 
 import math
@@ -20,18 +20,18 @@ _PART = 1 << 18  # n-grams hashed at a time: 16 MiB of rows for 16 columns
 
 @dataclass
 class NgramCounts:
-    """How often each of the n-grams of one order was met.
+    """The frequencies of the n-grams of one order.
 
     Attributes:
         keys: of the distinct n-grams, ascending.
-        times: how often each was met.
+        times: frequency of each.
     """
 
     keys: UInt64[np.ndarray, "distinct"] = field(default_factory=lambda: np.empty(0, np.uint64))
     times: Int64[np.ndarray, "distinct"] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def add(self, met: UInt64[np.ndarray, "*batch"]) -> None:
-        """Counts these n-grams, too."""
+        """Adds n-grams to the counts."""
         keys, times = np.unique(met, return_counts=True)
         at, known = self._find(keys)
         self.times[at[known]] += times[known]
@@ -39,7 +39,7 @@ class NgramCounts:
         self.times = np.insert(self.times, at[~known], times[~known])
 
     def of(self, keys: UInt64[np.ndarray, "*batch"]) -> Int64[np.ndarray, "*batch"]:
-        """How often each of these n-grams was met."""
+        """The frequency of each of these n-grams."""
         at, known = self._find(keys)
         times = np.zeros(keys.shape, np.int64)
         times[known] = self.times[at[known]]
@@ -48,7 +48,7 @@ class NgramCounts:
     def _find(
         self, keys: UInt64[np.ndarray, "*batch"]
     ) -> tuple[Int64[np.ndarray, "*batch"], Bool[np.ndarray, "*batch"]]:
-        """Where keys stand, or would, and whether they are there."""
+        """The index of each key in `keys` (or its insertion index), and whether it is there."""
         at = np.searchsorted(self.keys, keys)
         known = at < len(self.keys)
         known[known] = self.keys[at[known]] == keys[known]
@@ -64,8 +64,8 @@ def ngram_keys(
 
     Args:
         ngram_hash: the hash.
-        tokens: raw token ids; −1 marks dead positions.
-        segments: document number of every position; None: a row is one document.
+        tokens: token ids; −1 marks image placeholders.
+        segments: document number of every position; None: each row of the batch is one document.
 
     Raises:
         InputError: keys do not fit into 64 bits, or an id is outside the vocabulary.
@@ -87,13 +87,13 @@ def count_ngrams(
     ngram_hash: NgramHash,
     rows: Iterable[tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]],
 ) -> dict[int, NgramCounts]:
-    """Counts the n-grams of rows that come in parts, by order 2…N.
+    """Counts the n-grams of rows, by order 2…N.
 
-    Holds the distinct n-grams, of 16 bytes each, and one part.
+    Memory use is 16 bytes per distinct n-gram, plus one part of the rows.
 
     Args:
         ngram_hash: the hash.
-        rows: tokens and segments of every part.
+        rows: the rows in parts; each part is its tokens and segments.
     """
     counts = {order: NgramCounts() for order in range(2, ngram_hash.spec.max_order + 1)}
     for tokens, segments in rows:
@@ -105,16 +105,17 @@ def count_ngrams(
 def count_full_collisions(
     ngram_hash: NgramHash, layer: int, order: int, keys: UInt64[np.ndarray, "G"]
 ) -> int:
-    """How many n-grams share the rows of all K heads with another: nothing tells those apart.
+    """The number of n-grams that share the rows of all K heads with another n-gram.
 
-    Rows are compared by a random sum of 64 bits, which makes two n-grams with different rows equal
-    with a probability of some 2⁻⁶⁴: one pair in 10⁵ counts of 10⁷ n-grams.
+    The memory cannot distinguish such n-grams. Rows are compared by a randomly weighted sum of 64
+    bits. Two n-grams with different rows have equal sums with a probability of about 2⁻⁶⁴: one pair
+    in 10⁵ counts of 10⁷ n-grams.
 
     Args:
         ngram_hash: the hash.
         layer: layer id.
         order: order of the n-grams.
-        keys: distinct, as `ngram_keys` gives them.
+        keys: distinct keys from `ngram_keys`.
     """
     generator = np.random.default_rng(0)
     weights = generator.integers(2**63, size=ngram_hash.spec.heads, dtype=np.uint64) * 2 + 1
@@ -129,7 +130,7 @@ def count_full_collisions(
 def head_rows(
     ngram_hash: NgramHash, layer: int, order: int, keys: UInt64[np.ndarray, "G"]
 ) -> Int32[np.ndarray, "K G"]:
-    """Table rows of n-grams of one order, given by their keys, in the K heads of that order."""
+    """Table rows of n-grams of one order, in the K heads of that order."""
     size = ngram_hash.projection.size
     window = [keys // np.uint64(size**back) % np.uint64(size) for back in range(order)]
     return ngram_hash.hash_window(layer, window)[-ngram_hash.spec.heads :]
@@ -143,7 +144,7 @@ def row_occupancy(
     Args:
         ngram_hash: the hash.
         layer: layer id.
-        written: whether it has written the row, in the order in which tables are stored.
+        written: whether training has written each row, in the order in which tables are stored.
     """
     index = ngram_hash.spec.layers.index(layer)
     primes, offsets = ngram_hash.primes[index], ngram_hash.offsets[index]
@@ -157,13 +158,13 @@ def row_occupancy(
 def expected_occupancy(
     rows: Int64[np.ndarray, "*heads"], distinct: int
 ) -> Float64[np.ndarray, "*heads"]:
-    """The share of a head's rows that so many distinct n-grams reach by an ideal hash."""
+    """The expected share of a head's rows that `distinct` n-grams use, with an ideal hash."""
     return -np.expm1(distinct * np.log1p(-1 / rows))
 
 
 def expected_full_collisions(rows: Int64[np.ndarray, "K"], distinct: int) -> float:
-    """What `count_full_collisions` comes to with an ideal hash, on average."""
-    chance = np.exp(-np.log(rows).sum())  # that two n-grams do
+    """The expected value of `count_full_collisions` with an ideal hash."""
+    chance = np.exp(-np.log(rows).sum())  # probability that two n-grams share all rows
     return float(distinct * -np.expm1((distinct - 1) * np.log1p(-chance)))
 
 
@@ -176,7 +177,7 @@ def frequency_bins(times: Int64[np.ndarray, "*batch"]) -> Int32[np.ndarray, "*ba
 class BinMeans:
     """A mean per bin, and its standard error over documents.
 
-    NaN stands for the mean of no token, and for the standard error of fewer than two documents.
+    The mean is NaN for a bin without tokens, the error for a bin of fewer than two documents.
     """
 
     mean: Float64[np.ndarray, "bins"]
@@ -188,12 +189,12 @@ def mean_by_bin(
     bins: Int[np.ndarray, "tokens"],
     documents: Int[np.ndarray, "tokens"],
 ) -> BinMeans:
-    """Means of the tokens of each bin.
+    """The mean of the values in each bin.
 
     Args:
-        values: what to average.
+        values: value of each token.
         bins: bin of each token.
-        documents: document of each token; its tokens are not independent, documents are.
+        documents: document of each token. Documents are independent samples, tokens are not.
     """
     names, document = np.unique(documents, return_inverse=True)
     shape = len(names), int(bins.max()) + 1

@@ -1,5 +1,5 @@
-"""The parts of a decoder, one noun a file.
+"""The layers of a decoder.
 
-They know nothing of data or files, and little of meshes: where the compiler cannot split a layer by
-itself, the layer does. Only `engram_with_table` owns a table.
+They do not depend on data or files. A layer uses the mesh only where the compiler cannot partition
+it automatically. Only `engram_with_table` owns a table.
 """

@@ -28,8 +28,8 @@ class AttentionConfig:
         kv_heads: key/value heads J; each serves Q/J query heads.
         head_width: width P of a head.
         theta: base of the rotary frequencies.
-        implementation: "xla" anywhere, "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPU; None
-            picks by device.
+        implementation: "xla" on any device, "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPU;
+            None chooses by device (see `attend`).
     """
 
     heads: int = 6
@@ -53,7 +53,7 @@ class AttentionConfig:
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions; a document sees itself alone.
+    """Causal grouped-query attention with rotary positions, within documents.
 
     Args:
         width: model width D.
@@ -70,7 +70,7 @@ class Attention(nnx.Module):
         self.query = nnx.Param(init(rngs.params(), (width, heads, head_width)), role=Matrix())
         self.key = nnx.Param(init(rngs.params(), (width, kv_heads, head_width)), role=Matrix())
         self.value = nnx.Param(init(rngs.params(), (width, kv_heads, head_width)), role=Matrix())
-        # Zero at the start, as every layer's way into the residual stream: see `Decoder`.
+        # The output matrix of every layer is initialized to zero: see `Decoder`.
         self.out = nnx.Param(jnp.zeros((heads, head_width, width)), role=Matrix(inputs=2))
         self.config = config
         self.dtype = dtype
@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         segments: Int32[Array, "B T"],
         positions: Int32[Array, "B T"],
     ) -> Float[Array, "B T D"]:
-        """Attends within documents.
+        """Attends to earlier positions of the same document.
 
         Args:
             x: normalized hidden states.
@@ -104,15 +104,26 @@ def attend(
     implementation: Implementation | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T Q O"]:
-    """softmax(scale·q·k)·v over the earlier positions of the same document; scale None is 1/√P.
+    """softmax(scale·q·k)·v over the earlier positions of the same document.
 
-    None picks splash attention on TPU where T is a multiple of 128; cuDNN on an NVIDIA GPU since
-    Ampere for bfloat16, even T and heads up to 128 wide, on Hopper 256; XLA elsewhere, which holds
-    B·Q·T² scores (and is the faster for a few heads of some 256 positions). A named implementation
-    runs or fails.
+    Implementation None chooses
+    - "splash" on TPU if T is a multiple of 128,
+    - "cudnn" on an NVIDIA GPU (Ampere or later) for bfloat16, even T and head width up to 128 (256
+      on Hopper),
+    - "xla" otherwise. It stores B·Q·T² scores, and is faster for few heads and T of about 256.
+
+    A named implementation is used or raises; there is no fallback.
+
+    Args:
+        query: queries.
+        key: keys; each serves Q/J query heads.
+        value: values.
+        segments: document number of every position.
+        implementation: see above.
+        scale: factor on the scores; None is 1/√P.
 
     Raises:
-        InputError: inside a mesh, another axis than B is split.
+        InputError: inside a mesh, an axis other than B is split.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     chosen = implementation or _fastest(query, value)
@@ -123,12 +134,12 @@ def attend(
         attend_own = partial(_attend_xla if chosen == "xla" else _attend_cudnn, scale)
     inputs = (query, key, value, segments)
     if not jax.sharding.get_abstract_mesh().empty:
-        # Rows of a batch do not meet here: each device attends to its own. (XLA cannot split a
-        # kernel by itself, and explicit sharding cannot type JAX's einsums at B = 1.)
+        # Rows of a batch are independent, so each device computes its own. (XLA cannot partition a
+        # kernel automatically, and explicit sharding cannot type JAX's einsums at B = 1.)
         specs = tuple(jax.typeof(array).sharding.spec for array in inputs)
         if any(name is not None for spec in specs for name in tuple(spec)[1:]):
             raise InputError(
-                f"Attention cannot be split over a mesh but by the rows of a batch, not as {specs}."
+                f"Attention can be split over a mesh only along the batch axis, not as {specs}."
             )
         attend_own = jax.shard_map(
             attend_own, in_specs=specs, out_specs=specs[0], check_vma=chosen == "xla"
@@ -143,7 +154,7 @@ def _attend_xla(
     value: Float[Array, "B T J O"],
     segments: Int32[Array, "B T"],
 ) -> Float[Array, "B T Q O"]:
-    # jax.nn.dot_product_attention would have values as wide as keys.
+    # jax.nn.dot_product_attention requires values to be as wide as keys.
     grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
     scores = jnp.einsum("btjgp,bsjp->bjgts", grouped, key, preferred_element_type=jnp.float32)
     seen = segments[:, :, None] == segments[:, None]
@@ -180,10 +191,10 @@ def _fastest(query: Float[Array, "B T Q P"], value: Float[Array, "B T J O"]) -> 
     if platform == "tpu" and length % 128 == 0:
         return "splash"
     if platform == "gpu" and query.dtype == jnp.bfloat16 and length % 2 == 0:
-        # No number on an AMD GPU; none at all where the GPU is not here, but compiled for.
+        # An AMD GPU reports no such number. A GPU that is only compiled for reports nothing.
         capability = getattr(jax.devices()[0], "compute_capability", "")
         generation = float(capability) if re.match(r"\d+\.", capability) else 0
-        # Wider ones than 128 have a backward pass on Hopper, and not yet on all that came after.
+        # For heads wider than 128, cuDNN has a backward pass on Hopper but not on all later GPUs.
         widest = 0 if generation < 8 else 256 if 9 <= generation < 10 else 128
         if width % 8 == 0 and width <= widest:
             return "cudnn"
@@ -198,17 +209,18 @@ def _attend_splash(
     value: Float[Array, "B T J O"],
     segments: Int32[Array, "B T"],
 ) -> Float[Array, "B T Q O"]:
-    # Imported here: it loads the whole Pallas TPU stack, which other devices do without.
+    # Imported here because it loads all of Pallas for TPU, which other devices do not need.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, heads = query.shape[1:3]
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
-    # Its default of 128 makes some 15 times as many steps; at 1024, float32 exceeds VMEM on v5p.
+    # The default block of 128 takes about 15 times as many steps. At 1024, float32 exceeds v5p's
+    # VMEM.
     block = math.gcd(length, 512)
     kernel = splash.make_splash_mha_single_device(
         mask, block_sizes=splash.BlockSizes(*(block,) * 8), interpret=interpret
     )
-    # In float32: bfloat16 would round the scale itself, by up to 0.4 %.
+    # In float32, since bfloat16 would round the scale by up to 0.4 %.
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)
 
     def attend_row(query: Array, key: Array, value: Array, segments: Array) -> Array:

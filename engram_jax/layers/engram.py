@@ -1,6 +1,6 @@
 """The Engram layer: fuses hashed N-gram memory into the residual stream (paper §2.3, eqs. 3–6).
 
-The layer never knows where the memory came from: it takes the concatenated rows as an argument.
+The layer takes the concatenated rows as an argument. It does not depend on where they are stored.
 """
 
 from collections.abc import Callable
@@ -25,21 +25,22 @@ FLOAT32 = jnp.dtype("float32")
 
 @dataclass(frozen=True)
 class EngramConfig:
-    """What varies between the published forms of the layer; the defaults are the paper's demo.
+    """Options that differ between the published versions of the layer. Defaults are the demo's.
 
-    DeepSeek-V4.1's form is `EngramConfig(bias=False, convolution=False, norm_epsilon=1e-20,
-    signed_root="copysign")`, with four branches.
+    The demo is the code that the paper published. DeepSeek-V4.1 uses `EngramConfig(bias=False,
+    convolution=False, norm_epsilon=1e-20, signed_root="copysign")` with four branches.
 
     Attributes:
         bias: key and value projections have a bias.
         norm_epsilon: epsilon of the key and query norms; the demo's is float32's machine epsilon.
         zero_centered_gain: norm gains are 1 + parameter.
-        signed_root: what the signed root of a zero score is: "sign" gives 0, "copysign" ±10⁻³.
-        convolution: eq. 5's short convolution is there.
-        kernel: taps of the convolution.
-        dilation: distance of its taps in tokens; the paper takes the largest n-gram order N.
+        signed_root: the signed root of a zero score: 0 for "sign", ±10⁻³ for "copysign".
+        convolution: include the short convolution of eq. 5.
+        kernel: number of taps of the convolution.
+        dilation: distance between taps in tokens; the paper uses the largest n-gram order N.
         convolution_epsilon: epsilon of the convolution's norm.
-        cross_documents: the convolution sees packed neighbors, as the demo's does.
+        cross_documents: the convolution crosses document boundaries in a packed row, as in the
+            demo.
         implementation: of `pallas_kernels.gated_fusion`; None is "xla".
     """
 
@@ -56,18 +57,19 @@ class EngramConfig:
 
     def __post_init__(self) -> None:
         if min(self.kernel, self.dilation) < 1:
-            raise InputError("Engram needs a kernel and a dilation of at least 1.")
+            raise InputError("engram.kernel and engram.dilation must be at least 1.")
 
 
 class Engram(nnx.Module):
-    """Context-aware gating of the memory, and a short convolution over what passes.
+    """Context-aware gating of the memory, and a short convolution over the gated value.
 
     Args:
         width: model width D.
         memory_width: memory width E.
-        config: the form of the layer.
-        branches: residual branches M, each with its own key, gate and norms; 1 is a plain stream.
-        dtype: dtype of the projections; everything after them is float32.
+        config: options of the layer.
+        branches: residual branches M, each with its own key, gate and norms; 1 is a plain residual
+            stream.
+        dtype: dtype of the projections; the computation after them is float32.
         rngs: random streams.
     """
 
@@ -99,7 +101,7 @@ class Engram(nnx.Module):
         self.query_norm = norm(config.norm_epsilon)
         if config.convolution:
             self.convolution_norm = norm(config.convolution_epsilon)
-            # Zero at the start: the layer begins as the gated value alone.
+            # Zero initialization: at the start the layer adds only the gated value.
             self.convolution = nnx.Param(jnp.zeros((config.kernel, branches, width)))
         self.config = config
         self.dtype = dtype
@@ -111,13 +113,14 @@ class Engram(nnx.Module):
         segments: Int32[Array, "B T"] | None = None,
         token_mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
-        """What to add to the residual branches, and the gates.
+        """Returns what to add to the residual branches, and the gates.
 
         Args:
             hidden: the residual branches h⁽ᵐ⁾.
             memory: e, the H gathered rows of every position.
-            segments: document number of every position; None: a row is one document.
-            token_mask: False at dead positions, whose gate is 0.
+            segments: document number of every position; None: each row of the batch is one
+                document.
+            token_mask: False at image placeholders, where the gate is 0.
         """
         memory = memory.astype(self.dtype)
         key = jnp.einsum("bte,med->btmd", memory, self.key.astype(self.dtype))
@@ -135,9 +138,9 @@ class Engram(nnx.Module):
         segments: Int32[Array, "B T"] | None = None,
         token_mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
-        """Eqs. 4–5, with the demo's signed root.
+        """Equations 4 and 5, with the demo's signed root.
 
-        α = σ(sign(s)·√|s|) with s = ⟨RMSNorm(key), RMSNorm(h)⟩/√D; u = α·value; what is added is
+        α = σ(sign(s)·√|s|) with s = ⟨RMSNorm(key), RMSNorm(h)⟩/√D, and u = α·value. The layer adds
         u + SiLU(Conv(RMSNorm(u))). `pallas_kernels.gated_fusion.reference` is the definition.
         """
         config, taps = self.config, None
@@ -161,20 +164,20 @@ def _fuse_own_tokens(
     tokens: tuple[Any, ...],
     parameters: tuple[Any, ...],
 ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
-    """Every device fuses its own tokens; XLA cannot split a kernel by itself.
+    """Each device fuses its own tokens, because XLA cannot partition a kernel automatically.
 
-    If T is split over a mesh axis, a device also takes the tokens that the convolution reaches from
-    the device before it, at the price of a copy of its own with these in front.
+    If T is split over a mesh axis, each device receives the last `reach` tokens of the device
+    before it, and copies its own tokens behind them.
 
     Args:
         fuse: `gated_fusion.fuse`.
-        reach: tokens that the convolution reaches back.
+        reach: how many tokens the convolution looks back.
         tokens: hidden, key, value [B, T, …], segments and token mask [B, T] or None.
         parameters: gain and taps.
 
     Raises:
-        InputError: a device's part of T is shorter than the convolution reaches; an axis that is
-            neither B nor T is split.
+        InputError: a device's part of T is shorter than `reach`, or an axis other than B and T is
+            split.
     """
 
     def fuse_own(
@@ -185,11 +188,11 @@ def _fuse_own_tokens(
             length = tokens[0].shape[1]
             if length < halo:
                 raise InputError(
-                    f"A device's part of T has {length} positions and the convolution reaches "
+                    f"A device's part of T has {length} positions, but the convolution looks "
                     f"{halo} back; split T over fewer devices."
                 )
             after = [(shard, shard + 1) for shard in range(jax.lax.axis_size(along_t) - 1)]
-            # The first device receives zeros, and a value of zero adds nothing.
+            # The first device receives zeros. Tokens with value zero add nothing.
             tokens = jax.tree.map(
                 lambda part: jnp.concatenate(
                     [jax.lax.ppermute(part[:, -halo:], along_t, after), part], axis=1
@@ -206,11 +209,11 @@ def _fuse_own_tokens(
     specs = jax.tree.map(lambda part: jax.typeof(part).sharding.spec, tokens)
     if any(axis is not None for axis in specs[0][2:]):
         raise InputError(
-            f"The residual stream lies as {specs[0]}; Engram takes it split over B and T alone."
+            f"The residual stream is sharded as {specs[0]}; Engram supports splits of B and T only."
         )
     return jax.shard_map(
         partial(fuse_own, along_t=specs[0][1]),
         in_specs=(specs, jax.P()),
         out_specs=(specs[0], jax.P(*specs[0][:3])),
-        check_vma=False,  # the hand-written backward pass gives each device's share of a gradient
+        check_vma=False,  # the custom backward pass returns each device's part of a gradient sum
     )(tokens, parameters)

@@ -1,7 +1,7 @@
-"""Engram with its table as a parameter: for notebooks, and for use inside another model.
+"""Engram with its table as a parameter, for notebooks and for use inside another model.
 
-Training a large table this way costs a dense gradient and a dense optimizer sweep of the whole
-table; `engram_jax.trainer` keeps tables out of the parameters for that reason.
+With a large table this is expensive: each step computes a dense gradient of the table and applies
+the optimizer to every row. `engram_jax.trainer` avoids that: there, tables are not parameters.
 """
 
 import jax.numpy as jnp
@@ -19,11 +19,11 @@ class EngramWithTable(nnx.Module):
     Args:
         width: model width D.
         row_width: width F of a table row.
-        ngram_hash: the hash; its `hash_tokens` gives the row numbers.
-        layer: which of the hash's layers this is.
-        config: the form of the layer.
+        ngram_hash: the hash; its `hash_tokens` computes the row numbers.
+        layer: layer id, one of `ngram_hash.spec.layers`.
+        config: options of the layer.
         branches: residual branches M.
-        init_scale: standard deviation of the rows at the start.
+        init_scale: standard deviation of the initial rows.
         dtype: dtype of the projections.
         rngs: random streams.
     """
@@ -57,12 +57,13 @@ class EngramWithTable(nnx.Module):
         rows: Int32[Array, "B T H"],
         segments: Int32[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
-        """What to add to the residual branches, and the gates (see `Engram`).
+        """Returns what to add to the residual branches, and the gates (see `Engram`).
 
         Args:
             hidden: the residual branches.
             rows: row numbers, from `NgramHash.hash_tokens` on the host.
-            segments: document number of every position; None: a row is one document.
+            segments: document number of every position; None: each row of the batch is one
+                document.
         """
         memory = self.table.at[rows].get(out_sharding=extend_spec(rows, None))
         return self.engram(hidden, memory.reshape(*rows.shape[:2], -1), segments)

@@ -1,11 +1,12 @@
-"""Manifold-constrained hyper-connections, mHC (arXiv 2512.24880): M residual streams in one.
+"""Manifold-constrained hyper-connections, mHC (arXiv 2512.24880): M residual branches.
 
-A layer F reads a mixture of the M branches and writes to all of them, which mix meanwhile:
+A layer F reads a weighted sum of the M branches and writes to all of them. H_res mixes the branches
+with each other:
 
     x ← H_res x + H_postᵀ ⊗ F(H_pre x)
 
-The three mappings depend on x. H_res is doubly stochastic, as nearly as Sinkhorn's iterations make
-it (`column_error`), so that the branches' mean passes through any number of layers as it is.
+The three mappings depend on x. H_res is approximately doubly stochastic: Sinkhorn's iterations
+leave a small error (`column_error`). Thus H_res preserves the mean of the branches, at any depth.
 """
 
 from dataclasses import dataclass
@@ -20,13 +21,14 @@ from jaxtyping import Array, Float
 from engram_jax.errors import InputError
 from engram_jax.parameters import Connection
 
-# Start of the diagonal of H_res's logits: e⁸ to 1, so that each branch keeps to itself.
+# Initial diagonal of H_res's logits. The weight of a branch's own entry is e⁸ times the others', so
+# H_res starts close to the identity.
 _OWN_BRANCH = 8.0
-# Branches that start alike stay alike up to rounding, and differ from mesh to mesh by that noise;
-# so they start as weights of the mean that differ by this much (relative, largest).
+# Largest relative difference of the initial H_pre weights from their mean. Branches with equal
+# weights would stay equal up to rounding, and the rounding differs between meshes.
 _SPREAD = 0.1
-# Rows of H_res whose logits all lie below are lifted to it: the gradient divides by the square of
-# their sum, and float32 ends at e^−87.
+# If all logits of a row of H_res are below this value, they are raised to it. The gradient divides
+# by the square of the row's sum, and the smallest normal float32 is e^−87.
 _LEAST_LOGIT = -40.0
 
 
@@ -36,8 +38,9 @@ class HyperConnectionsConfig:
 
     Attributes:
         branches: residual branches M.
-        sinkhorn_iterations: normalizations of columns and rows, each, that make H_res.
-        scale: start of the scalars that weigh what depends on x; 0 is the plain residual network.
+        sinkhorn_iterations: Sinkhorn iterations of H_res; each normalizes columns, then rows.
+        scale: initial factor of the part of the mappings that depends on x; 0 is the plain residual
+            network.
         norm_epsilon: epsilon of the norm over all branches.
     """
 
@@ -49,20 +52,20 @@ class HyperConnectionsConfig:
     def __post_init__(self) -> None:
         if self.branches < 2:
             raise InputError(
-                f"hyper_connections.branches is {self.branches}; a plain residual stream is a "
-                "model without hyper-connections, and they need at least 2."
+                f"hyper_connections.branches is {self.branches}; it must be at least 2. For one "
+                "residual stream, use a model without hyper-connections."
             )
         if self.sinkhorn_iterations < 1:
             raise InputError("hyper_connections.sinkhorn_iterations must be at least 1.")
 
 
 class Mappings(NamedTuple):
-    """What a hyper-connection made of the residual stream, in float32.
+    """The mappings of a hyper-connection for one residual stream, in float32.
 
     Attributes:
-        pre: H_pre, the weights a layer reads the branches with.
-        post: H_post, the weights it writes to them with.
-        mix: H_res; entry (m, n) is what branch m takes of branch n.
+        pre: H_pre, the weights with which a layer reads the branches.
+        post: H_post, the weights with which it writes to them.
+        mix: H_res; entry (m, n) is the weight of branch n in the new branch m.
     """
 
     pre: Float[Array, "B T M"]
@@ -71,21 +74,24 @@ class Mappings(NamedTuple):
 
 
 def read(x: Float[Array, "B T M D"], mappings: Mappings | None) -> Float[Array, "B T D"]:
-    """H_pre x, what a layer sees of the stream; without mappings, the only branch."""
+    """H_pre x, the input of a layer; without mappings, the only branch."""
     if mappings is None:
         return x[:, :, 0]
-    weighed = mappings.pre[..., None] * x.astype(jnp.float32)
-    return jnp.sum(weighed, axis=2).astype(x.dtype)
+    weighted = mappings.pre[..., None] * x.astype(jnp.float32)
+    return jnp.sum(weighted, axis=2).astype(x.dtype)
 
 
 def write(
     x: Float[Array, "B T M D"], y: Float[Array, "B T D"], mappings: Mappings | None
 ) -> Float[Array, "B T M D"]:
-    """H_res x + H_postᵀ ⊗ y, the stream after a layer that gave y; without mappings, x + y."""
+    """H_res x + H_postᵀ ⊗ y, the residual stream after a layer with output y.
+
+    Without mappings, x + y.
+    """
     if mappings is None:
         return x + y[:, :, None]
     wide = x.astype(jnp.float32)
-    # Not as a matrix product: M × M is too small for one, and this becomes a single pass.
+    # Not a matrix product: M × M is too small for one, and XLA fuses this sum into one pass.
     mixed = sum(
         mappings.mix[:, :, :, branch, None] * wide[:, :, None, branch]
         for branch in range(x.shape[2])
@@ -97,9 +103,9 @@ def write(
 class HyperConnection(nnx.Module):
     """The mappings of one layer.
 
-    At the start H_pre is nearly the mean of the branches, H_post is 1 and H_res the identity, so
-    that a network whose branches start as copies of the embedding is an ordinary residual one: to
-    rounding at scale 0.
+    Initially H_pre is nearly the mean of the branches, H_post is 1 and H_res is nearly the
+    identity. All branches start as copies of the embedding. So the network starts as a plain
+    residual network, and at scale 0 it equals one up to rounding.
 
     Args:
         width: model width D.
@@ -123,7 +129,7 @@ class HyperConnection(nnx.Module):
     def __call__(self, x: Float[Array, "B T M D"]) -> Mappings:
         """The mappings for a residual stream."""
         branches, width = x.shape[2:]
-        # The norm is over all branches together; it scales what is projected, so it can come last.
+        # One norm over all branches. It is a factor per token, so it is applied after projecting.
         square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(2, 3)) / (branches * width)
         norm = jax.lax.rsqrt(square + self.config.norm_epsilon)
         projected = jnp.einsum(
@@ -148,29 +154,30 @@ class HyperConnection(nnx.Module):
 
 
 def sinkhorn(logits: Float[Array, "*batch M M"], iterations: int) -> Float[Array, "*batch M M"]:
-    """exp(logits), brought near a doubly stochastic matrix by normalizing columns, then rows.
+    """An approximately doubly stochastic matrix from exp(logits), by Sinkhorn's iterations.
 
-    Ends on rows, which sum to 1; `column_error` says how far columns are from that.
+    Each iteration normalizes columns, then rows. So the rows of the result sum to 1, and
+    `column_error` measures the error of the columns.
     """
 
     def normalize_both(matrix: Array, _: None) -> tuple[Array, None]:
         matrix = matrix / jnp.sum(matrix, axis=0, keepdims=True)
         return matrix / jnp.sum(matrix, axis=1, keepdims=True), None
 
-    # A factor of a column or of a row does not change the matrix that the iterations tend to. So
-    # the largest entry of every column becomes 1, and a row that would vanish is lifted. Nor is
-    # there a gradient through factors; that of a maximum divides by how many entries equal it,
-    # which is 0 where a recomputed entry is rounded otherwise: NaN.
+    # Scaling a column or a row does not change the limit of the iterations. So every column is
+    # scaled to a largest entry of 1, and a row that would underflow is scaled up. The factors have
+    # no gradient: the gradient of a maximum divides by the number of entries equal to it. If
+    # recomputation rounds differently, that number can be 0, and the gradient NaN.
     factors = jax.lax.stop_gradient(logits)
     columns = jnp.max(factors, axis=-2, keepdims=True)
     rows = jnp.max(factors - columns, axis=-1, keepdims=True)
     logits -= columns + jnp.minimum(rows - _LEAST_LOGIT, 0)
-    # Tokens last: a TPU would pad every M × M matrix to a tile of 1,024 numbers.
+    # Token axes last. Otherwise a TPU pads every M × M matrix to a tile of 1,024 numbers.
     matrix = jnp.moveaxis(jnp.exp(logits), (-2, -1), (0, 1))
     matrix, _ = jax.lax.scan(normalize_both, matrix, length=iterations)
     return jnp.moveaxis(matrix, (0, 1), (-2, -1))
 
 
 def column_error(mix: Float[Array, "*batch M M"]) -> Float[Array, ""]:
-    """How far a column sum of H_res lies from 1, at most."""
+    """The largest error of a column sum of H_res: max |sum − 1|."""
     return jnp.max(jnp.abs(jnp.sum(mix, axis=-2) - 1))

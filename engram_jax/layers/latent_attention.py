@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, §2.1) over packed documents.
 
-Keys and values are read from one narrow latent per position, c = RMSNorm(x·down), so that c and one
-rotated key, which all heads share, are all that a decoder has to keep:
+Keys and values are computed from one narrow latent per position, c = RMSNorm(x·down). So a decoder
+caches only c and one rotated key, which all heads share:
 
     keyₕ = [c·key_upₕ ; rotary key],  valueₕ = c·value_upₕ    (equations 9 to 19)
 """
@@ -29,15 +29,15 @@ class LatentAttentionConfig:
 
     Attributes:
         heads: heads Q.
-        query_rank: width I that queries are compressed to; 0: they are not.
-        latent_width: width Y of the latent that keys and values are read from.
-        head_width: width P of a head's query and key that knows no position.
-        rotary_width: width Z of the part that is rotated; its key is shared by all heads.
+        query_rank: width I of compressed queries; 0: queries are not compressed.
+        latent_width: width Y of the latent, from which keys and values are computed.
+        head_width: width P of the part of a head's query and key without rotary positions.
+        rotary_width: width Z of the part with rotary positions; all heads share its key.
         value_width: width O of a head's value.
         theta: base of the rotary frequencies.
-        yarn: stretches the frequencies for longer documents; None leaves them.
-        implementation: "xla" anywhere, "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPU; None
-            picks by device.
+        yarn: extension to longer documents; None: plain rotary frequencies.
+        implementation: "xla" on any device, "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPU;
+            None chooses by device (see `attention.attend`).
     """
 
     heads: int = 32
@@ -58,7 +58,7 @@ class LatentAttentionConfig:
             )
         if self.query_rank < 0:
             raise InputError(
-                f"query_rank {self.query_rank} is negative; 0 leaves queries uncompressed."
+                f"query_rank {self.query_rank} is negative; 0 means uncompressed queries."
             )
         if self.rotary_width % 2:
             raise InputError(
@@ -69,17 +69,17 @@ class LatentAttentionConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """What scores are multiplied by: 1/√(P+Z), times YaRN's factor."""
+        """The factor on the scores: 1/√(P+Z), times YaRN's factor."""
         factor = self.yarn.softmax_factor if self.yarn else 1.0
         return factor / math.sqrt(self.head_width + self.rotary_width)
 
 
 class Latent(NamedTuple):
-    """What attention keeps of the positions it has seen.
+    """What attention caches of every position.
 
     Attributes:
-        content: the normalized latent, which keys and values are read from.
-        rotary_key: the key that all heads share, rotated to its position.
+        content: the normalized latent, from which keys and values are computed.
+        rotary_key: the rotated key that all heads share.
     """
 
     content: Float[Array, "B T Y"]
@@ -87,12 +87,12 @@ class Latent(NamedTuple):
 
 
 class LatentAttention(nnx.Module):
-    """Causal attention to latents; a document sees itself alone.
+    """Causal multi-head latent attention, within documents.
 
     Args:
         width: model width D.
         config: sizes.
-        norm_epsilon: added to the mean square in the norms of latent and compressed query.
+        norm_epsilon: epsilon of the norms of the latent and of the compressed query.
         dtype: dtype of the computation; parameters are float32.
         rngs: random streams.
     """
@@ -119,7 +119,7 @@ class LatentAttention(nnx.Module):
         self.latent_norm = RMSNorm(latent_width, epsilon=norm_epsilon)
         self.key_up = draw(latent_width, heads, config.head_width)
         self.value_up = draw(latent_width, heads, config.value_width)
-        # Zero at the start, as every layer's way into the residual stream: see `Decoder`.
+        # The output matrix of every layer is initialized to zero: see `Decoder`.
         out = jnp.zeros((heads, config.value_width, width))
         self.out = nnx.Param(out, role=Matrix(inputs=2))
         self.config = config
@@ -131,7 +131,7 @@ class LatentAttention(nnx.Module):
         segments: Int32[Array, "B T"],
         positions: Int32[Array, "B T"],
     ) -> Float[Array, "B T D"]:
-        """Attends within documents.
+        """Attends to earlier positions of the same document.
 
         Args:
             x: normalized hidden states.
@@ -150,7 +150,7 @@ class LatentAttention(nnx.Module):
         return jnp.einsum("btqo,qod->btd", mixed, self.out.astype(self.dtype))
 
     def compress(self, x: Float[Array, "B T D"], positions: Int32[Array, "B T"]) -> Latent:
-        """The latents of hidden states, with which later positions can attend to these.
+        """The latents of hidden states, to be cached for later positions.
 
         Args:
             x: normalized hidden states.
@@ -168,16 +168,16 @@ class LatentAttention(nnx.Module):
         cache: Latent,
         seen: Bool[Array, "B T cached"],
     ) -> Float[Array, "B T D"]:
-        """Attends to latents kept from earlier calls, without making keys and values of them.
+        """Attends to cached latents, without computing their keys and values.
 
-        Queries go through key_up instead, and mixed latents through value_up: cheaper for a few
-        positions, dearer for a whole row.
+        The queries are multiplied by key_up instead, and the weighted sum of latents by value_up.
+        This is cheaper for a few new positions, but more expensive for a complete row.
 
         Args:
             x: normalized hidden states of the new positions.
             positions: their positions within their documents.
-            cache: latents of [B, cached] positions; those of x have to be among them.
-            seen: which of them each new position attends to: at least one.
+            cache: latents of [B, cached] positions, which include the new ones.
+            seen: which cached positions each new position attends to; at least one.
         """
         dtype = self.dtype
         query, rotary_query = self._queries(x, positions)
@@ -194,7 +194,7 @@ class LatentAttention(nnx.Module):
     def _queries(
         self, x: Float[Array, "B T D"], positions: Int32[Array, "B T"]
     ) -> tuple[Float[Array, "B T Q P"], Float[Array, "B T Q Z"]]:
-        """Every head's query: the part that knows no position, and the rotated part."""
+        """Every head's query: the part without rotary positions, and the rotated part."""
         config = self.config
         if config.query_rank:
             x = self.query_norm(x @ self.query_down.astype(self.dtype))

@@ -1,12 +1,13 @@
-"""DeepSeekMoE: a few of many small experts for every token, and shared ones for all.
+"""DeepSeekMoE: each token uses a few of many small experts, and all shared experts.
 
 y_t = Shared(x_t) + Σ_{e chosen by t} w_te · Expert_e(x_t)   (arXiv 2401.06066, without residual)
 
-Affinities are s_te = σ(x_t · router_e), and w_te is s_te over the sum of those chosen (DeepSeek-V3,
-arXiv 2412.19437). A token chooses the largest s_te + bias_e. The bias is no parameter: it moves
-against each expert's load after every step, instead of an auxiliary loss (arXiv 2408.15664).
+Affinities are s_te = σ(x_t · router_e), and w_te is s_te divided by the sum over the chosen experts
+(DeepSeek-V3, arXiv 2412.19437). A token chooses the experts with the largest s_te + bias_e. The
+bias is not a trained parameter. After every step it is raised for experts with a low load and
+lowered for others, which replaces an auxiliary loss (arXiv 2408.15664).
 
-Every chosen expert is computed: nothing is dropped, whatever the load.
+Every chosen expert is computed. No token is dropped at any load.
 """
 
 import math
@@ -33,8 +34,8 @@ from engram_jax.parameters import Matrix
 from engram_jax.sharding import spec_axes, split_axes
 from engram_jax.typing import PyTree
 
-# Rows of one round, relative to what a device has to compute when experts are equally loaded.
-_ROOM = 1.25
+# Capacity of one round, relative to a device's number of pairs when all experts have equal load.
+_CAPACITY_FACTOR = 1.25
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class ExpertsConfig:
 
     Attributes:
         routed: experts X that tokens choose from.
-        shared: experts that every token has besides.
-        active: routed experts that a token chooses.
+        shared: additional experts that every token uses.
+        active: routed experts that each token chooses.
         width: inner width W of one expert.
-        leading_dense: first blocks of a model that have a dense feed-forward layer instead.
-        multiple: as many experts are stored as make a multiple of this, to be dealt evenly over a
-            mesh axis; what is too many is never chosen.
-        balance_rate: what a step adds to the bias of an expert of too little load, or takes.
-        implementation: "ragged" or "blocks", see `block_size`; None picks by device.
+        leading_dense: number of first blocks that have a dense feed-forward layer instead.
+        multiple: the number of stored experts is rounded up to a multiple of this, so that a mesh
+            axis can divide it; the added experts are never chosen.
+        balance_rate: how much a step changes the bias of an expert (see `balance`).
+        implementation: "ragged" or "blocks" (see `block_size`); None chooses by device.
     """
 
     routed: int = 72
@@ -67,15 +68,15 @@ class ExpertsConfig:
             raise InputError("routed, shared, active, width and multiple must be at least 1.")
         if self.active > self.routed:
             raise InputError(
-                f"A token cannot choose {self.active} of {self.routed} experts; choose active up "
-                "to routed."
+                f"A token cannot choose {self.active} of {self.routed} experts; active must be at "
+                "most routed."
             )
         if self.leading_dense < 0 or self.balance_rate < 0:
             raise InputError("leading_dense and balance_rate must not be negative.")
 
     @property
     def stored(self) -> int:
-        """Experts that parameters are made for."""
+        """Number of experts that have parameters, including those never chosen."""
         return -(-self.routed // self.multiple) * self.multiple
 
 
@@ -100,7 +101,7 @@ class MixtureOfExperts(nnx.Module):
         )
         self.gate = nnx.Param(init(rngs.params(), into), role=role)
         self.up = nnx.Param(init(rngs.params(), into), role=role)
-        # Zero at the start, as every layer's way into the residual stream: see `Decoder`.
+        # The output matrix of every layer is initialized to zero: see `Decoder`.
         self.down = nnx.Param(jnp.zeros(out), role=role)
         self.shared = FeedForward(width, config.shared * config.width, dtype=dtype, rngs=rngs)
         self.config = config
@@ -109,36 +110,36 @@ class MixtureOfExperts(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], bias: Float[Array, "X"]
     ) -> tuple[Float[Array, "B T D"], Int32[Array, "X"]]:
-        """Applies to every position its experts.
+        """Applies each position's experts to it.
 
         Args:
             x: normalized hidden states.
-            bias: of every routed expert, added to its affinity where a token chooses; see
-                `balance`.
+            bias: of every routed expert; added to the affinities when tokens choose (see
+                `balance`).
 
         Returns:
-            The output, and how many tokens of all devices chose each expert.
+            The output, and the load of every expert: how many tokens of all devices chose it.
 
         Raises:
-            InputError: the stored experts do not divide over the mesh axis "expert".
+            InputError: the mesh axis "expert" does not divide the number of stored experts.
         """
         mesh = jax.sharding.get_abstract_mesh()
         shards = mesh.shape.get("expert", 1)
         if self.config.stored % shards:
             raise InputError(
-                f"{self.config.stored} stored experts cannot be dealt to {shards} devices; set "
-                f"experts.multiple to {shards} or a multiple of it."
+                f"{self.config.stored} stored experts cannot be split evenly over {shards} "
+                f"devices; set experts.multiple to {shards} or a multiple of it."
             )
         stacks = tuple(w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
         apply = partial(_apply, config=self.config)
         if not mesh.empty:
             spec = jax.typeof(x).sharding.spec
             name = "expert" if "expert" in mesh.shape else None
-            dealt = jax.P(name, reduced=set(split_axes(x)) - {name})
-            stacks = jax.sharding.reshard(stacks, dealt)
+            stack_spec = jax.P(name, reduced=set(split_axes(x)) - {name})
+            stacks = jax.sharding.reshard(stacks, stack_spec)
             apply = jax.shard_map(
                 partial(apply, shards=shards, axes=spec_axes(spec)),
-                in_specs=(spec, jax.P(), jax.P(), dealt),
+                in_specs=(spec, jax.P(), jax.P(), stack_spec),
                 out_specs=(spec, jax.P()),
             )
         y, load = apply(x, self.router[...], bias, stacks)
@@ -146,7 +147,7 @@ class MixtureOfExperts(nnx.Module):
 
 
 def balance(bias: Float[Array, "X"], load: Int32[Array, "X"], rate: float) -> Float[Array, "X"]:
-    """Moves the bias of every expert by the rate, up where its load is below the mean.
+    """The next bias: plus `rate` for a load below the mean, minus `rate` for a load above it.
 
     Algorithm 1 of arXiv 2408.15664.
     """
@@ -162,20 +163,21 @@ def route(
 ) -> tuple[Int32[Array, "tokens active"], Float[Array, "tokens active"]]:
     """The experts that every token chooses, and their weights, which sum to 1.
 
-    An only expert weighs as much as its affinity, or else the router would never learn.
+    If `active` is 1, the weight is the affinity itself. A constant weight of 1 would give the
+    router no gradient.
 
     Args:
         x: hidden states; affinities are computed in float32.
-        router: the direction of every expert.
-        bias: only chooses: it has no share in the weights, and no gradient.
+        router: one column per expert.
+        bias: affects only which experts are chosen, not the weights. It has no gradient.
         active: experts per token.
     """
     logits = jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
     _, chosen = jax.lax.top_k(jax.lax.stop_gradient(jax.nn.sigmoid(logits) + bias[None]), active)
-    # By a product, whose gradient is one too; that of a gather would be a scatter.
+    # As a product, whose gradient is also a product. The gradient of a gather would be a scatter.
     is_chosen = jax.nn.one_hot(chosen, router.shape[1])
     log_affinity = jax.nn.log_sigmoid(jnp.sum(is_chosen * logits[:, None], axis=2))
-    # Affinities over their sum, also where float32 would have them vanish.
+    # Affinities divided by their sum, from logarithms, which also works where affinities underflow.
     return chosen, jnp.exp(log_affinity) if active == 1 else jax.nn.softmax(log_affinity, axis=1)
 
 
@@ -189,7 +191,10 @@ def _apply(
     shards: int = 1,
     axes: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "B T D"], Int32[Array, "X"]]:
-    """The routed experts on one device, its own among the `shards`; `axes` of the mesh split x."""
+    """The routed experts on one device, which stores 1/`shards` of them.
+
+    `axes` are the mesh axes over which x is split.
+    """
     tokens = x.reshape(-1, x.shape[2])
     chosen, weights = route(tokens, router, bias, config.active)
     load = _count(chosen.reshape(-1), config.routed)
@@ -204,9 +209,9 @@ def _apply(
         y = _mix(ranking, (tokens, weights, stacks), capacity=pairs, block=block)
         return y.astype(x.dtype).reshape(x.shape), load
 
-    # Every device of the group sees all tokens of the group: S−1 times its own arrive. Sending a
-    # token to its k experts alone would take about k·(S−1)/S, which is no less for S ≤ k, and needs
-    # slots that overflow.
+    # Every device receives all tokens of its expert-parallel group of S devices: S−1 times as many
+    # as its own. Sending each token only to the devices of its k experts would transfer about
+    # k·(S−1)/S times as many. That is not less for S ≤ k, and needs buffers that can overflow.
     if split := "expert" in axes:
         gather = partial(jax.lax.all_gather, axis_name="expert", tiled=True)
         tokens, chosen, weights = gather(tokens), gather(chosen), gather(weights)
@@ -216,23 +221,23 @@ def _apply(
     ranking = _rank(jnp.where((own >= 0) & (own < experts), own, experts), experts)
 
     most = len(tokens) * min(config.active, experts)
-    capacity = min(most, math.ceil(_ROOM * chosen.size / shards))
+    capacity = min(most, math.ceil(_CAPACITY_FACTOR * chosen.size / shards))
     mix = partial(_mix, capacity=capacity, block=block_size(capacity, experts, implementation))
-    # Summed in float32 on a device, and in the dtype of x over the at most k devices that have a
-    # token's experts: half the bytes on the way.
+    # Each device sums in float32. The sum over devices, at most k of which have a token's experts,
+    # is in the dtype of x: in bfloat16 that halves the bytes sent.
     y = _sum_rounds(mix, ranking, (tokens, weights, stacks), capacity).astype(x.dtype)
     y = jax.lax.psum_scatter(y, "expert", tiled=True) if split else jax.lax.psum(y, "expert")
     return y.reshape(x.shape), load
 
 
 class _Ranking(NamedTuple):
-    """Pairs of a token and an expert it chose, ordered by the expert.
+    """The pairs of a token and an expert that it chose, sorted by expert.
 
     Attributes:
-        expert: of every pair; X: none of this device.
-        order: pairs, those of the first expert first.
-        rank: the inverse: where in that order every pair stands.
-        ends: where in that order every expert's pairs end.
+        expert: the expert of every pair; X if another device stores it.
+        order: the numbers of the pairs, sorted by expert.
+        rank: the inverse permutation: the place of every pair in `order`.
+        ends: the end of every expert's pairs in `order`.
     """
 
     expert: Int32[Array, "tokens active"]
@@ -242,12 +247,12 @@ class _Ranking(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where the pairs of a round lie among the rows that experts compute.
+    """The rows that the experts compute in one round, and the pairs in them.
 
     Attributes:
-        sizes: rows of every expert, whole blocks.
-        pair_of_row: the pair of every row; the number of pairs, if a row has none.
-        row_of_pair: the row of every pair; the number of rows, if the pair is of another round.
+        sizes: number of rows of every expert, a multiple of the block size.
+        pair_of_row: the pair of every row; the number of pairs if the row is padding.
+        row_of_pair: the row of every pair; the number of rows if the pair is not in this round.
     """
 
     sizes: Int32[Array, "X"]
@@ -257,7 +262,8 @@ class _Layout(NamedTuple):
 
 def _rank(expert: Int32[Array, "tokens active"], experts: int) -> _Ranking:
     flat = expert.reshape(-1)
-    # No matter which of one expert's pairs comes first; stable sorts compile twice as long on TPU.
+    # The order among one expert's pairs does not matter, and a stable sort takes twice as long to
+    # compile on TPU.
     order = jnp.argsort(flat, stable=False)
     rank = jnp.argsort(order, stable=False).reshape(expert.shape)
     return _Ranking(expert, order, rank, jnp.cumsum(_count(flat, experts)))
@@ -270,13 +276,13 @@ def _count(values: Int32[Array, "pairs"], bound: int) -> Int32[Array, "X"]:
 def _lay_out(
     ranking: _Ranking, first: int | Int32[Array, ""], capacity: int, block: int | None
 ) -> _Layout:
-    """Rows for `capacity` pairs of the order from the `first` on; each expert begins a block."""
+    """The rows for pairs `first` to `first + capacity` of the order; each expert starts a block."""
     experts, pairs, unit = len(ranking.ends), len(ranking.order), block or 1
     ends = jnp.clip(ranking.ends - first, 0, capacity)
     begins = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
     sizes = (ends - begins + unit - 1) // unit * unit
     last_rows = jnp.cumsum(sizes)
-    # What an expert's rows are behind its pairs in the order.
+    # Difference between an expert's first row and the place of its first pair.
     shift = last_rows - sizes - begins
 
     rows = padded_rows(capacity, experts, block)
@@ -304,10 +310,10 @@ def _mix(
 
     Args:
         ranking: of all pairs.
-        inputs: tokens, weights of their pairs, and the experts' gate, up and down.
+        inputs: tokens, weights of their pairs, and the experts' gate, up and down matrices.
         index: number of the round.
         capacity: pairs of one round.
-        block: of `block_size`.
+        block: result of `block_size`.
     """
     tokens, weights, (gate, up, down) = inputs
     layout = _lay_out(ranking, index * capacity, capacity, block)
@@ -317,13 +323,13 @@ def _mix(
     return _combine(multiply(hidden, down), weights, layout)
 
 
-# Both of these read by number in both directions. Left to itself, the gradient of a gather is a
-# scatter-add of rows, which accelerators do one by one.
+# Both functions below are gathers in the forward and in the backward pass. JAX's own gradient of a
+# gather is a scatter-add, which accelerators compute row by row.
 
 
 @jax.custom_vjp
 def _spread(tokens: Float[Array, "tokens D"], layout: _Layout) -> Float[Array, "rows D"]:
-    """The token of every row; zeros where there is none."""
+    """The token of every row; zeros for padding."""
     active = layout.row_of_pair.shape[1]
     return _take(tokens, layout.pair_of_row // active)
 
@@ -347,7 +353,8 @@ def _combine(
         row_of_pair, weights = pairs
         return jnp.sum(weights[:, None] * _take(rows, row_of_pair).astype(jnp.float32), axis=0)
 
-    # An expert-parallel group has many times the pairs that one device has rows: part by part.
+    # An expert-parallel group has many times more pairs than a device has rows. So the sum runs in
+    # parts, to bound memory.
     pairs = (layout.row_of_pair, weights)
     parts = math.ceil(weights.size / len(rows))
     if parts == 1:
@@ -383,12 +390,12 @@ def _take(values: Float[Array, "n *rest"], numbers: Int32[Array, "..."]) -> Arra
 def _sum_rounds(
     mix: Callable[..., Array], ranking: _Ranking, inputs: PyTree, capacity: int
 ) -> Float[Array, "tokens D"]:
-    """Σ mix over as many rounds as this device's pairs fill; one, unless load is skewed.
+    """Σ mix over the rounds that this device's pairs need: one round, unless the load is uneven.
 
-    Devices count their own rounds, hence no collective may be within. The backward pass keeps the
-    inputs alone and computes every round anew; gradients of rounds are added in their own dtype.
-    (Reverse mode of a `scan` over all rounds there might be would add a zero gradient of all
-    experts for every round that is not.)
+    Each device runs its own number of rounds, so `mix` must not contain a collective. The backward
+    pass keeps only the inputs and recomputes every round. Gradients of rounds are added in their
+    own dtype. (A `scan` over the largest possible number of rounds would, in reverse mode, add a
+    zero gradient of all experts for every unused round.)
     """
 
     @jax.custom_vjp

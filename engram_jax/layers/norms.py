@@ -33,5 +33,5 @@ class RMSNorm(nnx.Module):
         return (normalize(x, self.epsilon) * gain).astype(x.dtype)
 
     def scale(self) -> Float[Array, "*shape"]:
-        """What the normalized channels are multiplied by."""
+        """The factor of every normalized channel."""
         return self.gain + 1 if self.zero_centered else self.gain[...]

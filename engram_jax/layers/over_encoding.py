@@ -1,7 +1,7 @@
-"""OverEncoding, the baseline: n-gram embeddings averaged into the input embedding.
+"""OverEncoding, a baseline: n-gram embeddings are averaged with the input embedding.
 
-After arXiv 2501.16975, as the Engram paper compares with it (§3.2): no gate, no context, and at
-the input alone.
+From arXiv 2501.16975, in the version that the Engram paper compares with (§3.2). It has no gate and
+does not use the context. It applies to the input embedding only.
 """
 
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class OverEncoding(nnx.Module):
     def __call__(
         self, embedding: Float[Array, "B T D"], memory: Float[Array, "B T E"] | None
     ) -> Float[Array, "B T D"]:
-        """Averages the N embeddings of every position; without memory, N−1 of them are zero."""
+        """Averages the N embeddings of every position. Without memory, N−1 of them are zero."""
         orders = self.projection.shape[0]
         if memory is None:
             return embedding / (1 + orders)

@@ -1,4 +1,4 @@
-"""Gate the memory into the residual branches, with a short convolution (paper eqs. 4–5)."""
+"""The gate of the memory and the short convolution of an Engram layer (paper eqs. 4–5)."""
 
 from pallas_kernels.gated_fusion.api import FusionImplementation as FusionImplementation
 from pallas_kernels.gated_fusion.api import fuse as fuse

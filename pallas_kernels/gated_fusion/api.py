@@ -1,4 +1,4 @@
-"""The door to the fusion's implementations."""
+"""Dispatch to the implementations of the fusion."""
 
 from importlib import import_module
 from typing import Literal, get_args
@@ -24,32 +24,33 @@ def fuse(
     form: FusionForm,
     implementation: FusionImplementation | None = None,
 ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
-    """What to add to the residual branches, and the gates, in float32.
+    """Returns what to add to the residual branches, and the gates in float32.
 
-    Inside `jax.shard_map`, take check_vma=False: the backward pass gives a device's share.
+    Inside `jax.shard_map`, set check_vma=False, because the backward pass returns each device's
+    part of a gradient sum.
 
     Args:
         hidden: the residual branches.
         key: the memory's keys.
         value: the memory's value, shared by the branches.
-        gain: the gain of the key norm times that of the query norm, which only enter together.
-        taps: of the convolution, the last for the current token, times the gain of its norm; None:
-            there is no convolution.
-        segments: document number of every position; None: a row is one document. A tap reads zero
-            in another document, and before the row.
-        token_mask: False where the gate is closed.
+        gain: the gain of the key norm times the gain of the query norm; only the product matters.
+        taps: taps of the convolution, times the gain of its norm; the last tap is for the current
+            token. None: no convolution.
+        segments: document number of every position; None: each row of the batch is one document. A
+            tap reads zero in another document, and before the start of the row.
+        token_mask: False at tokens whose gate is 0.
         form: the constants.
         implementation: None is "xla".
 
     Raises:
-        ValueError: an implementation that does not exist, or does not take these sizes.
+        ValueError: the implementation does not exist, or does not support these sizes.
     """
     name = implementation or "xla"
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"There is no fusion {name!r}; there are {', '.join(IMPLEMENTATIONS)}.")
+        raise ValueError(f"There is no fusion {name!r}; choose from {', '.join(IMPLEMENTATIONS)}.")
     if taps is not None and len(taps) > MOST_TAPS:
-        raise ValueError(f"The convolution has {len(taps)} taps; it may have {MOST_TAPS}.")
-    # Imported when asked for: Pallas for GPU changes from one version of JAX to the next.
+        raise ValueError(f"The convolution has {len(taps)} taps; at most {MOST_TAPS} are possible.")
+    # Imported on demand, because the API of Pallas for GPU differs between versions of JAX.
     module = import_module(f"pallas_kernels.gated_fusion.{name}")
     fused: tuple[Array, Array] = module.fuse(
         hidden, key, value, gain, taps, segments, token_mask, form

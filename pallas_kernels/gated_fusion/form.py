@@ -1,4 +1,4 @@
-"""What varies between the published forms of the fusion, and which taps of the convolution read."""
+"""Options of the fusion, and which taps of the convolution read which tokens."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-MOST_TAPS = 30  # a bit each in a token's flags
+MOST_TAPS = 30  # maximum number of taps: each needs one bit in a token's flags
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class FusionForm:
 
     Attributes:
         epsilon: added to the mean square of keys and queries.
-        signed_root: what the signed root of a zero score is: "sign" gives 0, "copysign" ±10⁻³.
-        dilation: distance of the convolution's taps in tokens.
-        convolution_epsilon: added to the mean square of what enters the convolution.
+        signed_root: the signed root of a zero score: 0 for "sign", ±10⁻³ for "copysign".
+        dilation: distance between the convolution's taps in tokens.
+        convolution_epsilon: added to the mean square of the convolution's input.
     """
 
     epsilon: float
@@ -52,7 +52,7 @@ def normalize(x: Float[Array, "*n D"], epsilon: float) -> Float[Array, "*n D"]:
 def tap_reads(
     segments: Int32[Array, "B T"] | None, length: int, distance: int
 ) -> Bool[Array, "#B T"]:
-    """Whether the token `distance` back is in the row and in the same document."""
+    """Whether the token `distance` before each token is in the same row and document."""
     there = jnp.arange(length) >= distance
     if segments is None or not distance:
         return there[None]
@@ -67,7 +67,7 @@ def token_flags(
     token_mask: Bool[Array, "B T"] | None,
     distances: tuple[int, ...],
 ) -> Int32[Array, "B T"]:
-    """For every token: bit 0, whether its gate may open; bit 1 + i, whether tap i reads."""
+    """Flags of every token. Bit 0: its gate is not masked. Bit 1 + i: tap i reads a token."""
     alive = jnp.ones((1, length), bool) if token_mask is None else token_mask
     reads = [tap_reads(segments, length, distance) for distance in distances]
     flags = sum(bit.astype(jnp.int32) << i for i, bit in enumerate([alive, *reads]))
@@ -75,5 +75,5 @@ def token_flags(
 
 
 def no_gradients(*integers: Array | None) -> list[np.ndarray | None]:
-    """The cotangents of integers."""
+    """The cotangents of integer arguments."""
     return [None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in integers]

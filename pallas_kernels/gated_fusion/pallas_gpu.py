@@ -1,16 +1,16 @@
-"""The fusion on GPU, by Mosaic GPU: two kernels forward, two backward.
+"""The fusion on GPU, with Mosaic GPU: two kernels in each pass.
 
-Hidden states and keys only make the gate, and the gate, a number a token and branch, is all that
-the rest needs of them. So one kernel reads them and sums (`_sums_kernel`), and another reads the
-value and mixes (`_mix_kernel`); the backward pass mirrors both (`_unmix_kernel`, `_ungate_kernel`)
-and keeps the sums. What has branches and width is so read once in each pass; the value, which has
-no branches, once more by XLA for its mean square.
+Hidden states and keys affect the result only through the gate, one number per token and branch. So
+one kernel reads them and computes sums over channels (`_sums_kernel`), and another reads the value
+and computes the output (`_mix_kernel`). The backward pass has a counterpart of each
+(`_unmix_kernel`, `_ungate_kernel`) and reuses the sums. Thus each pass reads arrays with branches
+and channels once. XLA reads the value, which has no branches, once more for its mean square.
 
-Nothing but registers holds what a block works on, so its warps never wait for one another: a part
-of the channels lies as [4, W] over the four warps of a block, and sums over channels leave four
-numbers that XLA adds. The convolution reads every `dilation`-th token. A block walks along these
-alone and carries a window of them: forward the values that later tokens read, backward what earlier
-tokens are owed.
+A block keeps all of its data in registers, so that its warps need no synchronization. A part of the
+channels has shape [4, W] over the four warps of a block. A sum over channels gives four numbers,
+which XLA adds. The convolution reads every `dilation`-th token, so a block processes only such
+tokens, in order, and carries a window of them in registers: in the forward pass the values that
+later tokens read, in the backward pass gradients of earlier tokens.
 """
 
 import math
@@ -27,15 +27,15 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.gated_fusion.form import FusionForm, no_gradients, token_flags
 
-type Residuals = tuple[Any, ...]  # the arguments but the form, the gates, and what made them
-type Place = dict[str, Any]  # of a block in its grid
+type Residuals = tuple[Any, ...]  # the arguments except the form, gates, scores and their factors
+type Place = dict[str, Any]  # coordinates of a block in its grid, by axis name
 type Channels = Float[Array, "warps channels"]
 
 WARPS, LANES = 4, 32
-THREADS = WARPS * LANES  # of a block, each with up to four channels of a part
+THREADS = WARPS * LANES  # threads of a block, each with up to four channels of a part
 SUMMED = 8  # tokens of a block of `_sums_kernel`
 STRIP = 32  # tokens of a block of `_ungate_kernel`
-WALK = 32  # tokens that a block of the convolution walks along, after as many as the taps reach
+WALK = 32  # tokens of a block of `_mix_kernel` and `_unmix_kernel`, without those only read by taps
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -49,10 +49,10 @@ def fuse(
     token_mask: Bool[Array, "B T"] | None,
     form: FusionForm,
 ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
-    """What to add to the residual branches, and the gates.
+    """Returns what to add to the residual branches, and the gates.
 
     Raises:
-        ValueError: D is no multiple of 128.
+        ValueError: D is not a multiple of 128.
     """
     return _forward(hidden, key, value, gain, taps, segments, token_mask, form)[0]
 
@@ -70,7 +70,7 @@ def _forward(
     batch, length, branches, width = hidden.shape
     if width % THREADS:
         raise ValueError(
-            f"The GPU kernel needs a width that {THREADS} divides, not {width}; take the "
+            f"The GPU kernel needs a width that {THREADS} divides, not {width}; use the "
             "implementation 'xla'."
         )
     flags = _flags(hidden, taps, segments, token_mask, form)
@@ -97,7 +97,8 @@ def _backward(
     batch, length, branches, width = hidden.shape
     flags = _flags(hidden, taps, segments, token_mask, form)
     scale, size = _scale(gate, value, form)
-    # Half of what `_mix_kernel` takes: a block carries gradients of all branches and taps.
+    # Half as many channels as in `_mix_kernel`, because a block carries gradients of all branches
+    # and taps in registers.
     part, walk = _part(width, 256), _Walk(length, taps, form)
     parts = width // part
     by_part = _floats(batch, length, branches, parts, WARPS)
@@ -161,7 +162,7 @@ def _flags(
 def _scale(
     gate: Float[Array, "B T M"], value: Float[Array, "B T D"], form: FusionForm
 ) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"]]:
-    """c, with RMSNorm(αv) = c·v (see `xla`), and c / α."""
+    """c such that RMSNorm(αv) = c·v (see `xla`), and c / α."""
     mean_square = jnp.mean(value.astype(jnp.float32) ** 2, axis=-1)[..., None]
     size = jax.lax.rsqrt(gate**2 * mean_square + form.convolution_epsilon)
     return gate * size, size
@@ -173,7 +174,7 @@ def _score(
     gain: Float[Array, "M D"],
     form: FusionForm,
 ) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"], Float[Array, "B T M"]]:
-    """The score, and what normalizes queries and keys."""
+    """The score, and the factors that normalize queries and keys."""
     batch, length, branches, width = hidden.shape
     part = _part(width, 512)
     (sums,) = _launch(
@@ -197,12 +198,12 @@ def _like(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _part(width: int, most: int) -> int:
-    """Channels of a block: one, two or four a thread."""
+    """Channels of a block: one, two or four per thread."""
     return next(THREADS * n for n in (4, 2, 1) if THREADS * n <= most and not width % (THREADS * n))
 
 
 def _in_parts(x: Any, part: int) -> Any:
-    """An array, or what describes one, with its channels in parts, and these over the warps."""
+    """An array (or its shape) with the channels split into parts, and each part over the warps."""
     shape = (*x.shape[:-1], x.shape[-1] // part, WARPS, part // WARPS)
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, x.dtype)
@@ -216,10 +217,10 @@ def _in_parts_if(x: Array | None, part: int) -> list[Array]:
 def _launch(
     kernel: Any, inputs: list[Array], outputs: list[Any], grid: dict[str, int]
 ) -> list[Array]:
-    """Runs a kernel on a grid of blocks, which learn their place in it by name.
+    """Runs a kernel on a grid of blocks. The kernel gets its block's coordinates by axis name.
 
-    To CUDA they are one row of blocks: of all axes but the first it takes 65,535. (And a mesh axis
-    of the same name would hide an axis of the grid.)
+    The CUDA grid has only one axis, because CUDA limits the other axes to 65,535 blocks. (Its name
+    is unusual, because a mesh axis of the same name would hide it.)
     """
 
     def run(*refs: Any) -> None:
@@ -234,13 +235,13 @@ def _launch(
         out_type=outputs,
         grid=(math.prod(grid.values()),),
         grid_names=("block of the fusion",),
-        # Barriers are for memory that a block both reads and writes; there is none.
+        # Barriers are only needed for memory that a block both reads and writes. There is none.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
     )(*inputs)
 
 
 def _load(ref: Any, *index: Any) -> Channels:
-    """A part of the channels as it is stored."""
+    """Loads a part of the channels, in the stored dtype."""
     vector = ref.shape[-1] // LANES
     layout = plgpu.Layout.TILED(
         Tiling(((WARPS, LANES * vector), (vector,))),
@@ -252,12 +253,12 @@ def _load(ref: Any, *index: Any) -> Channels:
 
 
 def _load_float(ref: Any, *index: Any) -> Channels:
-    """A part of the channels, in float32."""
+    """Loads a part of the channels as float32."""
     return _load(ref, *index).astype(jnp.float32)
 
 
 def _store(ref: Any, x: Array, *index: Any) -> None:
-    """Stores channels, or what each warp has summed."""
+    """Stores channels, or one sum per warp."""
     if hasattr(plgpu, "store"):  # from JAX 0.12 on
         plgpu.store(ref.at[index], x, optimized=False)
     else:
@@ -267,7 +268,7 @@ def _store(ref: Any, x: Array, *index: Any) -> None:
 def _sums_kernel(
     at: Place, hidden: Any, key: Any, gain: Any, sums: Any, *, length: int, parts: int
 ) -> None:
-    """⟨gain·k, h⟩, ⟨h, h⟩ and ⟨k, k⟩ of each warp's channels."""
+    """⟨gain·k, h⟩, ⟨h, h⟩ and ⟨k, k⟩ over each warp's channels."""
     row, strip, branch = at["row"], at["strip"], at["branch"]
     weights = [_load_float(gain, branch, part) for part in range(parts)]
 
@@ -286,11 +287,14 @@ def _sums_kernel(
 
 
 class _Walk:
-    """How blocks walk along the tokens that a convolution joins: every `dilation`-th.
+    """The order in which blocks process tokens.
+
+    The convolution connects only tokens whose distance is a multiple of `dilation`. Such tokens
+    form a class, and a block processes consecutive tokens of one class.
 
     Args:
         length: tokens T.
-        taps: of the convolution; None: there is none.
+        taps: taps of the convolution; None: no convolution.
         form: the constants.
     """
 
@@ -301,7 +305,9 @@ class _Walk:
         self.blocks = self.stride * pl.cdiv(pl.cdiv(length, self.stride), WALK)
 
     def own(self, block: Any) -> tuple[Any, Any, Any, Any]:
-        """Of a block: first token of its class; begin, end and number of the class's tokens."""
+        """A block's class and range: the first token of the class; begin and end of the range, as
+        indices within the class; the number of tokens of the class.
+        """
         stride = jnp.int32(self.stride)
         first = jax.lax.rem(block, stride)
         count = jax.lax.div(self.length - first + stride - 1, stride)
@@ -309,12 +315,12 @@ class _Walk:
         return first, begin, jnp.clip(count, begin, begin + WALK), count
 
     def token(self, first: Any, index: Any) -> Any:
-        """A token of a class; where there is none, some token."""
+        """The token at an index of a class, clipped to valid tokens."""
         return jnp.clip(first + index * self.stride, 0, self.length - 1)
 
 
 class _Read(NamedTuple):
-    """What the convolution reads of a token.
+    """The convolution's input at a token.
 
     Attributes:
         value: v.
@@ -340,7 +346,7 @@ def _mix_kernel(
     walk: _Walk,
     branches: int,
 ) -> None:
-    """αv + SiLU(Conv(cv)), from the first token to the last."""
+    """Computes αv + SiLU(Conv(cv)), from the first token to the last."""
     taps, out = rest if walk.kernel else (None, *rest)
     row, part = at["row"], at["part"]
     first, begin, end, _ = walk.own(at["walk"])
@@ -352,7 +358,8 @@ def _mix_kernel(
 
     def visit(index: Any, carry: tuple) -> tuple:
         window, (gates, bits) = carry
-        # Read a step ahead, and before anything is written: no read can pass a write.
+        # Loads for the next step come before the stores of this one: the compiler does not move a
+        # load before a store.
         ahead = _read(value, scale, row, walk.token(first, index + 1), part), read_gates(index + 1)
         v, older, added = window[-1].value.astype(jnp.float32), _older(window, bits, walk), []
         for m in range(branches):
@@ -383,11 +390,11 @@ def _unmix_kernel(
     walk: _Walk,
     branches: int,
 ) -> None:
-    """From the last token to the first.
+    """The backward pass of `_mix_kernel`, from the last token to the first.
 
-    Every token sends what it owes to those that its taps read; `owed[m][d]` is for the token d
-    steps back, as far as later tokens know. The walk begins beyond the block's own tokens, where
-    the last of them is read for the last time.
+    Each token has gradients for the tokens that its taps read. `pending[m][d]` is their sum so far,
+    for branch m and the token d steps before the current one. The loop starts after the block's own
+    tokens, at the last token that reads one of them.
     """
     taps, (d_value, direct, *convolved) = (rest[0], rest[1:]) if walk.kernel else (None, rest)
     row, part = at["row"], at["part"]
@@ -401,13 +408,13 @@ def _unmix_kernel(
         return d_added, [gate[row, token, m] for m in all_branches], flags[row, token]
 
     def visit(own: bool, last: Any, step: Any, carry: tuple) -> tuple:
-        (window, (d_added, gates, bits)), owed, by_tap = carry
+        (window, (d_added, gates, bits)), pending, by_tap = carry
         index = last - step
-        # As in `_mix_kernel`.
+        # Loads before stores, as in `_mix_kernel`.
         oldest = _read(value, scale, row, walk.token(first, index - kernel), part)
         ahead = [oldest, *window[:-1]], read_back(index - 1)
         v, older = window[-1].value.astype(jnp.float32), _older(window, bits, walk)
-        d_v, sums, owed_next, by_tap_next = nothing, [], [], []
+        d_v, sums, pending_next, by_tap_next = nothing, [], [], []
         for m in range(branches):
             d = d_added[m].astype(jnp.float32)
             d_v += gates[m] * d
@@ -421,8 +428,8 @@ def _unmix_kernel(
                 _only_if(_reads(bits, tap), weight * d_mixed)
                 for tap, weight in enumerate(weights[m])
             ][::-1]
-            d_normed, *told = [a + b for a, b in zip(sent, [*owed[m], nothing], strict=True)]
-            owed_next.append(told)
+            d_normed, *others = [a + b for a, b in zip(sent, [*pending[m], nothing], strict=True)]
+            pending_next.append(others)
             if own:
                 d_v += window[-1].scales[m] * d_normed
                 sums[m].append(jnp.sum(d_normed * v, axis=1))
@@ -438,7 +445,7 @@ def _unmix_kernel(
             for m, own_sums in enumerate(sums):
                 for ref, x in zip((direct, *convolved[:1]), own_sums, strict=True):
                     _store(ref, x, row, token, m, part)
-        return ahead, owed_next, by_tap_next if own else by_tap
+        return ahead, pending_next, by_tap_next if own else by_tap
 
     def enter(last: Any) -> tuple:
         window = [
@@ -448,10 +455,10 @@ def _unmix_kernel(
         return window, read_back(last)
 
     convolving = range(branches if walk.kernel else 0)
-    owed = [[nothing] * (kernel - 1) for _ in convolving]
+    pending = [[nothing] * (kernel - 1) for _ in convolving]
     by_tap = [[nothing] * kernel for _ in convolving]
     beyond = jnp.minimum(end + kernel - 1, count)
-    carry = enter(beyond - 1), owed, by_tap
+    carry = enter(beyond - 1), pending, by_tap
     carry = jax.lax.fori_loop(0, beyond - end, partial(visit, False, beyond - 1), carry)
     *_, by_tap = jax.lax.fori_loop(0, end - begin, partial(visit, True, end - 1), carry)
     for m, totals in enumerate(by_tap):
@@ -473,7 +480,7 @@ def _ungate_kernel(
     *,
     length: int,
 ) -> None:
-    """The gradients of hidden states and keys, from numbers a token and branch."""
+    """The gradients of hidden states and keys, from numbers per token and branch."""
     row, strip, part, branch = at["row"], at["strip"], at["part"], at["branch"]
     weight = _load_float(gain, branch, part)
 
@@ -499,7 +506,7 @@ def _weights(taps: Any, walk: _Walk, branches: int, part: Any) -> list[list[Chan
 
 
 def _reads(bits: Any, tap: int) -> Any:
-    """Whether a token's tap reads."""
+    """Whether a token's tap reads a token."""
     return (bits >> (1 + tap) & 1) != 0
 
 
@@ -509,7 +516,7 @@ def _only_if(there: Bool[Array, ""], x: Channels) -> Channels:
 
 
 def _older(window: list[_Read], bits: Any, walk: _Walk) -> list[_Read]:
-    """What every tap reads, in float32; zero where it reads nothing, even if there is NaN."""
+    """The inputs that every tap reads, in float32. If it reads none: zero, even if v is NaN."""
     found = []
     for tap, (v, scales) in enumerate(window[: walk.kernel]):
         there = _reads(bits, tap)

@@ -1,11 +1,11 @@
-"""The fusion on TPU: one pass over tiles of tokens, with everything between in fast memory.
+"""The fusion on TPU: one pass over tiles of tokens, with all intermediate values in VMEM.
 
-A tile holds t tokens of one row of the batch, with all branches. The convolution of RMSNorm(αv) =
-c·v (see `xla`) reaches back over tiles: the last tokens of v and of c stay in scratch memory from
-one tile to the next, so every input is read once. The backward pass walks from the last tile to the
-first, keeps in scratch memory what the later tile's convolution sends back, and reads v and the
-gates of the few tokens before the tile a second time. Parameters get one gradient a row of the
-batch; XLA adds them up.
+A tile has t tokens of one row of the batch, with all branches. The convolution of RMSNorm(αv) = c·v
+(see `xla`) also reads tokens of the tile before. So the last tokens of v and c stay in scratch
+memory for the next tile, and every input is read once. The backward pass goes from the last tile to
+the first. It keeps in scratch memory the gradients that a later tile's convolution has for earlier
+tokens, and reads v and the gates of the few tokens before the tile a second time. The kernel writes
+one gradient of the parameters per row of the batch; XLA sums them.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.gated_fusion.form import FusionForm, no_gradients, token_flags
 
-type Residuals = tuple[Any, ...]  # the arguments but the form, and the gates
+type Residuals = tuple[Any, ...]  # the arguments except the form, and the gates
 
-VMEM = 32 * 2**20  # bytes a kernel may take; v5e, v5p, v6e and v7x have 64 MiB or more
-PACKED = 16  # tokens in a tile of bfloat16
-MOST_TOKENS = 512  # of a tile
+VMEM = 32 * 2**20  # bytes that a kernel may use; v5e, v5p, v6e and v7x have 64 MiB or more
+PACKED = 16  # tokens in a hardware tile of bfloat16
+MOST_TOKENS = 512  # maximum tokens of a tile
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -39,10 +39,10 @@ def fuse(
     token_mask: Bool[Array, "B T"] | None,
     form: FusionForm,
 ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
-    """What to add to the residual branches, and the gates.
+    """Returns what to add to the residual branches, and the gates.
 
     Raises:
-        ValueError: the taps reach so far back that no tile fits.
+        ValueError: the taps look so far back that no tile fits in VMEM.
     """
     tiles = _Tiles.of(hidden, taps, form, arrays=3)
     batch, length, branches, width = hidden.shape
@@ -143,7 +143,7 @@ def _backward(
 
 fuse.defvjp(_forward, _backward)
 
-# Under vmap: a kernel's grid has two axes, whose order matters.
+# For vmap: the order of the grid's two axes matters, so vmap must not add an axis to the grid.
 _one_by_one = jax.custom_batching.sequential_vmap
 _COMPILER_PARAMS = pltpu.CompilerParams(
     dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
@@ -152,13 +152,13 @@ _COMPILER_PARAMS = pltpu.CompilerParams(
 
 @dataclass(frozen=True)
 class _Tiles:
-    """How T is cut.
+    """The split of T into tiles.
 
     Attributes:
         size: tokens t of a tile.
         length: tokens T of a row of the batch.
-        distances: how far back the taps read, by tap; () without convolution.
-        halo: tokens that a tile keeps of its neighbor, at least the farthest distance.
+        distances: how many tokens back each tap reads; () without convolution.
+        halo: tokens that a tile keeps of its neighbor; at least the largest distance.
     """
 
     size: int
@@ -168,43 +168,50 @@ class _Tiles:
 
     @staticmethod
     def of(hidden: Array, taps: Array | None, form: FusionForm, arrays: int) -> "_Tiles":
-        """The largest tiles for which `arrays` arrays like `hidden` fit, twice, beside the rest."""
+        """The largest tiles with which `arrays` double-buffered arrays like `hidden` fit in VMEM.
+
+        Raises:
+            ValueError: not even the smallest tile fits.
+        """
         _, length, branches, width = hidden.shape
         distances = form.distances(0 if taps is None else len(taps))
         halo = -(-max((1, *distances)) // PACKED) * PACKED
         lanes = -(-width // 128) * 128
         branch = -(-branches // 4) * 4 * lanes
-        # Blocks in two buffers, float32 of one branch at a time, and what is kept for neighbors.
+        # Bytes per token: blocks in two buffers, and float32 values of one branch at a time. `kept`
+        # is for the halo and the parameters.
         token = 2 * arrays * branch * hidden.dtype.itemsize + 4 * branch + 16 * 4 * lanes
         kept = halo * (4 * branch + 16 * lanes) + 16 * (1 + len(distances)) * branch
         fit = (VMEM * 2 // 3 - kept) // token // halo * halo
         if fit < min(halo, length):
             raise ValueError(
-                f"Taps that reach {max(distances)} tokens back at {branches} branches of "
-                f"{width} channels do not fit the fast memory of a TPU; take the implementation "
-                "'xla'."
+                f"Taps that look {max(distances)} tokens back, with {branches} branches of "
+                f"{width} channels, do not fit in the VMEM of a TPU; use the implementation 'xla'."
             )
         size = min(fit, MOST_TOKENS // halo * halo or halo)
         return _Tiles(min(size, length), length, distances, halo)
 
     @property
     def count(self) -> int:
-        """Tiles of a row."""
+        """Number of tiles of a row."""
         return pl.cdiv(self.length, self.size)
 
     def place(self, step: Any, backward: bool) -> Any:
-        """Which tile a step of the grid works on."""
+        """The tile of a step of the grid."""
         return self.count - 1 - step if backward else step
 
     def spec(self, *shape: int, backward: bool = False) -> pl.BlockSpec:
-        """Tiles of an array [B, T, *shape]."""
+        """The block spec for tiles of an array [B, T, *shape]."""
         rest = (0,) * len(shape)
         return pl.BlockSpec(
             (1, self.size, *shape), lambda b, i: (b, self.place(i, backward), *rest)
         )
 
     def halo_spec(self, width: int) -> pl.BlockSpec:
-        """The tokens before the tile of an array [B, T, width]; those of the first mean nothing."""
+        """The block spec for the tokens before the tile, of an array [B, T, width].
+
+        Before the first tile, the block has values that must not be used.
+        """
         ratio = self.size // self.halo
 
         def index(b: Any, i: Any) -> tuple[Any, Any, int]:
@@ -231,7 +238,7 @@ def _forward_kernel(
     tiles: _Tiles,
     form: FusionForm,
 ) -> None:
-    """One tile; refs of inputs, outputs, scratch memory."""
+    """Forward pass of one tile. Arguments are refs: inputs, outputs, scratch memory."""
     taps, out, gates, old_value, old_scale = rest if tiles.distances else (None, *rest, None, None)
     size, halo = tiles.size, tiles.halo
     v = value[0].astype(jnp.float32)
@@ -268,7 +275,7 @@ def _backward_kernel(
     tiles: _Tiles,
     form: FusionForm,
 ) -> None:
-    """One tile; refs of inputs, outputs, scratch memory."""
+    """Backward pass of one tile. Arguments are refs: inputs, outputs, scratch memory."""
     size, halo, width = tiles.size, tiles.halo, value.shape[-1]
     halo_value: Any
     halo_gates: Any
@@ -352,7 +359,7 @@ def _backward_kernel(
 
 
 def _carry(ref: Any, to: int, start: int, halo: int) -> None:
-    """Moves the halo that the tile visited before left at `start` to `to`; zeros for the first."""
+    """Copies the halo of the previously visited tile from `start` to `to`; zeros for the first."""
     first = pl.program_id(1) == 0
     lead = (slice(None),) * (len(ref.shape) - 2)
 
@@ -373,7 +380,7 @@ def _branch(tile: Any, m: int) -> Float[Array, "t D"]:
 def _score(
     h: Float[Array, "t D"], k: Float[Array, "t D"], gain: Float[Array, "1 D"], form: FusionForm
 ) -> tuple[Float[Array, "t 1"], Float[Array, "t 1"], Float[Array, "t 1"]]:
-    """The score, and what normalizes queries and keys."""
+    """The score, and the factors that normalize queries and keys."""
     hidden_size = jax.lax.rsqrt(_mean_square(h) + form.epsilon)
     key_size = jax.lax.rsqrt(_mean_square(k) + form.epsilon)
     product = jnp.sum(gain * k * h, axis=1, keepdims=True)
@@ -383,12 +390,12 @@ def _score(
 def _older(
     flags: Int32[Array, "t 1"], old_value: Any, old_scale: Any, m: int, tiles: _Tiles
 ) -> list[Float[Array, "t D"]]:
-    """c·v as every tap reads it."""
+    """c·v of the tokens that every tap reads."""
     found = []
     for tap, distance in enumerate(tiles.distances):
         there = pl.ds(tiles.halo - distance, tiles.size)
         normed = old_scale[there, m : m + 1] * old_value[there, :]
-        # Zero where the tap reads nothing, even if another document has NaN.
+        # Zero if the tap reads no token, even if other documents have NaN.
         found.append(jnp.where(_bit(flags, 1 + tap), normed, 0))
     return found
 
@@ -402,7 +409,7 @@ def _mean_square(x: Float[Array, "t D"]) -> Float[Array, "t 1"]:
 
 
 def _valid(x: Array, tiles: _Tiles) -> Array:
-    """x with zeros at the tokens of the last tile that lie beyond T."""
+    """x with zeros at the tokens of the last tile that are outside T."""
     if not tiles.length % tiles.size:
         return x
     token = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)

@@ -1,4 +1,4 @@
-"""The definition of the fusion (paper eqs. 4–5), in float32; JAX derives its gradient."""
+"""The definition of the fusion (paper eqs. 4–5), in float32, differentiated by JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def fuse(
     token_mask: Bool[Array, "B T"] | None,
     form: FusionForm,
 ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
-    """What to add to the residual branches, and the gates."""
+    """Returns what to add to the residual branches, and the gates."""
     dtype, (_, length, _, width) = hidden.dtype, hidden.shape
     hidden, key, value = (x.astype(jnp.float32) for x in (hidden, key, value))
     query, key = normalize(hidden, form.epsilon), normalize(key, form.epsilon)

@@ -1,8 +1,8 @@
-"""The fusion for XLA to fuse, with a backward pass that recomputes from the inputs.
+"""The fusion in plain JAX, with a backward pass that recomputes intermediate values.
 
-Every branch gates the same value v, so what enters the convolution is RMSNorm(αv) = c·v with one
-number c = α / √(α²·mean(v²) + ε) a token and branch: the taps shift v and c, not their product.
-The backward pass keeps the inputs and the gates, nothing of the size of the result.
+All branches gate the same value v. So the input of the convolution is RMSNorm(αv) = c·v, with one
+number c = α / √(α²·mean(v²) + ε) per token and branch, and the taps shift v and c instead of their
+product. The forward pass keeps only the inputs and the gates, and no array of the output's size.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.gated_fusion.form import FusionForm, no_gradients, tap_reads
 
-type Residuals = tuple[Any, ...]  # the arguments but the form, and the gates
+type Residuals = tuple[Any, ...]  # the arguments except the form, and the gates
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -29,7 +29,7 @@ def fuse(
     token_mask: Bool[Array, "B T"] | None,
     form: FusionForm,
 ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
-    """What to add to the residual branches, and the gates."""
+    """Returns what to add to the residual branches, and the gates."""
     dtype = hidden.dtype
     hidden, key, value = (x.astype(jnp.float32) for x in (hidden, key, value))
     gate = jax.nn.sigmoid(form.root(_score(hidden, key, gain, form)[0]))
@@ -80,7 +80,7 @@ def _backward(
         d_value += 2 / value.shape[-1] * d_square * value
 
     score, hidden_size, key_size = _score(hidden, key, gain, form)
-    # A closed gate is 0, so dead positions have no gradient.
+    # A masked gate is 0, so masked tokens have no gradient.
     d_score = d_gate * gate * (1 - gate) * form.root_slope(score)
     both = (d_score * hidden_size * key_size * value.shape[-1] ** -0.5)[..., None]
     own = (d_score * score / value.shape[-1])[..., None]
@@ -104,7 +104,7 @@ def _score(
     gain: Float[Array, "M D"],
     form: FusionForm,
 ) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"], Float[Array, "B T M"]]:
-    """The score, and what normalizes queries and keys."""
+    """The score, and the factors that normalize queries and keys."""
     hidden_size = jax.lax.rsqrt(jnp.mean(hidden**2, axis=-1) + form.epsilon)
     key_size = jax.lax.rsqrt(jnp.mean(key**2, axis=-1) + form.epsilon)
     product = jnp.sum(gain[None, None] * key * hidden, axis=-1)
@@ -114,7 +114,7 @@ def _score(
 def _scale(
     gate: Float[Array, "B T M"], value: Float[Array, "B T D"], form: FusionForm
 ) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"]]:
-    """c, with RMSNorm(αv) = c·v, and c / α."""
+    """c such that RMSNorm(αv) = c·v, and c / α."""
     mean_square = jnp.mean(value**2, axis=-1)[..., None]
     size = jax.lax.rsqrt(gate**2 * mean_square + form.convolution_epsilon)
     return gate * size, size
@@ -141,7 +141,7 @@ def _older(
     reads: Bool[Array, "#B T 1"],
     distance: int,
 ) -> Float[Array, "B T M D"]:
-    """c·v as a tap reads it. (Zero where it reads nothing, even if another document has NaN.)"""
+    """c·v of the token that a tap reads; zero if it reads none, even if v has NaN there."""
     normed = _shift(scale, distance)[..., None] * _shift(value, distance)[:, :, None]
     return jnp.where(reads[..., None], normed, 0)
 
@@ -149,13 +149,13 @@ def _older(
 def _taps(
     taps: Float[Array, "kernel M D"], length: int, form: FusionForm
 ) -> list[tuple[Float[Array, "M D"], int]]:
-    """Weights and distances of the taps that reach into a row of `length` tokens."""
+    """Weights and distances of the taps that can read a token in a row of `length` tokens."""
     distances = enumerate(form.distances(len(taps)))
     return [(taps[tap], distance) for tap, distance in distances if distance < length]
 
 
 def _shift(x: Float[Array, "B T *n"], distance: int) -> Float[Array, "B T *n"]:
-    """x of `distance` tokens back (negative: ahead); zero beyond the row."""
+    """x of the token `distance` before each token (negative: after); zero outside the row."""
     rest = ((0, 0),) * (x.ndim - 2)
     if distance < 0:
         return jnp.pad(x[:, -distance:], ((0, 0), (0, -distance), *rest))

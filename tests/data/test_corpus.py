@@ -171,7 +171,7 @@ def test_empty_documents_are_left_out_and_told(tmp_path, tokenizer, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "", " \n", "two"])
     corpus = build_corpus(path, tokenizer, tmp_path / "cache", 0.0)
     assert texts_of(corpus.train) == ["one", "two"]
-    assert "a: 2 empty documents are left out" in capsys.readouterr().err
+    assert "a: skipped 2 empty documents" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", '{"text": ""}\n{"text": "  "}\n'])
@@ -184,7 +184,7 @@ def test_an_empty_corpus_is_refused(tmp_path, tokenizer, content):
 def test_a_broken_line_is_found_before_anything_is_tokenized(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     path.write_text(path.read_text() + '{"text": ')
-    with pytest.raises(InputError, match=f"line {len(TEXTS) + 1}: broken JSON"):
+    with pytest.raises(InputError, match=f"line {len(TEXTS) + 1}: invalid JSON"):
         build_corpus(path, tokenizer, tmp_path / "cache")
     assert tokenizer.encoded == 0
 
@@ -192,7 +192,7 @@ def test_a_broken_line_is_found_before_anything_is_tokenized(tmp_path, tokenizer
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path, tokenizer):
     tokenizer.vocab_size = 100
     path = write_jsonl(tmp_path / "a.jsonl", ["~"])
-    with pytest.raises(InputError, match="beyond its vocabulary of 100"):
+    with pytest.raises(InputError, match="outside its vocabulary of 100"):
         build_corpus(path, tokenizer, tmp_path / "cache")
 
 
@@ -206,7 +206,7 @@ def test_a_disk_without_room_is_refused_before_tokenizing(tmp_path, tokenizer, m
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=1000))
     path = write_jsonl(tmp_path / "a.jsonl", ["x" * 100_000])
-    with pytest.raises(InputError, match=r"cache is full: .* about 50,024 bytes .*1,000 are free"):
+    with pytest.raises(InputError, match=r"cache is full: .* about 50,024 bytes.*1,000 are free"):
         build_corpus(path, tokenizer, tmp_path / "cache")
     assert tokenizer.encoded == 0
 

@@ -110,11 +110,11 @@ def test_an_unknown_source_is_told_the_names_and_endings_that_work(tmp_path):
 @pytest.mark.parametrize(
     ("second_line", "message"),
     [
-        (b'{"text": "cut', "broken JSON"),
-        (b'{"text": ' + b"[" * 100_000, "broken JSON"),
-        (b'{"body": "x"}', 'no string under "text"'),
-        (b'{"text": null}', 'no string under "text"'),
-        (b'["text"]', 'no string under "text"'),
+        (b'{"text": "cut', "invalid JSON"),
+        (b'{"text": ' + b"[" * 100_000, "invalid JSON"),
+        (b'{"body": "x"}', 'no string "text"'),
+        (b'{"text": null}', 'no string "text"'),
+        (b'["text"]', 'no string "text"'),
         (b'{"text": "\xff"}', "not UTF-8"),
         (b'{"text": "\\ud800"}', "surrogate"),
     ],

@@ -461,7 +461,7 @@ def test_the_layer_is_the_same_with_its_tokens_split_over_devices(
 def test_a_stream_that_is_split_over_its_channels_is_refused() -> None:
     layer = Engram(8, MEMORY, EngramConfig(), rngs=nnx.Rngs(0))
     mesh = jax.make_mesh((8,), ("channels",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh), pytest.raises(InputError, match=r"split over B and T alone"):
+    with jax.set_mesh(mesh), pytest.raises(InputError, match=r"splits of B and T only"):
         hidden = jnp.zeros((1, 12, 1, 8), out_sharding=jax.P(None, None, None, "channels"))
         layer(hidden, jnp.zeros((1, 12, MEMORY), out_sharding=jax.P()))
 
@@ -469,7 +469,7 @@ def test_a_stream_that_is_split_over_its_channels_is_refused() -> None:
 def test_too_short_a_part_of_the_tokens_is_refused() -> None:
     layer = Engram(WIDTH, MEMORY, EngramConfig(), rngs=nnx.Rngs(0))
     mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh), pytest.raises(InputError, match=r"6 positions.*reaches 9"):
+    with jax.set_mesh(mesh), pytest.raises(InputError, match=r"6 positions.*looks 9"):
         split = jax.P(None, "sequence")
         hidden = jnp.zeros((1, 48, 1, WIDTH), out_sharding=split)
         layer(hidden, jnp.zeros((1, 48, MEMORY), out_sharding=split))

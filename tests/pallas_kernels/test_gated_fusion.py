@@ -217,7 +217,7 @@ def test_remat(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_too_many_taps_are_refused() -> None:
     inputs, _ = draw_inputs((1, 40, 1, 8, 31))
-    with pytest.raises(ValueError, match=r"31 taps; it may have 30"):
+    with pytest.raises(ValueError, match=r"31 taps; at most 30"):
         gated_fusion.fuse(*inputs, form=FORM)
 
 
