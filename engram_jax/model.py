@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from engram_jax.errors import InputError
 from engram_jax.layers.attention import Attention, AttentionConfig
@@ -194,18 +194,19 @@ class Block(nnx.Module):
         positions: Int32[Array, "B T"],
         memory: Float[Array, "B T E"] | None = None,
         expert_bias: Float[Array, "X"] | None = None,
+        token_mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T M D"], BlockReport]:
         """Returns the new residual stream and diagnostics. Without memory, Engram adds nothing."""
         gate = load = mappings = later = None
         if memory is not None and not self.single_fusion:
-            fused, gate = self.engram(x, memory, segments)
+            fused, gate = self.engram(x, memory, segments, token_mask)
             x += fused
 
         if hasattr(self, "attention_connection"):
             mappings = self.attention_connection(x)
         h = read(x, mappings)
         if memory is not None and self.single_fusion:
-            fused, gate = self.engram(h[:, :, None], memory, segments)
+            fused, gate = self.engram(h[:, :, None], memory, segments, token_mask)
             aside = fused[:, :, 0]
             y = aside + self.attention(self.attention_norm(h + aside), segments, positions)
         else:
@@ -315,6 +316,7 @@ class Decoder(nnx.Module):
         segments: Int32[Array, "B T"],
         positions: Int32[Array, "B T"],
         expert_bias: ExpertBias | None = None,
+        token_mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], Report]:
         """Returns logits in float32, and diagnostics of the blocks.
 
@@ -325,15 +327,19 @@ class Decoder(nnx.Module):
             positions: position within the document.
             expert_bias: biases that balance the experts, by layer id. For a trained model, pass
                 `TrainState.expert_bias`; None is zeros, the initial value.
+            token_mask: False at image placeholders, which are no tokens: their embedding is zero
+                and their gates are 0 (DeepSeek-V4.1); None: all positions are tokens.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         gather = partial(gather_parameters, dtype=dtype, axes=split_axes(tokens))
         embedding = gather(self.embedding)[...]
         x = (_look_up(embedding, tokens) * config.width**0.5).astype(dtype)
+        if token_mask is not None:
+            x = jnp.where(token_mask[..., None], x, 0)
         if hasattr(self, "over_encoding"):
             x = gather(self.over_encoding)(x, memory.get(0))
         x = jnp.repeat(x[:, :, None], config.branches, axis=2)
-        x, reports = self._run_blocks(x, segments, positions, memory, expert_bias or {})
+        x, reports = self._run_blocks(x, segments, positions, memory, expert_bias or {}, token_mask)
         head = embedding if config.tie_embeddings else gather(self.head)[...]
         logits = jnp.einsum(
             "btd,vd->btv",
@@ -355,6 +361,7 @@ class Decoder(nnx.Module):
         positions: Int32[Array, "B T"],
         memory: Memory,
         expert_bias: ExpertBias,
+        token_mask: Bool[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T M D"], list[BlockReport]]:
         """Runs all blocks; with `scan`, consecutive blocks of the same kind as one loop."""
         run, remat = run_block, self.config.remat
@@ -369,7 +376,7 @@ class Decoder(nnx.Module):
             biases = [expert_bias.get(layer) for layer in layers]
             if len(blocks) == 1:
                 site = memory.get(layers[0]) if hasattr(blocks[0], "engram") else None
-                x, report = run(blocks[0], x, segments, positions, site, biases[0])
+                x, report = run(blocks[0], x, segments, positions, site, biases[0], token_mask)
                 reports.append(report)
                 continue
 

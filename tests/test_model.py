@@ -161,6 +161,28 @@ def test_memory_that_is_missing_adds_nothing() -> None:
         assert np.abs(partly - expected).max() > 1e-3
 
 
+def test_an_image_placeholder_has_no_embedding_and_closed_gates() -> None:
+    decoder, memory = make_lively_decoder(), draw_memory()
+    alive = np.ones(TOKENS.shape, bool)
+    alive[0, 8] = alive[1, 3] = False
+
+    @nnx.jit
+    def masked(decoder: Decoder, tokens: Array) -> tuple[Array, Report]:
+        return decoder(
+            *(tokens, memory, jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS)),
+            token_mask=jnp.asarray(alive),
+        )
+
+    logits, report = masked(decoder, jnp.asarray(np.where(alive, TOKENS, -1)))
+    for gates in report.gates.values():
+        assert (np.asarray(gates[..., 0] > 0) == alive).all()
+    # What stands there does not matter, and what is before it sees nothing of it.
+    np.testing.assert_array_equal(logits, masked(decoder, jnp.asarray(TOKENS))[0])
+    plain, _ = apply(decoder, jnp.asarray(TOKENS), memory)
+    np.testing.assert_allclose(logits[0, :8], plain[0, :8], atol=1e-5)
+    assert np.abs(logits[0, 8:] - plain[0, 8:]).max() > 1e-3
+
+
 def test_memory_enters_at_its_own_layer() -> None:
     decoder, memory = make_lively_decoder(), draw_memory()
     straight, _ = apply(decoder, jnp.asarray(TOKENS), memory)

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import tarfile
 import time
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from golden import FIXTURES
 from tiny_runs import TrainWhole, assert_identical, losses, vary
 from train_tiny import STEPS, train_tiny
 
@@ -306,3 +308,22 @@ def test_a_frozen_table_stays_bit_for_bit_while_the_network_learns(
     )
     np.testing.assert_allclose(value, owed_paid, rtol=1e-6, atol=1e-7)
     assert not any(np.any(part) for part in state_of_rows)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_of_an_earlier_version_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configuration lacks later fields, its checkpoint has format 3."""
+    with tarfile.open(FIXTURES / "run_aa84c85.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    folder = Path("run")
+    expected = losses(folder)
+    assert [step for step, _ in expected] == [1, 2, 3, 4]
+    run = Run.start(load_config(folder / "config.json"), folder)
+    assert run.checkpoints.steps() == [2]
+    train(run)
+    np.testing.assert_allclose(losses(folder), expected, rtol=1e-5)
+    # The loss of step 4 is far from that of step 3: weights, moments and rows were those saved.
+    assert expected[2][1] - expected[3][1] > 0.1
