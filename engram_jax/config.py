@@ -110,7 +110,8 @@ class DataConfig:
         batch_size: rows of an optimizer step, over all devices and micro-batches.
         held_out: share of the documents that is never used for training, chosen by their hash.
         cache: folder of the tokenized corpora.
-        workers: number of processes that build batches; 0: a thread of the main process does.
+        workers: number of processes that build batches; 0: a thread of the main process does. By
+            default 0 on a CPU, whose cores the step needs, and on an accelerator up to 4.
         prefetch: number of batches that are built ahead.
     """
 
@@ -124,7 +125,7 @@ class DataConfig:
     batch_size: int = 8
     held_out: float = 0.05
     cache: str = ".cache/corpora"
-    workers: int = 0
+    workers: int | None = None
     prefetch: int = 4
 
     def __post_init__(self) -> None:
@@ -137,7 +138,7 @@ class DataConfig:
             )
         if min(self.sequence_length, self.batch_size) < 1:
             raise InputError("sequence_length and batch_size must be at least 1.")
-        if min(self.workers, self.prefetch) < 0:
+        if min(self.workers or 0, self.prefetch) < 0:
             raise InputError("data.workers and data.prefetch must not be negative.")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out is {self.held_out}; it must be between 0 and 1.")

@@ -1,5 +1,6 @@
-"""Which implementations of kernels and attention run on which platform."""
+"""What depends on the platform: which kernels run there, and how many processes build batches."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,3 +38,14 @@ def foreign_kernels(config: Config, platform: str) -> dict[str, str]:
         for part, name in chosen.items()
         if name is not None and NEEDS.get(name, platform) != platform
     }
+
+
+def default_workers(platform: str) -> int:
+    """The number of processes that build batches, if the configuration leaves it open.
+
+    A GPU takes 2 ms for a step of the default model, one thread 5 ms for a batch (H200,
+    docs/experiments.md). On a CPU the step itself needs all cores.
+    """
+    if platform == "cpu":
+        return 0
+    return min(4, (os.cpu_count() or 1) // 2)

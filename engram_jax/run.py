@@ -35,7 +35,7 @@ from engram_jax.identity import (
 )
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table
-from engram_jax.platforms import without_foreign_kernels
+from engram_jax.platforms import default_workers, without_foreign_kernels
 from engram_jax.processes import collective, is_leader
 from engram_jax.program import Program, make_config_row_adam
 from engram_jax.sharding import MeshConfig, make_mesh, platform_of
@@ -243,6 +243,9 @@ class Run:
     def batches(self, first_batch: int = 0) -> BatchIterator:
         """This process's training batches from a number on; close them (see `make_batches`)."""
         data, train = self.config.data, self.config.train
+        workers = data.workers
+        if workers is None:
+            workers = default_workers(platform_of(self.program.mesh))
         return make_batches(
             self.corpora(),
             data.weights,
@@ -254,7 +257,7 @@ class Run:
             first_batch=first_batch,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            workers=data.workers,
+            workers=workers,
             prefetch=data.prefetch,
         )
 

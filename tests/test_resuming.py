@@ -156,7 +156,7 @@ def test_start_from_takes_weights_alone(tiny: Config, trained: Run, tmp_path: Pa
     )
     table, old = state.tables[1], first.tables[1]
     value, *state_of_rows = table.unpack()
-    owed_paid = jax.jit(trained.program.row_adam.current)(
+    owed_paid = jax.jit(jax.device_get(trained.program.row_adam).current)(
         *jax.device_get((old.unpack(), first.step))
     )
     np.testing.assert_allclose(value, owed_paid, rtol=1e-6, atol=1e-7)
@@ -257,7 +257,7 @@ def test_another_schedule_settles_the_tables_once(
 
     def read(run: Run, state: TrainState) -> np.ndarray:
         rows, step = jax.device_get((state.tables[1].unpack(), state.step))
-        return np.asarray(jax.jit(run.program.row_adam.current)(rows, step))
+        return np.asarray(jax.jit(jax.device_get(run.program.row_adam).current)(rows, step))
 
     np.testing.assert_allclose(read(run, new), read(trained, old), rtol=1e-6, atol=1e-7)
     before, after = old.tables[1].unpack(), new.tables[1].unpack()
@@ -303,7 +303,7 @@ def test_a_frozen_table_stays_bit_for_bit_while_the_network_learns(
     # What was owed is paid, and nothing is left that would move a row.
     value, *state_of_rows = first.tables[1].unpack()
     old = trained.restore()
-    owed_paid = jax.jit(trained.program.row_adam.current)(
+    owed_paid = jax.jit(jax.device_get(trained.program.row_adam).current)(
         *jax.device_get((old.tables[1].unpack(), old.step))
     )
     np.testing.assert_allclose(value, owed_paid, rtol=1e-6, atol=1e-7)

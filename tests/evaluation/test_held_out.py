@@ -151,7 +151,7 @@ def test_fewer_tokens_are_the_first_documents(run, weights, max_tokens):
     whole = evaluate_held_out(run.program, scorer, weights, corpora)
     batches: list[ScoredBatch] = []
     part = evaluate_held_out(
-        run, scorer, weights, corpora, max_tokens=max_tokens, watch=batches.append
+        run.program, scorer, weights, corpora, max_tokens=max_tokens, watch=batches.append
     )
     assert sum(batch.mask.sum() for batch in batches) == max_tokens * len(part)
     for name, score in part.items():

@@ -159,7 +159,8 @@ def test_a_long_training_is_counted_in_part(evaluated, monkeypatch):
 
 def test_frozen_tables_are_expected_to_hold_nothing(evaluated):
     run = evaluated.run
-    frozen = replace(run, config=vary(run.config, memory={"frozen": True}))
+    config = vary(run.config, memory={"frozen": True})
+    frozen = replace(run, program=replace(run.program, config=config))
     [report, _] = MemoryStudy(frozen, run.restore_weights())._tables
     assert report.ngrams and report.expected_occupancy is None
 
