@@ -67,12 +67,12 @@ def measure(topology: str, tokens: int, rows: int = ROWS) -> Costs:
     gradient = abstract(chips, asked, WIDTH, dtype=jnp.float32)
 
     def look_up(table: Table, plan: RowPlan, slots: SlotPlan, step: Array) -> Array:
-        rows = lookup.read_rows(table, plan, adam, step)
+        rows = lookup.read_rows(table, plan, adam, step).values
         return lookup.expand(rows, slots).astype(jnp.bfloat16)
 
     def update(table: Table, plan: RowPlan, gradient: Array, step: Array) -> Table:
         own = lookup.own_gradients(table, plan, gradient)
-        return lookup.update_rows(table, plan, gradient, own, jnp.float32(1), adam, step)
+        return lookup.update_rows(table, plan, gradient, own, None, jnp.float32(1), adam, step)
 
     with jax.set_mesh(mesh):
         ours = (

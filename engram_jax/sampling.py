@@ -104,7 +104,7 @@ def _make_next_token(run: Run, temperature: float, top_k: int | None) -> NextTok
             gather = run.config.memory.gather
             rows = lookup.read_rows(
                 table, batch.plan.rows[layer], run.row_adam, weights.step, gather
-            )
+            ).values
             slots = jax.tree.map(lambda array: array[0], batch.plan.slots[layer])
             memory[layer] = lookup.expand(rows, slots, gather)
         decoder = nnx.merge(run.graph, weights.params)

@@ -63,10 +63,11 @@ def make_train_step(program: Program) -> TrainStep:
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         step, tables = state.step, state.tables
         plans, slots = batch.plan or MemoryPlan({}, {})
-        rows = {
+        read = {
             layer: lookup.read_rows(table, plans[layer], row_adam, step, gather)
             for layer, table in tables.items()
         }
+        rows = {layer: of_layer.values for layer, of_layer in read.items()}
         trained = {} if frozen else rows
         targets = batch.target_mask.sum()
 
@@ -105,7 +106,8 @@ def make_train_step(program: Program) -> TrainStep:
             tables=tables
             | {
                 layer: lookup.update_rows(
-                    *(tables[layer], plans[layer], gradient, own[layer]), scale, row_adam, step
+                    *(tables[layer], plans[layer], gradient, own[layer], read[layer].own),
+                    *(scale, row_adam, step),
                 )
                 for layer, gradient in by_row.items()
             },

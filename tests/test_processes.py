@@ -81,7 +81,7 @@ def write_memory(start: Path, run: Run, path: Path) -> None:
         plans, slots = batch.plan
 
         def read(weights: Weights, plans: Any, slots: Any) -> jax.Array:
-            rows = lookup.read_rows(weights.tables[1], plans[1], run.row_adam, weights.step)
+            rows = lookup.read_rows(weights.tables[1], plans[1], run.row_adam, weights.step).values
             return lookup.expand(rows, jax.tree.map(lambda array: array[0], slots[1]))
 
         memory = jax.jit(read)(weights, plans, slots)

@@ -208,7 +208,7 @@ def _look_up(program: Program) -> Any:
         table: Table, plan: RowPlan, slots: SlotPlan, step: Int32[Array, ""]
     ) -> Float[Array, "B T E"]:
         gather = program.config.memory.gather
-        rows = lookup.read_rows(table, plan, program.row_adam, step, gather)
+        rows = lookup.read_rows(table, plan, program.row_adam, step, gather).values
         return lookup.expand(rows, slots, gather)
 
     return look_up
@@ -220,7 +220,7 @@ def _update(program: Program) -> Any:
     ) -> Table:
         own = lookup.own_gradients(table, plan, gradient)
         scale = jnp.float32(1)
-        return lookup.update_rows(table, plan, gradient, own, scale, program.row_adam, step)
+        return lookup.update_rows(table, plan, gradient, own, None, scale, program.row_adam, step)
 
     return update
 

@@ -100,7 +100,7 @@ def make_scorer(run: Run, suppress: Suppress = "nothing") -> Scorer:
             for layer, table in weights.tables.items():
                 rows[layer] = lookup.read_rows(
                     table, plans[layer], run.row_adam, weights.step, run.config.memory.gather
-                )
+                ).values
         if suppress == "rows":
             rows = jax.tree.map(jnp.zeros_like, rows)
 

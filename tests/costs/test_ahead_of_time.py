@@ -56,17 +56,17 @@ def compile_memory_part(mesh: jax.sharding.Mesh, width: int, rows: int) -> Cost:
     )
     slots = SlotPlan(*[abstract(mesh, (chips, TOKENS, COLUMNS))] * 2)
 
-    def part(table: Table, plan: RowPlan, slots: SlotPlan, step: jax.Array):
-        rows = lookup.read_rows(table, plan, adam, step)
-        memory, pullback = jax.vjp(lambda rows: lookup.expand(rows, slots), rows)
+    def part(table: Table, plan: RowPlan, slots: SlotPlan, adam: RowAdam, step: jax.Array):
+        read = lookup.read_rows(table, plan, adam, step)
+        memory, pullback = jax.vjp(lambda rows: lookup.expand(rows, slots), read.values)
         (gradient,) = pullback(memory)
         own = lookup.own_gradients(table, plan, gradient)
         scale = jnp.minimum(1, 1 / own.square_norm)
-        return lookup.update_rows(table, plan, gradient, own, scale, adam, step)
+        return lookup.update_rows(table, plan, gradient, own, read.own, scale, adam, step)
 
     with jax.set_mesh(mesh):
         jitted = jax.jit(part, donate_argnums=0)
-        return compile_cost(jitted, table, plan, slots, abstract(mesh, ()))
+        return compile_cost(jitted, table, plan, slots, adam, abstract(mesh, ()))
 
 
 def assert_only_gathers_and_scatters_meet(own_rows: int, text: str) -> None:

@@ -71,13 +71,15 @@ def make_step(adam: RowAdam, scale: float = 1.0) -> Callable[..., Step]:
     def step(table: Table, plan: MemoryPlan, cotangent: Array, done: Array) -> Step:
         rows_plan: RowPlan = plan.rows[LAYER]
         slots: SlotPlan = plan.slots[LAYER]
-        rows = lookup.read_rows(table, rows_plan, adam, done)
+        read = lookup.read_rows(table, rows_plan, adam, done)
         memory, pullback = jax.vjp(
-            lambda rows: jax.lax.map(lambda part: lookup.expand(rows, part), slots), rows
+            lambda rows: jax.lax.map(lambda part: lookup.expand(rows, part), slots), read.values
         )
         (gradient,) = pullback(cotangent)
         own = lookup.own_gradients(table, rows_plan, gradient)
-        new = lookup.update_rows(table, rows_plan, gradient, own, jnp.float32(scale), adam, done)
+        new = lookup.update_rows(
+            *(table, rows_plan, gradient, own, read.own), jnp.float32(scale), adam, done
+        )
         return Step(memory, jnp.sqrt(own.square_norm), new)
 
     return jax.jit(step)
