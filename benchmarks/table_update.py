@@ -33,7 +33,7 @@ from engram_jax.command_line import load_named_config
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import RecordLayout, RowState, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan, plan_places
-from engram_jax.memory.row_adam import RowAdamConfig, make_row_adam
+from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, make_row_adam
 from engram_jax.sharding import TOKEN_AXES, MeshConfig, make_mesh
 
 TOKENS, COLUMNS, WIDTH = 8192, 16, 16
@@ -81,13 +81,14 @@ def put[Tree](tree: Tree) -> Tree:
 def touched_rows(rows: int) -> Advance:
     """A function of the number of steps: runs them and returns the seconds of one."""
     adam = make_row_adam(RowAdamConfig(form="exact"), lambda done: 1e-3 + 0.0 * done, 2000)
+    adam = jax.device_put(adam, jax.NamedSharding(MESH, jax.P()))
     plans = []
     for seed in range(PLANS):
         row_plan, slot_plan = plan_places(draw_places(rows, seed)[None, None], rows)
         plans.append(put((row_plan, SlotPlan(*(part[0] for part in slot_plan)))))
 
     @partial(jax.jit, donate_argnums=0)
-    def step(table: Table, plan: tuple[RowPlan, SlotPlan], done: jax.Array) -> Table:
+    def step(table: Table, plan: tuple[RowPlan, SlotPlan], adam: RowAdam, done: jax.Array) -> Table:
         row_plan, slots = plan
         read = lookup.read_rows(table, row_plan, adam, done)
         memory, pullback = jax.vjp(lambda rows: lookup.expand(rows, slots), read.values)
@@ -103,7 +104,7 @@ def touched_rows(rows: int) -> Advance:
         start = time.perf_counter()
         for _ in range(steps):
             with jax.set_mesh(MESH):
-                table = step(table, plans[done % PLANS], jnp.int32(done))
+                table = step(table, plans[done % PLANS], adam, jnp.int32(done))
             done += 1
         jax.block_until_ready(table)
         return (time.perf_counter() - start) / steps

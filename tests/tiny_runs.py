@@ -98,7 +98,9 @@ def plain_pass(run: Run, weights: Weights) -> PlainPass:
     )
     tables = {
         layer: np.asarray(
-            jax.jit(jax.device_get(run.program.row_adam).current)(*jax.device_get((table.unpack(), weights.step)))
+            jax.jit(jax.device_get(run.program.row_adam).current)(
+                *jax.device_get((table.unpack(), weights.step))
+            )
         )
         for layer, table in weights.tables.items()
     }

@@ -85,6 +85,11 @@ class RecordLayout:
         return RowFormat(self.width, self.storage.value)
 
     @property
+    def record(self) -> RowFormat:
+        """Of all that a record holds, as words; what fills its lines is not among them."""
+        return RowFormat(self._clock + 1, "uint32")
+
+    @property
     def _parts(self) -> list[RowFormat]:
         """Value, mean and square."""
         moment = RowFormat(self.width, self.storage.moments)
@@ -117,7 +122,7 @@ class RecordLayout:
         return jnp.concatenate([*words, padding], axis=1)
 
     def unpack(self, records: UInt32[Array, "n words"]) -> RowState:
-        """Rows of records."""
+        """Rows of records, whole or without what fills their lines."""
         start, parts = 0, []
         for form in self._parts:
             parts.append(form.decode(records[:, start : start + form.words]))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from engram_jax.memory.exchange import Route
 from engram_jax.memory.layout import RowState, Table, mix
@@ -27,15 +27,18 @@ _BY_DEVICE = jax.P(TOKEN_AXES)  # tables by R, plans by S, tokens by B
 
 
 class ReadRows(NamedTuple):
-    """The distinct rows of a step.
+    """What `read_rows` gives.
 
     Attributes:
-        values: what the forward pass reads.
-        own: what each owner keeps of its rows for their update in this step.
+        values: each device's distinct rows, as the forward pass reads them.
+        own: for `update_rows` of the same step: the rows' whole state with pending updates applied,
+            [S, U, …], so that records are gathered once a step; None where the owner gathers them
+            again (lazy Adam reads embeddings alone; and on several devices the rows that an owner
+            is asked for repeat, in another order than its gradients).
     """
 
     values: Float[Array, "S U F"]
-    own: Any = None
+    own: RowState | None
 
 
 def read_rows(
@@ -47,36 +50,33 @@ def read_rows(
 ) -> ReadRows:
     """Each device's distinct rows, as the forward pass of step `step` + 1 reads them.
 
-    The row optimizer adds what it owes idle rows to this copy; the table stays as it is.
-    Padding reads as zero.
+    The row optimizer applies pending updates to this copy; the table stays as it is. Padding reads
+    as zero. Where `own` is not used, XLA does not compute it.
 
     Args:
         table: the table.
         plan: the step's rows.
         adam: the row optimizer.
         step: optimizer steps done.
-        gather: how rows are read that are owed nothing; None is "xla". (Rows that are owed
-            something need their moments, too, which XLA reads.)
+        gather: how records are read; None is "xla".
     """
 
-    def read_own(table: Table, plan: RowPlan, adam: RowAdam, step: Array) -> Float[Array, "1 U F"]:
-        loaded = adam.loaded(step)
-
-        def answer(own_rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
-            if adam.drift is None:  # nothing is owed
-                return hashed_gather.read(
-                    table.records, own_rows[:, None], table.layout.value, implementation=gather
-                )
-
-            def read(row: Int32[Array, ""]) -> Float[Array, "F"]:
-                return loaded.current(_gather(table, row[None]), step)[0]
-
-            # In parts: a record is three times as large as what is sent of it.
-            return jax.lax.map(read, own_rows, batch_size=PART)
-
+    def read_own(table: Table, plan: RowPlan, adam: RowAdam, step: Array) -> ReadRows:
         route = _route(table, plan)
         if route.shards == 1:
-            return answer(route.places)[None]
+            if adam.tail is None:
+                return ReadRows(_gather_values(table, route.places, gather)[None], None)
+            own = adam.apply_pending(_gather(table, route.places, gather), step)
+            own = jax.tree.map(lambda part: part[None], own)
+            return ReadRows(own.value, own)
+
+        def answer(own_rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
+            if adam.tail is None:
+                return _gather_values(table, own_rows, gather)
+            # In parts: a record is three times as large as what is sent of it.
+            return _in_parts(
+                lambda rows: adam.current(_gather(table, rows, gather), step), own_rows
+            )
 
         def fetch_further(state: tuple[Array, Array]) -> tuple[Array, Array]:
             number, rows = state
@@ -84,15 +84,14 @@ def read_rows(
             return number + 1, jnp.where(here[:, None], fetched, rows)
 
         first, _ = route.fetch(jnp.int32(0), answer)
-        return _further_rounds(route, fetch_further, first)[None]
+        return ReadRows(_further_rounds(route, fetch_further, first)[None], None)
 
-    values = jax.shard_map(
+    return jax.shard_map(
         read_own,
         in_specs=(_BY_DEVICE, _BY_DEVICE, jax.P(), jax.P()),
         out_specs=_BY_DEVICE,
         check_vma=False,  # see `expand`
     )(table, plan, adam, step)
-    return ReadRows(values)
 
 
 def expand(
@@ -162,8 +161,8 @@ def update_rows(
     table: Table,
     plan: RowPlan,
     gradient: Float[Array, "S U F"],
-    own: OwnGradients,
-    own_rows: Any,
+    own_gradients: OwnGradients,
+    own_rows: RowState | None,
     scale: Float[Array, ""],
     adam: RowAdam,
     step: Int32[Array, ""],
@@ -173,9 +172,10 @@ def update_rows(
     Args:
         table: the table.
         plan: the step's rows.
-        gradient: each device's row gradients, from which later rounds are brought again.
-        own: what `own_gradients` made of them.
-        scale: what all gradients are multiplied by (clipping).
+        gradient: each device's row gradients, from which later rounds are delivered again.
+        own_gradients: what the function of that name made of them.
+        own_rows: `ReadRows.own` of this step's `read_rows`.
+        scale: factor of all gradients (clipping).
         adam: the row optimizer.
         step: optimizer steps done before this one.
     """
@@ -184,41 +184,42 @@ def update_rows(
         table: Table,
         plan: RowPlan,
         gradient: Array,
-        own: OwnGradients,
+        own_gradients: OwnGradients,
+        own_rows: RowState | None,
         scale: Array,
         adam: RowAdam,
         step: Array,
     ) -> Table:
-        loaded = adam.loaded(step)
-
-        def write_part(table: Table, part: tuple[Array, Array]) -> tuple[Table, None]:
-            rows, sums = part
-            new = loaded.update(_gather(table, rows, distinct=True), sums * scale, step)
+        def write_part(table: Table, part: tuple[Array, Array, RowState | None]) -> Any:
+            rows, sums, state = part
+            if state is None:
+                state = adam.apply_pending(_gather(table, rows), step)
+            new = adam.apply_gradient(state, sums * scale, step)
             return _scatter(table, rows, new, step), None
 
-        def write(table: Table, rows: Array, sums: Array) -> Table:
-            missing = -len(rows) % min(PART, len(rows))
-            padding = len(table.records) + 1 + len(rows) + jnp.arange(missing, dtype=jnp.int32)
-            rows = jnp.concatenate([rows, padding])
-            sums = jnp.pad(sums, ((0, missing), (0, 0)))
+        def write(table: Table, rows: Array, sums: Array, state: RowState | None) -> Table:
             size = min(PART, len(rows))
-            parts = rows.reshape(-1, size), sums.reshape(-1, size, sums.shape[1])
+            padding = len(table.records) + 1 + len(rows)
+            rows = _split(rows, size, padding + jnp.arange(-len(rows) % size, dtype=jnp.int32))
+            parts = rows, *jax.tree.map(lambda array: _split(array, size), (sums, state))
             return jax.lax.scan(write_part, table, parts)[0]
 
         def write_further(state: tuple[Array, Table]) -> tuple[Array, Table]:
             number, table = state
-            return number + 1, write(table, *route.deliver(number, gradient[0]))
+            return number + 1, write(table, *route.deliver(number, gradient[0]), None)
 
         route = _route(table, plan)
-        table = write(table, own.rows[0], own.sums[0])
+        first = jax.tree.map(lambda array: array[0], own_rows)
+        table = write(table, own_gradients.rows[0], own_gradients.sums[0], first)
         return table if route.shards == 1 else _further_rounds(route, write_further, table)
 
     by_device = OwnGradients(_BY_DEVICE, _BY_DEVICE, jax.P())  # type: ignore[arg-type]
+    everywhere = jax.P()
     return jax.shard_map(
         update_own,
-        in_specs=(_BY_DEVICE, _BY_DEVICE, _BY_DEVICE, by_device, jax.P(), jax.P(), jax.P()),
+        in_specs=(*[_BY_DEVICE] * 3, by_device, _BY_DEVICE, *[everywhere] * 3),
         out_specs=_BY_DEVICE,
-    )(table, plan, gradient, own, scale, adam, step)
+    )(table, plan, gradient, own_gradients, own_rows, scale, adam, step)
 
 
 def shard_load(table: Table, plan: RowPlan) -> Float[Array, ""]:
@@ -236,32 +237,40 @@ def shard_load(table: Table, plan: RowPlan) -> Float[Array, ""]:
 def settle(
     table: Table, adam: RowAdam, step: Int32[Array, ""], *, keep_moments: bool = False
 ) -> Table:
-    """A table whose rows are owed nothing after `step` steps.
+    """A table whose rows have no pending updates after `step` steps.
 
-    For where another optimizer or schedule takes over; made in parts, in the memory of
-    the table, which is donated. Checkpoints hold tables unsettled: settling twice is not bit for
-    bit settling once.
+    For use where another optimizer or schedule takes over. Works in parts, in place: the table is
+    donated. Checkpoints hold tables with their pending updates, because applying those twice is
+    not bit for bit the same as once.
 
     Args:
         table: the table.
-        adam: the optimizer that owes.
+        adam: the optimizer whose updates are pending.
         step: optimizer steps done.
-        keep_moments: moments and clocks go on; otherwise the rows start anew, as at step 0.
+        keep_moments: keep moments and clocks; otherwise the rows start anew, as at step 0.
     """
 
     def settle_own(table: Table, adam: RowAdam, step: Array) -> Table:
-        loaded = adam.loaded(step)
+        layout, size = table.layout, min(PART, len(table.records))
 
-        def settle_record(record: UInt32[Array, "words"]) -> UInt32[Array, "words"]:
-            rows = loaded.settled(table.layout.unpack(record[None]), step)
+        def settle_part(number: Array, records: Array) -> Array:
+            # The last part overlaps the one before it, whose rows are not settled a second time.
+            start = jnp.minimum(number * size, len(records) - size)
+            part = jax.lax.dynamic_slice_in_dim(records, start, size)
+            rows = adam.apply_pending(layout.unpack(part), step)
             if not keep_moments:
                 rows = jax.tree.map(jnp.zeros_like, rows)._replace(value=rows.value)
-            return table.layout.pack(rows)[0]
+            done = start + jnp.arange(size) < number * size
+            part = jnp.where(done[:, None], part, layout.pack(rows))
+            return jax.lax.dynamic_update_slice_in_dim(records, part, start, 0)
 
-        return replace(table, records=jax.lax.map(settle_record, table.records, batch_size=PART))
+        parts = -(-len(table.records) // size)
+        return replace(table, records=jax.lax.fori_loop(0, parts, settle_part, table.records))
 
-    specs = (_BY_DEVICE, jax.P(), jax.P())
-    settle_all = jax.shard_map(settle_own, in_specs=specs, out_specs=_BY_DEVICE)
+    everywhere = jax.P()
+    settle_all = jax.shard_map(
+        settle_own, in_specs=(_BY_DEVICE, everywhere, everywhere), out_specs=_BY_DEVICE
+    )
     return jax.jit(settle_all, donate_argnums=0)(table, adam, step)
 
 
@@ -278,12 +287,43 @@ def _further_rounds[State](
     return jax.lax.while_loop(lambda carry: carry[0] < route.rounds, body, (jnp.int32(1), state))[1]
 
 
-def _gather(table: Table, rows: Int32[Array, "n"], *, distinct: bool = False) -> RowState:
-    """Reads rows; numbers beyond the table read as zeros."""
-    records = table.records.at[rows].get(
-        mode="fill", fill_value=0, indices_are_sorted=distinct, unique_indices=distinct
+def _gather(
+    table: Table, rows: Int32[Array, "n"], gather: GatherImplementation | None = None
+) -> RowState:
+    """Reads rows with their state; numbers beyond the table read as zeros."""
+    layout = table.layout
+    return layout.unpack(
+        hashed_gather.read(table.records, rows[:, None], layout.record, implementation=gather)
     )
-    return table.layout.unpack(records)
+
+
+def _gather_values(
+    table: Table, rows: Int32[Array, "n"], gather: GatherImplementation | None
+) -> Float[Array, "n F"]:
+    """Reads embeddings, and no other words of their records."""
+    return hashed_gather.read(
+        table.records, rows[:, None], table.layout.value, implementation=gather
+    )
+
+
+def _in_parts(
+    function: Callable[[Int32[Array, "part"]], Float[Array, "part F"]], rows: Int32[Array, "n"]
+) -> Float[Array, "n F"]:
+    """Applies a function of row numbers to `PART` of them at a time."""
+    if len(rows) <= PART:
+        return function(rows)
+    parts = jax.lax.map(function, _split(rows, PART))
+    return parts.reshape(-1, parts.shape[-1])[: len(rows)]
+
+
+def _split(
+    array: Array, size: int, padding: Array | None = None
+) -> Shaped[Array, "parts {size} ..."]:
+    """The array in parts of `size`; what fills the last one is `padding`, or zeros."""
+    missing = -len(array) % size
+    if padding is None:
+        padding = jnp.zeros((missing, *array.shape[1:]), array.dtype)
+    return jnp.concatenate([array, padding]).reshape(-1, size, *array.shape[1:])
 
 
 def _scatter(table: Table, rows: Int32[Array, "n"], new: RowState, step: Int32[Array, ""]) -> Table:

@@ -1,28 +1,27 @@
 """Adam on the rows that a step touched, and on no other.
 
-*Exact* row Adam gives dense Adam's answer: a row that is read is first moved as far as dense Adam
-would have moved it while it lay idle (`memory/drift.py`), and its moments decay as long. *Lazy* row
-Adam lets idle rows lie: moments and the update count change only when the row is touched. The two
-are different optimizers: one late gradient moves a row by 32 learning rates in all under exact Adam
-(0.9, 0.999) and by one under lazy Adam.
+*Exact* row Adam gives dense Adam's answer. A row that is read first receives the momentum updates
+that it missed while it was idle: its *pending update* (`memory/momentum_tail.py`), and its moments
+decay by as many steps. *Lazy* row Adam skips them: moments and the update count of a row change
+only when it is touched. The two are different optimizers: one late gradient moves a row by 32
+learning rates in all under exact Adam (0.9, 0.999) and by one under lazy Adam.
 
-Both work on rows that were gathered from a table and are scattered back by the caller. Reading
-(`current`) writes nothing.
+Both work on rows that were gathered from a table; the caller scatters them back.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Literal, no_type_check
+from dataclasses import dataclass, field
+from typing import Any, Literal, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from engram_jax.errors import InputError
-from engram_jax.memory.drift import Drift, make_drift
 from engram_jax.memory.layout import RowState
+from engram_jax.memory.momentum_tail import MomentumTail, make_momentum_tail
 
 type Schedule = Callable[[Array], Array]  # learning rate by the number of finished steps
 type RowAdamForm = Literal["exact", "lazy"]
@@ -33,7 +32,7 @@ class RowAdamConfig:
     """The row optimizer; rows have no weight decay.
 
     Attributes:
-        form: "exact" gives dense Adam's answer; "lazy" lets idle rows lie.
+        form: "exact" gives dense Adam's answer; "lazy" leaves idle rows as they are.
         factor: learning rate relative to optimizer.learning_rate (paper: 5).
         b1: decay of the first moment.
         b2: decay of the second moment.
@@ -51,133 +50,136 @@ class RowAdamConfig:
             raise InputError("b1 and b2 must be at least 0 and below 1, and eps positive.")
         if self.form == "exact" and not self.b1**2 < self.b2:
             raise InputError(
-                f"Exact row Adam needs b1² < b2, or idle rows never come to rest; they are "
-                f"{self.b1} and {self.b2}. Change them, or take memory.adam.form lazy."
+                f"Exact row Adam needs b1² < b2, or idle rows never stop moving; b1 is {self.b1} "
+                f"and b2 is {self.b2}. Change them, or choose memory.adam.form lazy."
             )
 
 
-@no_type_check
+# Square roots of float32 numbers are zero or above it, so a smaller ε would change nothing. The
+# product of two denominators that hold it stays a normal number.
+_LEAST_EPS = 1e-18
+
+
+@no_type_check  # at run time: as a pytree it also holds shapes and shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RowAdam:
-    """A row optimizer; make one with `make_row_adam`.
+    """A row optimizer; make one with `make_row_adam`, and give it to jitted functions as argument.
 
-    Its functions take rows that were gathered from a table, and `step`, the number of optimizer
+    Its methods take rows that were gathered from a table, and `step`, the number of optimizer
     steps done.
 
     Attributes:
+        rates: the network's learning rate by the number of finished steps, 0 … steps.
+        tail: the momentum updates of idle rows, by the step that last wrote them; None for lazy
+            Adam.
         config: hyperparameters.
-        schedule: the network's learning rate by the number of finished steps.
-        drift: how idle rows move, by the step that last wrote them; None for lazy Adam.
     """
 
+    rates: Float32[Any, "steps"]
+    tail: MomentumTail | None
     config: RowAdamConfig = field(metadata={"static": True})
-    schedule: Schedule = field(metadata={"static": True})
-    drift: Drift | None
 
-    def loaded(self, step: Int32[Array, ""]) -> "RowAdam":
-        """The same, for use in a loop: its drift is made where this is called.
+    def apply_pending(self, rows: RowState, step: Int32[Array, ""]) -> RowState:
+        """The rows as dense Adam has them after `step` steps: pending updates applied.
 
-        The TPU compiler fails to gather from large constants, which the drift of many steps is.
+        Later updates go on from there as they would have, exactly so in real numbers, but not bit
+        for bit. Lazy Adam has no pending updates.
+
+        Args:
+            rows: the rows as they are stored.
+            step: optimizer steps done.
         """
-        if self.drift is None:
-            return self
-        one = jnp.where(step >= 0, jnp.float32(1), 0)  # as the compiler cannot know
-        return replace(self, drift=jax.tree.map(lambda part: part * one, self.drift))
+        if self.tail is None:
+            return rows
+        mean_decay, root_decay, rule = self._pending_rule(rows.clock, step)
+        return RowState(
+            value=rows.value + self._pending_update(rows, rule),
+            mean=rows.mean * mean_decay[:, None],
+            square=rows.square * (root_decay * root_decay)[:, None],
+            clock=jnp.where(rows.clock > 0, step, 0),
+        )
 
-    def current(self, gathered: RowState, step: Int32[Array, ""]) -> Float[Array, "U F"]:
-        """The rows as the forward pass of step `step` + 1 reads them."""
-        if self.drift is None:
-            return gathered.value
-        # Barriers here and below keep XLA from fusing this differently, hence rounding it
-        # differently, in programs of different meshes.
-        return jax.lax.optimization_barrier(gathered.value + self._owed(gathered, step))
+    def current(self, rows: RowState, step: Int32[Array, ""]) -> Float[Array, "U F"]:
+        """The embeddings as the forward pass of step `step` + 1 reads them."""
+        return self.apply_pending(rows, step).value
 
-    def settled(self, gathered: RowState, step: Int32[Array, ""]) -> RowState:
-        """The rows with nothing owed up to step `step`; they go on from there as they would have.
-
-        Exactly so in real numbers, not bit for bit: a run that settled is another run.
-        """
-        if self.drift is None:
-            return gathered
-        value, (mean, square) = self.current(gathered, step), self._decayed(gathered, step)
-        return RowState(value, mean, square, jnp.where(gathered.clock > 0, step, 0))
-
-    def update(
-        self, gathered: RowState, gradient: Float[Array, "U F"], step: Int32[Array, ""]
+    def apply_gradient(
+        self, rows: RowState, gradient: Float[Array, "U F"], step: Int32[Array, ""]
     ) -> RowState:
         """The rows, moments and clocks after step `step` + 1.
 
         Args:
-            gathered: the rows as they are stored, not `current`.
+            rows: the rows without pending updates (`apply_pending`).
             gradient: one gradient per row, summed over its uses.
             step: optimizer steps done before this one.
         """
         config = self.config
-        value, mean, square = self.current(gathered, step), gathered.mean, gathered.square
-        if self.drift is None:
-            clock = corrections = gathered.clock + 1
+        if self.tail is None:
+            clock = updates = rows.clock + 1
         else:
-            mean, square = self._decayed(gathered, step)
-            clock = jnp.full_like(gathered.clock, step + 1)
-            corrections = step + 1
-        mean = config.b1 * mean + (1 - config.b1) * gradient
+            clock, updates = jnp.full_like(rows.clock, step + 1), jnp.reshape(step + 1, (1,))
         gradient_square = gradient**2
-        if square.shape != gradient.shape:  # one for the row
+        if rows.square.shape != gradient.shape:  # one for the row
             gradient_square = jnp.mean(gradient_square, axis=1, keepdims=True)
-        square = config.b2 * square + (1 - config.b2) * gradient_square
-        corrected_mean = _correct_bias(mean, config.b1, corrections)
-        corrected_square = _correct_bias(square, config.b2, corrections)
-        movement = corrected_mean / (jnp.sqrt(corrected_square) + config.eps)
-        return RowState(
-            value=value - config.factor * self.schedule(step) * movement,
-            mean=mean,
-            square=square,
-            clock=clock,
-        )
+        mean = config.b1 * rows.mean + (1 - config.b1) * gradient
+        square = config.b2 * rows.square + (1 - config.b2) * gradient_square
+        rate = config.factor * jnp.asarray(self.rates).at[step].get(mode="clip")
+        # Scalars, or one a row: dividing by them here leaves one division for every element.
+        rate = rate / _bias_correction(config.b1, updates)
+        root = 1 / jnp.sqrt(_bias_correction(config.b2, updates))
+        movement = rate[:, None] * mean / (root[:, None] * jnp.sqrt(square) + config.eps)
+        return RowState(value=rows.value - movement, mean=mean, square=square, clock=clock)
 
-    def _owed(self, gathered: RowState, step: Int32[Array, ""]) -> Float[Array, "U F"]:
-        """How far dense Adam moved every row since it was last written, up to step `step`.
+    def update(
+        self, rows: RowState, gradient: Float[Array, "U F"], step: Int32[Array, ""]
+    ) -> RowState:
+        """`apply_gradient` to rows as they are stored."""
+        return self.apply_gradient(self.apply_pending(rows, step), gradient, step)
 
-        The whole drift from the last write on, less what is left of it at `step`.
+    def _pending_rule(
+        self, clock: Int32[Array, "U"], step: Int32[Array, ""]
+    ) -> tuple[Float[Array, "U"], Float[Array, "U"], list[tuple[Float[Array, "U"], ...]]]:
+        """What the pending update of a row takes beside its moments: numbers per row.
+
+        Returns β₁ᵏ and √β₂ᵏ for the k idle steps of every row, and for every node of the rule
+        (b, b′, p, q), with which the pending update is m Σ (p √v + q) / ((b √v + ε) (b′ √v + ε)).
+
+        The tail at the last write has the terms −a/(b √v + ε), from which those of the tail at
+        `step` are subtracted, −β₁ᵏ a′/(b′ √v + ε) in the moments at the last write. p and q are
+        those of the difference: without idle steps both are exactly 0.
         """
-        assert self.drift is not None
-        mean, square = self._decayed(gathered, step)
-        left = self._whole_drift(mean, square, jnp.reshape(step, (1,)))
-        return self._whole_drift(gathered.mean, gathered.square, gathered.clock) - left
+        assert self.tail is not None
+        config = self.config
+        idle = (step - clock).astype(jnp.float32)
+        mean_decay = _power(config.b1, idle)
+        root_decay = _power(math.sqrt(config.b2), idle)
+        written = [jnp.asarray(part).at[clock].get(mode="clip") for part in self.tail]
+        now = [jnp.asarray(part).at[step].get(mode="clip") for part in self.tail]
+        rule = []
+        for j in range(self.tail.nodes.shape[1]):
+            b, later_b = written[0][:, j], root_decay * now[0][j]
+            a = -config.factor * written[1][:, j]
+            later_a = mean_decay * (-config.factor * now[1][j])
+            p = (a - later_a) * later_b + later_a * (later_b - b)
+            rule.append((b, later_b, p, (a - later_a) * max(config.eps, _LEAST_EPS)))
+        # The barrier keeps XLA from computing these for every element of a row.
+        return jax.lax.optimization_barrier((mean_decay, root_decay, rule))
 
-    def _whole_drift(
-        self, mean: Float[Array, "U F"], square: Float[Array, "U #F"], last: Int32[Array, "#U"]
+    def _pending_update(
+        self, rows: RowState, rule: list[tuple[Float[Array, "U"], ...]]
     ) -> Float[Array, "U F"]:
-        """How far rows with these moments after step `last` will move if they are left alone."""
-        assert self.drift is not None
-
-        nodes, weights = jax.lax.optimization_barrier(
-            tuple(jnp.asarray(part).at[last].get(mode="clip") for part in self.drift)
-        )
-        root = jnp.sqrt(square)
-        total = sum(
-            weights[:, j, None] / (nodes[:, j, None] * root + self.config.eps)
-            for j in range(nodes.shape[1])
-        )
-        return -self.config.factor * mean * total
-
-    def _decayed(
-        self, gathered: RowState, step: Int32[Array, ""]
-    ) -> tuple[Float[Array, "U F"], Float[Array, "U #F"]]:
-        """The moments at `step`, after the steps without a gradient."""
-        idle = (step - gathered.clock).astype(jnp.float32)[:, None]
-
-        def decay(moment: Float[Array, "U _"], factor: float) -> Float[Array, "U _"]:
-            return moment * (jnp.exp(idle * math.log(factor)) if factor else idle == 0)
-
-        return jax.lax.optimization_barrier(
-            (decay(gathered.mean, self.config.b1), decay(gathered.square, self.config.b2))
-        )
+        """The sum of the momentum updates that idle rows missed; see `_pending_rule`."""
+        eps, root = max(self.config.eps, _LEAST_EPS), jnp.sqrt(rows.square)
+        terms = [
+            (p * root + q) / ((b * root + eps) * (later_b * root + eps))
+            for b, later_b, p, q in (tuple(part[:, None] for part in node) for node in rule)
+        ]
+        return rows.mean * sum(terms[1:], terms[0])
 
 
 def make_row_adam(config: RowAdamConfig, schedule: Schedule, steps: int) -> RowAdam:
-    """The row optimizer of a run.
+    """The row optimizer of a run, as NumPy arrays.
 
     Args:
         config: hyperparameters.
@@ -185,19 +187,25 @@ def make_row_adam(config: RowAdamConfig, schedule: Schedule, steps: int) -> RowA
         steps: steps of the run.
 
     Raises:
-        InputError: exact Adam's idle rows would come to rest too slowly.
+        InputError: the momentum of exact Adam's idle rows decays too slowly.
     """
-    if config.form == "lazy":
-        return RowAdam(config, schedule, None)
-    rates = jax.jit(jax.vmap(schedule))
-    drift = make_drift(lambda done: np.asarray(rates(done)), steps, config.b1, config.b2)
-    return RowAdam(config, schedule, drift)
+    jitted = jax.jit(jax.vmap(schedule))
+
+    def rates(done: np.ndarray) -> np.ndarray:
+        return np.asarray(jitted(done))
+
+    tail = None
+    if config.form == "exact":
+        tail = make_momentum_tail(rates, steps, config.b1, config.b2)
+    return RowAdam(rates(np.arange(steps + 1)).astype(np.float32), tail, config)
 
 
-def _correct_bias(
-    moment: Float[Array, "U _"], decay: float, count: Int32[Array, "#U"] | Int32[Array, ""]
-) -> Float[Array, "U _"]:
-    """moment / (1 − decay^count); expm1, as 1 − 0.999 in float32 is off by 1e-5 of itself."""
+def _power(base: float, exponent: Float[Array, "U"]) -> Float[Array, "U"]:
+    return jnp.exp(exponent * math.log(base)) if base else (exponent == 0).astype(jnp.float32)
+
+
+def _bias_correction(decay: float, count: Int32[Array, "n"]) -> Float[Array, "n"]:
+    """1 − decay^count; by expm1, because 1 − 0.999 in float32 is off by 1e-5 of itself."""
     if decay == 0:
-        return moment
-    return moment / -jnp.expm1(jnp.reshape(count, (-1, 1)) * math.log(decay))
+        return jnp.ones(count.shape)
+    return -jnp.expm1(count * math.log(decay))

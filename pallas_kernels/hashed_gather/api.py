@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any, Literal, get_args
 
-from jaxtyping import Array, Float, Int, Int32, UInt32
+from jaxtyping import Array, Float, Int, Int32, Num, UInt32
 
 from pallas_kernels.hashed_gather.format import RowFormat
 
@@ -18,7 +18,7 @@ def read(
     form: RowFormat,
     *,
     implementation: GatherImplementation | None = None,
-) -> Float[Array, "*n E"]:
+) -> Num[Array, "*n E"]:
     """Reads rows of a table as it is stored, and decodes them: E = H·F numbers side by side.
 
     There is no gradient: tables are no parameters. To read through distinct rows, give

@@ -9,9 +9,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8, UInt32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num, UInt8, UInt32
 
-type Precision = Literal["float32", "bfloat16", "float8"]
+type Precision = Literal["float32", "bfloat16", "float8", "uint32"]
 
 SCALED = 32  # numbers of float8 that share a scale
 
@@ -23,7 +24,8 @@ class RowFormat:
     Attributes:
         width: numbers F.
         precision: "float32"; "bfloat16", two a word; or "float8" (e4m3), four a word, followed by
-            one power of two (e8m0: 2^(byte − 127)) per 32 numbers, as DeepSeek-V4.1 releases them.
+            one power of two (e8m0: 2^(byte − 127)) per 32 numbers, as DeepSeek-V4.1 releases them;
+            or "uint32": words that are read as they are.
     """
 
     width: int
@@ -32,11 +34,16 @@ class RowFormat:
     @property
     def words(self) -> int:
         """Words of a row."""
-        if self.precision == "float32":
+        if self.precision in ("float32", "uint32"):
             return self.width
         if self.precision == "bfloat16":
             return -(-self.width // 2)
         return self._plane + -(-self._scales // 4)
+
+    @property
+    def dtype(self) -> DTypeLike:
+        """Of the numbers of a decoded row."""
+        return jnp.uint32 if self.precision == "uint32" else jnp.float32
 
     @property
     def _plane(self) -> int:
@@ -47,8 +54,10 @@ class RowFormat:
     def _scales(self) -> int:
         return -(-self.width // SCALED)
 
-    def encode(self, rows: Float[Array, "*n F"]) -> UInt32[Array, "*n words"]:
+    def encode(self, rows: Num[Array, "*n F"]) -> UInt32[Array, "*n words"]:
         """Words of rows, rounded to the nearest; a scale of float8 makes its 32 numbers fit."""
+        if self.precision == "uint32":
+            return rows
         if self.precision == "float32":
             return jax.lax.bitcast_convert_type(rows.astype(jnp.float32), jnp.uint32)
         if self.precision == "bfloat16":
@@ -78,8 +87,10 @@ class RowFormat:
         parts = [pack_planes(part.astype(jnp.uint32), 4) for part in (values, scales)]
         return jnp.concatenate(parts, axis=-1)
 
-    def decode(self, words: UInt32[Array, "*n words"]) -> Float[Array, "*n F"]:
-        """Rows of words, in float32."""
+    def decode(self, words: UInt32[Array, "*n words"]) -> Num[Array, "*n F"]:
+        """Rows of words, in float32, or as they are."""
+        if self.precision == "uint32":
+            return words
         if self.precision == "float32":
             return jax.lax.bitcast_convert_type(words, jnp.float32)
         if self.precision == "bfloat16":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, Int32, UInt32
+from jaxtyping import Array, Float, Int, Int32, Num, UInt32
 
 from pallas_kernels.hashed_gather.format import RowFormat
 from pallas_kernels.hashed_gather.xla import no_gradient
@@ -25,7 +25,7 @@ FEW, MANY = 2, 16  # gradients of a row in flight together, of any row and of on
 
 def read(
     table: UInt32[Array, "R words"], numbers: Int32[Array, "n H"], form: RowFormat
-) -> Float[Array, "n E"]:
+) -> Num[Array, "n E"]:
     """Copies lines, then decodes them.
 
     Raises:

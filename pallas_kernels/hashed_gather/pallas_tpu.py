@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, Int32, UInt32
+from jaxtyping import Array, Float, Int, Int32, Num, UInt32
 
 from pallas_kernels.hashed_gather.format import RowFormat
 from pallas_kernels.hashed_gather.xla import no_gradient
@@ -28,7 +28,7 @@ _one_by_one = jax.custom_batching.sequential_vmap  # under vmap
 
 def read(
     table: UInt32[Array, "R words"], numbers: Int32[Array, "n H"], form: RowFormat
-) -> Float[Array, "n E"]:
+) -> Num[Array, "n E"]:
     """Copies rows and decodes them on the way.
 
     Raises:
@@ -78,7 +78,7 @@ def _pad_lanes(x: Float[Array, "n F"]) -> Float[Array, "n words"]:
 
 def _read(
     table: UInt32[Array, "R words"], numbers: Int32[Array, "n H"], form: RowFormat
-) -> Float[Array, "n E"]:
+) -> Num[Array, "n E"]:
     """The rows, decoded, side by side."""
     count, columns = numbers.shape
     tokens = min(max(IN_FLIGHT // columns // 8, 1) * 8, count)
@@ -105,7 +105,7 @@ def _read(
             pl.BlockSpec(memory_space=pl.ANY),
         ],
         out_specs=pl.BlockSpec((tokens, columns * form.width), lambda i: (i, 0)),
-        out_shape=jax.ShapeDtypeStruct((count, columns * form.width), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((count, columns * form.width), form.dtype),
         scratch_shapes=[
             pltpu.VMEM((2, columns, tokens, lines), jnp.uint32),
             pltpu.SemaphoreType.DMA((2,)),

@@ -1,14 +1,14 @@
 """The definition of the gather: indexed reads; JAX derives the backward scatter-add."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32, UInt32
+from jaxtyping import Array, Float, Int, Int32, Num, UInt32
 
 from pallas_kernels.hashed_gather.format import RowFormat
 
 
 def read(
     table: UInt32[Array, "R words"], numbers: Int32[Array, "n H"], form: RowFormat
-) -> Float[Array, "n E"]:
+) -> Num[Array, "n E"]:
     """The rows, decoded, side by side."""
     rows = form.decode(table[:, : form.words])[numbers]
     inside = (numbers >= 0) & (numbers < len(table))

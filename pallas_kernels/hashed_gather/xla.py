@@ -8,14 +8,14 @@ GPU, XLA still uses atomics unless run with --xla_gpu_deterministic_ops.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, UInt32
+from jaxtyping import Array, Float, Int, Int32, Num, UInt32
 
 from pallas_kernels.hashed_gather.format import RowFormat
 
 
 def read(
     table: UInt32[Array, "R words"], numbers: Int32[Array, "n H"], form: RowFormat
-) -> Float[Array, "n E"]:
+) -> Num[Array, "n E"]:
     """Gathers words, then decodes them."""
     numbers = jnp.where(numbers < 0, len(table), numbers)  # NumPy counts these from the end
     words = table.at[numbers, : form.words].get(mode="fill", fill_value=0)

@@ -56,7 +56,7 @@ def compile_memory_part(mesh: jax.sharding.Mesh, width: int, rows: int) -> Cost:
     )
     slots = SlotPlan(*[abstract(mesh, (chips, TOKENS, COLUMNS))] * 2)
 
-    def part(table: Table, plan: RowPlan, slots: SlotPlan, step: jax.Array):
+    def part(table: Table, plan: RowPlan, slots: SlotPlan, adam: RowAdam, step: jax.Array):
         read = lookup.read_rows(table, plan, adam, step)
         memory, pullback = jax.vjp(lambda rows: lookup.expand(rows, slots), read.values)
         (gradient,) = pullback(memory)
@@ -66,7 +66,7 @@ def compile_memory_part(mesh: jax.sharding.Mesh, width: int, rows: int) -> Cost:
 
     with jax.set_mesh(mesh):
         jitted = jax.jit(part, donate_argnums=0)
-        return compile_cost(jitted, table, plan, slots, abstract(mesh, ()))
+        return compile_cost(jitted, table, plan, slots, adam, abstract(mesh, ()))
 
 
 def assert_only_gathers_and_scatters_meet(own_rows: int, text: str) -> None:

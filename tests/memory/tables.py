@@ -78,7 +78,7 @@ def make_step(adam: RowAdam, scale: float = 1.0) -> Callable[..., Step]:
         (gradient,) = pullback(cotangent)
         own = lookup.own_gradients(table, rows_plan, gradient)
         new = lookup.update_rows(
-            table, rows_plan, gradient, own, read.own, jnp.float32(scale), adam, done
+            *(table, rows_plan, gradient, own, read.own), jnp.float32(scale), adam, done
         )
         return Step(memory, jnp.sqrt(own.square_norm), new)
 

@@ -27,10 +27,10 @@ from tables import (
 
 from engram_jax.memory import lookup
 from engram_jax.memory import plan as plan_module
-from engram_jax.memory.layout import RecordLayout, StorageConfig
+from engram_jax.memory.layout import RecordLayout, StorageConfig, Table
 from engram_jax.memory.plan import Planner
 from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, make_row_adam
-from engram_jax.sharding import BATCH_ABT
+from engram_jax.sharding import BATCH_ABT, TABLE_RW
 
 
 def constant(_: jax.Array) -> jax.Array:
@@ -192,6 +192,18 @@ def test_settling_is_reading_all_rows() -> None:
         assert np.abs(value - before).max() > 1e-3
 
 
+def test_settling_takes_less_than_64_MB_beside_the_table() -> None:
+    mesh, layout = mesh_of("1"), RecordLayout(80)
+    place = jax.NamedSharding(mesh, TABLE_RW)
+    records = jax.ShapeDtypeStruct((1 << 22, layout.words), jnp.uint32, sharding=place)  # 4 GB
+    with jax.set_mesh(mesh):
+        settle = jax.jit(lookup.settle, donate_argnums=0)
+        inputs = Table(records, layout, LAYER), make_adam("exact"), jnp.int32(12)
+        memory = settle.lower(*inputs).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 64 << 20
+    assert memory.alias_size_in_bytes == records.size * 4
+
+
 @pytest.mark.parametrize("name", ["1", "2x4"])
 @pytest.mark.parametrize("form", ["exact", "lazy"])
 def test_only_gathers_and_scatters_meet_the_whole_table(name: str, form: str) -> None:
@@ -252,10 +264,11 @@ def test_nan_in_padding_reaches_no_row() -> None:
         gradient = put(mesh, jnp.full((1, plan.rows[LAYER].places.shape[1], WIDTH), jnp.nan))
         distinct = int(plan.rows[LAYER].distinct[0])
         gradient = gradient.at[:, :distinct].set(1.0)
-        read = lookup.read_rows(table, plan.rows[LAYER], adam, jnp.int32(0))
-        own = lookup.own_gradients(table, plan.rows[LAYER], gradient)
+        own = jax.jit(lookup.own_gradients)(table, plan.rows[LAYER], gradient)
         own = replace(own, square_norm=jnp.float32(1))
-        new = lookup.update_rows(
-            table, plan.rows[LAYER], gradient, own, read.own, jnp.float32(1), adam, jnp.int32(0)
+        read = jax.jit(lookup.read_rows)(table, plan.rows[LAYER], adam, jnp.int32(0))
+        new = jax.jit(lookup.update_rows)(
+            *(table, plan.rows[LAYER], gradient, own, read.own),
+            *(jnp.float32(1), adam, jnp.int32(0)),
         )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))

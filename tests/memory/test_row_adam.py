@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_jax.errors import InputError
-from engram_jax.memory.drift import make_drift
 from engram_jax.memory.layout import RowState
+from engram_jax.memory.momentum_tail import make_momentum_tail
 from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, make_row_adam
 
 COUNT, WIDTH = 12, 3
@@ -123,7 +123,7 @@ def test_an_exact_row_is_where_dense_adam_has_it(history) -> None:
     np.testing.assert_array_equal(found.clock, last)
 
 
-def test_reading_at_the_step_after_the_last_write_owes_nothing() -> None:
+def test_reading_at_the_step_after_the_last_write_has_nothing_pending() -> None:
     adam = make_row_adam(RowAdamConfig(form="exact"), constant(0.1), 9)
     rows = run(adam, untouched(), np.ones((5, COUNT, WIDTH), np.float32), np.ones((5, COUNT), bool))
     np.testing.assert_array_equal(adam.current(rows, jnp.int32(5)), rows.value)
@@ -180,18 +180,18 @@ def test_one_second_moment_a_row_is_that_of_the_mean_square(form: str) -> None:
     assert found.square.shape == (COUNT, 1)
 
 
-def test_drift_is_the_sum_over_all_later_steps() -> None:
+def test_the_momentum_tail_is_the_sum_over_all_later_steps() -> None:
     """Term by term in float64, at early and late steps, with ε from nothing to everything."""
     b1, b2, eps = 0.9, 0.95, 1e-8
     rates = lambda done: 1e-3 * np.minimum(1, (done + 1) / 30)  # noqa: E731
-    drift = make_drift(rates, 500, b1, b2)
+    tail = make_momentum_tail(rates, 500, b1, b2)
     for last in (0, 1, 2, 10, 100, 500):
         for root in (1e-12, 1e-9, 1e-8, 1e-6, 1.0):
             after = np.arange(1, 2000)
             step = last + after
             terms = rates(step - 1) * b1**after / (1 - b1**step)
             terms /= np.sqrt(b2**after * root**2 / (1 - b2**step)) + eps
-            found = np.sum(drift.weights[last] / (drift.nodes[last] * root + eps))
+            found = np.sum(tail.weights[last] / (tail.nodes[last] * root + eps))
             assert math.isclose(found, terms.sum(), rel_tol=3e-7), (last, root)
 
 
@@ -201,7 +201,7 @@ def test_drift_is_the_sum_over_all_later_steps() -> None:
         ({"b1": 1.0}, "below 1"),
         ({"b2": -0.1}, "at least 0"),
         ({"eps": 0.0}, "eps"),
-        ({"form": "exact", "b1": 0.99, "b2": 0.9}, "never come to rest"),
+        ({"form": "exact", "b1": 0.99, "b2": 0.9}, "never stop moving"),
     ],
 )
 def test_impossible_hyperparameters_are_refused(fields: dict, message: str) -> None:
@@ -210,7 +210,7 @@ def test_impossible_hyperparameters_are_refused(fields: dict, message: str) -> N
 
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.99, 0.9802), (0.5, 0.26), (0.1, 0.011)])
-def test_rows_that_come_to_rest_too_slowly_are_refused(b1: float, b2: float) -> None:
+def test_momentum_that_decays_too_slowly_is_refused(b1: float, b2: float) -> None:
     config = RowAdamConfig(form="exact", b1=b1, b2=b2)
     with pytest.raises(InputError, match="lazy"):
         make_row_adam(config, constant(0.1), 3)

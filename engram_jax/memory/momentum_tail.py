@@ -1,23 +1,24 @@
-"""How far dense Adam carries a row that no gradient reaches any more. Pure NumPy.
+"""The momentum updates that a row still receives after its last gradient. Pure NumPy.
 
-A row last written by step s, with moments m and v, moves on by momentum. In all, it moves by
+Dense Adam also moves a row whose gradient is zero: its moments decay, and the first one still
+pushes. A row last written by step s, with moments m and v, moves from then on by
 
     −Σₖ lrᵢ · β₁ᵏ m / (1−β₁ⁱ) / (√(β₂ᵏ v / (1−β₂ⁱ)) + ε)  =  −m Σₖ aₖ / (bₖ √v + ε)
 
-over k = 1, 2, …, with i = s + k and lrᵢ the learning rate of step i: aₖ = lrᵢ β₁ᵏ/(1−β₁ⁱ) and
+over k = 1, 2, …, with i = s + k, lrᵢ the learning rate of step i, aₖ = lrᵢ β₁ᵏ/(1−β₁ⁱ) and
 bₖ = √(β₂ᵏ/(1−β₂ⁱ)). These are hundreds of terms for every element.
-Seen as a function of x = ε/√v, the sum is Σ (aₖ/bₖ) · bₖ/(bₖ + x), the integral of a smooth
-function of log b against the weights aₖ/bₖ. A Gauss rule in log b replaces the hundreds of atoms
-by a few: 5 nodes for (0.9, 0.999), 9 for (0.9, 0.95), whatever ε and v are. (In b itself the rule
-would converge slowly, since the function has its pole at −x, arbitrarily near.)
+As a function of x = ε/√v, the sum is Σ (aₖ/bₖ) · bₖ/(bₖ + x): the integral of a smooth function of
+log b against the weights aₖ/bₖ. A Gauss rule in log b replaces the hundreds of terms by a few:
+5 nodes for (0.9, 0.999), 8 for (0.9, 0.95), whatever ε and v are. (In b itself the rule would
+converge slowly, because the function has its pole at −x, which may be arbitrarily near.)
 
-What a row owes between two steps is the difference of two such sums: the drift from s on, less
-what is left of it at the later step, where the moments have decayed.
+The pending update of a row between two steps is the difference of two such sums: the one at the
+earlier step, less the one at the later step, whose moments have decayed.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -30,43 +31,43 @@ _RULE = 1e-7
 _MOST_NODES = 24
 _MOST_TERMS = 4000
 _TOO_SLOW = (
-    "With b1 {b1} and b2 {b2}, idle rows come to rest too slowly for exact row Adam; raise b2, "
-    "lower b1, or take lazy row Adam."
+    "With b1 {b1} and b2 {b2}, the momentum of idle rows decays too slowly for exact row Adam; "
+    "raise b2, lower b1, or choose lazy row Adam."
 )
 
 
-class Drift(NamedTuple):
-    """The Gauss rule of every step: drift = −m Σⱼ weightⱼ / (nodeⱼ √v + ε).
+class MomentumTail(NamedTuple):
+    """The Gauss rule of every step: all later updates sum to −m Σⱼ weightⱼ / (nodeⱼ √v + ε).
 
     Attributes:
         nodes: b, for a row last written by step s = 0, 1, … steps.
         weights: a.
     """
 
-    nodes: Float32[np.ndarray, "steps nodes"]
-    weights: Float32[np.ndarray, "steps nodes"]
+    nodes: Float32[Any, "steps nodes"]
+    weights: Float32[Any, "steps nodes"]
 
 
-def make_drift(
+def make_momentum_tail(
     learning_rate: Callable[[np.ndarray], np.ndarray], steps: int, b1: float, b2: float
-) -> Drift:
-    """The drift of rows last written by step 0 … steps.
+) -> MomentumTail:
+    """The rules for rows last written by step 0 … steps.
 
     Args:
         learning_rate: by the number of finished steps, as optax's schedules: step i has that of
-            i − 1. It is asked beyond `steps`, where momentum would still push.
+            i − 1. It is called beyond `steps`, where momentum would continue to push.
         steps: last step of the run.
         b1: decay of the first moment.
         b2: decay of the second moment.
 
     Raises:
-        InputError: the decays let an idle row move without bound (b1² ≥ b2), or too slowly come to
-            rest for a short rule.
+        InputError: with these decays an idle row moves without bound (b1² ≥ b2), or its momentum
+            decays too slowly for a short rule.
     """
     if not 0 <= b1 < 1 or not b1**2 < b2 < 1:
         raise InputError(
-            f"Exact row Adam needs b1² < b2 < 1, or idle rows never come to rest; they are {b1} "
-            f"and {b2}. Change them, or take lazy row Adam."
+            f"Exact row Adam needs b1² < b2, or idle rows never stop moving; b1 is {b1} and b2 is "
+            f"{b2}. Change them, or choose lazy row Adam."
         )
     ratio = b1 / math.sqrt(b2)
     terms = 1 if b1 == 0 else max(1, math.ceil(math.log(_TAIL * (1 - ratio)) / math.log(ratio)))
@@ -89,13 +90,13 @@ def make_drift(
     nodes, weights = (
         np.concatenate(parts).astype(np.float32) for parts in zip(*blocks, strict=True)
     )
-    return Drift(nodes, weights)
+    return MomentumTail(nodes, weights)
 
 
 def _atoms(
     last_written: np.ndarray, rates: np.ndarray, terms: int, b1: float, b2: float
 ) -> tuple[Float64[np.ndarray, "rules terms"], Float64[np.ndarray, "rules terms"]]:
-    """a/b and log b of every term; in logarithms, as both a and b of late terms underflow."""
+    """a/b and log b of every term; in logarithms, because a and b of late terms underflow."""
     after = np.arange(1, terms + 1)
     step = last_written[:, None] + after
     log_b = (after * _log(b2) - np.log(-np.expm1(step * _log(b2)))) / 2
@@ -139,7 +140,7 @@ def _error(
     b1: float,
     b2: float,
 ) -> float:
-    """Largest relative error of rules against the sums they stand for, over x = ε/√v."""
+    """Largest relative error of rules against the sums they replace, over x = ε/√v."""
     measure, position = _atoms(last_written, rates, terms, b1, b2)
     nodes, weights = rule
     b, errors = np.exp(position), []
