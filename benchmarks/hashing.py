@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 from engram_jax import HashSpec, NgramHash, load_tokenizer, project_vocabulary
-from engram_jax.data.corpus import build_corpus
+from engram_jax.data.token_cache import build_corpus
 
 ROUNDS = 15
 BATCH, LENGTH = 8, 4096

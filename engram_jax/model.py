@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from engram_jax.errors import InputError
 from engram_jax.layers.attention import Attention, AttentionConfig
+from engram_jax.layers.embedding import look_up
 from engram_jax.layers.engram import Engram, EngramConfig
 from engram_jax.layers.feed_forward import FeedForward
 from engram_jax.layers.hyper_connections import (
@@ -239,29 +240,6 @@ def run_block(
     return gather_parameters(block, x.dtype, split_axes(x))(x, *inputs)
 
 
-def _look_up(embedding: Float[Array, "V D"], tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The tokens' embeddings, in float32.
-
-    Then the gradients of a token's many occurrences are summed in float32, too. In bfloat16, a sum
-    of a thousand terms stops growing at half its value, due to rounding. The `shard_map` makes each
-    device sum the gradients of its own tokens first. Without it, JAX requests the gradients of all
-    tokens on every device, and leaves it to the compiler to avoid that.
-    """
-    axes = split_axes(tokens)
-
-    def look_up(embedding: Array, tokens: Array) -> Array:
-        if axes:
-            embedding = jax.lax.pcast(embedding, axes, to="varying")
-        return embedding.astype(jnp.float32)[tokens]
-
-    if jax.sharding.get_abstract_mesh().empty:
-        return look_up(embedding, tokens)
-    spec = jax.typeof(tokens).sharding.spec
-    return jax.shard_map(look_up, in_specs=(jax.P(reduced=set(axes)), spec), out_specs=spec)(
-        embedding, tokens
-    )
-
-
 class Decoder(nnx.Module):
     """A pre-norm decoder with memory.
 
@@ -333,7 +311,7 @@ class Decoder(nnx.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         gather = partial(gather_parameters, dtype=dtype, axes=split_axes(tokens))
         embedding = gather(self.embedding)[...]
-        x = (_look_up(embedding, tokens) * config.width**0.5).astype(dtype)
+        x = (look_up(embedding, tokens) * config.width**0.5).astype(dtype)
         if token_mask is not None:
             x = jnp.where(token_mask[..., None], x, 0)
         if hasattr(self, "over_encoding"):

@@ -19,9 +19,10 @@ from jaxtyping import Array, Int32
 from engram_jax.checkpoint import Checkpoints
 from engram_jax.compression import project_vocabulary
 from engram_jax.config import Config, load_config, save_config
-from engram_jax.data.corpus import Corpus, build_corpus
+from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
 from engram_jax.data.sources import resolve_source, source_name
+from engram_jax.data.token_cache import build_corpus
 from engram_jax.errors import InputError
 from engram_jax.files import hold_lock, written_whole
 from engram_jax.hashing import NgramHash

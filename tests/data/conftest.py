@@ -3,7 +3,8 @@ from collections.abc import Callable, Sequence
 import pytest
 from small_corpora import ByteTokenizer, write_jsonl
 
-from engram_jax.data.corpus import Corpus, build_corpus
+from engram_jax.data.corpus import Corpus
+from engram_jax.data.token_cache import build_corpus
 
 
 @pytest.fixture

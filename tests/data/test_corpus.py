@@ -11,8 +11,8 @@ import pytest
 from small_corpora import ByteTokenizer, random_texts, write_jsonl
 
 from engram_jax import files
-from engram_jax.data import corpus as corpus_module
-from engram_jax.data.corpus import build_corpus
+from engram_jax.data import token_cache
+from engram_jax.data.token_cache import build_corpus
 from engram_jax.errors import InputError
 
 TEXTS = random_texts(300, 30)
@@ -64,7 +64,7 @@ def test_an_unchanged_source_is_not_read_or_tokenized_again(tmp_path, tokenizer,
     build_corpus(path, tokenizer, tmp_path / "cache")
     age(path)
     build_corpus(path, tokenizer, tmp_path / "cache")
-    monkeypatch.setattr(corpus_module, "read_documents", None)
+    monkeypatch.setattr(token_cache, "read_documents", None)
     again = build_corpus(path, tokenizer, tmp_path / "cache", held_out=0.5)
     assert tokenizer.encoded == len(TEXTS)
     assert again.folder == first.folder and len(again.held_out) > len(first.held_out)
@@ -119,7 +119,7 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeyp
                 raise KeyboardInterrupt
             return super().encode_batch(texts)
 
-    monkeypatch.setattr(corpus_module, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(token_cache, "_CHUNK_BYTES", 100)
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     # A SIGKILL would not even leave time to clean up.
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

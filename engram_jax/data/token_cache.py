@@ -1,0 +1,257 @@
+"""The cache of tokenized corpora: tokenized once, reused until text or tokenizer change."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from secrets import token_hex
+from typing import IO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from engram_jax.data.corpus import Corpus, Manifest
+from engram_jax.data.sources import (
+    Document,
+    read_documents,
+    resolve_source,
+    source_files,
+    source_name,
+)
+from engram_jax.errors import InputError
+from engram_jax.files import hold_lock
+from engram_jax.tokenizer import Tokenizer
+
+# Version of the cache folder's content, part of its name. Increase it when the content changes.
+FORMAT = 1
+
+# The tokenizer gets documents in chunks of about this many bytes: enough work for its threads, but
+# far below 100 MB for the ids and texts of a chunk.
+_CHUNK_BYTES = 1 << 20
+
+# A file can change twice within one tick of the file system's clock. So if a file changed less than
+# this before its survey, the survey is not reused.
+_CLOCK_TICK_NS = 2_000_000_000
+
+# A build that has written nothing for this long is considered killed.
+_ABANDONED_SECONDS = 3600.0
+
+
+class Survey(NamedTuple):
+    """Facts about a source from reading it once, which give its cache folder's name and size."""
+
+    fingerprint: str
+    documents: int
+    text_bytes: int
+    empty: int
+
+
+def build_corpus(
+    source: str | Path, tokenizer: Tokenizer, cache: str | Path, held_out: float = 0.05
+) -> Corpus:
+    """Return the tokenized corpus of a source; tokenize it if it is not in the cache.
+
+    The name of the folder in `cache` contains the source's name and a fingerprint of its texts and
+    the tokenizer. The folder gets this name when it is complete. A document is held out if the hash
+    of its text, as a fraction of 1, is below `held_out`. So equal texts are on the same side, and
+    the choice does not depend on the order or on other documents. A change of `held_out` does not
+    tokenize again. Empty documents are skipped, with a message on stderr.
+
+    Raises:
+        InputError: the source cannot be read (see `read_documents`) or is empty, the tokenizer
+            returns ids outside its vocabulary, or the cache cannot be written or its disk is full.
+    """
+    if not 0 <= held_out <= 1:
+        raise InputError(f"held_out is {held_out}; it must be from 0 to 1.")
+    path = resolve_source(source)
+    cache = Path(cache)
+    name = source_name(path)
+    with _disk_errors(cache):
+        survey = _survey(path, cache)
+        identity = (FORMAT, survey.fingerprint, tokenizer.fingerprint, tokenizer.vocab_size)
+        specials = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+        folder = cache / f"{name}-{_digest(repr((*identity, *specials)).encode()).hex()}"
+        manifest = folder / "manifest.json"
+        if not manifest.is_file():  # a complete corpus may be in a read-only folder
+            # Each build writes its own folder, so the lock only avoids duplicate work.
+            cache.mkdir(parents=True, exist_ok=True)
+            with hold_lock(folder.with_name(f"{folder.name}.lock")):
+                if not manifest.is_file():
+                    _build(path, name, tokenizer, survey, folder)
+    return Corpus(folder, held_out)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=8).digest()
+
+
+def _texts(path: Path) -> Iterator[Document]:
+    return (document for document in read_documents(path) if document.text.strip())
+
+
+def _survey(path: Path, cache: Path) -> Survey:
+    files = [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in source_files(path)
+    ]
+    record = cache / "surveys" / f"{_digest(repr(files).encode()).hex()}.json"
+    if record.is_file():
+        return Survey(**json.loads(record.read_text()))
+    begun = time.time_ns()
+    survey = _read_once(path)
+    if begun - max(changed for *_, changed in files) > _CLOCK_TICK_NS:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        partial = record.with_suffix(f".{token_hex(4)}")
+        partial.write_text(json.dumps(survey._asdict()))
+        partial.replace(record)
+    return survey
+
+
+def _read_once(path: Path) -> Survey:
+    fingerprint = hashlib.blake2b(digest_size=16)
+    documents = text_bytes = empty = 0
+    with tqdm(desc=f"read {source_name(path)}", unit=" documents", delay=1) as progress:
+        for document in read_documents(path):
+            progress.update()
+            if not document.text.strip():
+                empty += 1
+                continue
+            text = document.text.encode()
+            fingerprint.update(hashlib.blake2b(text).digest())
+            documents += 1
+            text_bytes += len(text)
+    if not documents:
+        raise InputError(f"corpus {path} holds no text; it needs at least one document.")
+    return Survey(fingerprint.hexdigest(), documents, text_bytes, empty)
+
+
+def _build(path: Path, name: str, tokenizer: Tokenizer, survey: Survey, folder: Path) -> None:
+    _remove_abandoned(folder)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+    # English has 3.5 to 4.5 bytes of text per token. A document has three int64 columns.
+    needed = survey.text_bytes // 4 * dtype.itemsize + 24 * survey.documents
+    if (free := shutil.disk_usage(folder.parent).free) < needed:
+        raise InputError(_full_disk(folder.parent, needed, free))
+    if survey.empty:
+        print(f"{name}: skipped {survey.empty} empty documents.", file=sys.stderr)
+    partial = folder.with_name(f"{folder.name}.{token_hex(4)}.partial")
+    partial.mkdir()
+    try:
+        with (partial / "ids.bin").open("wb") as ids:
+            lengths, hashes, byte_lengths = _tokenize(path, name, tokenizer, survey, ids, dtype)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        np.save(partial / "offsets.npy", offsets.astype(np.int64))
+        np.save(partial / "hashes.npy", np.array(hashes, np.uint64))
+        np.save(partial / "byte_lengths.npy", np.array(byte_lengths, np.int64))
+        manifest = Manifest(
+            format=FORMAT,
+            name=name,
+            tokenizer=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            pad_id=tokenizer.pad_id,
+            dtype=dtype.name,
+            documents=len(lengths),
+            tokens=int(offsets[-1]),
+            text_bytes=survey.text_bytes,
+        )
+        (partial / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+        _publish(partial, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(folder.parent).free
+            raise InputError(_full_disk(folder.parent, needed, free)) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Rename a complete build to its final name; keep an existing folder of another process."""
+    for file in partial.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    try:
+        partial.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _tokenize(
+    path: Path,
+    name: str,
+    tokenizer: Tokenizer,
+    survey: Survey,
+    ids: IO[bytes],
+    dtype: np.dtype,
+) -> tuple[array, array, array]:
+    """Write the token ids of all documents; return the lengths, hashes and byte lengths."""
+    lengths, hashes, byte_lengths = array("q"), array("Q"), array("q")
+    fingerprint = hashlib.blake2b(digest_size=16)
+    bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
+    size = survey.text_bytes
+    with tqdm(desc=f"tokenize {name}", total=size, unit="B", unit_scale=True, delay=1) as progress:
+        for texts in _chunks(path):
+            for text, of_text in zip(texts, tokenizer.encode_batch(texts), strict=True):
+                if of_text.size and not 0 <= of_text.min() <= of_text.max() < tokenizer.vocab_size:
+                    raise InputError(
+                        f"tokenizer {tokenizer.name} returns ids up to {of_text.max()}, outside "
+                        f"its vocabulary of {tokenizer.vocab_size}; its model file is inconsistent."
+                    )
+                ids.write(np.concatenate([bos, of_text.astype(dtype), eos]).tobytes())
+                encoded = text.encode()
+                digest = hashlib.blake2b(encoded).digest()
+                fingerprint.update(digest)
+                lengths.append(of_text.size + 2)
+                hashes.append(int.from_bytes(digest[:8], "little"))
+                byte_lengths.append(len(encoded))
+                progress.update(len(encoded))
+    if fingerprint.hexdigest() != survey.fingerprint:
+        raise InputError(f"{path} changed while it was read; run again.")
+    return lengths, hashes, byte_lengths
+
+
+def _chunks(path: Path) -> Iterator[list[str]]:
+    texts: list[str] = []
+    size = 0
+    for document in _texts(path):
+        texts.append(document.text)
+        size += len(document.text)
+        if size >= _CHUNK_BYTES:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for partial in folder.parent.glob(f"{folder.name}.*.partial"):
+        written = max((file.stat().st_mtime for file in partial.glob("*")), default=0.0)
+        if time.time() - max(written, partial.stat().st_mtime) > _ABANDONED_SECONDS:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write the token cache {cache}: {error.strerror or error}; choose a writable "
+            "folder."
+        ) from error
+
+
+def _full_disk(folder: Path, needed: int, free: int) -> str:
+    return (
+        f"the disk of {folder} is full: the token cache needs about {needed:,} bytes, and "
+        f"{free:,} are free; free some space or choose another cache folder."
+    )
