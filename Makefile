@@ -51,6 +51,10 @@ test-slow: $(VENV)/.installed-dev  ## the slow tests alone
 test-all: lint typecheck  ## as test, with the slow tests
 	$(PYTEST) $(ARGS)
 
+.PHONY: gpu
+gpu: $(VENV)/.installed-dev  ## one GPU for twelve minutes: tests, kernels beside XLA, tokens/s
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
 .PHONY: lint
 lint: $(VENV)/.installed-dev  ## ruff: lint and format, changing nothing
 	$(BIN)/ruff check .

@@ -6,10 +6,12 @@ Prints the median tokens/s of each config, and the ratio to the first one's. Bat
 the same time, as in training.
 """
 
+import json
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -48,11 +50,19 @@ class Training:
         return time.perf_counter() - start
 
 
-def measure(configs: Sequence[str], rounds: int, steps: int) -> dict[str, np.ndarray]:
+def measure(
+    configs: Sequence[str], rounds: int, steps: int, workers: int | None = None
+) -> dict[str, np.ndarray]:
     """Tokens per second of every config in every round; the configs alternate."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        named = {name: load_named_config(name) for name in configs}
         trainings = {
-            name: Training(load_named_config(name), Path(folder) / name, stack) for name in configs
+            name: Training(
+                replace(config, data=replace(config.data, workers=workers)),
+                Path(folder) / name,
+                stack,
+            )
+            for name, config in named.items()
         }
         for training in trainings.values():  # compiles
             training.advance(2)
@@ -63,15 +73,23 @@ def measure(configs: Sequence[str], rounds: int, steps: int) -> dict[str, np.nda
     return dict(zip(configs, np.transpose(rates), strict=True))
 
 
-def main(configs: tuple[str, ...] = CONFIGS, rounds: int = 15, steps: int = 4) -> None:
+def main(
+    configs: tuple[str, ...] = CONFIGS,
+    rounds: int = 15,
+    steps: int = 4,
+    workers: int | None = None,
+    json_file: Path | None = None,
+) -> None:
     """Measures and prints.
 
     Args:
         configs: names of configurations; the others are compared with the first.
         rounds: measurements of every config, alternating.
         steps: training steps per measurement.
+        workers: processes that build batches; None: as many as training would take.
+        json_file: file for the tokens per second of every round, by config.
     """
-    rates = measure(configs, rounds, steps)
+    rates = measure(configs, rounds, steps, workers)
     print(f"{jax.devices()[0].device_kind}, {rounds} rounds of {steps} steps")
     for name, own in rates.items():
         low, middle, high = np.quantile(own / rates[configs[0]], [0.25, 0.5, 0.75])
@@ -79,6 +97,8 @@ def main(configs: tuple[str, ...] = CONFIGS, rounds: int = 15, steps: int = 4) -
             f"{name:<14} {np.median(own):8,.0f} tokens/s  ×{middle:.3f} of {configs[0]} "
             f"(quartiles {low:.3f} … {high:.3f})"
         )
+    if json_file is not None:
+        json_file.write_text(json.dumps({name: list(own) for name, own in rates.items()}))
 
 
 if __name__ == "__main__":

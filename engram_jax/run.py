@@ -6,6 +6,7 @@ and what evaluation writes.
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -119,6 +120,7 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
                 with _locked(folder):
                     run._write_beginning()
+                _warn_of_padding(config)
             elif is_leader() and reschedule:
                 with _locked(folder):
                     save_config(config, folder / "config.json")
@@ -317,6 +319,17 @@ class Run:
             state,
             config=asdict(self.config),
             files=[self.folder / name for name in names],
+        )
+
+
+def _warn_of_padding(config: Config) -> None:
+    layout = config.memory.layout
+    if config.memory.layers and layout.padding > 0.25:
+        narrower, wider = layout.better_widths()
+        print(
+            f"{layout.padding:.0%} of every table row is padding at memory.row_width "
+            f"{layout.width}; {narrower} or {wider} use the memory better.",
+            file=sys.stderr,
         )
 
 

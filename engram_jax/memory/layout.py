@@ -14,7 +14,7 @@ shorter record fills whole cache lines of 16 words, and is not for TPUs: XLA wou
 table transposed and copy all of it at every step.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, no_type_check
 
 import jax
@@ -100,6 +100,21 @@ class RecordLayout:
     def _clock(self) -> int:
         """Which word is the clock."""
         return sum(part.words for part in self._parts)
+
+    @property
+    def padding(self) -> float:
+        """The share of a record's words that holds nothing."""
+        return 1 - self.record.words / self.words
+
+    def better_widths(self) -> tuple[int, int]:
+        """The nearest narrower and wider row widths that fill their lines best."""
+
+        def fills(width: int) -> bool:
+            return replace(self, width=width + 1).words > replace(self, width=width).words
+
+        narrower = next((width for width in range(self.width - 1, 0, -1) if fills(width)), 1)
+        wider = next(width for width in range(self.width, self.width + LANES) if fills(width))
+        return narrower, wider
 
     def pack(
         self, rows: RowState, noise: UInt32[Array, "n"] | None = None
