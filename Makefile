@@ -51,6 +51,10 @@ test-slow: $(VENV)/.installed-dev  ## the slow tests alone
 test-all: lint typecheck  ## as test, with the slow tests
 	$(PYTEST) $(ARGS)
 
+.PHONY: faults
+faults: $(VENV)/.installed-dev  ## put faults into copies of the tree, and see whether tests find them
+	$(BIN)/python tests/faults.py $(ARGS)
+
 .PHONY: lint
 lint: $(VENV)/.installed-dev  ## ruff: lint and format, changing nothing
 	$(BIN)/ruff check .
