@@ -339,7 +339,7 @@ engram_jax/evaluation/memory_report.py < evaluation/test_memory_report.py
   rows that nothing wrote count as written
     - np.asarray(table.clocks()) > 0
     + np.asarray(table.clocks()) >= 0
-engram_jax/memory/statistics.py < memory/test_statistics.py
+engram_jax/evaluation/statistics.py < evaluation/test_statistics.py
   an n-gram is counted as often as in the last part
     - self.times[at[known]] += times[known]
     + self.times[at[known]] = times[known]
@@ -347,12 +347,12 @@ engram_jax/sampling.py < test_sampling.py
   a long prompt loses its end
     - ids[-run.config.data.sequence_length :]
     + ids[: run.config.data.sequence_length]
-engram_jax/accounting.py < test_accounting.py
+engram_jax/costs/accounting.py < costs/test_accounting.py
   a product counts its multiplications alone
     - return 2 * math.prod(left)
     + return math.prod(left)
-engram_jax/ahead_of_time.py < \
-test_ahead_of_time.py::test_collectives_are_read_with_groups_trips_and_bytes
+engram_jax/costs/ahead_of_time.py < \
+costs/test_ahead_of_time.py::test_collectives_are_read_with_groups_trips_and_bytes
   an all-reduce sends its result once
     - (1 if scattered else 2) * result
     + 1 * result
