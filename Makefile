@@ -55,6 +55,10 @@ test-all: lint typecheck  ## as test, with the slow tests
 gpu: $(VENV)/.installed-dev  ## one GPU for twelve minutes: tests, kernels beside XLA, tokens/s
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
+.PHONY: faults
+faults: $(VENV)/.installed-dev  ## put faults into copies of the tree, and see whether tests find them
+	$(BIN)/python tests/faults.py $(ARGS)
+
 .PHONY: lint
 lint: $(VENV)/.installed-dev  ## ruff: lint and format, changing nothing
 	$(BIN)/ruff check .

@@ -14,6 +14,9 @@ CACHE = Path(__file__).parent.parent / ".cache" / "xla"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Compiling is most of what tests take, so on a CPU XLA optimizes little; see `optimized`.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
 
@@ -26,13 +29,43 @@ from dataclasses import replace  # noqa: E402
 from functools import cache  # noqa: E402
 
 import pytest  # noqa: E402
-from tiny_runs import TrainWhole, make_run, on_devices, tiny_config, vary  # noqa: E402
+from tiny_runs import (  # noqa: E402
+    TrainWhole,
+    make_run,
+    on_devices,
+    place_initial_state,
+    tiny_config,
+    vary,
+)
 
 from engram_jax.config import Config, TrainConfig  # noqa: E402
 from engram_jax.memory.row_adam import RowAdamConfig  # noqa: E402
+from engram_jax.program import Program  # noqa: E402
 from engram_jax.run import Run  # noqa: E402
 from engram_jax.train_state import TrainState  # noqa: E402
 from engram_jax.trainer import train  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def initial_states() -> Iterator[None]:
+    """Every state is drawn once; the test of the drawing itself calls `draw_on_the_mesh`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Program, "initial_state", place_initial_state)
+        yield
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """XLA optimizes as it does for users: for tests that read what it makes, or compare bits.
+
+    They share no compiled program, and no run, with others.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

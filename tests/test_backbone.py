@@ -2,11 +2,10 @@
 
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -18,40 +17,92 @@ from engram_jax.metrics import read_metrics
 from engram_jax.parameters import Plain
 from engram_jax.run import Run
 from engram_jax.sampling import sample
-from engram_jax.train_step import make_train_step, train
+from engram_jax.train_step import make_train_step
+from engram_jax.trainer import train
 from engram_jax.typing import PyTree
+
+MESH = (2, 2, 2)
 
 
 @pytest.fixture(scope="module")
 def backbone(tiny: Config) -> Config:
-    return vary(with_backbone(tiny), train={"checkpoint_every": 3})
+    """It does not clip, so that the moments after a step are multiples of its gradients."""
+    config = vary(with_backbone(tiny), train={"checkpoint_every": 3})
+    return vary(config, optimizer={"clip_norm": 1e9})
+
+
+def start(config: Config, folder: Path, *mesh: int) -> Run:
+    with on_devices(*mesh):
+        return Run.start(config, folder)
 
 
 def train_on(config: Config, folder: Path, *mesh: int) -> Run:
-    with on_devices(*mesh):
-        run = Run.start(config, folder)
+    run = start(config, folder, *mesh)
     train(run)
     return run
 
 
+class Steps(NamedTuple):
+    """What a run's step gives, without its loop."""
+
+    run: Run
+    metrics: list[dict[str, float]]  # of all steps from the initial state
+    gradients: dict[str, np.ndarray]  # of a step from parameters that all matter
+    biases: PyTree  # after it
+
+
+def take_steps(config: Config, folder: Path, *mesh: int, steps: int = 0) -> Steps:
+    run, metrics = start(config, folder, *mesh), []
+    program, row_adam = run.program, run.program.row_adam
+    with program.use_mesh(), run.batches() as batches:
+        take_step, first = make_train_step(program), program.put(next(batches))
+        state = program.initial_state()
+        lively = replace(state, params=enliven(state.params))
+        after = jax.device_get(take_step(lively, first, row_adam)[0])
+        state = program.initial_state()
+        for number in range(steps):
+            batch = first if number == 0 else program.put(next(batches))
+            state, of_step = take_step(state, batch, row_adam)
+            metrics.append(jax.device_get(of_step))
+    return Steps(run, metrics, read_gradients(config, after.optimizer), after.expert_bias)
+
+
+def read_gradients(config: Config, optimizer: PyTree) -> dict[str, np.ndarray]:
+    """By name, from the moments after one step: Adam's mean, and Muon's momentum."""
+    adam = optax.tree.get(optimizer, "mu"), 1 - config.optimizer.b1
+    muon = optax.tree.get(optimizer, "trace"), 1
+    return {
+        jax.tree_util.keystr(path): moment / share
+        for moments, share in (adam, muon)
+        for path, moment in jax.tree.leaves_with_path(moments)
+    }
+
+
 @pytest.fixture(scope="module")
-def whole(backbone: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Trained on one device; only to be read."""
-    return train_on(backbone, tmp_path_factory.mktemp("whole") / "run", 1)
+def one(backbone: Config, tmp_path_factory: pytest.TempPathFactory) -> Steps:
+    """Of one device."""
+    return take_steps(backbone, tmp_path_factory.mktemp("one") / "run", 1, steps=6)
+
+
+@pytest.fixture(scope="module")
+def trained_on_mesh(backbone: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Only to be read."""
+    return train_on(backbone, tmp_path_factory.mktemp("mesh") / "run", *MESH)
 
 
 def test_a_mesh_with_dealt_experts_gives_the_losses_of_one_device(
-    backbone: Config, whole: Run, tmp_path: Path
+    one: Steps, trained_on_mesh: Run
 ) -> None:
-    parts = train_on(backbone, tmp_path / "parts", 2, 2, 2)
-    one, other = (read_metrics(run.folder, "train") for run in (whole, parts))
-    assert [line["step"] for line in one] == list(range(1, 7))
-    for a, b in zip(one, other, strict=True):
+    parts = trained_on_mesh
+    lines = read_metrics(parts.folder, "train")
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    for step, (a, b) in enumerate(zip(one.metrics, lines, strict=True), 1):
         # Losses of a step with rounding of another order behind it: 1e-6 at first, then more.
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6 if a["step"] == 1 else 2e-4)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6 if step == 1 else 2e-4)
         assert b["mixing_error"] == pytest.approx(a["mixing_error"], abs=1e-5)
-    assert one[0]["expert_load_worst"] == pytest.approx(other[0]["expert_load_worst"])
-    assert one[0]["expert_load_worst"] >= one[0]["expert_load_mean"] > 1
+    worst, mean = lines[0]["expert_load_worst"], lines[0]["expert_load_mean"]
+    assert worst == pytest.approx(one.metrics[0]["expert_load_worst"])
+    assert worst >= mean > 1
     biases = parts.restore().expert_bias
     assert biases.keys() == {1, 2, 3}
     for bias in biases.values():
@@ -65,61 +116,32 @@ def test_a_mesh_with_dealt_experts_gives_the_losses_of_one_device(
     assert isinstance(sample(again, weights, "the", tokens=3, temperature=0.0), str)
 
 
-def one_step(config: Config, folder: Path, *mesh: int) -> tuple[PyTree, PyTree]:
-    """Gradients and biases of a step from parameters that all matter, on a mesh."""
-
-    def keep(gradients: PyTree, _: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
-        return jax.tree.map(jnp.zeros_like, params), gradients
-
-    zeros = partial(jax.tree.map, jnp.zeros_like)
-    with on_devices(*mesh):
-        run = Run.start(vary(config, optimizer={"clip_norm": 1e9}), folder)
-    keeping = optax.GradientTransformation(zeros, keep)
-    run = replace(run, program=replace(run.program, optimizer=keeping))
-    with run.program.use_mesh(), run.batches() as batches:
-        state = run.program.initial_state()
-        state = replace(state, params=enliven(state.params))
-        after, _ = make_train_step(run.program)(
-            state, run.program.put(next(batches)), run.program.row_adam
-        )
-        assert jax.tree.leaves(after.optimizer)[0].shape
-        return jax.device_get((after.optimizer, after.expert_bias))
-
-
-@pytest.fixture(scope="module")
-def step_of_one_device(
-    backbone: Config, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[PyTree, PyTree]:
-    """What `one_step` gives on one device."""
-    return one_step(backbone, tmp_path_factory.mktemp("one") / "run", 1)
-
-
-def relative_errors(found: PyTree, expected: PyTree) -> dict[str, float]:
-    """Norm of every leaf's error, relative to the leaf's."""
+def relative_errors(
+    found: dict[str, np.ndarray], expected: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """Norm of every gradient's error, relative to the gradient's."""
+    assert found.keys() == expected.keys()
     return {
-        jax.tree_util.keystr(path): float(np.linalg.norm(a - b) / np.linalg.norm(b))
-        for (path, a), b in zip(
-            jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
-        )
+        name: float(np.linalg.norm(found[name] - right) / np.linalg.norm(right))
+        for name, right in expected.items()
     }
 
 
-def test_every_gradient_is_that_of_one_device(
-    backbone: Config, step_of_one_device: tuple[PyTree, PyTree], tmp_path: Path
-) -> None:
+def test_every_gradient_is_that_of_one_device(backbone: Config, one: Steps, tmp_path: Path) -> None:
     """Neither Adam nor Muon would show one that is a number of times too large.
 
     Sums of another order differ by up to 1e-4 of a gradient whose terms cancel.
     """
-    expected, biases = step_of_one_device
-    found, found_biases = one_step(backbone, tmp_path / "run", 2, 2, 2)
-    errors = relative_errors(found, expected)
+    found = take_steps(backbone, tmp_path / "run", *MESH)
+    assert len(one.gradients) == len(jax.tree.leaves(one.run.program.roles))
+    errors = relative_errors(found.gradients, one.gradients)
     assert not {name: error for name, error in errors.items() if not error < 1e-3}
-    assert_identical(found_biases, biases)
+    assert_identical(found.biases, one.biases)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_as_near_to_float32s_on_a_mesh(
-    backbone: Config, whole: Run, step_of_one_device: tuple[PyTree, PyTree], tmp_path: Path
+    backbone: Config, one: Steps, tmp_path: Path
 ) -> None:
     """Sums over devices round no more than what is summed.
 
@@ -127,12 +149,11 @@ def test_bfloat16_gradients_are_as_near_to_float32s_on_a_mesh(
     noise in that dtype on any mesh.
     """
     config = vary(backbone, model={"dtype": "bfloat16"})
-    exact, _ = step_of_one_device
-    one, mesh = (
-        relative_errors(one_step(config, tmp_path / str(sizes), *sizes)[0], exact)
-        for sizes in ((1,), (2, 2, 2))
+    alone, mesh = (
+        relative_errors(take_steps(config, tmp_path / str(sizes), *sizes).gradients, one.gradients)
+        for sizes in ((1,), MESH)
     )
-    roles = dict(jax.tree.leaves_with_path(whole.roles))
+    roles = dict(jax.tree.leaves_with_path(one.run.program.roles))
     summed = {
         jax.tree_util.keystr(path) for path, role in roles.items() if not isinstance(role, Plain)
     }
@@ -140,25 +161,29 @@ def test_bfloat16_gradients_are_as_near_to_float32s_on_a_mesh(
     summed -= {"['embedding']", "['blocks'][0]['engram']['key']"}
     assert len(summed) > 40
     for name in summed:
-        assert mesh[name] < 1.5 * one[name] + 0.02, (name, mesh[name], one[name])
+        assert mesh[name] < 1.5 * alone[name] + 0.02, (name, mesh[name], alone[name])
 
 
 def test_micro_batches_give_the_gradients_and_loads_of_the_whole(
-    backbone: Config, step_of_one_device: tuple[PyTree, PyTree], tmp_path: Path
+    backbone: Config, one: Steps, tmp_path: Path
 ) -> None:
-    whole, biases = step_of_one_device
     in_parts = vary(backbone, train={"accumulation": 4})
-    parts, biases_of_parts = one_step(in_parts, tmp_path / "parts", 1)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), parts, whole)
-    assert_identical(biases_of_parts, biases)
+    parts = take_steps(in_parts, tmp_path / "parts", 1)
+    assert parts.gradients.keys() == one.gradients.keys()
+    for name, gradient in one.gradients.items():
+        np.testing.assert_allclose(
+            parts.gradients[name], gradient, rtol=1e-3, atol=1e-6, err_msg=name
+        )
+    assert_identical(parts.biases, one.biases)
 
 
 def test_a_resumed_run_goes_on_with_its_expert_biases(
-    backbone: Config, whole: Run, tmp_path: Path
+    backbone: Config, trained_on_mesh: Run, tmp_path: Path
 ) -> None:
+    whole = trained_on_mesh
     shutil.copytree(whole.folder, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "00000006")
-    cut = train_on(backbone, tmp_path / "cut", 1)
+    cut = train_on(backbone, tmp_path / "cut", *MESH)
     assert losses(cut.folder) == losses(whole.folder)
     assert_identical(cut.restore(), whole.restore())
 

@@ -3,8 +3,7 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,9 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from programs import fork
 
+from engram_jax import checkpoint
 from engram_jax.checkpoint import Checkpoints
 from engram_jax.errors import InputError
 
@@ -263,24 +264,23 @@ def test_a_disk_that_fills_up_while_writing(saved: SimpleNamespace) -> None:
     assert {path.name for path in saved.folder.iterdir()} == {"00000010", "00000020", "00000030"}
 
 
-# Saves step 1 of ones, then, being killed at the named call, step 2 (or 1 again) of twos.
-KILLED = """
-import os, pathlib, shutil, signal, sys
-import jax.numpy as jnp
-from engram_jax import checkpoint
-checkpoints = checkpoint.Checkpoints(pathlib.Path(sys.argv[1]), keep=1, identity={})
-checkpoints.save(1, {"a": jnp.ones(5)}, config={})
-owner, name = {"checksum": (checkpoint, "_checksum"), "rename": (pathlib.Path, "rename"),
-               "rmtree": (shutil, "rmtree")}[sys.argv[3]]
-original, calls = getattr(owner, name), []
-def kill(*args, **kwargs):
-    calls.append(args)
-    if len(calls) == int(sys.argv[4]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-setattr(owner, name, kill)
-checkpoints.save(int(sys.argv[2]), {"a": jnp.full(5, 2.0)}, config={})
-"""
+def save_and_die(folder: Path, step: int, call: str, count: int) -> None:
+    """Saves step 1 of ones, then, being killed at the named call, a step of twos."""
+    jax.config.update("jax_num_cpu_devices", 1)
+    checkpoints = Checkpoints(folder, keep=1, identity={})
+    checkpoints.save(1, {"a": jnp.ones(5)}, config={})
+    owners = {"checksum": (checkpoint, "_checksum"), "rename": (Path, "rename")}
+    owner, name = (owners | {"rmtree": (shutil, "rmtree")})[call]
+    original, calls = getattr(owner, name), []
+
+    def kill(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, kill)
+    checkpoints.save(step, {"a": jnp.full(5, 2.0)}, config={})
 
 
 @pytest.mark.parametrize(
@@ -297,8 +297,9 @@ checkpoints.save(int(sys.argv[2]), {"a": jnp.full(5, 2.0)}, config={})
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(
     tmp_path: Path, step: int, call: str, count: int, restored: tuple[int, float]
 ) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(step), call, str(count)]
-    assert subprocess.run(command, capture_output=True).returncode == -9
+    process = fork(save_and_die, tmp_path, step, call, count)
+    process.join(timeout=300)
+    assert process.exitcode == -signal.SIGKILL
     before = sorted(path.name for path in tmp_path.iterdir())
     assert len(before) == 2 or call == "rmtree"
 

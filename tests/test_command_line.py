@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from programs import ROOT, run_program, run_program_in_fork
 
 from engram_jax.command_line import load_named_config, named_configs, parse
 from engram_jax.errors import InputError
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,10 @@ def test_value_that_cannot_work_is_named(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("program", ["train.py", "eval.py"])
-def test_help_explains_every_flag(program: str) -> None:
-    result = subprocess.run(
-        [sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    flags = re.split(r"^│ (?=--)", result.stdout, flags=re.MULTILINE)[1:]
+def test_help_explains_every_flag(program: str, capfd: pytest.CaptureFixture[str]) -> None:
+    ended = run_program(capfd, program, "--help")
+    assert ended.status == 0, ended.err
+    flags = re.split(r"^│ (?=--)", ended.out, flags=re.MULTILINE)[1:]
     assert len(flags) >= 5
     for flag in flags:
         words = " ".join(line.strip(" │") for line in flag.splitlines())
@@ -91,13 +88,11 @@ def test_help_explains_every_flag(program: str) -> None:
         assert explanation and len(explanation[0].split()) > 4, flag
 
 
-def test_sentence_and_status_of_bad_input() -> None:
-    result = subprocess.run(
-        [sys.executable, "train.py", "nothing"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: There is no configuration 'nothing'")
-    assert "Traceback" not in result.stderr
+def test_sentence_and_status_of_bad_input(capfd: pytest.CaptureFixture[str]) -> None:
+    ended = run_program(capfd, "train.py", "nothing")
+    assert ended.status == 2 and ended.out == ""
+    assert ended.err.startswith("error: There is no configuration 'nothing'")
+    assert len(ended.err.splitlines()) == 1
 
 
 def test_help_cut_short_by_its_reader_is_no_failure() -> None:
@@ -108,8 +103,7 @@ def test_help_cut_short_by_its_reader_is_no_failure() -> None:
     assert result.stdout.startswith("usage:") and result.stderr == ""
 
 
-def test_no_other_processes_to_join() -> None:
-    command = [sys.executable, "train.py", "--distributed"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("error: --distributed finds no other processes")
+def test_no_other_processes_to_join(tmp_path: Path) -> None:
+    ended = run_program_in_fork(tmp_path, "train.py", "--distributed")
+    assert ended.status == 2 and len(ended.err.splitlines()) == 1
+    assert ended.err.startswith("error: --distributed finds no other processes")

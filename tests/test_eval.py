@@ -1,17 +1,14 @@
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from programs import ROOT, run_program
 
 from engram_jax.config import save_config
 from engram_jax.errors import InputError
 from engram_jax.evaluation.report import POOLED
 from engram_jax.run import Run
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +136,8 @@ def test_a_folder_that_is_no_run_is_refused(eval_program, run, tmp_path):
         eval_program([str(bare)])
 
 
-def test_mistakes_leave_with_one_line_and_status_2(tmp_path):
-    command = [sys.executable, str(ROOT / "eval.py"), str(tmp_path / "missing")]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=False
-    )
-    assert ended.returncode == 2
-    assert ended.stdout == ""
-    assert ended.stderr.startswith("error: There is no run folder")
-    assert len(ended.stderr.splitlines()) == 1
+def test_mistakes_leave_with_one_line_and_status_2(tmp_path, capfd):
+    ended = run_program(capfd, "eval.py", str(tmp_path / "missing"))
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.startswith("error: There is no run folder")
+    assert len(ended.err.splitlines()) == 1

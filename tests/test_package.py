@@ -1,15 +1,12 @@
 """The public names, and what importing parts of the package may load."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from programs import ROOT, run_program
 
 import engram_jax
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_every_public_name_is_there() -> None:
@@ -32,14 +29,7 @@ for module in ("hashing", "compression", "tokenizer", "memory.plan", "evaluation
     assert result.returncode == 0, result.stderr
 
 
-def test_drop_in_example_learns_with_the_memory() -> None:
-    result = subprocess.run(
-        [sys.executable, "examples/drop_in.py"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    without, with_memory = (float(line.split()[-4]) for line in result.stdout.splitlines())
+def test_drop_in_example_learns_with_the_memory(capfd: pytest.CaptureFixture[str]) -> None:
+    ended = run_program(capfd, "examples/drop_in.py")
+    without, with_memory = (float(line.split()[-4]) for line in ended.out.splitlines())
     assert with_memory < 0.05 < 1 < without

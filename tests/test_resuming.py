@@ -1,6 +1,5 @@
 """Going on: stopped runs, killed runs, and runs that start from another's weights."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -8,7 +7,6 @@ import signal
 import tarfile
 import time
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from golden import FIXTURES
+from programs import fork
 from tiny_runs import TrainWhole, assert_identical, losses, vary
 from train_tiny import STEPS, train_tiny
 
@@ -95,29 +94,18 @@ def test_a_run_that_ends_right_after_a_save_has_all_its_lines(
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """SIGKILL at random moments, some of them in the middle of a save or of the set-up.
-
-    The processes are forks of one that has imported everything and started nothing.
-    """
+    """SIGKILL at random moments, some of them in the middle of a save or of the set-up."""
     generator = random.Random()
     seed = generator.randrange(2**32)
     print("seed", seed)  # pytest shows it if the test fails
     generator.seed(seed)
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engram_jax.trainer", "pytest"])
-
-    def start(name: str) -> BaseProcess:
-        process = context.Process(target=train_tiny, args=(tmp_path, tmp_path / name))
-        process.start()
-        return process
-
-    whole = start("whole")
+    whole = fork(train_tiny, tmp_path, tmp_path / "whole")
     whole.join(timeout=300)
     assert whole.exitcode == 0
     kills = 0
     while True:
-        process = start("parts")
+        process = fork(train_tiny, tmp_path, tmp_path / "parts")
         known = len(read_metrics(tmp_path / "parts"))
         wanted = generator.randrange(1, 10)
         while process.is_alive() and kills < 6:

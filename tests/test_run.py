@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_runs import assert_identical, on_devices, tiny_config, vary, with_backbone
+from tiny_runs import (
+    assert_identical,
+    draw_on_the_mesh,
+    on_devices,
+    tiny_config,
+    vary,
+    with_backbone,
+)
 
-from engram_jax import run as run_module
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config, save_config
 from engram_jax.errors import InputError
@@ -25,7 +30,6 @@ from engram_jax.layers.engram import EngramConfig
 from engram_jax.run import Run
 from engram_jax.sampling import sample
 from engram_jax.sharding import MeshConfig, make_mesh
-from engram_jax.train_state import TrainState
 from engram_jax.trainer import train
 
 
@@ -366,15 +370,15 @@ def test_seeds_differ(tiny: Config, tmp_path: Path) -> None:
     assert np.any(one.tables[1].records != other.tables[1].records)
 
 
+@pytest.mark.parametrize("compiled", ["fast", pytest.param("optimized", marks=pytest.mark.slow)])
 def test_the_initial_state_does_not_depend_on_the_mesh(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Config, tmp_path: Path, compiled: str, request: pytest.FixtureRequest
 ) -> None:
-    states: list[TrainState] = []
-    make: Callable[..., Any] = run_module.make_mesh
-    for name, mesh in (
-        ("eight", make(MeshConfig(fsdp=4))),
-        ("one", make(MeshConfig(), jax.devices()[:1])),
-    ):
-        monkeypatch.setattr(run_module, "make_mesh", lambda *_, mesh=mesh: mesh)
-        states.append(Run.start(tiny, tmp_path / name).initial_state())
+    if compiled == "optimized":
+        request.getfixturevalue("optimized")
+    states = []
+    for sizes in ((2, 4), (1, 1)):
+        with on_devices(*sizes):
+            run = Run.start(tiny, tmp_path / str(sizes))
+        states.append(draw_on_the_mesh(run))
     assert_identical(*states)

@@ -27,6 +27,7 @@ from engram_jax.memory.places import stored_places
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.metrics import read_metrics
 from engram_jax.model import DecoderConfig, Gates
+from engram_jax.program import Program
 from engram_jax.run import Run
 from engram_jax.sharding import MeshConfig, make_mesh
 from engram_jax.train_state import TrainState, Weights
@@ -86,6 +87,26 @@ def make_run(folder: Path, memory: str) -> Run:
     )
     run.save(state)
     return run
+
+
+draw_on_the_mesh = Program.initial_state  # what the tests of it call
+
+
+def place_initial_state(program: Program) -> TrainState:
+    """What takes the place of `Program.initial_state` in tests: drawn once, placed on any mesh.
+
+    Compiling what draws a state takes as long as compiling a step.
+    """
+    config = program.config
+    key = config.model, config.memory, config.train.seed
+    state = _DRAWN.get(key)
+    if state is None:
+        state = _DRAWN[key] = jax.device_get(program._make_state(jax.random.key(key[-1])))
+    state = replace(state, optimizer=jax.device_get(program.optimizer.init(state.params)))
+    return jax.device_put(state, program._shardings())
+
+
+_DRAWN: dict[tuple[Any, ...], TrainState] = {}
 
 
 def plain_pass(run: Run, weights: Weights) -> PlainPass:

@@ -1,6 +1,7 @@
 """Small tables, plans and steps on a mesh, for the tests of lookup and row Adam."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from engram_jax.memory import lookup
 from engram_jax.memory.layout import RecordLayout, RowState, Table
 from engram_jax.memory.places import stored_places
 from engram_jax.memory.plan import MemoryPlan, Planner, RowPlan, SlotPlan
-from engram_jax.memory.row_adam import RowAdam
+from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, RowAdamForm, make_row_adam
 from engram_jax.sharding import BATCH_ABT, ROWS_SU, TABLE_RW, MeshConfig, make_mesh
 from engram_jax.typing import PyTree
 
@@ -24,7 +25,8 @@ SPEC = HashSpec(layers=(LAYER,), max_order=3, heads=3, rows_per_head=(997, 1009)
 NGRAM_HASH = NgramHash.build(SPEC, VocabularyProjection.identity(20))
 ROWS = NGRAM_HASH.padded_rows[0]
 
-MESHES = {"1": (1, 1), "1x8": (1, 8), "2x4": (2, 4), "8x1": (8, 1)}
+# Lookup sees a mesh flattened, so one of several devices stands for all shapes of them.
+MESHES = {"1": (1, 1), "2x4": (2, 4)}
 
 
 def mesh_of(name: str) -> jax.sharding.Mesh:
@@ -65,43 +67,56 @@ class Step(NamedTuple):
     table: Table
 
 
-def make_step(adam: RowAdam, scale: float = 1.0) -> Callable[..., Step]:
-    """A jitted (table, plan, cotangent of the memory, steps done) → `Step`."""
+@cache
+def make_adam(form: RowAdamForm) -> RowAdam:
+    return make_row_adam(RowAdamConfig(form=form), lambda _: jnp.float32(1e-2), 20)
 
-    def step(table: Table, plan: MemoryPlan, cotangent: Array, done: Array) -> Step:
+
+def make_step(form: RowAdamForm) -> Callable[..., Step]:
+    """A jitted (table, plan, cotangent of the memory, steps done, scale) → `Step`."""
+    adam = make_adam(form)
+
+    def step(
+        table: Table, plan: MemoryPlan, cotangent: Array, done: int, scale: float = 1.0
+    ) -> Step:
         rows_plan: RowPlan = plan.rows[LAYER]
         slots: SlotPlan = plan.slots[LAYER]
+        done, scale = jnp.int32(done), jnp.float32(scale)
         read = lookup.read_rows(table, rows_plan, adam, done)
         memory, pullback = jax.vjp(
             lambda rows: jax.lax.map(lambda part: lookup.expand(rows, part), slots), read.values
         )
         (gradient,) = pullback(cotangent)
         own = lookup.own_gradients(table, rows_plan, gradient)
-        new = lookup.update_rows(
-            *(table, rows_plan, gradient, own, read.own), jnp.float32(scale), adam, done
-        )
+        new = lookup.update_rows(table, rows_plan, gradient, own, read.own, scale, adam, done)
         return Step(memory, jnp.sqrt(own.square_norm), new)
 
     return jax.jit(step)
 
 
+# Compiled once for all tests of a mesh and a layout.
+shared_step = cache(make_step)
+
+
 def draw_cotangent(mesh: jax.sharding.Mesh, seed: int = 1) -> Array:
     shape = (2, 8, 12, NGRAM_HASH.columns * WIDTH)
-    return put(mesh, jax.random.normal(jax.random.key(seed), shape), BATCH_ABT)
+    drawn = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return put(mesh, drawn, BATCH_ABT)
 
 
 def draw_table(
     mesh: jax.sharding.Mesh, *, used: bool = False, layout: RecordLayout = LAYOUT
 ) -> Table:
     """A table of random rows; `used`: with moments and clocks, as after nine steps."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    rows = jax.random.normal(keys[0], (ROWS, WIDTH))
-    mean, square, clock = jnp.zeros_like(rows), jnp.zeros_like(rows), jnp.zeros(ROWS, jnp.int32)
-    if used:
-        clock = jax.random.randint(keys[1], (ROWS,), 0, 10)
-        touched = (clock > 0)[:, None]
-        mean = jnp.where(touched, jax.random.normal(keys[2], rows.shape), 0)
-        square = jnp.where(touched, jax.random.uniform(keys[3], rows.shape), 0)
-    if layout.storage.second_moment == "row":
-        square = square[:, :1]
-    return put(mesh, Table(layout.pack(RowState(rows, mean, square, clock)), layout, LAYER))
+    return put(mesh, Table(_draw_records(used, layout), layout, LAYER))
+
+
+@cache
+def _draw_records(used: bool, layout: RecordLayout) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    value, mean, square = generator.normal(size=(3, ROWS, WIDTH)).astype(np.float32)
+    clock = generator.integers(0, 10 if used else 1, ROWS, dtype=np.int32)
+    touched = (clock > 0)[:, None]
+    square = square[:, :1] if layout.storage.second_moment == "row" else square
+    rows = RowState(value, mean * touched, square**2 * touched, clock)
+    return np.asarray(layout.pack(jax.tree.map(jnp.asarray, rows)))

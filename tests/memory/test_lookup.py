@@ -17,28 +17,22 @@ from tables import (
     draw_cotangent,
     draw_step,
     draw_table,
+    make_adam,
     make_step,
     mesh_of,
     places,
     plan_step,
     put,
     put_plan,
+    shared_step,
 )
 
-from engram_jax.memory import lookup
+from engram_jax.memory import exchange, lookup
 from engram_jax.memory import plan as plan_module
 from engram_jax.memory.layout import RecordLayout, StorageConfig, Table
 from engram_jax.memory.plan import Planner
-from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, make_row_adam
+from engram_jax.memory.row_adam import RowAdamForm
 from engram_jax.sharding import BATCH_ABT, TABLE_RW
-
-
-def constant(_: jax.Array) -> jax.Array:
-    return jnp.float32(1e-2)
-
-
-def make_adam(form: str) -> RowAdam:
-    return make_row_adam(RowAdamConfig(form=form), constant, 20)
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -48,7 +42,7 @@ def test_memory_is_the_hashed_rows_bit_for_bit(name: str) -> None:
     with jax.set_mesh(mesh):
         table = draw_table(mesh)
         plan = plan_step(mesh, tokens, segments)
-        step = make_step(make_adam("lazy"))(table, plan, draw_cotangent(mesh), jnp.int32(0))
+        step = shared_step("lazy")(table, plan, draw_cotangent(mesh), 0)
         assert step.memory.sharding.spec[1] == BATCH_ABT[1]
     expected = np.asarray(table.unpack().value)[places(tokens, segments)]
     np.testing.assert_array_equal(step.memory, expected.reshape(step.memory.shape))
@@ -61,7 +55,7 @@ def test_gradients_are_those_of_a_plain_gather(name: str) -> None:
     at, mesh = places(tokens, segments), mesh_of(name)
     with jax.set_mesh(mesh):
         plan, cotangent = plan_step(mesh, tokens, segments), draw_cotangent(mesh)
-        step = make_step(make_adam("exact"))(draw_table(mesh), plan, cotangent, jnp.int32(0))
+        step = shared_step("exact")(draw_table(mesh), plan, cotangent, 0)
     dense = np.zeros((ROWS, WIDTH))
     np.add.at(dense, at.reshape(-1), np.asarray(cotangent, np.float64).reshape(-1, WIDTH))
     assert len(np.unique(at)) < at.size / 2  # many duplicates, or this tests little
@@ -71,78 +65,65 @@ def test_gradients_are_those_of_a_plain_gather(name: str) -> None:
     np.testing.assert_array_equal(np.flatnonzero(after.clock), np.unique(at))
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("form", ["exact", "lazy"])
-def test_all_meshes_make_the_same_step(form: str) -> None:
+def test_all_meshes_make_the_same_step(form: RowAdamForm) -> None:
     """From a used table: memory equal to the bit, tables to rounding."""
-    adam = make_adam(form)
     steps = {}
     for name in MESHES:
         mesh = mesh_of(name)
         with jax.set_mesh(mesh):
-            inputs = (
-                draw_table(mesh, used=True),
-                plan_step(mesh, *draw_step()),
-                draw_cotangent(mesh),
-                jnp.int32(12),
-            )
-            steps[name] = make_step(adam, 0.5)(*inputs)
-            again = make_step(adam, 0.5)(*inputs)
+            table, plan = draw_table(mesh, used=True), plan_step(mesh, *draw_step())
+            inputs = table, plan, draw_cotangent(mesh), 12, 0.5
+            step = make_step(form)
+            steps[name], again = step(*inputs), step(*inputs)
         jax.tree.map(np.testing.assert_array_equal, steps[name], again)
-    one = steps["1"]
-    for name in MESHES:
-        np.testing.assert_array_equal(steps[name].memory, one.memory)
-        np.testing.assert_allclose(steps[name].norm, one.norm, rtol=1e-6)
-        found, expected = steps[name].table.unpack(), one.table.unpack()
-        np.testing.assert_array_equal(found.clock, expected.clock)
-        for part, other in zip(found[:3], expected[:3], strict=True):
-            np.testing.assert_allclose(part, other, rtol=1e-5, atol=1e-5, err_msg=name)
+    one, many = steps.values()
+    np.testing.assert_array_equal(many.memory, one.memory)
+    np.testing.assert_allclose(many.norm, one.norm, rtol=1e-6)
+    found, expected = many.table.unpack(), one.table.unpack()
+    np.testing.assert_array_equal(found.clock, expected.clock)
+    for part, other in zip(found[:3], expected[:3], strict=True):
+        np.testing.assert_allclose(part, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("form", ["exact", "lazy"])
-def test_stochastic_rounding_is_the_same_on_every_mesh(form: str) -> None:
+def test_stochastic_rounding_is_the_same_on_every_mesh(form: RowAdamForm) -> None:
     """Without gradients, whose sums differ in their last bits, all records are equal."""
-    adam = make_adam(form)
     layout = RecordLayout(WIDTH, StorageConfig("bfloat16", "bfloat16", "row"))
     records = {}
     for name in MESHES:
         mesh = mesh_of(name)
         with jax.set_mesh(mesh):
             table = draw_table(mesh, used=True, layout=layout)
-            before, plan = jax.device_get(table.records), plan_step(mesh, *draw_step())
-            nothing = jax.tree.map(jnp.zeros_like, draw_cotangent(mesh))
+            plan, step = plan_step(mesh, *draw_step()), make_step(form)
+            nothing = 0 * draw_cotangent(mesh)
             for done in (12, 13):
-                records[name, done] = make_step(adam)(table, plan, nothing, jnp.int32(done))
-        assert np.any(records[name, 12].table.records != before)
-    for (_, done), step in records.items():
-        np.testing.assert_array_equal(step.table.records, records["1", done].table.records)
-    one, other = (layout.unpack(records["1", done].table.records) for done in (12, 13))
+                after = step(table, plan, nothing, done).table.records
+                records[name, done] = jax.device_get(after)
+        assert np.any(records[name, 12] != jax.device_get(table.records))
+    for (_, done), found in records.items():
+        np.testing.assert_array_equal(found, records["1", done])
+    one, other = (layout.unpack(jnp.asarray(records["1", done])) for done in (12, 13))
     assert np.any(one.mean != other.mean)
 
 
-@pytest.mark.parametrize("name", ["2x4", "8x1"])
-def test_more_rounds_give_the_same_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rounds_give_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A capacity far below what is asked for: every row still comes, and no gradient is lost."""
-    mesh, inputs = mesh_of(name), {}
-    steps = {}
+    mesh, rounds, steps = mesh_of("2x4"), {}, {}
     for capacity in (None, 8, 2):
         if capacity:
-            for module in (plan_module, lookup.Route.fetch.__globals__):
-                monkeypatch.setitem(
-                    module if isinstance(module, dict) else vars(module),
-                    "exchange_capacity",
-                    lambda *_, capacity=capacity: capacity,
-                )
+            for module in (plan_module, exchange):
+                monkeypatch.setattr(module, "exchange_capacity", lambda *_, size=capacity: size)
         with jax.set_mesh(mesh):
             plan = Planner(NGRAM_HASH, shards=8)(*draw_step())
-            inputs[capacity] = plan.rows[LAYER].rounds
-            steps[capacity] = make_step(make_adam("exact"), 0.5)(
-                draw_table(mesh, used=True),
-                put_plan(mesh, plan),
-                draw_cotangent(mesh),
-                jnp.int32(12),
-            )
-    assert inputs[None].max() == 1 < inputs[8].max() < inputs[2].max()
-    assert len(set(inputs[8])) > 1  # devices that need fewer go along
+            rounds[capacity] = plan.rows[LAYER].rounds
+            step = make_step("exact") if capacity else shared_step("exact")
+            table, cotangent = draw_table(mesh, used=True), draw_cotangent(mesh)
+            steps[capacity] = step(table, put_plan(mesh, plan), cotangent, 12, 0.5)
+    assert rounds[None].max() == 1 < rounds[8].max() < rounds[2].max()
+    assert len(set(rounds[8])) > 1  # devices that need fewer go along
     for capacity in (8, 2):
         np.testing.assert_array_equal(steps[capacity].memory, steps[None].memory)
         np.testing.assert_allclose(steps[capacity].norm, steps[None].norm, rtol=1e-6)
@@ -173,25 +154,25 @@ def test_padding_reads_zero_and_not_the_last_row() -> None:
     assert not np.any(read.value[2:]) and not np.any(read.clock[2:])
 
 
-def test_settling_is_reading_all_rows() -> None:
-    adam, tokens = make_adam("exact"), draw_step()
-    for name in ("1", "2x4"):
-        mesh = mesh_of(name)
-        with jax.set_mesh(mesh):
-            table = draw_table(mesh, used=True)
-            before = table.unpack().value
-            plan = plan_step(mesh, *tokens)
-            step = make_step(adam)(table, plan, draw_cotangent(mesh), jnp.int32(12))
-            settled = lookup.settle(table, adam, jnp.int32(12))
-            assert settled.records.sharding.is_equivalent_to(step.table.records.sharding, 2)
-        assert table.records.is_deleted()  # its memory is what the settled table lies in
-        value, *state = settled.unpack()
-        expected = np.asarray(value)[places(*tokens)].reshape(step.memory.shape)
-        np.testing.assert_array_equal(step.memory, expected)
-        assert not any(np.any(part) for part in state)
-        assert np.abs(value - before).max() > 1e-3
+@pytest.mark.parametrize("name", MESHES)
+def test_settling_is_reading_all_rows(name: str) -> None:
+    tokens, mesh = draw_step(), mesh_of(name)
+    with jax.set_mesh(mesh):
+        table = draw_table(mesh, used=True)
+        before = table.unpack().value
+        plan = plan_step(mesh, *tokens)
+        step = shared_step("exact")(table, plan, draw_cotangent(mesh), 12)
+        settled = lookup.settle(table, make_adam("exact"), jnp.int32(12))
+        assert settled.records.sharding.is_equivalent_to(step.table.records.sharding, 2)
+    assert table.records.is_deleted()  # its memory is what the settled table lies in
+    value, *state = settled.unpack()
+    expected = np.asarray(value)[places(*tokens)].reshape(step.memory.shape)
+    np.testing.assert_array_equal(step.memory, expected)
+    assert not any(np.any(part) for part in state)
+    assert np.abs(value - before).max() > 1e-3
 
 
+@pytest.mark.usefixtures("optimized")
 def test_settling_takes_less_than_64_MB_beside_the_table() -> None:
     mesh, layout = mesh_of("1"), RecordLayout(80)
     place = jax.NamedSharding(mesh, TABLE_RW)
@@ -204,56 +185,47 @@ def test_settling_takes_less_than_64_MB_beside_the_table() -> None:
     assert memory.alias_size_in_bytes == records.size * 4
 
 
-@pytest.mark.parametrize("name", ["1", "2x4"])
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("name", MESHES)
 @pytest.mark.parametrize("form", ["exact", "lazy"])
-def test_only_gathers_and_scatters_meet_the_whole_table(name: str, form: str) -> None:
-    """Nothing is swept: read from the compiled step; donated tables are written in place."""
+def test_only_gathers_and_scatters_meet_the_whole_table(name: str, form: RowAdamForm) -> None:
+    """Nothing is swept: read from the compiled step; donated tables are written in place.
+
+    And the exchange is all-to-all, and reduces nothing of the memory's size.
+    """
     mesh = mesh_of(name)
     with jax.set_mesh(mesh):
-        step = make_step(make_adam(form)).__wrapped__
+        step = make_step(form).__wrapped__
         jitted = jax.jit(lambda *inputs: step(*inputs), donate_argnums=0)
         compiled = jitted.lower(
             draw_table(mesh), plan_step(mesh, *draw_step()), draw_cotangent(mesh), jnp.int32(3)
         ).compile()
-    rows = ROWS // mesh.size
+    rows, text = ROWS // mesh.size, compiled.as_text()
     shape = rf"(\w+)\[{rows}[,\]]"
     allowed = r"parameter|get-tuple-element|tuple|scatter|gather|bitcast|while|fusion|call"
-    for line in compiled.as_text().splitlines():
+    for line in text.splitlines():
         if made := re.match(rf"\s*(?:ROOT )?%?[\w.-]+ = {shape}\S* (\w[\w-]*)\(", line):
             assert re.fullmatch(allowed, made.group(2)), line
     assert compiled.memory_analysis().alias_size_in_bytes == rows * LAYOUT.words * 4
-
-
-def test_the_exchange_is_all_to_all_and_reduces_nothing_of_the_memorys_size() -> None:
-    mesh = mesh_of("2x4")
-    with jax.set_mesh(mesh):
-        compiled = (
-            make_step(make_adam("exact"))
-            .lower(
-                draw_table(mesh), plan_step(mesh, *draw_step()), draw_cotangent(mesh), jnp.int32(3)
-            )
-            .compile()
-        )
-    text = compiled.as_text()
     kinds = re.findall(
         r"= (.+?) (all-to-all|all-reduce|all-gather|collective-permute|reduce-scatter)\(", text
     )
-    assert {kind for _, kind in kinds} == {"all-to-all", "all-reduce"}
+    assert {kind for _, kind in kinds} == ({"all-to-all", "all-reduce"} if name != "1" else set())
     for shape, kind in kinds:
         assert kind == "all-to-all" or not re.search(r"\[\d", shape), (kind, shape)  # scalars
 
 
-def test_a_row_that_no_device_asks_for_stays_bit_for_bit() -> None:
+@pytest.mark.parametrize("form", ["exact", "lazy"])
+def test_a_row_that_no_device_asks_for_stays_bit_for_bit(form: RowAdamForm) -> None:
     tokens, segments = draw_step()
-    for form in ("exact", "lazy"):
-        mesh = mesh_of("2x4")
-        with jax.set_mesh(mesh):
-            table = draw_table(mesh, used=True)
-            plan = plan_step(mesh, tokens, segments)
-            after = make_step(make_adam(form))(table, plan, draw_cotangent(mesh), jnp.int32(12))
-        idle = np.setdiff1d(np.arange(ROWS), places(tokens, segments))
-        for one, other in zip(jax.tree.leaves(table), jax.tree.leaves(after.table), strict=True):
-            assert np.asarray(one)[idle].tobytes() == np.asarray(other)[idle].tobytes()
+    mesh = mesh_of("2x4")
+    with jax.set_mesh(mesh):
+        table = draw_table(mesh, used=True)
+        plan = plan_step(mesh, tokens, segments)
+        after = shared_step(form)(table, plan, draw_cotangent(mesh), 12)
+    idle = np.setdiff1d(np.arange(ROWS), places(tokens, segments))
+    for one, other in zip(jax.tree.leaves(table), jax.tree.leaves(after.table), strict=True):
+        assert np.asarray(one)[idle].tobytes() == np.asarray(other)[idle].tobytes()
 
 
 def test_nan_in_padding_reaches_no_row() -> None:

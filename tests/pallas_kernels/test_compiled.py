@@ -18,10 +18,11 @@ from pallas_kernels import gated_fusion, hashed_gather
 from pallas_kernels.gated_fusion import FusionForm
 from pallas_kernels.hashed_gather import RowFormat
 
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+CHIPS = {"v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("v5e", "v6e")]
 
 
-@pytest.fixture(params=CHIPS)
+@pytest.fixture(params=["v5p", *OTHERS])
 def chip(request: pytest.FixtureRequest, libtpu: None) -> jax.sharding.Mesh:
     device = topology_mesh(CHIPS[request.param], MeshConfig()).devices.ravel()[0]
     return jax.sharding.Mesh(np.array([device]), ("one",), axis_types=(AxisType.Explicit,))

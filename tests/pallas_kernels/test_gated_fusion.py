@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -11,23 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
-from simulation import simulation, simulation_by_xla
+from simulation import also_with_races, simulation, simulation_by_xla
 
 from pallas_kernels import gated_fusion
 from pallas_kernels.gated_fusion import FusionForm, pallas_gpu, pallas_tpu
 from pallas_kernels.gated_fusion.api import IMPLEMENTATIONS
 
 type Fuse = Callable[..., tuple[Array, Array]]
-type Draw = Callable[..., tuple["Inputs", dict[str, Array]]]
+type Size = tuple[int, ...]
+type Fit = Callable[[Size], Size]
 
 # B, T, M, D, taps; tiles have 32 tokens, halos 16. The GPU kernels, whose simulation is slow, take
 # less of each, D = 128, and 4 tokens a block.
 SIZES = {
     "several tiles, the last in part": (2, 70, 2, 24, 4),
-    "one token": (1, 1, 1, 8, 4),
-    "no convolution": (2, 19, 3, 8, 0),
     "taps beyond the row": (1, 5, 2, 8, 4),
     "one tap": (1, 33, 1, 130, 1),
+}
+MORE_SIZES = {
+    "one token": (1, 1, 1, 8, 4),
+    "no convolution": (2, 19, 3, 8, 0),
     "fewer tokens than the dilation": (1, 2, 1, 8, 4),
     "many taps": (1, 19, 1, 8, 6),
 }
@@ -42,28 +45,26 @@ class Inputs(NamedTuple):
     taps: Array | None
 
 
-def draw_inputs(
-    size: tuple[int, ...], seed: int = 0, dtype: type = jnp.float32
-) -> tuple[Inputs, dict]:
+def draw_inputs(size: Size, seed: int = 0, dtype: type = jnp.float32) -> tuple[Inputs, dict]:
     batch, length, branches, width, kernel = size
     generator = np.random.default_rng(seed)
 
-    def normal(*shape: int, dtype: type = jnp.float32) -> Array:
-        return jnp.asarray(generator.normal(size=shape), dtype)
+    def normal(*shape: int, dtype: type = np.float32) -> np.ndarray:
+        return generator.normal(size=shape).astype(dtype)
 
     rows = (batch, length, branches, width)
     hidden = normal(*rows)
-    toward = jnp.asarray(generator.choice([-2.0, 2.0], rows[:3]), jnp.float32)[..., None]
+    toward = generator.choice([-2.0, 2.0], rows[:3]).astype(np.float32)[..., None]
     inputs = Inputs(
         hidden.astype(dtype),
         (normal(*rows) + toward * hidden).astype(dtype),  # few scores near zero
         normal(batch, length, width, dtype=dtype),
-        1 + 0.3 * normal(branches, width),
+        1 + np.float32(0.3) * normal(branches, width),
         normal(kernel, branches, width) if kernel else None,
     )
     segments = np.sort(generator.integers(0, 3, (batch, length)), axis=1).astype(np.int32)
     mask = generator.random((batch, length)) < 0.9
-    return inputs, {"segments": jnp.asarray(segments), "token_mask": jnp.asarray(mask)}
+    return jax.tree.map(jnp.asarray, (inputs, {"segments": segments, "token_mask": mask}))
 
 
 def forward_and_back(fuse: Fuse, inputs: Inputs, **named: Array) -> tuple:
@@ -75,7 +76,17 @@ def forward_and_back(fuse: Fuse, inputs: Inputs, **named: Array) -> tuple:
 
 
 FORM = FusionForm(2.0**-23, dilation=3)
-reference = partial(gated_fusion.fuse, form=FORM, implementation="reference")
+
+
+@cache
+def expect(
+    size: Size, dtype: type = jnp.float32, form: FusionForm = FORM, documents: bool = True
+) -> tuple:
+    """What `forward_and_back` gives by the definition for `draw_inputs`."""
+    reference = partial(gated_fusion.fuse, form=form, implementation="reference")
+    inputs, named = draw_inputs(size, 0, dtype)
+    run = jax.jit(partial(forward_and_back, reference))
+    return jax.device_get(run(inputs, **(named if documents else {})))
 
 
 def assert_near(found: tuple, expected: tuple, inputs: Inputs) -> None:
@@ -95,52 +106,62 @@ def assert_near(found: tuple, expected: tuple, inputs: Inputs) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    "implementation", [name for name in IMPLEMENTATIONS if name != "reference"]
-)
+@pytest.fixture(params=also_with_races(*[x for x in IMPLEMENTATIONS if x != "reference"]))
+def simulated(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An implementation, where it runs."""
+    name, races = request.param
+    with simulation(name, races=races):
+        yield name
+
+
 class TestFuse:
     @pytest.fixture
-    def fuse(self, implementation: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fuse]:
+    def fuse(self, simulated: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fuse]:
         monkeypatch.setattr(pallas_tpu, "MOST_TOKENS", 32)
         for name in ("SUMMED", "STRIP", "WALK"):
             monkeypatch.setattr(pallas_gpu, name, 4)
-        with simulation(implementation):
-            yield partial(gated_fusion.fuse, form=FORM, implementation=implementation)
+        yield partial(gated_fusion.fuse, form=FORM, implementation=simulated)
         jax.clear_caches()  # what was traced for small tiles
 
     @pytest.fixture
-    def draw(self, implementation: str) -> Draw:
-        if implementation != "pallas_gpu":
-            return draw_inputs
-        return lambda size, *rest: draw_inputs(
-            (1, min(size[1], 18), min(size[2], 2), 128, size[4]), *rest
-        )
+    def fit(self, simulated: str) -> Fit:
+        if simulated != "pallas_gpu":
+            return lambda size: size
+        return lambda size: (1, min(size[1], 18), min(size[2], 2), 128, size[4])
 
-    @pytest.mark.parametrize("size", SIZES)
-    def test_values_and_gradients(self, fuse: Fuse, draw: Draw, size: str) -> None:
-        inputs, documents = draw(SIZES[size])
+    @pytest.mark.parametrize(
+        "size",
+        [
+            *SIZES.values(),
+            *(pytest.param(size, marks=pytest.mark.slow) for size in MORE_SIZES.values()),
+        ],
+        ids=[*SIZES, *MORE_SIZES],
+    )
+    def test_values_and_gradients(self, fuse: Fuse, fit: Fit, size: Size) -> None:
+        size = fit(size)
+        inputs, documents = draw_inputs(size)
         run = jax.jit(partial(forward_and_back, fuse))
-        found, expected = run(inputs, **documents), forward_and_back(reference, inputs, **documents)
-        assert_near(found, expected, inputs)
-        again = run(inputs, **documents)
+        found, again = run(inputs, **documents), run(inputs, **documents)
+        assert_near(found, expect(size), inputs)
         jax.tree.map(np.testing.assert_array_equal, again, found)
 
-    def test_without_documents_and_mask(self, fuse: Fuse, draw: Draw) -> None:
-        inputs, _ = draw(SIZES["several tiles, the last in part"])
+    def test_without_documents_and_mask(self, fuse: Fuse, fit: Fit) -> None:
+        size = fit(SIZES["several tiles, the last in part"])
+        inputs, _ = draw_inputs(size)
         found = jax.jit(partial(forward_and_back, fuse))(inputs)
-        assert_near(found, forward_and_back(reference, inputs), inputs)
+        assert_near(found, expect(size, documents=False), inputs)
 
-    def test_one_document_a_token(self, fuse: Fuse, draw: Draw) -> None:
+    def test_one_document_a_token(self, fuse: Fuse, fit: Fit) -> None:
         """Then a tap reads nothing but the token itself."""
-        inputs, _ = draw((1, 20, 2, 8, 4))
+        inputs, _ = draw_inputs(fit((1, 20, 2, 8, 4)))
         segments = jnp.arange(inputs.value.shape[1], dtype=jnp.int32)[None]
         found, _ = fuse(*inputs, segments)
         alone, _ = fuse(*inputs._replace(taps=inputs.taps[-1:]))
         np.testing.assert_allclose(found, alone, rtol=1e-6, atol=1e-6)
 
-    def test_nothing_enters_from_another_document(self, fuse: Fuse, draw: Draw) -> None:
+    def test_nothing_enters_from_another_document(self, fuse: Fuse, fit: Fit) -> None:
         """Not even NaN: forward into the next document, backward into the one before."""
-        inputs, _ = draw((1, 16, 1, 8, 4))
+        inputs, _ = draw_inputs(fit((1, 16, 1, 8, 4)))
         segments = jnp.asarray([[0] * 8 + [1] * 8], jnp.int32)
         value = inputs.value.at[0, 6].set(jnp.nan)
         found = forward_and_back(fuse, inputs._replace(value=value), segments=segments)
@@ -162,33 +183,31 @@ class TestFuse:
         ):
             np.testing.assert_allclose(array, clean, rtol=1e-5, atol=1e-6)
 
-    def test_bfloat16(self, fuse: Fuse, draw: Draw) -> None:
+    def test_bfloat16(self, fuse: Fuse, fit: Fit) -> None:
         """Everything between is float32: one rounding at the end."""
-        inputs, documents = draw((2, 40, 2, 24, 4), 0, jnp.bfloat16)
-        found = forward_and_back(fuse, inputs, **documents)
-        expected = forward_and_back(reference, inputs, **documents)
+        size = fit((2, 40, 2, 24, 4))
+        inputs, documents = draw_inputs(size, 0, jnp.bfloat16)
+        found = jax.jit(partial(forward_and_back, fuse))(inputs, **documents)
+        expected = expect(size, jnp.bfloat16)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert a.dtype == b.dtype
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
             # The other side of a rounding boundary is one step of 2⁻⁷ away at most.
             np.testing.assert_allclose(a, b, rtol=2.0**-7, atol=1e-4 * abs(b).max())
 
-    def test_released_form(self, fuse: Fuse, draw: Draw) -> None:
+    def test_released_form(self, fuse: Fuse, fit: Fit) -> None:
         form = FusionForm(1e-20, signed_root="copysign")
-        inputs, documents = draw(SIZES["no convolution"])
-        expected = forward_and_back(partial(reference, form=form), inputs, **documents)
-        assert_near(
-            forward_and_back(partial(fuse, form=form), inputs, **documents), expected, inputs
-        )
+        size = fit(MORE_SIZES["no convolution"])
+        inputs, documents = draw_inputs(size)
+        found = jax.jit(partial(forward_and_back, partial(fuse, form=form)))(inputs, **documents)
+        assert_near(found, expect(size, form=form), inputs)
 
-    def test_vmap(self, fuse: Fuse, draw: Draw) -> None:
-        drawn = [draw((2, 6, 2, 8, 3), seed)[0] for seed in (1, 2)]
+    def test_vmap(self, fuse: Fuse, fit: Fit) -> None:
+        drawn = [draw_inputs(fit((2, 6, 2, 8, 3)), seed)[0] for seed in (1, 2)]
         both = jax.tree.map(lambda *x: jnp.stack(x), *drawn)
 
-        def run(inputs: Inputs) -> tuple:
-            return forward_and_back(fuse, inputs)
-
-        found = jax.vmap(run)(both)
+        run = jax.jit(partial(forward_and_back, fuse))
+        found = jax.jit(jax.vmap(run))(both)
         for index, inputs in enumerate(drawn):
             assert_near(jax.tree.map(lambda x, i=index: x[i], found), run(inputs), inputs)
 
@@ -197,22 +216,24 @@ class TestFuse:
 def test_tiles_of_other_sizes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As small as a halo, and three times as large."""
     monkeypatch.setattr(pallas_tpu, "MOST_TOKENS", size)
-    inputs, documents = draw_inputs((1, 112, 1, 8, 4))
+    sizes = (1, 112, 1, 8, 4)
+    inputs, documents = draw_inputs(sizes)
     with simulation("pallas_tpu"):
         fuse = partial(gated_fusion.fuse, form=FORM, implementation="pallas_tpu")
         found = jax.jit(partial(forward_and_back, fuse))(inputs, **documents)
-    assert_near(found, forward_and_back(reference, inputs, **documents), inputs)
+    assert_near(found, expect(sizes), inputs)
     jax.clear_caches()
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_remat(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pallas_tpu, "MOST_TOKENS", 32)
-    inputs, documents = draw_inputs((1, 40, 2, 8, 4))
+    size = (1, 40, 2, 8, 4)
+    inputs, documents = draw_inputs(size)
     fuse = jax.checkpoint(partial(gated_fusion.fuse, form=FORM, implementation=implementation))
     with simulation_by_xla():
         found = jax.jit(partial(forward_and_back, fuse))(inputs, **documents)
-    assert_near(found, forward_and_back(reference, inputs, **documents), inputs)
+    assert_near(found, expect(size), inputs)
 
 
 def test_too_many_taps_are_refused() -> None:

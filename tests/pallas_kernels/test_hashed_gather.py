@@ -9,23 +9,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import Array
-from simulation import simulation, simulation_by_xla
+from simulation import also_with_races, simulation, simulation_by_xla
 
 from pallas_kernels import hashed_gather
-from pallas_kernels.hashed_gather import RowFormat, pallas_tpu
+from pallas_kernels.hashed_gather import RowFormat, api, pallas_tpu
 from pallas_kernels.hashed_gather.api import IMPLEMENTATIONS
 
 type Gather = Callable[..., Array]
 
 # U, n, H, F
-SIZES = [
-    (1, 1, 1, 1),
-    (5, 1, 1, 3),
-    (1, 20, 2, 3),
-    (7, 100, 1, 1),
-    (300, 100, 3, 24),
-    (9, 16, 4, 80),
-]
+FEW = [(1, 1, 1, 1), (7, 100, 1, 3), (300, 100, 3, 80)]
+MORE = [(5, 1, 1, 3), (1, 20, 2, 3), (7, 100, 1, 1), (300, 100, 3, 24), (9, 16, 4, 80)]
+SIZES = [*FEW, *(pytest.param(size, marks=pytest.mark.slow) for size in MORE)]
 FORMATS = [(80, "float32"), (128, "bfloat16"), (160, "bfloat16"), (256, "float8"), (5, "float8")]
 
 
@@ -58,19 +53,20 @@ def bound_of_sums(values: Array, slots: Array, cotangent: Array) -> np.ndarray:
     return sum_duplicates(values, slots, np.abs(cotangent)) * counts * 2.0**-24
 
 
-@pytest.fixture(params=[None, *IMPLEMENTATIONS])
+@pytest.fixture(params=also_with_races(*IMPLEMENTATIONS))
 def implementation(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str | None]:
+) -> Iterator[str]:
     monkeypatch.setattr(pallas_tpu, "IN_FLIGHT", 32)  # blocks of 8 to 32 tokens
-    with simulation(request.param):
-        yield request.param
+    name, races = request.param
+    with simulation(name, races=races):
+        yield name
     jax.clear_caches()  # what was traced for small blocks
 
 
 class TestExpand:
     @pytest.fixture
-    def expand(self, implementation: str | None) -> Gather:
+    def expand(self, implementation: str) -> Gather:
         return partial(hashed_gather.expand, implementation=implementation)
 
     @pytest.mark.parametrize("size", SIZES)
@@ -161,9 +157,7 @@ def test_the_gradient_adds_duplicates_in_the_prepared_order(name: str) -> None:
 class TestRead:
     @pytest.mark.parametrize(("width", "precision"), FORMATS)
     @pytest.mark.parametrize("size", [(1, 1, 1), (90, 70, 3)])
-    def test_values(
-        self, implementation: str | None, width: int, precision: str, size: tuple
-    ) -> None:
+    def test_values(self, implementation: str, width: int, precision: str, size: tuple) -> None:
         """Numbers outside the table read as zeros; padding has such beyond it."""
         rows, n, columns = size
         generator, form = np.random.default_rng(1), RowFormat(width, precision)
@@ -177,7 +171,7 @@ class TestRead:
         # The last two of `stored` are what −1 and −2 find.
         np.testing.assert_array_equal(found, stored[numbers].reshape(n, -1))
 
-    def test_through_distinct_rows(self, implementation: str | None) -> None:
+    def test_through_distinct_rows(self, implementation: str) -> None:
         form = RowFormat(3)
         table = jnp.pad(form.encode(jnp.arange(30.0).reshape(10, 3)), ((0, 0), (0, 125)))
         rows, slots = jnp.array([2, 5, 7]), jnp.array([[[0, 2]], [[2, 1]]])
@@ -246,7 +240,8 @@ def test_rows_that_are_no_lines_are_refused(name: str) -> None:
         )
 
 
-def test_an_unknown_implementation_is_refused() -> None:
+def test_xla_is_the_default_and_an_unknown_implementation_is_refused() -> None:
     values, slots, order, _ = draw(3, 4, 1, 2)
+    assert api._module(None) is api._module("xla")
     with pytest.raises(ValueError, match=r"no gather .fastest.*reference, xla"):
         hashed_gather.expand(values, slots, order, implementation="fastest")  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ def test_kernels_train_as_xla_does(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     expected = train_one(config, tmp_path / "xla")
     engram = replace(config.model.engram, implementation="pallas_tpu")
     kernels = vary(config, model={"engram": engram}, memory={"gather": "pallas_tpu"})
-    with simulation("pallas_tpu"):
+    with simulation("pallas_tpu", races=True):
         found = train_one(kernels, tmp_path / "kernels")
     jax.clear_caches()
     assert len(found) == 20 and found[-1][1] < found[0][1]

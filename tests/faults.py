@@ -1,0 +1,447 @@
+"""Faults of one line each that `make test` must find.
+
+    make faults [ARGS="WORD … --jobs 2"]
+
+Each fault is put into a copy of the tree, where its tests run; for each, this prints the test that
+found it. It exits with status 1 if one was not found, or cannot be put in. Not part of CI.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+# A line "file < tests", then the faults of this file: what goes wrong, the text that is right (it
+# occurs there once), and what takes its place. Tests are below `tests/`.
+FAULTS = """
+# Hash and vocabulary
+
+engram_jax/hashing.py < test_hashing.py
+  n-grams reach into the document before
+    - segments[here] != segments[there]
+    + segments[here] > segments[there] + 1
+  n-grams reach over a dead position
+    - passed = np.cumsum(dead, axis=-1)
+    + passed = np.zeros_like(ids)
+  two heads have one prime
+    - used.add(candidate)
+    + used.add(-candidate)
+  every head begins where the next one does
+    - np.cumsum(flat, axis=1) - flat
+    + np.cumsum(flat, axis=1)
+  the fingerprint does not see the projection
+    - facts["projection"] = self.projection.fingerprint
+    + facts["projection"] = self.projection.size
+engram_jax/compression.py < test_compression.py
+  a dead position is projected to id 0
+    - np.append(self.lookup, np.int32(-1))
+    + np.append(self.lookup, np.int32(0))
+  a token of one space is projected with the empty ones
+    - spaced if spaced == " " else spaced.strip()
+    + spaced.strip()
+engram_jax/tokenizer.py < test_tokenizer.py
+  a text can spell a special token
+    - backend.encode_special_tokens = True
+    + backend.encode_special_tokens = False
+
+# Plan and places
+
+engram_jax/memory/places.py < memory/test_places.py
+  two rows have one place
+    - row_numbers % ROW_MULTIPLE * blocks
+    + row_numbers % ROW_MULTIPLE * (blocks - 1)
+  the exchange has no room for chance
+    - 6 * math.sqrt(mean)
+    + math.sqrt(mean)
+engram_jax/memory/plan.py < memory/test_plan.py
+  padding of the plan asks for the first rows
+    - = padded_rows + np.arange(bound - len(found))
+    + = np.arange(bound - len(found))
+  the capacity of the exchange is not checked
+    - .max() > capacity:
+    + .max() > len(found):
+  the order of a micro-batch is that of the batch
+    - within[np.argsort(part, kind="stable")]
+    + within
+
+# Exchange and lookup
+
+engram_jax/memory/exchange.py < memory/test_lookup.py
+  each owner's first row is not fetched
+    - here = (position >= 0)
+    + here = (position > 0)
+  each owner's last row is not asked for
+    - wanted = jnp.where(index < ends[:, None], wanted, self.owned)
+    + wanted = jnp.where(index < ends[:, None] - 1, wanted, self.owned)
+engram_jax/memory/exchange.py < memory/test_lookup.py test_train_step.py
+  gradients of the next owner's first row come along
+    - sent = jnp.where((index < ends[:, None])[..., None], sent, 0)
+    + sent = jnp.where((index <= ends[:, None])[..., None], sent, 0)
+engram_jax/memory/exchange.py < memory/test_lookup.py
+  the load of the fullest shard is relative to itself
+    - jnp.max(asked) / jnp.mean(asked)
+    + jnp.max(asked) / jnp.max(asked)
+engram_jax/memory/lookup.py < memory/test_lookup.py
+  a further round forgets the rows before
+    - jnp.where(here[:, None], fetched, rows)
+    + fetched
+  padding is written to the last row
+    - mode="drop"
+    + mode="clip"
+  noise is drawn by the row's number on its device
+    - rows + jax.lax.axis_index(TOKEN_AXES) * len(table.records)
+    + rows
+  the norm leaves out the rows of later rounds
+    - total + jnp.sum(route.deliver(number, gradient[0])[1] ** 2)
+    + total
+
+# Row Adam
+
+engram_jax/memory/row_adam.py < memory/test_row_adam.py
+  a row's first moment does not decay
+    - mean = config.b1 * mean
+    + mean = mean
+  epsilon of row Adam stands within the root
+    - (jnp.sqrt(corrected_square) + config.eps)
+    + jnp.sqrt(corrected_square + config.eps)
+  the bias of row Adam is corrected by the step before
+    - corrections = step + 1
+    + corrections = jnp.maximum(step, 1)
+  idle rows decay a step less
+    - idle = (step - gathered.clock)
+    + idle = jnp.maximum(step - gathered.clock - 1, 0)
+engram_jax/memory/drift.py < memory/test_row_adam.py
+  the drift of idle rows begins a step late
+    - after = np.arange(1, terms + 1)
+    + after = np.arange(2, terms + 2)
+engram_jax/memory/layout.py < memory/test_layout.py
+  stochastic rounding cuts off
+    - (bits + random) >> 16
+    + bits >> 16
+  a record has no room for its clock
+    - words = self._clock + 1
+    + words = self._clock
+engram_jax/program.py < test_run.py test_train_step.py
+  two tables start equal
+    - jax.random.fold_in(tables_key, layer)
+    + tables_key
+
+# Data
+
+engram_jax/data/packing.py < data/test_packing.py
+  a document's end predicts the next one's beginning
+    - (documents[:, 1:] == documents[:, :-1]) & inside[:, 1:]
+    + inside[:, 1:]
+  a document's first token belongs to the one before
+    - side="right"
+    + side="left"
+  positions count from a document's beginning in another row
+    - places - np.maximum(begins, first)
+    + places - begins
+engram_jax/data/mixture.py < data/test_mixture.py
+  a source begins with its second row
+    - return source, left - next_left
+    + return source, left - next_left + 1
+engram_jax/data/pipeline.py < data/test_pipeline.py
+  a resumed run reads its first batch again
+    - MapDataset.range(first_batch,
+    + MapDataset.range(0,
+  all processes build the first slice
+    - slice(self.process_index * local, (self.process_index + 1) * local)
+    + slice(0, local)
+engram_jax/data/corpus.py < data/test_corpus.py data/test_packing.py
+  training reads what is held out
+    - np.flatnonzero(~self._is_held_out())
+    + np.arange(len(self.hashes))
+engram_jax/data/sources.py < data/test_sources.py
+  a file that was cut short passes as whole
+    - raise EOFError("the last frame does not end")
+    + return
+
+# Layers
+
+engram_jax/layers/attention.py < layers/test_attention.py
+  attention sees the next token
+    - jnp.tri(query.shape[1], dtype=bool)
+    + jnp.tri(query.shape[1], k=1, dtype=bool)
+  attention sees the other documents alone
+    - seen = segments[:, :, None] == segments[:, None]
+    + seen = segments[:, :, None] != segments[:, None]
+engram_jax/layers/latent_attention.py < layers/test_latent_attention.py
+  latent attention scales by a part of its width
+    - math.sqrt(self.head_width + self.rotary_width)
+    + math.sqrt(self.head_width)
+engram_jax/layers/positions.py < layers/test_positions.py
+  a pair is turned the wrong way
+    - first * cos - second * sin
+    + first * cos + second * sin
+engram_jax/layers/norms.py < layers/test_norms.py
+  epsilon of a norm stands outside the root
+    - jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
+    + (jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True)) + epsilon)
+engram_jax/layers/feed_forward.py < layers/test_feed_forward.py
+  the feed-forward layer is not gated by SiLU
+    - jax.nn.silu(x @ gate)
+    + jax.nn.sigmoid(x @ gate)
+engram_jax/layers/over_encoding.py < layers/test_over_encoding.py
+  OverEncoding leaves the token out of the count
+    - (embedding + projected) / (1 + orders)
+    + (embedding + projected) / orders
+engram_jax/layers/engram.py < layers/test_engram.py
+  the convolution's norm has no gain
+    - self.convolution * self.convolution_norm.scale()[None]
+    + self.convolution[...]
+  the convolution reaches into the device after
+    - (shard, shard + 1)
+    + (shard + 1, shard)
+engram_jax/layers/mixture_of_experts.py < layers/test_mixture_of_experts.py
+  a bias moves towards the load
+    - jnp.sign(jnp.mean(load) - load)
+    + jnp.sign(load - jnp.mean(load))
+  an expert takes a token of the next one
+    - jnp.where(place < ends[expert], pair, pairs)
+    + jnp.where(place <= ends[expert], pair, pairs)
+  a further round of experts is not computed
+    - (ranking.ends[-1] + capacity - 1) // capacity
+    + ranking.ends[-1] // capacity
+engram_jax/layers/grouped_matmul.py < layers/test_grouped_matmul.py
+  a group's first block meets the matrix before
+    - begins[:, None] >= jnp.cumsum(sizes)[None]
+    + begins[:, None] > jnp.cumsum(sizes)[None]
+engram_jax/layers/hyper_connections.py < layers/test_hyper_connections.py
+  a hyper-connection writes half
+    - post=2 * jax.nn.sigmoid
+    + post=jax.nn.sigmoid
+
+# Kernels
+
+pallas_kernels/hashed_gather/xla.py < pallas_kernels/test_hashed_gather.py
+  a negative row number reads from the table's end
+    - jnp.where(numbers < 0, len(table), numbers)
+    + numbers
+pallas_kernels/hashed_gather/pallas_tpu.py < pallas_kernels/test_hashed_gather.py
+  the last gradients of a block are left out on TPU
+    - pl.cdiv(starts[block + 1], CHUNK)
+    + starts[block + 1] // CHUNK
+pallas_kernels/hashed_gather/format.py < pallas_kernels/test_hashed_gather.py
+  all quarters of a row have the first one's scales
+    - (lane + quarter * self._plane) // SCALED
+    + lane // SCALED
+pallas_kernels/gated_fusion/form.py < pallas_kernels/test_gated_fusion.py
+  taps read the other documents alone
+    - (older == segments)
+    + (older != segments)
+pallas_kernels/gated_fusion/reference.py < pallas_kernels/test_gated_fusion.py layers/test_engram.py
+  the definition's last tap reads the token before
+    - (len(taps) - 1 - tap) * form.dilation
+    + (len(taps) - tap) * form.dilation
+pallas_kernels/gated_fusion/xla.py < pallas_kernels/test_gated_fusion.py
+  a sign in the gradient of the value
+    - d_square = -0.5 *
+    + d_square = 0.5 *
+pallas_kernels/gated_fusion/pallas_tpu.py < pallas_kernels/test_gated_fusion.py
+  a TPU's tile carries the wrong gates over
+    - _carry(old_scale, to=0, start=size, halo=halo)
+    + _carry(old_scale, to=0, start=0, halo=halo)
+
+# Model and training
+
+engram_jax/model.py < test_model.py
+  the embedding enters unscaled
+    - _look_up(embedding, tokens) * config.width**0.5
+    + _look_up(embedding, tokens)
+  attention does not see a single fusion
+    - self.attention_norm(h + aside)
+    + self.attention_norm(h)
+engram_jax/loss.py < evaluation/test_held_out.py
+  a loss is that of the token itself
+    - logits, batch.targets)
+    + logits, batch.tokens)
+engram_jax/trainer.py < test_train_step.py
+  a micro-batch is weighed by its own targets
+    - jnp.sum(losses * batch.target_mask) / targets
+    + jnp.sum(losses * batch.target_mask) / batch.target_mask.sum()
+  rows are not part of the norm that clips
+    - optax.tree.norm(dense, squared=True) + rows_square_norm
+    + optax.tree.norm(dense, squared=True)
+engram_jax/trainer.py < test_trainer.py
+  the checkpoint that diverged is called good
+    - if saved < step - 1
+    + if saved < step
+engram_jax/optimizer.py < test_optimizer.py
+  everything decays
+    - mask=is_matrix,
+    + mask=None,
+  the rate falls a step late
+    - 10 * done >= 9 * steps
+    + 10 * done > 9 * steps
+engram_jax/muon.py < test_muon.py
+  Muon's update is too small
+    - math.sqrt(max(inputs, outputs))
+    + math.sqrt(min(inputs, outputs))
+  a round of Muon forgets pieces that do not fill it
+    - jax.lax.fori_loop(0, len(rounds), run_round, rounds)
+    + jax.lax.fori_loop(0, sum(counts) // parts, run_round, rounds)
+engram_jax/sharding.py < test_sharding.py
+  parameters are split along their shortest axis
+    - longest = max(fitting
+    + longest = min(fitting
+engram_jax/sharding.py < test_run.py
+  devices of two processes alternate
+    - (device.process_index, device.id)
+    + (device.id, device.process_index)
+
+# Runs
+
+engram_jax/config.py < test_config.py
+  a layer beyond the model may have memory
+    - if layer >= self.model.layers
+    + if layer > self.model.layers
+engram_jax/checkpoint.py < test_checkpoint.py
+  flipped bits in a checkpoint are not noticed
+    - if _checksum(path) != saved["crc32"]
+    + if saved["crc32"] is None
+  one checkpoint too many is kept
+    - self.steps()[: -self._keep]
+    + self.steps()[: -self._keep - 1]
+engram_jax/files.py < test_run.py
+  two programs may hold one lock
+    - fcntl.LOCK_EX | fcntl.LOCK_NB
+    + fcntl.LOCK_SH | fcntl.LOCK_NB
+engram_jax/metrics.py < test_metrics.py
+  a resumed log loses the step it resumes at
+    - line["step"] <= resume_step
+    + line["step"] < resume_step
+engram_jax/run.py < test_run.py
+  another text may go on with a run
+    - if theirs.get(name) != ours[name]
+    + if name not in theirs
+
+# What is done with a model
+
+engram_jax/evaluation/held_out.py < evaluation/test_held_out.py
+  one token too few is scored
+    - .reshape(mask.shape) <= left)
+    + .reshape(mask.shape) < left)
+engram_jax/evaluation/gate_map.py < evaluation/test_gate_map.py
+  a token has the gate of the one before
+    - layer: values[1:]
+    + layer: values[:-1]
+engram_jax/evaluation/memory_report.py < evaluation/test_memory_report.py
+  rows that nothing wrote count as written
+    - np.asarray(table.clocks()) > 0
+    + np.asarray(table.clocks()) >= 0
+engram_jax/evaluation/statistics.py < evaluation/test_statistics.py
+  an n-gram is counted as often as in the last part
+    - self.times[at[known]] += times[known]
+    + self.times[at[known]] = times[known]
+engram_jax/sampling.py < test_sampling.py
+  a long prompt loses its end
+    - ids[-run.config.data.sequence_length :]
+    + ids[: run.config.data.sequence_length]
+engram_jax/costs/accounting.py < costs/test_accounting.py
+  a product counts its multiplications alone
+    - return 2 * math.prod(left)
+    + return math.prod(left)
+engram_jax/costs/ahead_of_time.py < \
+costs/test_ahead_of_time.py::test_collectives_are_read_with_groups_trips_and_bytes
+  an all-reduce sends its result once
+    - (1 if scattered else 2) * result
+    + 1 * result
+"""
+
+ROOT = Path(__file__).parent.parent
+LEFT_OUT = (".git", ".venv", ".cache", "runs", "__pycache__", ".hypothesis", ".*_cache")
+
+
+class Fault(NamedTuple):
+    """A fault; see `FAULTS`."""
+
+    file: str
+    tests: str
+    name: str
+    right: str
+    wrong: str
+
+
+def read_faults(text: str) -> Iterator[Fault]:
+    """The faults of a list like `FAULTS`."""
+    file = tests = ""
+    lines = iter([line for line in text.splitlines() if line.strip() and line[0] != "#"])
+    for line in lines:
+        if line[0] != " ":
+            file, tests = line.split(" < ")
+            continue
+        right, wrong = next(lines), next(lines)
+        assert (right[:6], wrong[:6]) == ("    - ", "    + "), line
+        yield Fault(file, tests, line.strip(), right[6:], wrong[6:])
+
+
+def put_in(fault: Fault, tree: Path) -> None:
+    """Changes the one line."""
+    path = tree / fault.file
+    text = path.read_text()
+    if (count := text.count(fault.right)) != 1:
+        raise ValueError(f"{fault.right!r} occurs {count} times")
+    path.write_text(text.replace(fault.right, fault.wrong))
+
+
+def find(fault: Fault, root: Path, cache: str) -> tuple[bool, str]:
+    """Whether a test finds the fault, and which."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(root, tree, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        try:
+            put_in(fault, tree)
+        except (OSError, ValueError) as error:
+            return False, f"CANNOT BE PUT IN: {error}"
+        # A cache of its own holds what faults leave as it is: entries are named by their program.
+        environment = {"PYTHONPATH": str(tree), "JAX_COMPILATION_CACHE_DIR": cache}
+        flags = ["-xq", "-m", "not slow", "-p", "no:cacheprovider", "--tb=no", "--show-capture=no"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *flags, *(f"tests/{t}" for t in fault.tests.split())],
+            cwd=tree,
+            env=os.environ | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    # (An error in a fixture counts; one at import, which names no test, does not.)
+    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+?::.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if found:
+        return True, found[1]
+    return False, f"NOT FOUND (status {done.returncode}: {done.stdout.strip()[-200:]})"
+
+
+def main() -> None:
+    """Tries the faults, and prints what found them."""
+    parser = argparse.ArgumentParser(description="Put faults in, and see whether tests find them.")
+    parser.add_argument("words", nargs="*", help="only those with one of these in name or file")
+    parser.add_argument("--jobs", type=int, default=1, help="how many are tried at once")
+    parser.add_argument("--root", type=Path, default=ROOT, help="another tree to try them on")
+    options = parser.parse_args()
+    faults = [
+        fault
+        for fault in read_faults(FAULTS)
+        if not options.words or any(word in fault.file + fault.name for word in options.words)
+    ]
+    missed = 0
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(options.jobs) as pool:
+        results = pool.map(partial(find, root=options.root, cache=cache), faults)
+        for fault, (found, by) in zip(faults, results, strict=True):
+            missed += not found
+            print(f"{fault.file}: {fault.name}\n    → {by}", flush=True)
+    print(f"{len(faults) - missed} of {len(faults)} faults found")
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
