@@ -29,7 +29,7 @@ from engram_jax.evaluation.memory_report import (
     write_memory_png,
 )
 from engram_jax.evaluation.report import evaluate, format_report, to_json
-from engram_jax.files import written_whole
+from engram_jax.files import atomic_write
 from engram_jax.run import Run
 from engram_jax.sampling import check_drawing, sample
 from engram_jax.train_state import Weights
@@ -135,7 +135,7 @@ def main(args: Sequence[str] | None = None) -> None:
         results["memory"] = memory_json(found)
         write_memory_png(found, options.run / "memory.png")
         written.append(options.run / "memory.png")
-    with written_whole(written[0]) as partial:
+    with atomic_write(written[0]) as partial:
         partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if continuation:
         print(f"\nSample: {options.prompt}|{continuation}")

@@ -1,8 +1,8 @@
-"""Trains a named run, or resumes it: `python train.py [CONFIG] [--run FOLDER] [--a.b VALUE …]`.
+"""Trains or resumes a run: `python train.py [CONFIG] [--run FOLDER] [--a.b VALUE …]`.
 
-The flags most often wanted: --run, --data.sources, --train.steps, --data.batch-size, --model.width,
---model.layers, --memory.rows-per-head, --optimizer.learning-rate. A flag without values, where it
-takes several, means none of them.
+Common flags: --run, --data.sources, --train.steps, --data.batch-size, --model.width,
+--model.layers, --memory.rows-per-head, --optimizer.learning-rate. A flag that takes several values
+may have none, which means an empty list.
 """
 
 import os
@@ -25,21 +25,21 @@ from engram_jax.sampling import sample
 from engram_jax.trainer import Diverged, train
 
 PROMPT = "The city is the capital of"
-INTERRUPTED = 128 + signal.SIGINT  # the exit status of a run that was asked to stop
+INTERRUPTED = 128 + signal.SIGINT  # exit status of a run that was stopped by a signal
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to run.
+    """Options of a training run.
 
     Attributes:
-        run: run folder; runs/NAME by default. A folder that holds this run is resumed.
-        start_from: folder of another run whose weights begin this one.
-        start_step: which checkpoint of that run; the newest by default.
-        allocation: deal the sparse parameters anew: this share to experts, the rest to table rows
-            (the paper's ρ; only for configurations that have both).
-        reschedule: go on with a run under another number of steps, or other settings of the same
-            optimizers, than it began with.
+        run: run folder; by default, runs/NAME. If it holds this run, the run is resumed.
+        start_from: folder of another run, to start with its weights.
+        start_step: step of that run's checkpoint; by default, the newest.
+        allocation: change the allocation of sparse parameters: this share to experts, the rest to
+            table rows (the paper's ρ; only for configurations that have both).
+        reschedule: resume a run with another number of steps, or other settings of the same
+            optimizers.
         profile: write a trace of ten steps to FOLDER/profile (for TensorBoard or Perfetto).
         distributed: join the other processes of a pod, SLURM job or cluster first
             (`jax.distributed.initialize`).
@@ -55,7 +55,7 @@ class TrainOptions:
 
 
 def main() -> None:
-    """Parses the command line, trains, and says what to do next."""
+    """Parses the command line, trains, and prints the next command."""
     options, config = parse(TrainOptions, __doc__ or "")
     if options.distributed:
         _join_processes()
@@ -71,12 +71,12 @@ def main() -> None:
     state = train(run, profile=options.profile)
     stopped = state.step < config.train.steps
     if is_leader():
-        print(f"{run.folder} holds {int(state.step)} of {config.train.steps} steps.")
+        print(f"{run.folder} has finished {int(state.step)} of {config.train.steps} steps.")
         python = "python" if "VIRTUAL_ENV" in os.environ else os.path.relpath(sys.executable)
         following = f"Next: {python} eval.py {run.folder}"
         if stopped:
-            print("The same command goes on with it.")
-        elif jax.process_count() == 1:  # eval.py has one device
+            print("The same command resumes it.")
+        elif jax.process_count() == 1:  # eval.py uses one device
             print(following)
     if stopped:
         sys.exit(INTERRUPTED)
@@ -90,8 +90,8 @@ def _join_processes() -> None:
         jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"--distributed finds no other processes to join ({error}): start this under SLURM, on "
-            "every worker of a TPU slice, or under MPI; on one machine leave the flag out."
+            f"--distributed finds no other processes to join ({error}): run this under SLURM or "
+            "MPI, or on every worker of a TPU slice; on one machine, leave the flag out."
         ) from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram_jax.errors import InputError
-from engram_jax.files import written_whole
+from engram_jax.files import atomic_write
 from engram_jax.hashing import HashSpec
 from engram_jax.memory.layout import RecordLayout, StorageConfig
 from engram_jax.memory.row_adam import RowAdamConfig
@@ -234,7 +234,7 @@ _SECTIONS = {"name", "model", "memory", "data", "optimizer", "train", "mesh"}  #
 
 def save_config(config: Config, path: Path) -> None:
     """Writes a configuration as JSON; the file is replaced atomically."""
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(asdict(config), indent=1) + "\n")
 
 

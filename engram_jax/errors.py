@@ -1,4 +1,4 @@
-"""The one error that speaks to users, and how programs end."""
+"""The error type for invalid input, and how programs end on it."""
 
 import errno
 import os
@@ -11,27 +11,27 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
-    """What the user gave cannot work; the message names the thing and the remedy.
+    """The user's input is invalid. The message names the cause and the remedy.
 
-    Entry points print the message alone and leave with status 2. Anything else that is raised is a
-    bug and keeps its traceback.
+    Entry points print only the message, and exit with status 2. Any other exception is a bug, and
+    is printed with its traceback.
     """
 
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Ends the program with a sentence and status 2 on what its user can mend."""
+    """On an error that the user can correct, ends the program with one sentence and status 2."""
     try:
         yield
     except InputError as error:
         problem = str(error)
-    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor fail when flushing
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing works
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        problem = f"The disk is full ({error.filename or error}): free some space and start again."
+        problem = f"The disk is full ({error.filename or error}): free some space and run again."
     else:
         return
     print(f"error: {problem}", file=sys.stderr)

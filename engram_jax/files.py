@@ -27,7 +27,7 @@ def hold_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to. At the end, that file replaces `path` atomically.
 
     If writing fails, `path` is unchanged. The temporary name has the same suffix, because some

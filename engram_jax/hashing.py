@@ -18,7 +18,7 @@ from sympy import nextprime
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
-from engram_jax.files import written_whole
+from engram_jax.files import atomic_write
 
 # The token id of an image placeholder (a dead position). The data sources here produce none.
 DEAD = -1
@@ -247,7 +247,7 @@ class NgramHash:
             "projection": self.projection.to_json(),
             "fingerprint": self.fingerprint,
         }
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(document, indent=1) + "\n")
 
     @classmethod

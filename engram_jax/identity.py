@@ -1,7 +1,7 @@
-"""What makes two runs the same: configuration, texts, tokenizer, hash, form of the stored rows.
+"""The identity of a run: configuration, texts, tokenizer, hash, format of the stored rows.
 
-A folder's run is resumed only by the run that it holds, and another run's weights begin a new one
-only if they mean the same there. What differs is named in one sentence, with the remedy.
+A run can be resumed only with the same identity. Another run's weights can start a new run only if
+they have the same meaning in it. An error names the difference and the remedy in one sentence.
 """
 
 import json
@@ -21,7 +21,7 @@ from engram_jax.program import Program
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.typing import PyTree
 
-# What may change when a run is resumed: none of it changes what is learned.
+# Fields that may change when a run is resumed. None of them changes the result of training.
 _CHANGEABLE = (
     "memory.gather",
     "model.attention.implementation",
@@ -40,10 +40,10 @@ _CHANGEABLE = (
 )
 
 
-# What may change if `reschedule` is given: how it goes on learning, from the newest checkpoint.
+# Fields that may change with `reschedule`. They affect training after the newest checkpoint.
 _RESCHEDULABLE = (
     *("train.steps", "memory.frozen"),
-    # All but which optimizers there are: their states differ.
+    # Not the choice of the optimizer, because the states of optimizers differ.
     *(f"optimizer.{f.name}" for f in fields(OptimizerConfig) if f.name != "matrices"),
     *(f"memory.adam.{name}" for name in ("factor", "b1", "b2", "eps")),
 )
@@ -52,10 +52,10 @@ _RESCHEDULABLE = (
 def checkpoint_identity(
     tokenizer: Tokenizer, ngram_hash: NgramHash | None, layout: RecordLayout
 ) -> dict[str, Any]:
-    """What a checkpoint must share with the run that restores it, as plain JSON values.
+    """The values that a checkpoint and the run that restores it must share, as plain JSON.
 
-    Only what changes the meaning of a stored number is here; fields are added when their value is
-    not the one that older checkpoints mean by leaving them out.
+    They are the values that change the meaning of a stored number. A field added later must be left
+    out if it has its default, because older checkpoints do not have it.
     """
     identity: dict[str, Any] = {"tokenizer": tokenizer.fingerprint}
     if ngram_hash is not None:
@@ -70,7 +70,7 @@ def checkpoint_identity(
 
 
 def row_adam_facts(config: Config) -> tuple[Any, ...]:
-    """What `make_config_row_adam` depends on."""
+    """The values on which `make_config_row_adam` depends."""
     optimizer = config.optimizer
     schedule = (
         *(optimizer.learning_rate, optimizer.warmup_steps),
@@ -80,31 +80,35 @@ def row_adam_facts(config: Config) -> tuple[Any, ...]:
 
 
 def stored_hash(ours: NgramHash, config: Config, folder: Path) -> NgramHash:
-    """The hash that a folder's run began with, whatever multipliers NumPy draws today."""
+    """The stored hash of a folder's run, which NumPy's random stream cannot change.
+
+    Raises:
+        InputError: it differs from `ours` in more than the multipliers.
+    """
     stored = NgramHash.load(folder / "hash.json")
     if stored.projection.fingerprint != ours.projection.fingerprint:
         raise InputError(
             f"{folder} was hashed for another tokenizer than {config.data.tokenizer!r}; restore "
-            "that tokenizer or start another run."
+            "that tokenizer, or start another run."
         )
     if stored.spec != ours.spec:
         raise InputError(
-            f"{folder / 'hash.json'} is of another memory than {folder / 'config.json'}: "
-            f"{stored.spec} there, {ours.spec} here; restore it from a checkpoint's folder."
+            f"{folder / 'hash.json'} does not match {folder / 'config.json'}: {stored.spec} there, "
+            f"{ours.spec} here; restore it from a checkpoint's folder."
         )
     return stored
 
 
 def check_same_run(config: Config, folder: Path, *, reschedule: bool = False) -> None:
-    """Looks whether a folder's run is one of this configuration, but for what may change.
+    """Checks that a folder's run has this configuration, except for fields that may change.
 
     Raises:
-        InputError: it is not; the sentence gives the flags that would resume it.
+        InputError: it does not; the message gives the flags that would resume it.
     """
     stored = load_config(folder / "config.json")
     ours, theirs = _flatten(asdict(config)), _flatten(asdict(stored))
     changeable = _CHANGEABLE + (_RESCHEDULABLE if reschedule else ())
-    # Parts that only one of them has, as experts, are a difference in all their fields.
+    # If only one of them has a part, such as experts, all fields of that part differ.
     differ = [
         name
         for name in ours | theirs
@@ -113,48 +117,48 @@ def check_same_run(config: Config, folder: Path, *, reschedule: bool = False) ->
     if not differ:
         return
     if "name" in differ or ours.keys() != theirs.keys():
-        wanted = f"the configuration {theirs['name']} and the flags that it was begun with"
+        wanted = f"the configuration {theirs['name']} and the flags that it was started with"
     else:
         wanted = " ".join(_as_flag(name, theirs[name]) for name in differ)
     message = f"{folder} holds another run: give {wanted} to resume it"
     if all(name.startswith(_RESCHEDULABLE) for name in differ):
-        message += ", add --reschedule to go on with yours"
+        message += ", add --reschedule to continue it with your flags"
     if any((folder / "checkpoints").glob("*")):
-        weights = f" (to begin with the weights of this one, add --start-from {folder})"
+        weights = f" (to start with the weights of {folder}, add --start-from {folder})"
     else:
-        message += f", delete {folder}, which has no checkpoint, to start anew"
+        message += f", delete {folder}, which has no checkpoint, to start again"
         weights = ""
     raise InputError(f"{message}, or name another --run folder{weights}.")
 
 
 def _as_flag(name: str, value: Any) -> str:
-    """As one would type it."""
+    """The flag and its values, as on a command line."""
     values = value if isinstance(value, (list, tuple)) else [value]
     words = [shlex.quote(str(word)) for word in values]
     return " ".join([f"--{name.replace('_', '-')}", *words])
 
 
 def check_texts(texts: dict[str, Any], folder: Path) -> None:
-    """Compares the fingerprints of tokenizer and corpora with those a resumed run began with."""
+    """Checks that tokenizer and corpora have the fingerprints that a resumed run started with."""
     path = folder / "texts.json"
     try:
         begun = json.loads(path.read_text())
     except (FileNotFoundError, ValueError) as error:
         raise InputError(
             f"{path}, the fingerprints of the texts, is missing or damaged ({error}); restore it, "
-            "or give another --run folder to start anew."
+            "or choose another --run folder to start again."
         ) from error
     if begun["tokenizer"] != texts["tokenizer"]:
         raise InputError(
-            f"{folder} was begun with another tokenizer; restore that, or give another --run "
-            "folder to start anew."
+            f"{folder} was begun with another tokenizer; restore that, or choose another --run "
+            "folder to start again."
         )
     ours, theirs = texts["corpora"], begun["corpora"]
     changed = [name for name in ours if theirs.get(name) != ours[name]]
     if changed:
         raise InputError(
             f"The text of {', '.join(changed)} is not what {folder} was begun with; restore it, or "
-            "give another --run folder to start anew."
+            "choose another --run folder to start again."
         )
 
 
@@ -163,20 +167,20 @@ def check_fitting(
     ours: tuple[Program, Tokenizer],
     theirs: tuple[Program, Tokenizer],
 ) -> None:
-    """Looks whether the weights of the run in a folder can begin another run.
+    """Checks that another run can start with the weights of the run in a folder.
 
     Args:
-        folder: of the run that has the weights.
-        ours: the run that would begin with them: its program and tokenizer.
-        theirs: the run in the folder.
+        folder: folder of the run that has the weights.
+        ours: program and tokenizer of the run that would start with them.
+        theirs: program and tokenizer of the run in the folder.
 
     Raises:
-        InputError: its tokenizer, hash, stored rows or sizes are others.
+        InputError: it has another tokenizer, hash, row format, or other sizes.
     """
     (program, tokenizer), (other, other_tokenizer) = ours, theirs
     if other_tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(
-            f"{folder} has another tokenizer than this run, so its embeddings mean other "
+            f"{folder} has another tokenizer than this run, so its embeddings are for other "
             "tokens; give this run the same data.tokenizer."
         )
     if (
@@ -185,9 +189,9 @@ def check_fitting(
         and program.ngram_hash.fingerprint != other.ngram_hash.fingerprint
     ):
         raise InputError(
-            f"{folder} hashes with {other.ngram_hash.fingerprint}, this run with "
-            f"{program.ngram_hash.fingerprint}: its table rows would mean other n-grams. Give "
-            "this run the same memory and tokenizer."
+            f"{folder} has the hash {other.ngram_hash.fingerprint}, this run has "
+            f"{program.ngram_hash.fingerprint}: its table rows are for other n-grams. Give this "
+            "run the same memory and tokenizer."
         )
     layout, other_layout = program.config.memory.layout, other.config.memory.layout
     if program.ngram_hash and layout != other_layout:

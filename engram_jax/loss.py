@@ -1,4 +1,4 @@
-"""What training minimizes and evaluation reports: the cross-entropy of every token."""
+"""The loss of training and evaluation: the cross-entropy of every token."""
 
 from collections.abc import Mapping
 
@@ -17,14 +17,14 @@ def token_losses(
     micro_batch: MicroBatch,
     expert_bias: ExpertBias,
 ) -> tuple[Float[Array, "B T"], Report]:
-    """Cross-entropy of every token in nats, and the report of the blocks.
+    """Cross-entropy of every token in nats, and diagnostics of the blocks.
 
     Args:
         program: the program.
         params: the dense parameters.
         rows: each device's distinct rows by layer id; a layer that is missing adds nothing.
-        micro_batch: tokens, and where they find their rows.
-        expert_bias: what balances the experts, by layer id.
+        micro_batch: tokens, and the slots of their rows.
+        expert_bias: biases that balance the experts, by layer id.
     """
     logits, report = program.forward(params, rows, micro_batch, expert_bias)
     targets = micro_batch.batch.targets

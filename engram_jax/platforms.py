@@ -7,12 +7,12 @@ from typing import Any
 
 from engram_jax.config import Config
 
-# The platform of each implementation that does not run on all of them.
+# The platform of each implementation that does not run on all platforms.
 NEEDS = {"cudnn": "gpu", "splash": "tpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
 
 
 def without_foreign_kernels(config: Config, platform: str) -> Config:
-    """The configuration, with the choice left open where it names another platform's kernel."""
+    """The configuration with implementations of other platforms replaced by None (automatic)."""
     for part in foreign_kernels(config, platform):
         *outer, name = part.split(".")
         config = _replaced(config, outer, {name: None})
@@ -20,14 +20,14 @@ def without_foreign_kernels(config: Config, platform: str) -> Config:
 
 
 def _replaced(node: Any, path: Sequence[str], change: dict[str, Any]) -> Any:
-    """The dataclass with fields of a part of it replaced."""
+    """A copy of a dataclass with fields of the part at `path` replaced."""
     if not path:
         return replace(node, **change)
     return replace(node, **{path[0]: _replaced(getattr(node, path[0]), path[1:], change)})
 
 
 def foreign_kernels(config: Config, platform: str) -> dict[str, str]:
-    """The named implementations that do not run on this platform, by field."""
+    """The named implementations that do not run on a platform, by field."""
     chosen = {
         "memory.gather": config.memory.gather,
         "model.engram.implementation": config.model.engram.implementation,

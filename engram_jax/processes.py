@@ -1,4 +1,4 @@
-"""The processes of one run: who leads, and how they fail together instead of waiting for ever."""
+"""The processes of a run: the leader process, and collective failure instead of a deadlock."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from engram_jax.errors import InputError
 
 
 def is_leader() -> bool:
-    """Whether this process writes what one must write: folders, logs, manifests."""
+    """Whether this is the leader process, which writes folders, logs and manifests."""
     return jax.process_index() == 0
 
 
 def all_agree(here: bool) -> bool:
-    """Whether `here` holds on all processes, which meet at this point."""
+    """Whether `here` is true on all processes. All processes must call this."""
     if jax.process_count() == 1:
         return here
     return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
@@ -24,9 +24,10 @@ def all_agree(here: bool) -> bool:
 
 @contextmanager
 def collective(what: str) -> Iterator[None]:
-    """Runs the same block on all processes; if it raises on one, it raises on all.
+    """Runs a block on all processes. If it raises on one, it raises on all.
 
-    A block that itself waits for the others, as a collective write does, is left by all or none.
+    If the block itself waits for other processes, as a collective write does, it must raise on all
+    processes or on none.
 
     Raises:
         InputError: another process failed to do `what`; that process raises its own error.

@@ -1,7 +1,7 @@
-"""What the devices run for a configuration: decoder, optimizers, state, and how they lie on a mesh.
+"""The program of a configuration: decoder, optimizers, state, and their sharding on a mesh.
 
-Needs no text, no tokenizer and no folder, nor the devices themselves: of a TPU slice that is not
-there it gives shapes and shardings to compile for. `run.Run` is a program with a folder.
+A program needs no text, tokenizer or folder. It does not need the devices either: for a TPU slice
+it gives shapes and shardings, which are enough to compile. `run.Run` has a program and a folder.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,10 +32,10 @@ from engram_jax.parameters import roles
 from engram_jax.platforms import NEEDS, foreign_kernels
 from engram_jax.sharding import (
     BATCH_ABT,
+    REPLICATED,
     ROWS_SU,
     TABLE_RW,
     TOKEN_AXES,
-    WHOLE,
     AnyMesh,
     optimizer_sharding,
     parameter_sharding,
@@ -49,8 +49,8 @@ class MicroBatch(NamedTuple):
     """One of the A micro-batches of a step, or all of them, stacked.
 
     Attributes:
-        batch: its tokens, without a plan.
-        slots: where they find their rows, by layer id.
+        batch: the tokens, without a plan.
+        slots: the slots of their rows, by layer id.
     """
 
     batch: Batch
@@ -64,14 +64,14 @@ def micro_batches(batch: Batch) -> MicroBatch:
 
 @dataclass(frozen=True)
 class Program:
-    """What the devices run. Make one with `Program.build`, or with `Program.of_sizes`.
+    """The computations of a configuration. Create one with `Program.build` or `Program.of_sizes`.
 
     Attributes:
         config: the configuration.
         ngram_hash: the hash; None for a model without memory.
         mesh: the device mesh.
         graph: the decoder without its parameters; `nnx.merge(graph, params)` gives the decoder.
-        roles: what every parameter is to optimizer and mesh.
+        roles: the role of every parameter (see `parameters`).
         schedule: learning rate by step.
         optimizer: optimizer of the dense parameters.
     """
@@ -89,20 +89,21 @@ class Program:
         """The program of a configuration.
 
         Raises:
-            InputError: sizes do not divide the mesh, or its devices lack what is asked for.
+            InputError: the mesh does not divide the sizes, or its devices do not support the named
+                implementations.
         """
         if ngram_hash is not None and any(rows % mesh.size for rows in ngram_hash.padded_rows):
             raise InputError(
-                f"A table's rows, multiples of 4,096, do not divide over {mesh.size} devices; use "
-                "a power of two of them."
+                f"The rows of a table, a multiple of 4,096, cannot be split over {mesh.size} "
+                "devices; use a number of devices that is a power of two."
             )
         words, platform = config.memory.layout.words, platform_of(mesh)
         if ngram_hash is not None and platform == "tpu" and words % LANES:
             raise InputError(
-                f"Rows of {config.memory.row_width} make records of {words} words, which do not "
-                f"fill the {LANES} lanes of a TPU: it would copy the tables at every step. Raise "
-                "memory.row_width; in float32, 22 is the least, and 42, 85 and 127 fill their "
-                "lines best."
+                f"memory.row_width {config.memory.row_width} gives records of {words} words, which "
+                f"are not a multiple of a TPU's {LANES} lanes: a TPU would copy the tables at "
+                "every step. Raise memory.row_width; in float32 the minimum is 22, and 42, 85 and "
+                "127 waste the least space."
             )
         for part, chosen in foreign_kernels(config, platform).items():
             raise InputError(
@@ -112,8 +113,8 @@ class Program:
         rows = config.data.batch_size // config.train.accumulation
         if rows % mesh.size:
             raise InputError(
-                f"A micro-batch of {rows} rows does not divide over {mesh.size} devices; choose "
-                "data.batch_size as a multiple of devices × train.accumulation."
+                f"A micro-batch of {rows} rows does not divide over {mesh.size} devices; set "
+                "data.batch_size to a multiple of devices × train.accumulation."
             )
         graph, shapes = nnx.split(nnx.eval_shape(lambda: _make_decoder(config, jax.random.key(0))))
         schedule = make_schedule(config.optimizer, config.train.steps)
@@ -129,10 +130,12 @@ class Program:
 
     @classmethod
     def of_sizes(cls, config: Config, mesh: AnyMesh) -> "Program":
-        """The program without a tokenizer, to count and compile it; its hash projects no ids.
+        """The program of a configuration without a tokenizer, for counting and compiling.
+
+        Its hash does not merge token ids (the projection is the identity).
 
         Raises:
-            InputError: as `build`.
+            InputError: as in `build`.
         """
         if not config.memory.layers:
             return cls.build(config, None, mesh)
@@ -140,7 +143,7 @@ class Program:
         return cls.build(config, NgramHash.build(config.memory.hash_spec(0), identity), mesh)
 
     def use_mesh(self) -> AbstractContextManager[object]:
-        """The context in which everything here is traced and run."""
+        """The context in which all computations of the program must be traced and run."""
         context: AbstractContextManager[object] = jax.set_mesh(self.mesh)  # type: ignore[arg-type]
         return context
 
@@ -152,48 +155,49 @@ class Program:
         return Planner(self.ngram_hash, shards=self.mesh.size, local_shards=local)
 
     def put(self, batch: Batch) -> Batch:
-        """Sends this process's part of a batch to the devices, split as the step wants it."""
-        places = self.batch_sharding(batch)
-        if jax.process_count() == 1:  # all arrays at once, in half the time
-            return jax.device_put(batch, places)
+        """Sends this process's part of a batch to the devices, with the sharding of the step."""
+        shardings = self.batch_sharding(batch)
+        if jax.process_count() == 1:  # one call for all arrays takes half the time
+            return jax.device_put(batch, shardings)
         return jax.tree.map(
-            lambda array, place: jax.make_array_from_process_local_data(place, array), batch, places
+            lambda array, sharding: jax.make_array_from_process_local_data(sharding, array),
+            *(batch, shardings),
         )
 
     def batch_sharding(self, batch: Batch) -> Any:
-        """How the arrays of such a batch lie on the mesh."""
-        places = jax.tree.map(lambda _: jax.NamedSharding(self.mesh, BATCH_ABT), batch)
+        """The shardings of the arrays of a batch."""
+        shardings = jax.tree.map(lambda _: jax.NamedSharding(self.mesh, BATCH_ABT), batch)
         if batch.plan is not None:
             by_device = jax.NamedSharding(self.mesh, ROWS_SU)
             rows = jax.tree.map(lambda _: by_device, batch.plan.rows)
-            places = places._replace(plan=places.plan._replace(rows=rows))
-        return places
+            shardings = shardings._replace(plan=shardings.plan._replace(rows=rows))
+        return shardings
 
     @cached_property
     def row_adam(self) -> RowAdam:
-        """The optimizer of the tables' rows; its arrays lie on every device."""
-        whole = jax.NamedSharding(self.mesh, WHOLE)
+        """The optimizer of the tables' rows; its arrays are replicated."""
+        replicated = jax.NamedSharding(self.mesh, REPLICATED)
         return jax.tree.map(
-            lambda array: jax.device_put(array, whole), make_config_row_adam(self.config)
+            lambda array: jax.device_put(array, replicated), make_config_row_adam(self.config)
         )
 
     def abstract_row_adam(self) -> RowAdam:
         """Shapes, dtypes and shardings of `row_adam`."""
-        whole = jax.NamedSharding(self.mesh, WHOLE)
+        replicated = jax.NamedSharding(self.mesh, REPLICATED)
         return jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=whole),
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated),
             make_config_row_adam(self.config),
         )
 
     def read_rows(
         self, weights: Weights, plan: MemoryPlan | None, row_adam: RowAdam
     ) -> dict[int, ReadRows]:
-        """Reads the distinct rows of a batch from every table, as the next forward pass sees them.
+        """Reads the distinct rows of a batch from every table, including their pending updates.
 
         Args:
-            weights: the tables, and how many steps they are behind.
-            plan: the batch's plan; None is for a model without tables.
-            row_adam: the row optimizer, which gives each row's pending update.
+            weights: the tables, and the number of finished steps.
+            plan: the batch's plan; None: a model without tables.
+            row_adam: the row optimizer, which computes pending updates.
         """
         if plan is None:
             return {}
@@ -210,13 +214,13 @@ class Program:
         micro_batch: MicroBatch,
         expert_bias: ExpertBias,
     ) -> tuple[Float[Array, "B T V"], Report]:
-        """Logits of a micro-batch, and the report of the blocks.
+        """Logits of a micro-batch, and diagnostics of the blocks.
 
         Args:
             params: the dense parameters.
             rows: each device's distinct rows by layer id; a layer that is missing adds nothing.
-            micro_batch: tokens, and where they find their rows.
-            expert_bias: what balances the experts, by layer id.
+            micro_batch: tokens, and the slots of their rows.
+            expert_bias: biases that balance the experts, by layer id.
         """
         batch, slots = micro_batch
         memory = {
@@ -232,7 +236,7 @@ class Program:
         plan: MemoryPlan | None,
         gradients: Mapping[int, Float[Array, "S U F"]],
     ) -> dict[int, OwnGradients]:
-        """Brings the row gradients of all devices to the rows' owners, by layer id."""
+        """Sends the row gradients of all devices to the owners of the rows, by layer id."""
         if plan is None:
             return {}
         return {
@@ -250,14 +254,14 @@ class Program:
         scale: Float[Array, ""],
         row_adam: RowAdam,
     ) -> dict[int, Table]:
-        """All tables after the step; those without gradients (frozen ones) stay as they are.
+        """All tables after the step. Tables without gradients (frozen ones) do not change.
 
         Args:
             state: the state before the step.
             plan: the batch's plan.
-            read: what `read_rows` gave for this step.
-            gradients: of each device's distinct rows, by layer id.
-            by_owner: what `own_gradients` made of them.
+            read: result of `read_rows` for this step.
+            gradients: gradients of each device's distinct rows, by layer id.
+            by_owner: result of `own_gradients` for these gradients.
             scale: factor of all gradients (clipping).
             row_adam: the row optimizer.
         """
@@ -278,7 +282,7 @@ class Program:
         }
 
     def exchange_metrics(self, tables: Mapping[int, Table], plan: MemoryPlan) -> dict[str, Array]:
-        """Distinct rows asked for, rounds of the exchange and load of the fullest shard."""
+        """Distinct rows requested, rounds of the exchange, and load of the fullest shard."""
         metrics: dict[str, Array] = {}
         for layer, rows in plan.rows.items():
             metrics[f"rows_asked_{layer}"] = jnp.sum(rows.distinct)
@@ -287,15 +291,15 @@ class Program:
         return metrics
 
     def initial_state(self) -> TrainState:
-        """The state before the first step, made where it lies."""
+        """The random state before the first step, created on the devices."""
         with self.use_mesh():
             return self.initializer()(jax.random.key(self.config.train.seed))
 
     def initializer(self) -> Callable[[jax.Array], TrainState]:
         """The jitted function from a random key to the state before the first step.
 
-        Call it inside the mesh. What it draws is for the compiler to split: with explicit axes,
-        every device would draw every table and parameter whole.
+        Call it inside `use_mesh()`. It uses auto axes, so that the compiler splits the drawing of
+        random numbers. With explicit axes, every device would draw complete tables and parameters.
         """
         return jax.jit(
             jax.sharding.auto_axes(
@@ -303,8 +307,8 @@ class Program:
             )
         )
 
-    def first_state(self, weights: Weights) -> TrainState:
-        """The state before the first step with these weights."""
+    def state_from_weights(self, weights: Weights) -> TrainState:
+        """The state before the first step of a run that starts with given weights."""
         shardings, params = self._shardings(), weights.params
         return TrainState(
             step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
@@ -352,14 +356,14 @@ class Program:
     def _shardings(self) -> Any:
         shapes = self._shapes
         table = jax.NamedSharding(self.mesh, TABLE_RW)
-        whole = jax.NamedSharding(self.mesh, WHOLE)
+        replicated = jax.NamedSharding(self.mesh, REPLICATED)
         params = parameter_sharding(self.mesh, shapes.params, self.roles)
         return TrainState(
-            step=whole,  # type: ignore[arg-type]  # a tree of shardings
+            step=replicated,  # type: ignore[arg-type]  # a tree of shardings
             params=params,
             optimizer=optimizer_sharding(self.mesh, shapes.optimizer, params),
             tables=jax.tree.map(lambda _: table, shapes.tables),
-            expert_bias=jax.tree.map(lambda _: whole, shapes.expert_bias),
+            expert_bias=jax.tree.map(lambda _: replicated, shapes.expert_bias),
         )
 
 

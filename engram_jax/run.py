@@ -1,8 +1,8 @@
-"""A run: the folder, what defines it, and the program that is made from that.
+"""A run: a folder with a configuration, a tokenizer, corpora, checkpoints, and the program.
 
-A run folder holds `config.json`, `hash.json` (if the model has memory), `texts.json` (fingerprints
-of the tokenized corpora), `metrics.jsonl` with TensorBoard event files beside it, `checkpoints/`,
-and what evaluation writes.
+A run folder contains `config.json`, `hash.json` (if the model has memory), `texts.json`
+(fingerprints of the tokenized corpora), `metrics.jsonl`, TensorBoard event files, `checkpoints/`,
+and the results of evaluation.
 """
 
 import json
@@ -25,7 +25,7 @@ from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
 from engram_jax.data.sources import resolve_source, source_name
 from engram_jax.data.token_cache import build_corpus
 from engram_jax.errors import InputError
-from engram_jax.files import hold_lock, written_whole
+from engram_jax.files import atomic_write, hold_lock
 from engram_jax.hashing import NgramHash
 from engram_jax.identity import (
     check_fitting,
@@ -44,8 +44,8 @@ from engram_jax.sharding import MeshConfig, make_mesh, platform_of
 from engram_jax.tokenizer import Tokenizer, load_tokenizer
 from engram_jax.train_state import TrainState, Weights
 
-# What a start that was killed before it wrote config.json leaves in the folder.
-_BEGUN = {
+# Files that a killed start can leave in the folder, before it writes config.json.
+_INCOMPLETE_START = {
     *("lock", "hash.json", "partial-hash.json", "texts.json", "partial-texts.json"),
     "partial-config.json",
 }
@@ -53,15 +53,15 @@ _BEGUN = {
 
 @dataclass(frozen=True)
 class Run:
-    """A folder, a tokenizer and a program. Make one with `Run.start` or `Run.open`.
+    """A folder, a tokenizer and a program. Create one with `Run.start` or `Run.open`.
 
     Attributes:
-        program: what the devices run.
+        program: the computations on the devices.
         folder: the run folder.
         tokenizer: the tokenizer.
         checkpoints: the folder's checkpoints.
-        start_from: folder of another run whose weights begin this one; None: random ones do.
-        start_step: which checkpoint of that run; None: the newest.
+        start_from: folder of another run, with whose weights this run starts; None: random weights.
+        start_step: step of that run's checkpoint; None: the newest.
     """
 
     program: Program
@@ -86,29 +86,29 @@ class Run:
         start_step: int | None = None,
         reschedule: bool = False,
     ) -> "Run":
-        """Makes the folder, or takes one that holds a run of this very configuration.
+        """Creates the folder, or resumes the run in it if it has the same configuration.
 
         Args:
             config: the configuration.
             folder: the run folder.
-            start_from: folder of another run, if that run's weights begin this one.
-            start_step: which checkpoint of that run; None: the newest.
-            reschedule: take a folder whose run has another number of steps, other settings of the
-                same optimizers, or tables that are not frozen as these are, and go on with these;
-                the folder's configuration is then this one.
+            start_from: folder of another run, to start with its weights.
+            start_step: step of that run's checkpoint; None: the newest.
+            reschedule: also resume a run with another number of steps, other settings of the same
+                optimizers, or another value of memory.frozen. The new configuration then replaces
+                the folder's.
 
         Raises:
-            InputError: the folder holds something else, the tokenizer does not fit the model,
-                sizes do not divide the mesh, the run is beyond the configuration's steps, or the
-                other run's weights do not fit.
+            InputError: the folder contains something else, the tokenizer does not fit the model,
+                the mesh does not divide the sizes, the run has more steps than the configuration,
+                or the other run's weights do not fit.
         """
-        with collective(f"begin the run in {folder}"):
+        with collective(f"start the run in {folder}"):
             run = cls._check_start(config, folder, reschedule)
             done = run.checkpoints.steps()
             if done and done[-1] > config.train.steps:
                 raise InputError(
                     f"{folder} is at step {done[-1]}, beyond train.steps {config.train.steps}; "
-                    "give more."
+                    "raise train.steps."
                 )
             run = replace(run, start_from=start_from, start_step=start_step)
             if start_step is not None and start_from is None:
@@ -127,16 +127,16 @@ class Run:
         return run
 
     def _write_beginning(self) -> None:
-        """Writes what defines the run; config.json, last, says that all of it is there."""
+        """Writes the files that define the run. The last one, config.json, marks them complete."""
         if self.program.ngram_hash is not None:
             self.program.ngram_hash.save(self.folder / "hash.json")
-        with written_whole(self.folder / "texts.json") as partial:
+        with atomic_write(self.folder / "texts.json") as partial:
             partial.write_text(json.dumps(self._texts(), indent=1) + "\n")
         save_config(self.config, self.folder / "config.json")
 
     @classmethod
     def _check_start(cls, config: Config, folder: Path, reschedule: bool) -> "Run":
-        """Makes the run without writing to its folder: what is wrong leaves none behind."""
+        """Creates the run without writing to its folder, so that an error leaves no folder."""
         tokenizer, ngram_hash = _make_hash(config)
         resumes = (folder / "config.json").exists()
         if resumes:
@@ -144,9 +144,11 @@ class Run:
             if ngram_hash is not None:
                 ngram_hash = stored_hash(ngram_hash, config, folder)
         elif folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file; name a folder for the run.")
-        elif folder.exists() and any(path.name not in _BEGUN for path in folder.iterdir()):
-            raise InputError(f"{folder} is not empty and holds no run; name another folder.")
+            raise InputError(f"{folder} is a file; choose a folder for the run.")
+        elif folder.exists() and any(
+            path.name not in _INCOMPLETE_START for path in folder.iterdir()
+        ):
+            raise InputError(f"{folder} is not empty and holds no run; choose another folder.")
         run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
         data = config.data
         mix_rows(run.corpora(), data.weights, data.sequence_length, config.train.seed)
@@ -161,10 +163,10 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
-        """Opens a run to read it, on one device, whatever mesh and platform it was trained on.
+        """Opens a run for reading, on one device. It may be from another mesh or platform.
 
         Raises:
-            InputError: the folder holds no run, or its tokenizer is gone.
+            InputError: the folder holds no run, or its tokenizer is missing.
         """
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
         config = without_foreign_kernels(load_config(folder / "config.json"), platform_of(mesh))
@@ -194,27 +196,27 @@ class Run:
 
     @contextmanager
     def exclusively(self) -> Iterator[None]:
-        """Holds the folder against other programs that would train in it.
+        """Locks the folder, so that no other program trains in it.
 
         Raises:
-            InputError: one does already.
+            InputError: another program trains in it.
         """
         with ExitStack() as stack:
             with collective(f"train in {self.folder}"):
                 if is_leader():
                     stack.enter_context(_locked(self.folder))
-                check_same_run(self.config, self.folder)  # somebody may have begun another since
+                check_same_run(self.config, self.folder)  # another program may have replaced it
             yield
 
     def corpora(self, sources: Sequence[str] = ()) -> list[Corpus]:
-        """The corpora of these sources, tokenized now if they are not in the cache.
+        """The corpora of these sources. They are tokenized if they are not in the cache.
 
         Args:
-            sources: shipped corpora or paths; by default those of the run.
+            sources: shipped corpora or paths; by default, those of the run.
 
         Raises:
-            InputError: a source cannot be read (see `build_corpus`), has nothing held out, or has
-                another's name.
+            InputError: a source cannot be read (see `build_corpus`), has no held-out documents, or
+                has the same name as another.
         """
         return self._read_corpora(sources) if sources else list(self._own_corpora)
 
@@ -228,7 +230,8 @@ class Run:
         for name in names:
             if names.count(name) > 1:
                 raise InputError(
-                    f"Two sources are called {name!r}, which is how results name them; rename one."
+                    f"Two sources are called {name!r}, and results are listed by this name; rename "
+                    "one."
                 )
         corpora = [
             build_corpus(source, self.tokenizer, Path(data.cache), data.held_out)
@@ -238,13 +241,13 @@ class Run:
             if not len(corpus.held_out):
                 raise InputError(
                     f"None of the {corpus.manifest.documents} documents of {corpus.name} is held "
-                    "out for evaluation; raise data.held_out, or cut the text into more documents "
-                    "(a .txt file is one; of JSON Lines, every line)."
+                    "out for evaluation; raise data.held_out, or split the text into more "
+                    "documents (a .txt file is one document; in JSON Lines, each line is one)."
                 )
         return corpora
 
     def batches(self, first_batch: int = 0) -> BatchIterator:
-        """This process's training batches from a number on; close them (see `make_batches`)."""
+        """This process's training batches from `first_batch` on. Close them after use."""
         data, train = self.config.data, self.config.train
         workers = data.workers
         if workers is None:
@@ -265,19 +268,19 @@ class Run:
         )
 
     def restore(self, step: int | None = None) -> TrainState:
-        """The newest intact checkpoint's state, or a given step's.
+        """The state of the newest intact checkpoint, or of the checkpoint of `step`.
 
-        If the checkpoint's row optimizer or its schedule was another, its tables are settled by
-        that, once, and a sentence says so.
+        If the checkpoint has another row optimizer or schedule, pending updates are applied to its
+        tables under that schedule, with a message.
 
         Raises:
-            InputError: there is none, or it belongs to another tokenizer, hash or model.
+            InputError: there is no checkpoint, or it has another tokenizer, hash or model.
         """
         found, state = self.checkpoints.restore(self.program.abstract_state(), step)
         return replace(state, tables=self._take_over(found, state.tables, state.step))
 
     def restore_weights(self, step: int | None = None) -> Weights:
-        """As `restore`, without the state of the dense parameters' optimizer."""
+        """Like `restore`, without the state of the dense parameters' optimizer."""
         abstract = self.program.abstract_state().weights
         found, weights = self.checkpoints.restore(abstract, step, partial=True)
         return replace(weights, tables=self._take_over(found, weights.tables, weights.step))
@@ -285,14 +288,14 @@ class Run:
     def _take_over(
         self, checkpoint: int, tables: dict[int, Table], step: Int32[Array, ""]
     ) -> dict[int, Table]:
-        """A checkpoint's tables for this run's row optimizer."""
+        """Converts a checkpoint's tables to this run's row optimizer, if it had another."""
         theirs = load_config(self.checkpoints.path(checkpoint) / "config.json")
         if not tables or row_adam_facts(theirs) == row_adam_facts(self.config):
             return tables
         if is_leader():
             print(
-                f"The checkpoint of step {checkpoint} in {self.checkpoints.folder} had another row "
-                "optimizer or schedule; the pending updates of its idle rows are applied now."
+                f"The checkpoint of step {checkpoint} in {self.checkpoints.folder} has another row "
+                "optimizer or schedule: applying the pending updates of its idle rows."
             )
         before, keep = make_config_row_adam(theirs), not self.config.memory.frozen
         with self.program.use_mesh():
@@ -302,10 +305,10 @@ class Run:
             }
 
     def fitting(self, folder: Path) -> "Run":
-        """The run in another folder, whose weights can begin this one.
+        """Opens the run in another folder, after checking that this run can use its weights.
 
         Raises:
-            InputError: there is none, or its tokenizer, hash or sizes are others.
+            InputError: there is no run, or it has another tokenizer or hash, or other sizes.
         """
         other = Run.open(folder)
         check_fitting(folder, (self.program, self.tokenizer), (other.program, other.tokenizer))
@@ -340,7 +343,7 @@ def _locked(folder: Path) -> Iterator[None]:
             stack.enter_context(hold_lock(folder / "lock", wait=False))
         except BlockingIOError as error:
             raise InputError(
-                f"Another process is training in {folder}; wait for it, or name another --run "
+                f"Another process is training in {folder}; wait for it, or choose another --run "
                 "folder."
             ) from error
         yield
@@ -354,11 +357,11 @@ def _load_tokenizer(config: Config) -> Tokenizer:
 
 
 def _make_hash(config: Config) -> tuple[Tokenizer, NgramHash | None]:
-    """The tokenizer, and the hash of the memory if there is one."""
+    """The tokenizer, and the hash if the model has memory."""
     tokenizer = _load_tokenizer(config)
     if tokenizer.vocab_size > config.model.vocabulary:
         raise InputError(
-            f"Tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces and the model "
+            f"Tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces, but the model "
             f"has {config.model.vocabulary}; set model.vocabulary to {tokenizer.vocab_size}."
         )
     if not config.memory.layers:

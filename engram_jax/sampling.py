@@ -1,4 +1,4 @@
-"""Sampled continuations of a prompt: a full forward pass over a fixed window for every token."""
+"""Samples continuations of a prompt, by a forward pass over a fixed window for every token."""
 
 import math
 from collections.abc import Callable
@@ -28,28 +28,28 @@ def sample(
     top_k: int | None = None,
     seed: int = 0,
 ) -> str:
-    """Continues a prompt, as the beginning of a document, up to the document's end.
+    """Continues a prompt, as the start of a document, up to the end of the document.
 
-    The model sees the last `data.sequence_length` tokens. Rows are found on the host, so each
-    token costs one plan and one forward pass of a single compiled shape.
+    The model sees the last `data.sequence_length` tokens. Each token needs a plan on the host, and
+    a forward pass. All forward passes have the same shape, which is compiled once.
 
     Args:
         run: the run.
         weights: parameters and tables.
-        prompt: the text so far; "" samples a document from its beginning.
-        tokens: how many tokens to add at most.
-        temperature: what logits are divided by; 0 takes the likeliest token.
-        top_k: draw among that many likeliest tokens; None: among all.
+        prompt: the text so far; "" samples a complete document.
+        tokens: maximum number of tokens to add.
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_k: sample from this many most likely tokens; None: from all.
         seed: equal seeds give equal continuations.
 
     Returns:
         The continuation, without the prompt.
 
     Raises:
-        InputError: a setting is out of range, or the prompt is no valid Unicode.
+        InputError: a setting is out of range, or the prompt is not valid Unicode.
     """
     if tokens < 1:
-        raise InputError(f"A continuation of {tokens} tokens is none; ask for at least 1.")
+        raise InputError(f"A continuation of {tokens} tokens is empty; ask for at least 1.")
     check_drawing(temperature, top_k, run.tokenizer.vocab_size)
     tokenizer = run.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
@@ -66,24 +66,24 @@ def sample(
             if following == tokenizer.eos_id:
                 break
             ids.append(following)
-    # Decoded with the prompt: some tokenizers drop the space that begins a text.
+    # Decoded with the prompt, because some tokenizers drop a space at the start of a text.
     return tokenizer.decode(ids)[len(tokenizer.decode(ids[:start])) :]
 
 
 def check_drawing(temperature: float, top_k: int | None, vocabulary: int) -> None:
-    """Looks whether tokens can be drawn so.
+    """Checks the settings of sampling.
 
     Raises:
-        InputError: they cannot.
+        InputError: a setting is out of range.
     """
     if not 0 <= temperature < math.inf:
         raise InputError(f"The temperature is {temperature}; it must be 0 or more.")
     if top_k is not None and not 1 <= top_k <= vocabulary:
-        raise InputError(f"top_k is {top_k}; the vocabulary allows 1 to {vocabulary}.")
+        raise InputError(f"top_k is {top_k}; it must be from 1 to {vocabulary}.")
 
 
 def _window_batch(run: Run, window: list[int]) -> Batch:
-    """A batch whose first row holds the window, with one row for every device."""
+    """A batch with one row for every device. The first row holds the window."""
     shape = (1, run.program.mesh.size, run.config.data.sequence_length)
     row = np.index_exp[0, 0, : len(window)]
     tokens = np.full(shape, run.tokenizer.pad_id, np.int32)

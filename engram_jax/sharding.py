@@ -52,7 +52,7 @@ class MeshConfig:
 
 # Shardings of a run's arrays. Letters of a name are the array's axes: A, B, T, S and U as in
 # typing.py; R and W are the rows and words of a table.
-WHOLE = jax.P()
+REPLICATED = jax.P()
 BATCH_ABT = jax.P(None, TOKEN_AXES)
 TABLE_RW = jax.P(TOKEN_AXES)
 ROWS_SU = jax.P(TOKEN_AXES)
@@ -138,7 +138,7 @@ def optimizer_sharding(mesh: AnyMesh, shapes: PyTree, parameters: PyTree) -> PyT
 
     def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
         ends = (places.get(path[start:]) for start in range(len(path)))
-        return next(filter(None, ends), NamedSharding(mesh, WHOLE))
+        return next(filter(None, ends), NamedSharding(mesh, REPLICATED))
 
     return jax.tree.map_with_path(place, shapes)
 

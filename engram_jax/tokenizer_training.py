@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from engram_jax.data.sources import read_documents
 from engram_jax.errors import InputError, one_sentence
-from engram_jax.files import written_whole
+from engram_jax.files import atomic_write
 from engram_jax.tokenizer import SentencePieceTokenizer, checked_text
 
 
@@ -148,7 +148,7 @@ def _spread(texts: Sequence[str], share: float) -> Iterator[str]:
 
 def _write(out: Path, content: bytes) -> None:
     try:
-        with written_whole(out) as partial:
+        with atomic_write(out) as partial:
             partial.write_bytes(content)
     except OSError as error:
         raise InputError(f"cannot write {out} ({error.strerror}); choose another path.") from error

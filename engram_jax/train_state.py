@@ -1,4 +1,4 @@
-"""Everything that a training step changes."""
+"""The state of training, which a step changes."""
 
 from dataclasses import dataclass
 from typing import no_type_check
@@ -17,10 +17,10 @@ class Weights:
     """The part of the state that a forward pass reads.
 
     Attributes:
-        step: optimizer steps behind it.
+        step: number of finished optimizer steps.
         params: dense parameters, as nested dicts with the modules' names.
-        tables: memory tables by layer id; pending updates of idle rows are not in their values.
-        expert_bias: by layer id, what balances the experts of a layer.
+        tables: memory tables by layer id; their values do not include pending updates.
+        expert_bias: biases that balance the experts, by layer id.
     """
 
     step: Int32[Array, ""]
@@ -33,14 +33,14 @@ class Weights:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """The state of a run; together with (config, seed) it determines everything that follows.
+    """The state of a run. Together with the configuration it determines all further steps.
 
     Attributes:
-        step: optimizer steps done, which is also the number of the next batch.
+        step: number of finished optimizer steps, which is also the number of the next batch.
         params: dense parameters, as nested dicts with the modules' names.
         optimizer: optax state of the dense parameters.
         tables: memory tables by layer id.
-        expert_bias: by layer id, what balances the experts of a layer.
+        expert_bias: biases that balance the experts, by layer id.
     """
 
     step: Int32[Array, ""]
@@ -51,5 +51,5 @@ class TrainState:
 
     @property
     def weights(self) -> Weights:
-        """What a forward pass reads of it."""
+        """The part that a forward pass reads."""
         return Weights(self.step, self.params, self.tables, self.expert_bias)

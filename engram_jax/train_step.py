@@ -1,4 +1,4 @@
-"""One optimizer step: gather rows, forward, backward, clip, update."""
+"""One optimizer step: read rows, forward, backward, clip, update."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ class Gradients(NamedTuple):
     """Gradients of the mean loss of a step, in float32.
 
     Attributes:
-        params: of the dense parameters.
-        rows: of each device's distinct rows, by layer id; empty for frozen tables.
+        params: gradients of the dense parameters.
+        rows: gradients of each device's distinct rows, by layer id; empty for frozen tables.
     """
 
     params: Parameters
@@ -38,8 +38,8 @@ class Norms(NamedTuple):
     """Norms of the gradients, before clipping.
 
     Attributes:
-        all: of parameters and rows together.
-        rows: of the rows.
+        all: norm over parameters and rows.
+        rows: norm over rows.
     """
 
     all: Float[Array, ""]
@@ -49,8 +49,8 @@ class Norms(NamedTuple):
 def make_train_step(program: Program) -> TrainStep:
     """The jitted function (state, batch, row optimizer) → (next state, metrics).
 
-    The state is donated. The row optimizer is `program.row_adam`: an argument, because its arrays
-    would be megabytes of constants in the compiled program.
+    The state is donated. Pass `program.row_adam` as the row optimizer. It is an argument because
+    its arrays would otherwise be megabytes of constants in the compiled program.
 
     Call it inside `program.use_mesh()`. `step_metrics` lists the metrics.
     """
@@ -71,17 +71,17 @@ def make_train_step(program: Program) -> TrainStep:
 def forward_backward(
     program: Program, weights: Weights, read: Mapping[int, ReadRows], batch: Batch
 ) -> tuple[Float[Array, ""], Gradients, Report]:
-    """Runs the micro-batches of a step one after another and sums their gradients in float32.
+    """Runs the micro-batches of a step one after another, and sums their gradients in float32.
 
     Args:
         program: the program.
-        weights: parameters, and what balances the experts.
-        read: the step's distinct rows by layer id, from which all micro-batches take theirs.
+        weights: parameters and expert biases.
+        read: the step's distinct rows by layer id, which all micro-batches use.
         batch: the step's batch.
 
     Returns:
-        Mean loss of the step's targets in nats; its gradients; and the blocks' report, with the
-        experts' loads summed over micro-batches and the mixing errors one for each.
+        The mean loss over the step's targets in nats; its gradients; and diagnostics of the blocks,
+        with expert loads summed over micro-batches, and one mixing error per micro-batch.
     """
     rows = {layer: of_layer.values for layer, of_layer in read.items()}
     trained = {} if program.config.memory.frozen else rows
@@ -116,15 +116,15 @@ def apply_updates(
     loads: Mapping[int, Array],
     row_adam: RowAdam,
 ) -> tuple[TrainState, Norms]:
-    """The next state: gradients clipped by the norm of parameters and rows together, then applied.
+    """Clips all gradients by their common norm and applies them. Returns the next state and norms.
 
     Args:
         program: the program.
         state: the state before the step.
         read: the step's distinct rows by layer id.
         batch: the step's batch.
-        gradients: of the mean loss.
-        loads: tokens that chose each expert, by layer id.
+        gradients: gradients of the mean loss.
+        loads: how many tokens chose each expert, by layer id.
         row_adam: the row optimizer.
     """
     by_owner = program.own_gradients(state.tables, batch.plan, gradients.rows)
@@ -157,15 +157,16 @@ def step_metrics(
     norms: Norms,
     report: Report,
 ) -> Metrics:
-    """What a step reports.
+    """The metrics of a step.
 
-    - loss: nats a token; learning_rate: of what has no factor of its own.
-    - gradient_norm: of parameters and rows together, before clipping; row_gradient_norm: of rows.
-    - rows_asked_L, exchange_rounds_L, shard_load_L of the table of layer L: distinct rows, summed
-      over devices; rounds that the exchange took (1, unless a pair of devices exceeds the
-      capacity); rows asked of the fullest shard, over the mean.
-    - expert_load_worst, expert_load_mean: load of a layer's fullest expert over the mean of its
-      experts; the worst layer's, and the layers' mean.
+    - loss: in nats per token.
+    - learning_rate: without the factors of some parameters.
+    - gradient_norm, row_gradient_norm: over all gradients, and over rows only; before clipping.
+    - rows_asked_L: distinct rows of layer L's table that devices request, summed over devices.
+    - exchange_rounds_L: rounds of the exchange (1, unless a pair of devices exceeds the capacity).
+    - shard_load_L: rows requested from the fullest shard, relative to the mean.
+    - expert_load_worst, expert_load_mean: load of a layer's fullest expert, relative to the mean of
+      its experts; the maximum over layers, and the mean over layers.
     - mixing_error: largest error of a column sum of any H_res.
     """
     metrics = {

@@ -1,4 +1,4 @@
-"""The training loop: batches in, checkpoints, metrics and held-out losses out."""
+"""The training loop: runs steps, and writes checkpoints, metrics and held-out losses."""
 
 import math
 import signal
@@ -28,7 +28,7 @@ from engram_jax.train_step import Metrics, make_train_step
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradient stopped being finite."""
+    """The loss or the gradient is not finite."""
 
 
 def train(run: Run, *, profile: bool = False) -> TrainState:
@@ -41,13 +41,13 @@ def train(run: Run, *, profile: bool = False) -> TrainState:
         profile: write a trace of ten steps to the run folder.
 
     Raises:
-        InputError: something the user gave does not fit.
-        Diverged: NaN or Inf; names the step and the newest checkpoint.
+        InputError: invalid input, such as too little disk space.
+        Diverged: NaN or Inf; the message names the step and the last good checkpoint.
     """
     config, program = run.config.train, run.program
     with program.use_mesh(), run.exclusively(), ExitStack() as stack:
         corpora = run.corpora()
-        with collective("find room for the checkpoints"):
+        with collective("find disk space for the checkpoints"):
             run.checkpoints.require_space(program.abstract_state(), all_to_come=True)
         state = _first_state(run)
         step = int(state.step)
@@ -58,7 +58,7 @@ def train(run: Run, *, profile: bool = False) -> TrainState:
         stopped = stack.enter_context(_stop_signal())
         batches = stack.enter_context(run.batches(step))
         trace = stack.enter_context(_Trace(run.folder / "profile", step + 5 if profile else None))
-        # A run that was killed between a save and the evaluation of that step lacks its line.
+        # If the run was killed after saving this step but before evaluating it, evaluate it now.
         if step and evaluate.is_due(step) and all_agree(not is_leader() or _lacks_score(run, step)):
             evaluate(state, progress)
         for batch in prefetch_to_device(batches, program.put):
@@ -83,7 +83,7 @@ def train(run: Run, *, profile: bool = False) -> TrainState:
 
 
 class _Evaluation:
-    """Held-out losses during training; compiled once."""
+    """Evaluates held-out losses during training."""
 
     def __init__(self, run: Run, corpora: Sequence[Corpus]) -> None:
         self._run = run
@@ -110,8 +110,8 @@ class _Trace:
     """A profile of ten steps.
 
     Args:
-        folder: where it is written.
-        first: its first step; None: there is no profile.
+        folder: where the profile is written.
+        first: its first step; None: no profile.
     """
 
     STEPS = 10
@@ -121,7 +121,7 @@ class _Trace:
         self._open = ExitStack()
 
     def before(self, step: int) -> None:
-        """Begins or ends the profile, if it begins or ends before this step."""
+        """Starts or ends the profile, if that is due before this step."""
         if self._first is None:
             return
         if step == self._first:
@@ -138,7 +138,7 @@ class _Trace:
 
 @contextmanager
 def _open_progress(run: Run, step: int) -> Iterator["_Progress"]:
-    """The log and the progress bar of a run that begins at a step."""
+    """Opens the log and the progress bar of a run that starts or resumes at a step."""
     with ExitStack() as stack:
         log = None
         with collective("open the log"):
@@ -149,7 +149,7 @@ def _open_progress(run: Run, step: int) -> Iterator["_Progress"]:
             initial=step,
             unit="step",
             disable=not is_leader(),
-            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants few lines
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # keeps log files short
         )
         yield _Progress(run, log, stack.enter_context(bar))
 
@@ -159,12 +159,12 @@ def _lacks_score(run: Run, step: int) -> bool:
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every so many steps, and at the last, happens now."""
+    """Whether an action is due that happens every `every` steps and at the last step."""
     return step == last or (every > 0 and step % every == 0)
 
 
 class _Progress:
-    """Writes metrics one step late, so that reading them never waits for the device."""
+    """Logs metrics one step late, so that reading them does not make the device wait."""
 
     def __init__(self, run: Run, log: MetricsLog | None, bar: "tqdm[Any]") -> None:
         self._run = run
@@ -174,11 +174,11 @@ class _Progress:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Begins a new span of tokens per second."""
+        """Starts a new measurement of tokens per second."""
         self._clock: tuple[int, float] | None = None
 
     def update(self, step: int, metrics: Metrics) -> None:
-        """Takes a dispatched step's metrics; reads those of the step before."""
+        """Takes the metrics of a dispatched step, and logs those of the step before."""
         self.drain()
         self._pending = step, metrics
 
@@ -224,53 +224,54 @@ class _Progress:
     def _check_finite(self, step: int, metrics: Mapping[str, float | int]) -> None:
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"]):
             return
-        # The state that this step began with may be to blame, and with it a checkpoint of it.
+        # The cause may be in the state before this step, so a checkpoint of it is not called good.
         good = [saved for saved in self._run.checkpoints.steps() if saved < step - 1]
         newest = f"the last good checkpoint is that of step {good[-1]}" if good else "none is good"
         raise Diverged(
             f"Step {step} has loss {metrics['loss']} and gradient norm "
-            f"{metrics['gradient_norm']}; {newest} in {self._run.folder / 'checkpoints'}. "
-            "Look at the batch of that step, or begin another run there at a lower "
-            "optimizer.learning_rate (--start-from, --start-step)."
+            f"{metrics['gradient_norm']}. Of the checkpoints in "
+            f"{self._run.folder / 'checkpoints'}, {newest}. Check the batch of that step, or start "
+            "another run from a good checkpoint (--start-from, --start-step) with a lower "
+            "optimizer.learning_rate."
         )
 
 
 def _first_state(run: Run) -> TrainState:
-    """The newest checkpoint's state, or a new one, perhaps with another run's weights."""
+    """The state of the newest checkpoint, or a new state, random or with another run's weights."""
     start_from, program = run.start_from, run.program
     if run.checkpoints.steps():
         if start_from is not None and is_leader():
-            print(f"{run.folder} has checkpoints: it goes on with them, not from {start_from}.")
+            print(f"{run.folder} has checkpoints: resuming from them, not from {start_from}.")
         return run.restore()
     if start_from is None:
         return program.initial_state()
     with collective(f"start from {start_from}"):
         other = run.fitting(start_from)
-    # Their checkpoints, in the shapes and on the devices of this run.
+    # The other run's checkpoints, restored with the shapes and devices of this run.
     weights = replace(run, checkpoints=other.checkpoints).restore_weights(run.start_step)
     tables = {
         layer: lookup.settle(table, program.row_adam, weights.step)
         for layer, table in weights.tables.items()
     }
-    state = program.first_state(replace(weights, tables=tables))
+    state = program.state_from_weights(replace(weights, tables=tables))
     if is_leader():
         print(f"{run.folder} begins with the weights of step {int(weights.step)} of {start_from}.")
-    run.save(state)  # or a run killed before its first checkpoint would forget where it came from
+    run.save(state)  # otherwise a run killed before its first checkpoint would start at random
     return state
 
 
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Gives a function of the step that tells whether to stop before it (SIGINT, SIGTERM).
+    """Yields a function of the step: whether to stop before it, because of SIGINT or SIGTERM.
 
-    Several processes agree on it every ten steps, because asking waits for the devices.
+    Several processes agree only every ten steps, because that waits for the devices.
     """
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked = True
-        # A second signal acts at once.
+        # A second signal ends the process immediately.
         signal.signal(number, handlers[signal.Signals(number)])
 
     signals = (signal.SIGINT, signal.SIGTERM)

@@ -175,7 +175,7 @@ def test_where_a_run_started_from_is_remembered(
     assert f"begins with the weights of step 6 of {trained.folder}" in capsys.readouterr().out
     assert_identical(train(Run.start(tiny, parts)), expected)
     train(Run.start(tiny, parts, start_from=tmp_path / "elsewhere"))
-    assert "goes on with them, not from" in capsys.readouterr().out
+    assert "resuming from them, not from" in capsys.readouterr().out
 
 
 def test_a_step_to_start_from_needs_a_run(tiny: Config, tmp_path: Path) -> None:

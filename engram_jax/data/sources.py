@@ -54,7 +54,7 @@ def resolve_source(name_or_path: str | Path) -> Path:
             raise InputError(f"folder {path} holds no file that ends in {_listed(ENDINGS)}.")
     elif not path.is_file():
         raise InputError(
-            f"source {str(name_or_path)!r} is not a file, a folder or a shipped corpus "
+            f"source {str(name_or_path)!r} is neither a file, a folder nor a shipped corpus "
             f"({_listed(shipped_corpora())}); check the path. File names must end in "
             f"{_listed(ENDINGS)}."
         )
@@ -163,7 +163,7 @@ def _read_zstandard_lines(file: Path) -> Iterator[bytes]:
                 compressed = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
     if frame:
-        raise EOFError("the last frame is incomplete")
+        raise EOFError("the last frame does not end")
     yield line
 
 

@@ -23,7 +23,7 @@ from matplotlib.patches import Rectangle
 from engram_jax.data.packing import Batch
 from engram_jax.errors import InputError
 from engram_jax.evaluation.held_out import Scorer
-from engram_jax.files import written_whole
+from engram_jax.files import atomic_write
 from engram_jax.run import Run
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import Weights
@@ -132,7 +132,7 @@ def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap
 def write_html(gate_map: GateMap, path: Path) -> None:
     """Writes the map as a self-contained page: one panel per layer, numbers on hovering."""
     panels = "\n".join(_panel(gate_map, layer) for layer in gate_map.gates)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(_PAGE.replace("PANELS", panels), encoding="utf-8")
 
 
@@ -183,7 +183,7 @@ def write_png(
         top += font_size
     # imshow changes the limits, so they are set again.
     axes.set(xlim=(0, text_width), ylim=(height, 0))
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial)
 
 

@@ -30,7 +30,7 @@ from engram_jax.evaluation.statistics import (
     ngram_keys,
     row_occupancy,
 )
-from engram_jax.files import written_whole
+from engram_jax.files import atomic_write
 from engram_jax.run import Run
 from engram_jax.train_state import Weights
 
@@ -298,7 +298,7 @@ def write_memory_png(report: MemoryReport, path: Path) -> None:
         axes.tick_params(labelsize=8.5)
         draw(report, axes)
         axes.legend(frameon=False, fontsize=8.5)
-    with written_whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         figure.savefig(unfinished)
 
 
