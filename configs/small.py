@@ -1,22 +1,22 @@
 """The small family: the paper's four kinds of model at three sizes, for one CPU or one GPU.
 
-Command: `python train.py KIND_SIZE`, such as `engram_2m`; kinds are dense, moe (a mixture of
-experts), engram and over_encoding (the paper's baseline), sizes 2m, 10m and 100m, after the
-parameters that a token activates besides the vocabulary.
+Command: `python train.py KIND_SIZE`, such as `engram_2m`. Kinds are dense, moe (a mixture of
+experts), engram and over_encoding (the paper's baseline). Sizes are 2m, 10m and 100m, named after
+the parameters that a token activates, without the vocabulary.
 
-All models of a size have the same backbone of latent attention, four residual branches and Muon,
-and activate the same parameters: what reads the memory is taken from the leading dense layer. The
-mixture of experts, Engram and OverEncoding have the same total, too: where there is memory, three
-quarters of their sparse parameters are experts, and the rest are its tables (ρ = 0.75, the paper's
-best).
+All models of a size have the same backbone (latent attention, four residual branches, Muon), and
+the same number of activated parameters: the parameters that read the memory are taken from the
+leading dense layer. The mixture of experts, Engram and OverEncoding also have the same total. In
+models with memory, three quarters of the sparse parameters are experts, and the rest are table rows
+(ρ = 0.75, the paper's best).
 
 | size | activated | dense | the other three, of them in tables | cost on two CPU cores |
 |---|---|---|---|---|
-| 2m | 1.6 M | 2.6 M | 8.6 M, 1.5 M | five minutes of 500 steps |
-| 10m | 8.5 M | 10.5 M | 43.7 M, 8.3 M | 1.5 to 1.9 s a step |
+| 2m | 1.6 M | 2.6 M | 8.6 M, 1.5 M | five minutes for 500 steps |
+| 10m | 8.5 M | 10.5 M | 43.7 M, 8.3 M | 1.5 to 1.9 s per step |
 | 100m | 114 M | 120 M | 587 M, 117 M | not trained yet |
 
-Expect of 2m with `--train.steps 500`, held-out loss on prose in nats per token: dense 5.216 ±
+Expect for 2m with `--train.steps 500`, held-out loss on prose in nats per token: dense 5.216 ±
 0.005, moe 5.195 ± 0.012, over_encoding 5.210 ± 0.010, engram 5.100 ± 0.005. The larger sizes are
 not trained yet.
 """
@@ -37,15 +37,15 @@ type Kind = Literal["dense", "moe", "engram", "over_encoding"]
 
 @dataclass(frozen=True)
 class _Size:
-    """A size of the family; what is not here follows.
+    """A size of the family. All other sizes follow from these.
 
     Attributes:
         width: model width D.
-        layers: blocks.
-        heads: attention heads, of 32 + 16.
-        expert_width: inner width of an expert; a token has 6 and 2 shared ones.
+        layers: number of blocks.
+        heads: attention heads, of width 32 + 16.
+        expert_width: inner width of an expert; a token uses 6 routed and 2 shared experts.
         memory: the layer with Engram.
-        row_width: width F of its rows.
+        row_width: width F of a table row.
     """
 
     width: int
@@ -62,18 +62,19 @@ _SIZES = {
     "100m": _Size(width=768, layers=12, heads=24, expert_width=384, memory=1, row_width=42),
 }
 _ROUTED, _ACTIVE, _SHARED = 54, 6, 2
-_REPLACED = 12  # a quarter of the idle experts, which memory takes the place of
-_COLUMNS = 16  # 8 heads of two orders
+_REPLACED = 12  # a quarter of the idle experts; models with memory have table rows instead
+_COLUMNS = 16  # 8 heads for each of two orders
 _BRANCHES = 4
 
 
 def small_config(kind: Kind, size: str) -> Config:
-    """A model of the family, called KIND_SIZE."""
+    """The configuration KIND_SIZE."""
     sizes, has_memory = _SIZES[size], kind in ("engram", "over_encoding")
-    expert = 3 * sizes.width * sizes.expert_width * (sizes.layers - 1)  # of one, in all its layers
+    expert = 3 * sizes.width * sizes.expert_width * (sizes.layers - 1)  # parameters of one expert
     memory_width = _COLUMNS * sizes.row_width
     rows = round(_REPLACED * expert / memory_width) if has_memory else 2
-    # Keys of the branches and a value, or one projection, in columns of a feed-forward layer.
+    # Parameters that read the memory (keys of the branches and a value, or one projection), as
+    # inner units of the feed-forward layer.
     reading = {"engram": _BRANCHES + 1, "over_encoding": 1}.get(kind, 0) * memory_width / 3
     return Config(
         name=f"{kind}_{size}",
@@ -117,7 +118,7 @@ _WHAT = {
     "over_encoding": "a mixture of experts and OverEncoding, the paper's baseline",
 }
 
-# What the command line offers: for each name a line about it, and its configuration.
+# For the command line: by name, a line of description and the configuration.
 family = {
     f"{kind}_{size}": (
         f"Small family, {size.removesuffix('m')} M activated: {_WHAT[kind]}.",

@@ -1,7 +1,7 @@
-"""Rows of T tokens cut from a stream of documents: pure NumPy, random access, no state.
+"""Rows of T tokens from a stream of documents: pure NumPy, random access, no state.
 
-Training and evaluation cut alike: documents follow one another as bos … eos, row i reads the
-stream's positions iT … iT+T, its last token being a target only.
+The stream is the concatenation of documents, each as bos … eos. Row i has the positions iT … iT+T
+of the stream; the last of them is only a target. Training and evaluation use the same rule.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,18 +15,18 @@ from engram_jax.errors import InputError
 
 
 class Batch(NamedTuple):
-    """Packed rows of T tokens: [B, T], or [A, B, T] as the A micro-batches of an optimizer step.
+    """Packed rows of T tokens: [B, T], or [A, B, T] for the A micro-batches of an optimizer step.
 
-    NumPy arrays on the host, JAX arrays on the devices.
+    Arrays are NumPy arrays on the host and JAX arrays on the devices.
 
     Attributes:
         tokens: the input ids; −1 is an image placeholder.
-        targets: the id that follows each.
-        target_mask: 1 where the target lies in the same document, otherwise 0.
-        segments: which of the row's documents a token belongs to, from 1; 0 is padding.
-        positions: position in the row's piece of that document, from 0.
-        documents: held-out rows: number of the token's document in the corpus's view (0 in padding,
-            where the mask is 0); None: not known.
+        targets: the next id of each.
+        target_mask: 1 if the target is in the same document, otherwise 0.
+        segments: number of the token's document within the row, from 1; 0 is padding.
+        positions: position in the row's part of that document, from 0.
+        documents: number of the token's document in the corpus's view (0 in padding, where the mask
+            is 0); None: not known.
         plan: the `MemoryPlan` of the step; None: not planned, or a model without memory.
     """
 
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     plan: Any = None
 
     def map(self, change: Callable[[Any], Any]) -> "Batch":
-        """The batch with every array of the tokens changed, without its plan."""
+        """Applies a function to every array except the plan, which is dropped."""
         return Batch(*(None if array is None else change(array) for array in self[:-1]))
 
 
@@ -50,11 +50,11 @@ class _Stream(NamedTuple):
 
 
 class PackedRows:
-    """An endless sequence of training rows of one corpus.
+    """An infinite sequence of training rows of one corpus.
 
-    Row i belongs to epoch i // rows_per_epoch. Each epoch is the stream of all documents in an
-    order of its own, less a tail shorter than a row. Row i depends on (documents, sequence_length,
-    seed, source, i) alone.
+    Row i belongs to epoch i // rows_per_epoch. An epoch is the stream of all documents in a random
+    order, without a rest that is shorter than a row. Row i depends only on (documents,
+    sequence_length, seed, source, i).
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class PackedRows:
     ) -> None:
         """Pack `documents` into rows of `sequence_length` = T tokens.
 
-        `source` tells corpora apart that share a seed.
+        `source` distinguishes corpora that share a seed.
 
         Raises:
-            InputError: all documents together do not fill one row of T+1 tokens.
+            InputError: all documents together have fewer than T+1 tokens.
         """
         if sequence_length < 1:
             raise InputError(f"sequence_length must be at least 1, not {sequence_length}.")
@@ -74,7 +74,7 @@ class PackedRows:
             raise InputError(
                 f"corpus {documents.corpus.name} has {documents.token_count} tokens to train on, "
                 f"too few for one row of {sequence_length} + 1; lower the sequence length or the "
-                "held-out share, or give it more text."
+                "held-out share, or add text."
             )
         self.documents = documents
         self.sequence_length = sequence_length
@@ -105,7 +105,7 @@ class PackedRows:
             order = shuffled(len(self.documents), self.seed, self.source, epoch)
             lengths = self.documents.lengths[order]
             stream = _Stream(self.documents.starts[order], np.cumsum(lengths), lengths)
-            # A batch may span two epochs; older ones are not read again.
+            # A batch can contain rows of two epochs. Older epochs are not needed again.
             self._epochs = dict([*self._epochs.items(), (epoch, stream)][-2:])
         return self._epochs[epoch]
 
@@ -118,16 +118,16 @@ def empty_rows(count: int, sequence_length: int) -> Batch:
 
 
 def place_rows(packed: Batch, chosen: Bool[np.ndarray, "B"], rows: Batch) -> None:
-    """Write `rows` to the chosen rows of `packed`; what `packed` lacks is left out."""
-    for whole, piece in zip(packed, rows, strict=True):
-        if whole is not None:
-            whole[chosen] = piece
+    """Write `rows` to the chosen rows of `packed`, without fields that are None in `packed`."""
+    for target, values in zip(packed, rows, strict=True):
+        if target is not None:
+            target[chosen] = values
 
 
 def pack_held_out(documents: CorpusView, sequence_length: int, batch_size: int) -> Iterator[Batch]:
     """Cut documents, each once and in their order, into batches of `batch_size` rows.
 
-    Every token but a document's bos is a target exactly once. Where the documents end, rows are
+    Every token except a document's bos is a target exactly once. After the last document, rows are
     padded with the tokenizer's pad id, in segment 0 with mask 0.
 
     Raises:
@@ -136,8 +136,8 @@ def pack_held_out(documents: CorpusView, sequence_length: int, batch_size: int) 
     corpus = documents.corpus
     if not len(documents):
         raise InputError(
-            f"corpus {corpus.name} has no held-out documents; raise the held-out share or give it "
-            f"more than its {corpus.manifest.documents} documents."
+            f"corpus {corpus.name} has no held-out documents; raise the held-out share, or add to "
+            f"its {corpus.manifest.documents} documents."
         )
     if sequence_length < 1 or batch_size < 1:
         raise InputError("sequence_length and batch_size must be at least 1.")
@@ -158,7 +158,7 @@ def _cut(
     sequence_length: int,
     pad_id: int,
 ) -> Batch:
-    """Return rows of a stream, with padding beyond its end."""
+    """Return rows of a stream, with padding after its end."""
     first = rows[:, None] * sequence_length
     places = first + np.arange(sequence_length + 1)
     documents = np.searchsorted(stream.ends, places, side="right")
@@ -181,10 +181,10 @@ def _cut(
 
 
 def shuffled(count: int, *key: int) -> Int64[np.ndarray, "count"]:
-    """Return a permutation of range(count) that depends on the arguments alone.
+    """Return a permutation of range(count) that depends only on the arguments.
 
-    The order in which SplitMix64 (Steele, Lea and Flood 2014) numbers the items: unlike a
-    generator's shuffle it cannot change with a NumPy release. Its outputs are distinct.
+    Items are sorted by their output of SplitMix64 (Steele, Lea and Flood 2014). Outputs are
+    distinct. Unlike the shuffle of a NumPy generator, this cannot change between NumPy releases.
     """
     state = np.zeros(1, np.uint64)
     for part in key:
