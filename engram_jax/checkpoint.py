@@ -179,7 +179,7 @@ class Checkpoints:
         which = f"of step {step}" if step is not None else f"of every step ({found})"
         raise InputError(
             f"The checkpoint {which} in {self.folder} is damaged"
-            f"{f' ({damage})' if damage else ''}: restore another step or start the run anew."
+            f"{f' ({damage})' if damage else ''}: restore another step, or start a new run."
         )
 
     def path(self, step: int) -> Path:

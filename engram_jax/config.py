@@ -239,13 +239,13 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def load_config(path: Path) -> Config:
-    """Reads what `save_config` wrote, of this version or an earlier one.
+    """Reads a configuration that this or an earlier version saved.
 
-    A field that the file lacks takes its default, which always means what was done before the field
-    existed.
+    A field that is missing in the file has its default. The default of a new field must be the
+    behavior before the field existed.
 
     Raises:
-        InputError: the file is missing, or holds what this version does not know.
+        InputError: the file is missing or damaged, or has fields that this version does not have.
     """
     try:
         plain = json.loads(path.read_text())
@@ -259,7 +259,7 @@ def load_config(path: Path) -> Config:
 
 
 def _from_plain(kind: Any, value: Any) -> Any:
-    """Rebuilds nested dataclasses and tuples from what JSON made of them."""
+    """Restores nested dataclasses and tuples from JSON values."""
     if isinstance(value, dict) and isinstance(kind, types.UnionType):
         members = [member for member in typing.get_args(kind) if is_dataclass(member)]
         kind = max(members, key=lambda member: len(_names(member) & set(value)))

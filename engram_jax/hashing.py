@@ -174,8 +174,8 @@ class NgramHash:
         has_dead = bool(dead.any())
         if has_dead:
             ids = np.where(dead, self.pad, ids)
-            # A position sees an older one only if no dead position lies between them, and neither
-            # of the two is dead.
+            # A position sees an older one only if no position after the older one, up to and
+            # including itself, is dead.
             passed = np.cumsum(dead, axis=-1)
         ids = ids.astype(np.uint64)
         window = [ids]

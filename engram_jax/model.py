@@ -208,8 +208,8 @@ class Block(nnx.Module):
         h = read(x, mappings)
         if memory is not None and self.single_fusion:
             fused, gate = self.engram(h[:, :, None], memory, segments, token_mask)
-            aside = fused[:, :, 0]
-            y = aside + self.attention(self.attention_norm(h + aside), segments, positions)
+            added = fused[:, :, 0]
+            y = added + self.attention(self.attention_norm(h + added), segments, positions)
         else:
             y = self.attention(self.attention_norm(h), segments, positions)
         x = write(x, y, mappings)

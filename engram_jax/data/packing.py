@@ -53,7 +53,7 @@ class PackedRows:
     """An infinite sequence of training rows of one corpus.
 
     Row i belongs to epoch i // rows_per_epoch. An epoch is the stream of all documents in a random
-    order, without a rest that is shorter than a row. Row i depends only on (documents,
+    order; a remainder shorter than a row is dropped. Row i depends only on (documents,
     sequence_length, seed, source, i).
     """
 

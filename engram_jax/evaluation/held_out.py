@@ -197,7 +197,7 @@ def pool(scores: Sequence[Score]) -> Score:
 
 
 def _own_rows(batch: Batch) -> Batch:
-    """This process's rows of a batch that every process built whole."""
+    """This process's rows of a batch. (Each process builds the complete batch.)"""
     rows = batch.tokens.shape[1] // jax.process_count()
     mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
     return batch.map(lambda field: field[:, mine])
