@@ -208,7 +208,7 @@ class Config:
         outside = [layer for layer in self.memory.layers if layer >= self.model.layers]
         if outside:
             raise InputError(
-                f"memory.layers {outside} do not exist in a model of {self.model.layers} layers; "
+                f"memory.layers {outside} are outside a model of {self.model.layers} layers; "
                 f"the layer ids are 0…{self.model.layers - 1}."
             )
         experts = self.model.experts

@@ -252,6 +252,8 @@ class Run:
         workers = data.workers
         if workers is None:
             workers = default_workers(platform_of(self.program.mesh))
+            if workers and is_leader():
+                print(f"{workers} processes build batches (--data.workers).")
         return make_batches(
             self.corpora(),
             data.weights,

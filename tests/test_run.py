@@ -61,7 +61,7 @@ def test_another_mesh_and_log_interval_may_resume(config: Config, tmp_path: Path
         train=replace(config.train, log_every=1),
         data=replace(config.data, workers=1),
     )
-    assert Run.start(changed, tmp_path / "run").mesh.shape["fsdp"] == 2
+    assert Run.start(changed, tmp_path / "run").program.mesh.shape["fsdp"] == 2
 
 
 def test_all_that_differs_is_named_as_flags(config: Config, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_a_run_whose_hash_is_gone_or_damaged_is_refused(tiny: Config, saved: Run
 
 def test_a_run_opens_on_one_device_whatever_trained_it(trained: Run) -> None:
     opened = Run.open(trained.folder)
-    assert (trained.mesh.size, opened.mesh.size) == (8, 1)
+    assert (trained.program.mesh.size, opened.program.mesh.size) == (8, 1)
     assert_identical(opened.restore(), trained.restore())
 
 

@@ -57,7 +57,8 @@ def test_two_runs_on_one_mesh_are_the_same_bit_for_bit(
     tiny: Config, trained: Run, tmp_path: Path
 ) -> None:
     again = Run.start(tiny, tmp_path / "again")
-    assert again.mesh.shape == trained.mesh.shape and again.mesh.size == 8
+    mesh = again.program.mesh
+    assert mesh.shape == trained.program.mesh.shape and mesh.size == 8
     assert_identical(train(again), trained.restore())
     assert losses(again.folder) == losses(trained.folder)
 

@@ -154,7 +154,7 @@ def test_a_long_training_is_counted_in_part(evaluated, monkeypatch):
     report = study.report()
     assert (report.tokens_read, report.tokens_counted) == (1152, 240)
     assert [table.expected_occupancy for table in report.tables] == [None, None]
-    assert "the first 240 of 1,152 tokens" in format_memory(report)
+    assert "the first 240 of 1,152 training tokens" in format_memory(report)
 
 
 def test_frozen_tables_are_expected_to_hold_nothing(evaluated):
@@ -174,7 +174,7 @@ def test_before_the_first_step_nothing_was_met(evaluated, tmp_path):
     report = study.report()
     assert [of_order.tokens.tolist() for of_order in report.frequencies] == [[400], [400]]
     assert report.tables[0].ngrams == 0 and report.tables[0].expected_occupancy == 0
-    assert "0 tokens" in format_memory(report)
+    assert "0 training tokens" in format_memory(report)
     write_memory_png(report, tmp_path / "memory.png")
 
 
