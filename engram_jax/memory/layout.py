@@ -14,7 +14,9 @@ shorter record fills whole cache lines of 16 words, and is not for TPUs: XLA wou
 table transposed and copy all of it at every step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Literal, NamedTuple, no_type_check
 
 import jax
@@ -116,34 +118,52 @@ class RecordLayout:
         wider = next(width for width in range(self.width, self.width + LANES) if fills(width))
         return narrower, wider
 
+    @property
+    def columns(self) -> list[slice]:
+        """The words of the parts of a record: value, mean, square and clock."""
+        words = [*(part.words for part in self._parts), 1]
+        return [slice(end - size, end) for size, end in zip(words, accumulate(words), strict=True)]
+
     def pack(
         self, rows: RowState, noise: UInt32[Array, "n"] | None = None
     ) -> UInt32[Array, "n words"]:
-        """Records of rows.
+        """Records of rows; arguments as for `encode`."""
+        return self.pad(self.encode(rows, noise))
+
+    def encode(
+        self, rows: RowState, noise: UInt32[Array, "n"] | None = None
+    ) -> list[UInt32[Array, "n part"]]:
+        """The parts of records of rows.
 
         Args:
             rows: the rows.
             noise: random bits of every row, for stochastic rounding; None rounds to the nearest.
         """
-        words = []
+        parts = []
         for index, (part, form) in enumerate(zip(rows[:3], self._parts, strict=True)):
             if form.precision == "bfloat16" and noise is not None:
-                words.append(pack_planes(_round(part, mix(noise + index)), 2))
+                parts.append(pack_planes(_round(part, mix(noise + index)), 2))
             else:
-                words.append(form.encode(part))
-        words.append(jax.lax.bitcast_convert_type(rows.clock[:, None], jnp.uint32))
-        used = sum(part.shape[1] for part in words)
-        padding = jnp.zeros((len(rows.clock), self.words - used), jnp.uint32)
-        return jnp.concatenate([*words, padding], axis=1)
+                parts.append(form.encode(part))
+        parts.append(jax.lax.bitcast_convert_type(rows.clock[:, None], jnp.uint32))
+        return parts
+
+    def pad(self, parts: Sequence[UInt32[Array, "n part"]]) -> UInt32[Array, "n words"]:
+        """Whole records of their parts; what fills their lines is zero."""
+        padding = jnp.zeros((len(parts[0]), self.words - self.record.words), jnp.uint32)
+        return jnp.concatenate([*parts, padding], axis=1)
 
     def unpack(self, records: UInt32[Array, "n words"]) -> RowState:
         """Rows of records, whole or without what fills their lines."""
-        start, parts = 0, []
-        for form in self._parts:
-            parts.append(form.decode(records[:, start : start + form.words]))
-            start += form.words
-        value, mean, square = parts
-        return RowState(value, mean, square, self.clocks(records))
+        return self.decode([records[:, columns] for columns in self.columns])
+
+    def decode(self, parts: Sequence[UInt32[Array, "n part"]]) -> RowState:
+        """Rows of the parts of their records."""
+        value, mean, square = (
+            form.decode(part) for form, part in zip(self._parts, parts[:3], strict=True)
+        )
+        clock = jax.lax.bitcast_convert_type(parts[3][:, 0], jnp.int32)
+        return RowState(value, mean, square, clock)
 
     def clocks(self, records: UInt32[Array, "n words"]) -> Int32[Array, "n"]:
         """Clocks of records; nothing else of them is read."""

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
+from engram_jax.memory import records
 from engram_jax.memory.exchange import Route
-from engram_jax.memory.layout import RowState, Table, mix
+from engram_jax.memory.layout import RowState, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.sharding import TOKEN_AXES
@@ -65,17 +66,17 @@ def read_rows(
         route = _route(table, plan)
         if route.shards == 1:
             if adam.tail is None:
-                return ReadRows(_gather_values(table, route.places, gather)[None], None)
-            own = adam.apply_pending(_gather(table, route.places, gather), step)
+                return ReadRows(records.read_values(table, route.places, gather)[None], None)
+            own = adam.apply_pending(records.read(table, route.places, gather), step)
             own = jax.tree.map(lambda part: part[None], own)
             return ReadRows(own.value, own)
 
         def answer(own_rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
             if adam.tail is None:
-                return _gather_values(table, own_rows, gather)
+                return records.read_values(table, own_rows, gather)
             # In parts: a record is three times as large as what is sent of it.
             return _in_parts(
-                lambda rows: adam.current(_gather(table, rows, gather), step), own_rows
+                lambda rows: adam.current(records.read(table, rows, gather), step), own_rows
             )
 
         def fetch_further(state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -193,9 +194,9 @@ def update_rows(
         def write_part(table: Table, part: tuple[Array, Array, RowState | None]) -> Any:
             rows, sums, state = part
             if state is None:
-                state = adam.apply_pending(_gather(table, rows), step)
+                state = adam.apply_pending(records.read(table, rows), step)
             new = adam.apply_gradient(state, sums * scale, step)
-            return _scatter(table, rows, new, step), None
+            return records.write(table, rows, new, step), None
 
         def write(table: Table, rows: Array, sums: Array, state: RowState | None) -> Table:
             size = min(PART, len(rows))
@@ -253,16 +254,16 @@ def settle(
     def settle_own(table: Table, adam: RowAdam, step: Array) -> Table:
         layout, size = table.layout, min(PART, len(table.records))
 
-        def settle_part(number: Array, records: Array) -> Array:
+        def settle_part(number: Array, words: Array) -> Array:
             # The last part overlaps the one before it, whose rows are not settled a second time.
-            start = jnp.minimum(number * size, len(records) - size)
-            part = jax.lax.dynamic_slice_in_dim(records, start, size)
+            start = jnp.minimum(number * size, len(words) - size)
+            part = jax.lax.dynamic_slice_in_dim(words, start, size)
             rows = adam.apply_pending(layout.unpack(part), step)
             if not keep_moments:
                 rows = jax.tree.map(jnp.zeros_like, rows)._replace(value=rows.value)
             done = start + jnp.arange(size) < number * size
             part = jnp.where(done[:, None], part, layout.pack(rows))
-            return jax.lax.dynamic_update_slice_in_dim(records, part, start, 0)
+            return jax.lax.dynamic_update_slice_in_dim(words, part, start, 0)
 
         parts = -(-len(table.records) // size)
         return replace(table, records=jax.lax.fori_loop(0, parts, settle_part, table.records))
@@ -287,25 +288,6 @@ def _further_rounds[State](
     return jax.lax.while_loop(lambda carry: carry[0] < route.rounds, body, (jnp.int32(1), state))[1]
 
 
-def _gather(
-    table: Table, rows: Int32[Array, "n"], gather: GatherImplementation | None = None
-) -> RowState:
-    """Reads rows with their state; numbers beyond the table read as zeros."""
-    layout = table.layout
-    return layout.unpack(
-        hashed_gather.read(table.records, rows[:, None], layout.record, implementation=gather)
-    )
-
-
-def _gather_values(
-    table: Table, rows: Int32[Array, "n"], gather: GatherImplementation | None
-) -> Float[Array, "n F"]:
-    """Reads embeddings, and no other words of their records."""
-    return hashed_gather.read(
-        table.records, rows[:, None], table.layout.value, implementation=gather
-    )
-
-
 def _in_parts(
     function: Callable[[Int32[Array, "part"]], Float[Array, "part F"]], rows: Int32[Array, "n"]
 ) -> Float[Array, "n F"]:
@@ -324,14 +306,3 @@ def _split(
     if padding is None:
         padding = jnp.zeros((missing, *array.shape[1:]), array.dtype)
     return jnp.concatenate([array, padding]).reshape(-1, size, *array.shape[1:])
-
-
-def _scatter(table: Table, rows: Int32[Array, "n"], new: RowState, step: Int32[Array, ""]) -> Table:
-    """The table with distinct ascending rows replaced; those beyond it are dropped."""
-    # Random bits by table, row of the whole table and step, hence the same on every mesh.
-    place = rows + jax.lax.axis_index(TOKEN_AXES) * len(table.records)
-    noise = mix(mix(place.astype(jnp.uint32)) + mix(step.astype(jnp.uint32)) + table.layer)
-    records = table.records.at[rows].set(
-        table.layout.pack(new, noise), mode="drop", indices_are_sorted=True, unique_indices=True
-    )
-    return replace(table, records=records)

@@ -12,7 +12,7 @@ Both work on rows that were gathered from a table; the caller scatters them back
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, no_type_check
+from typing import Any, Literal, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,8 @@ class RowAdamConfig:
             )
 
 
-# Square roots of float32 numbers are zero or above it, so a smaller ε would change nothing. The
-# product of two denominators that hold it stays a normal number.
+# A smaller ε would change nothing beside the root of a float32 number, which is 0 or above 1e-19.
+# The product of two denominators with this ε is still a normal number.
 _LEAST_EPS = 1e-18
 
 
@@ -92,11 +92,11 @@ class RowAdam:
         """
         if self.tail is None:
             return rows
-        mean_decay, root_decay, rule = self._pending_rule(rows.clock, step)
+        rule = self._pending_rule(rows.clock, step)
         return RowState(
             value=rows.value + self._pending_update(rows, rule),
-            mean=rows.mean * mean_decay[:, None],
-            square=rows.square * (root_decay * root_decay)[:, None],
+            mean=rows.mean * rule.mean_decay[:, None],
+            square=rows.square * (rule.root_decay * rule.root_decay)[:, None],
             clock=jnp.where(rows.clock > 0, step, 0),
         )
 
@@ -137,45 +137,67 @@ class RowAdam:
         """`apply_gradient` to rows as they are stored."""
         return self.apply_gradient(self.apply_pending(rows, step), gradient, step)
 
-    def _pending_rule(
-        self, clock: Int32[Array, "U"], step: Int32[Array, ""]
-    ) -> tuple[Float[Array, "U"], Float[Array, "U"], list[tuple[Float[Array, "U"], ...]]]:
-        """What the pending update of a row takes beside its moments: numbers per row.
-
-        Returns β₁ᵏ and √β₂ᵏ for the k idle steps of every row, and for every node of the rule
-        (b, b′, p, q), with which the pending update is m Σ (p √v + q) / ((b √v + ε) (b′ √v + ε)).
-
-        The tail at the last write has the terms −a/(b √v + ε), from which those of the tail at
-        `step` are subtracted, −β₁ᵏ a′/(b′ √v + ε) in the moments at the last write. p and q are
-        those of the difference: without idle steps both are exactly 0.
-        """
+    def _pending_rule(self, clock: Int32[Array, "U"], step: Int32[Array, ""]) -> "_PendingRule":
         assert self.tail is not None
         config = self.config
         idle = (step - clock).astype(jnp.float32)
         mean_decay = _power(config.b1, idle)
         root_decay = _power(math.sqrt(config.b2), idle)
-        written = [jnp.asarray(part).at[clock].get(mode="clip") for part in self.tail]
-        now = [jnp.asarray(part).at[step].get(mode="clip") for part in self.tail]
-        rule = []
-        for j in range(self.tail.nodes.shape[1]):
-            b, later_b = written[0][:, j], root_decay * now[0][j]
-            a = -config.factor * written[1][:, j]
-            later_a = mean_decay * (-config.factor * now[1][j])
-            p = (a - later_a) * later_b + later_a * (later_b - b)
-            rule.append((b, later_b, p, (a - later_a) * max(config.eps, _LEAST_EPS)))
-        # The barrier keeps XLA from computing these for every element of a row.
-        return jax.lax.optimization_barrier((mean_decay, root_decay, rule))
+        node, a = (jnp.asarray(part).at[clock].get(mode="clip") for part in self.tail)
+        later_node, later_a = (jnp.asarray(part).at[step].get(mode="clip") for part in self.tail)
+        later_node = root_decay[:, None] * later_node
+        a, later_a = -config.factor * a, mean_decay[:, None] * (-config.factor * later_a)
+        rule = _PendingRule(
+            mean_decay=mean_decay,
+            root_decay=root_decay,
+            node=node,
+            later_node=later_node,
+            slope=(a - later_a) * later_node + later_a * (later_node - node),
+            offset=(a - later_a) * self._eps,
+        )
+        # The barrier keeps XLA from computing these again for every element of a row.
+        return jax.lax.optimization_barrier(rule)
 
-    def _pending_update(
-        self, rows: RowState, rule: list[tuple[Float[Array, "U"], ...]]
-    ) -> Float[Array, "U F"]:
-        """The sum of the momentum updates that idle rows missed; see `_pending_rule`."""
-        eps, root = max(self.config.eps, _LEAST_EPS), jnp.sqrt(rows.square)
-        terms = [
-            (p * root + q) / ((b * root + eps) * (later_b * root + eps))
-            for b, later_b, p, q in (tuple(part[:, None] for part in node) for node in rule)
-        ]
+    def _pending_update(self, rows: RowState, rule: "_PendingRule") -> Float[Array, "U F"]:
+        """The sum of the momentum updates that idle rows missed."""
+        root = jnp.sqrt(rows.square)
+
+        def term(j: int) -> Float[Array, "U #F"]:
+            node, later_node, slope, offset = (part[:, j, None] for part in rule[2:])
+            numerator = slope * root + offset
+            return numerator / ((node * root + self._eps) * (later_node * root + self._eps))
+
+        terms = [term(j) for j in range(rule.node.shape[1])]
         return rows.mean * sum(terms[1:], terms[0])
+
+    @property
+    def _eps(self) -> float:
+        return max(self.config.eps, _LEAST_EPS)
+
+
+class _PendingRule(NamedTuple):
+    """What the pending update of a row takes beside its moments m and v.
+
+    The tail at the last write has the terms a/(b √v + ε), times m. Those of the tail at `step`,
+    k idle steps later, are a′/(b′ √v + ε), times the same m, where a′ and b′ hold the decay of the
+    moments. Their difference is (slope √v + offset) / ((b √v + ε) (b′ √v + ε)), which is exactly 0
+    without idle steps.
+
+    Attributes:
+        mean_decay: β₁ᵏ.
+        root_decay: √β₂ᵏ.
+        node: b.
+        later_node: b′.
+        slope: (a − a′) b′ + a′ (b′ − b).
+        offset: (a − a′) ε.
+    """
+
+    mean_decay: Float[Array, "U"]
+    root_decay: Float[Array, "U"]
+    node: Float[Array, "U nodes"]
+    later_node: Float[Array, "U nodes"]
+    slope: Float[Array, "U nodes"]
+    offset: Float[Array, "U nodes"]
 
 
 def make_row_adam(config: RowAdamConfig, schedule: Schedule, steps: int) -> RowAdam:

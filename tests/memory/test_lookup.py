@@ -27,7 +27,7 @@ from tables import (
     shared_step,
 )
 
-from engram_jax.memory import exchange, lookup
+from engram_jax.memory import exchange, lookup, records
 from engram_jax.memory import plan as plan_module
 from engram_jax.memory.layout import RecordLayout, StorageConfig, Table
 from engram_jax.memory.plan import Planner
@@ -149,7 +149,7 @@ def test_shard_load_counts_what_every_device_asks_of_each(name: str) -> None:
 def test_padding_reads_zero_and_not_the_last_row() -> None:
     table = jax.tree.map(jnp.asarray, jax.device_get(draw_table(mesh_of("1"), used=True)))
     rows = jnp.array([0, ROWS - 1, ROWS, ROWS + 1], jnp.int32)
-    read = lookup._gather(table, rows)
+    read = records.read(table, rows)
     np.testing.assert_array_equal(read.value[:2], table.unpack().value[jnp.array([0, -1])])
     assert not np.any(read.value[2:]) and not np.any(read.clock[2:])
 

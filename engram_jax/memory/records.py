@@ -1,0 +1,124 @@
+"""Reads and writes single records of a table.
+
+On CPU, every part of a record (embedding, moments, clock) is moved by a gather or scatter of its
+own: neither the record nor what fills its lines is ever assembled, which takes half the time. On
+other platforms a record is moved whole, in lines of 128 words.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, UInt32
+
+from engram_jax.memory.layout import RowState, Table, mix
+from engram_jax.sharding import TOKEN_AXES
+from pallas_kernels import hashed_gather
+from pallas_kernels.hashed_gather import GatherImplementation
+
+
+def read_values(
+    table: Table, rows: Int32[Array, "n"], gather: GatherImplementation | None = None
+) -> Float[Array, "n F"]:
+    """Embeddings of rows, without the other words of their records.
+
+    Args:
+        table: the table, or a device's part of it.
+        rows: row numbers; those beyond the table read as zeros.
+        gather: implementation; None is "xla".
+    """
+    form = table.layout.value
+    return hashed_gather.read(table.records, rows[:, None], form, implementation=gather)
+
+
+def read(
+    table: Table, rows: Int32[Array, "n"], gather: GatherImplementation | None = None
+) -> RowState:
+    """Rows with their state; arguments as for `read_values`."""
+    layout = table.layout
+
+    def read_whole(records: Array, rows: Array) -> RowState:
+        return layout.unpack(
+            hashed_gather.read(records, rows[:, None], layout.record, implementation=gather)
+        )
+
+    def read_parts(records: Array, rows: Array) -> RowState:
+        return layout.decode([_gather(records, rows, part) for part in layout.columns])
+
+    if gather not in (None, "xla"):
+        return read_whole(table.records, rows)
+    return jax.lax.platform_dependent(table.records, rows, cpu=read_parts, default=read_whole)
+
+
+def write(table: Table, rows: Int32[Array, "n"], new: RowState, step: Int32[Array, ""]) -> Table:
+    """The table with distinct ascending rows replaced; row numbers beyond it are dropped.
+
+    Call it inside `shard_map`.
+
+    Args:
+        table: a device's part of the table.
+        rows: row numbers in that part.
+        new: what to write.
+        step: optimizer steps done; part of the seed of stochastic rounding.
+    """
+    # Random bits by table, row of the whole table and step, hence the same on every mesh.
+    place = rows + jax.lax.axis_index(TOKEN_AXES) * len(table.records)
+    noise = mix(mix(place.astype(jnp.uint32)) + mix(step.astype(jnp.uint32)) + table.layer)
+    layout = table.layout
+
+    def write_whole(records: Array, rows: Array, *parts: Array) -> Array:
+        return records.at[rows].set(
+            layout.pad(parts), mode="drop", indices_are_sorted=True, unique_indices=True
+        )
+
+    def write_parts(records: Array, rows: Array, *parts: Array) -> Array:
+        for columns, part in zip(layout.columns, parts, strict=True):
+            records = _scatter(records, rows, part, columns)
+        return records
+
+    parts = layout.encode(new, noise)
+    records = jax.lax.platform_dependent(
+        table.records, rows, *parts, cpu=write_parts, default=write_whole
+    )
+    return replace(table, records=records)
+
+
+def _gather(
+    records: UInt32[Array, "R words"], rows: Int32[Array, "n"], columns: slice
+) -> UInt32[Array, "n part"]:
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1)
+    )
+    return jax.lax.gather(
+        records,
+        _corners(rows, columns),
+        numbers,
+        slice_sizes=(1, columns.stop - columns.start),
+        mode="fill",
+        fill_value=0,
+    )
+
+
+def _scatter(
+    records: UInt32[Array, "R words"],
+    rows: Int32[Array, "n"],
+    part: UInt32[Array, "n part"],
+    columns: slice,
+) -> UInt32[Array, "R words"]:
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
+    )
+    return jax.lax.scatter(
+        records,
+        _corners(rows, columns),
+        part,
+        numbers,
+        indices_are_sorted=True,
+        unique_indices=True,
+        mode="drop",
+    )
+
+
+def _corners(rows: Int32[Array, "n"], columns: slice) -> Int32[Array, "n 2"]:
+    """Row and first column of what is moved."""
+    return jnp.stack([rows, jnp.full_like(rows, columns.start)], axis=1)
