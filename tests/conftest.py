@@ -137,4 +137,4 @@ def train_whole(tmp_path_factory: pytest.TempPathFactory) -> TrainWhole:
 @pytest.fixture(scope="session")
 def trained(tiny: Config, train_whole: TrainWhole) -> Run:
     """The tiny run on eight devices, at its end; only to be read."""
-    return train_whole(tiny, 8, 1)[0]
+    return train_whole(tiny, 2, 4)[0]

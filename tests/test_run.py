@@ -220,7 +220,8 @@ def test_a_start_that_was_killed_is_started_again(tiny: Config, tmp_path: Path) 
     Run.start(tiny, tmp_path / "run")
     (tmp_path / "run" / "config.json").rename(tmp_path / "run" / "partial-config.json")
     again = Run.start(tiny, tmp_path / "run")
-    assert Run.open(tmp_path / "run").ngram_hash.fingerprint == again.ngram_hash.fingerprint
+    hashes = (run.program.ngram_hash for run in (Run.open(tmp_path / "run"), again))
+    assert len({ngram_hash.fingerprint for ngram_hash in hashes}) == 1
 
 
 def test_another_tokenizer_than_the_models_is_refused(tiny: Config, tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def saved(trained: Run, tmp_path: Path) -> Run:
 
 
 def test_a_hash_of_another_tokenizer_is_refused(tiny: Config, saved: Run) -> None:
-    NgramHash.build(saved.ngram_hash.spec, VocabularyProjection.identity(8192)).save(
+    NgramHash.build(saved.program.ngram_hash.spec, VocabularyProjection.identity(8192)).save(
         saved.folder / "hash.json"
     )
     with pytest.raises(InputError, match="hashed for another tokenizer"):
@@ -271,7 +272,7 @@ def test_another_tokenizer_is_not_called_another_text(config: Config, tmp_path: 
 
 def test_a_checkpoint_of_another_hash_is_refused(tiny: Config, saved: Run) -> None:
     """Sound in itself, and of this tokenizer: only the checkpoint knows that it is another."""
-    ours = saved.ngram_hash
+    ours = saved.program.ngram_hash
     replace(ours, multipliers=ours.multipliers + 2).save(saved.folder / "hash.json")
     run = Run.start(tiny, saved.folder)
     with pytest.raises(InputError, match=f"another hash.*{ours.fingerprint}"):
@@ -292,7 +293,7 @@ def test_a_run_whose_hash_is_gone_or_damaged_is_refused(tiny: Config, saved: Run
 
 def test_a_run_opens_on_one_device_whatever_trained_it(trained: Run) -> None:
     opened = Run.open(trained.folder)
-    assert (trained.mesh.size, opened.mesh.size) == (8, 1)
+    assert (trained.program.mesh.size, opened.program.mesh.size) == (8, 1)
     assert_identical(opened.restore(), trained.restore())
 
 
@@ -335,7 +336,8 @@ def test_a_checkpoint_holds_configuration_and_hash(trained: Run) -> None:
     checkpoint = trained.folder / "checkpoints" / "00000006"
     for name in ("config.json", "hash.json"):
         assert (checkpoint / name).read_bytes() == (trained.folder / name).read_bytes()
-    assert NgramHash.load(checkpoint / "hash.json").fingerprint == trained.ngram_hash.fingerprint
+    loaded = NgramHash.load(checkpoint / "hash.json")
+    assert loaded.fingerprint == trained.program.ngram_hash.fingerprint
 
 
 def test_two_programs_do_not_train_in_one_folder(saved: Run, tiny: Config) -> None:
@@ -380,5 +382,5 @@ def test_the_initial_state_does_not_depend_on_the_mesh(
     for sizes in ((2, 4), (1, 1)):
         with on_devices(*sizes):
             run = Run.start(tiny, tmp_path / str(sizes))
-        states.append(draw_on_the_mesh(run))
+        states.append(draw_on_the_mesh(run.program))
     assert_identical(*states)
