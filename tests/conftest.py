@@ -14,7 +14,8 @@ CACHE = Path(__file__).parent.parent / ".cache" / "xla"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# Compiling is most of what tests take, so on a CPU XLA optimizes little; see `optimized`.
+# Compiling is most of what tests take, so on a CPU LLVM optimizes little. XLA's own passes run, so
+# compiled programs read the same, and take the same memory; their bits may differ: see `optimized`.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
@@ -76,10 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def optimized() -> Iterator[None]:
-    """XLA optimizes as it does for users: for tests that read what it makes, or compare bits.
-
-    They share no run with others.
-    """
+    """LLVM optimizes as it does for users: for tests of bits, which share no run with others."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)

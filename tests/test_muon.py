@@ -160,7 +160,6 @@ def test_a_mesh_updates_as_one_device_by_all_iterations() -> None:
         assert_a_mesh_updates_as_one_device(given, (2, 2, 2), steps=5, limit=1e-12)
 
 
-@pytest.mark.usefixtures("optimized")
 def test_devices_share_the_work() -> None:
     """Eleven equal matrices over eight devices: two rounds, each of one matrix per device."""
     mesh = make_mesh(MeshConfig(fsdp=8))

@@ -280,7 +280,6 @@ def test_balancing_moves_the_bias_by_the_sign_of_what_is_missing() -> None:
     np.testing.assert_array_equal(bias, [0.25, 0.25, 0, 0.25])
 
 
-@pytest.mark.usefixtures("optimized")
 def test_products_are_few() -> None:
     """Of all the floating-point operations, of which the shared experts' are taken off."""
     tokens, width, inner = 2048, 64, 128

@@ -183,7 +183,6 @@ def test_settling_takes_less_than_64_MB_beside_the_table() -> None:
     assert memory.alias_size_in_bytes == records.size * 4
 
 
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", MESHES)
 @pytest.mark.parametrize("form", ["exact", "lazy"])
 def test_only_gathers_and_scatters_meet_the_whole_table(name: str, form: RowAdamForm) -> None:
