@@ -5,6 +5,7 @@ They are launched once; the one process is that of the tests.
 
 import shutil
 import socket
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import pytest
 from programs import fork
 from tiny_runs import losses, on_devices, tiny_config, vary, with_backbone
 
+from engram_jax import processes
 from engram_jax.config import Config, TrainConfig
 from engram_jax.errors import InputError
 from engram_jax.files import hold_lock
@@ -25,9 +27,6 @@ from engram_jax.run import Run
 from engram_jax.sharding import MeshConfig
 from engram_jax.train_state import Weights
 from engram_jax.trainer import train
-
-pytestmark = pytest.mark.slow
-
 
 RANKS = range(2)
 
@@ -137,6 +136,7 @@ def assert_equal_losses(found: Path, expected: Path, *, steps: int, rel: float =
         assert losses(found, kind) == [(step, pytest.approx(loss, rel=rel)) for step, loss in lines]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(trained: Trained) -> None:
     for folder, other in (
         (trained.one, trained.alone),
@@ -146,6 +146,7 @@ def test_two_processes_train_as_one(trained: Trained) -> None:
         assert_equal_losses(folder / "first", other / "first", steps=20)
 
 
+@pytest.mark.slow
 def test_two_processes_start_from_what_one_saved(trained: Trained) -> None:
     assert_equal_losses(trained.two / "next", trained.one / "next", steps=6)
     expected = read_memory(trained.alone)
@@ -154,11 +155,13 @@ def test_two_processes_start_from_what_one_saved(trained: Trained) -> None:
         np.testing.assert_array_equal(read_memory(folder), expected)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_papers_backbone_as_one(trained: Trained) -> None:
     """Experts are dealt within a process; between the two, Muon trades pieces of matrices."""
     assert_equal_losses(trained.two / "backbone", trained.one / "backbone", steps=4, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_two_processes_saved_goes_on_with_two_and_with_one(trained: Trained) -> None:
     for process in ("two", "one"):
         folder = trained.two / "again"
@@ -168,7 +171,25 @@ def test_what_two_processes_saved_goes_on_with_two_and_with_one(trained: Trained
         assert_equal_losses(folder, trained.one / "first", steps=20)
 
 
+@pytest.mark.slow
 def test_processes_end_together_if_one_cannot_go_on(trained: Trained) -> None:
     own, others = ((trained.two / f"error-{rank}.txt").read_text() for rank in RANKS)
     assert own.startswith("Another process is training in")
     assert others.startswith("Another process could not train in")
+
+
+def test_a_block_that_fails_in_one_process_fails_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what another process says made up."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for other in (True, False):
+        monkeypatch.setattr(
+            processes.multihost_utils,
+            "process_allgather",
+            lambda here, other=other: np.array([here, other]),
+        )
+        with pytest.raises(KeyError), collective("count"):
+            raise KeyError
+        refused = nullcontext() if other else pytest.raises(InputError, match="not count")
+        with refused, collective("count"):
+            pass
+        assert processes.all_agree(True) == other and not processes.all_agree(False)

@@ -374,6 +374,13 @@ def test_seeds_differ(tiny: Config, tmp_path: Path) -> None:
     assert np.any(one.tables[1].records != other.tables[1].records)
 
 
+@pytest.mark.usefixtures("one_device")
+def test_tables_of_two_layers_start_differently(tiny: Config, tmp_path: Path) -> None:
+    run = Run.start(vary(tiny, memory={"layers": (0, 1)}), tmp_path / "run")
+    one, other = (table.unpack().value for table in run.program.initial_state().tables.values())
+    assert np.all(one[:1000] != other[:1000])
+
+
 @pytest.mark.parametrize("compiled", ["fast", pytest.param("optimized", marks=pytest.mark.slow)])
 def test_the_initial_state_does_not_depend_on_the_mesh(
     tiny: Config, tmp_path: Path, compiled: str, request: pytest.FixtureRequest
