@@ -14,7 +14,8 @@ CACHE = Path(__file__).parent.parent / ".cache" / "xla"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# Compiling is most of what tests take, so on a CPU XLA optimizes little; see `optimized`.
+# Compiling is most of what tests take, so on a CPU LLVM optimizes little. XLA's own passes run, so
+# compiled programs read the same, and take the same memory; their bits may differ: see `optimized`.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
@@ -34,32 +35,49 @@ from tiny_runs import (  # noqa: E402
     make_run,
     on_devices,
     place_initial_state,
+    share,
     tiny_config,
     vary,
 )
 
+from engram_jax import sampling, train_step, trainer  # noqa: E402
 from engram_jax.config import Config, TrainConfig  # noqa: E402
+from engram_jax.evaluation import held_out, report  # noqa: E402
 from engram_jax.memory.row_adam import RowAdamConfig  # noqa: E402
 from engram_jax.program import Program  # noqa: E402
 from engram_jax.run import Run  # noqa: E402
 from engram_jax.train_state import TrainState  # noqa: E402
 from engram_jax.trainer import train  # noqa: E402
 
+# What takes most of the time of a test that trains is done once for all runs that are equal.
+Program.initial_state = place_initial_state
+for name, modules in (
+    ("make_train_step", (train_step, trainer)),
+    ("make_scorer", (held_out, report, trainer)),
+    ("_make_next_token", (sampling,)),
+):
+    shared = share(getattr(modules[0], name))
+    for module in modules:
+        setattr(module, name, shared)
 
-@pytest.fixture(scope="session", autouse=True)
-def initial_states() -> Iterator[None]:
-    """Every state is drawn once; the test of the drawing itself calls `draw_on_the_mesh`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Program, "initial_state", place_initial_state)
-        yield
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file, and those that read the same runs, are for one process.
+
+    And what is slow for some implementations alone is slow.
+    """
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        group = next(iter(fixtures & {"untrained", "tiny"}), item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))
+        for mark in item.iter_markers("slow_for"):
+            if any((name, False) in item.callspec.params.values() for name in mark.args):
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
 def optimized() -> Iterator[None]:
-    """XLA optimizes as it does for users: for tests that read what it makes, or compare bits.
-
-    They share no compiled program, and no run, with others.
-    """
+    """LLVM optimizes as it does for users: for tests of bits, which share no run with others."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
@@ -117,4 +135,4 @@ def train_whole(tmp_path_factory: pytest.TempPathFactory) -> TrainWhole:
 @pytest.fixture(scope="session")
 def trained(tiny: Config, train_whole: TrainWhole) -> Run:
     """The tiny run on eight devices, at its end; only to be read."""
-    return train_whole(tiny, 8, 1)[0]
+    return train_whole(tiny, 2, 4)[0]

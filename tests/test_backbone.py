@@ -80,8 +80,9 @@ def read_gradients(config: Config, optimizer: PyTree) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def one(backbone: Config, tmp_path_factory: pytest.TempPathFactory) -> Steps:
-    """Of one device."""
-    return take_steps(backbone, tmp_path_factory.mktemp("one") / "run", 1, steps=6)
+    """Of one device, which takes the rows that eight devices take at once in four parts."""
+    in_parts = vary(backbone, train={"accumulation": 4})
+    return take_steps(in_parts, tmp_path_factory.mktemp("one") / "run", 1, steps=6)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,7 @@ def test_every_gradient_is_that_of_one_device(backbone: Config, one: Steps, tmp_
     assert len(one.gradients) == len(jax.tree.leaves(one.run.program.roles))
     errors = relative_errors(found.gradients, one.gradients)
     assert not {name: error for name, error in errors.items() if not error < 1e-3}
+    # Loads are sums over devices, and over micro-batches.
     assert_identical(found.biases, one.biases)
 
 
@@ -162,19 +164,6 @@ def test_bfloat16_gradients_are_as_near_to_float32s_on_a_mesh(
     assert len(summed) > 40
     for name in summed:
         assert mesh[name] < 1.5 * alone[name] + 0.02, (name, mesh[name], alone[name])
-
-
-def test_micro_batches_give_the_gradients_and_loads_of_the_whole(
-    backbone: Config, one: Steps, tmp_path: Path
-) -> None:
-    in_parts = vary(backbone, train={"accumulation": 4})
-    parts = take_steps(in_parts, tmp_path / "parts", 1)
-    assert parts.gradients.keys() == one.gradients.keys()
-    for name, gradient in one.gradients.items():
-        np.testing.assert_allclose(
-            parts.gradients[name], gradient, rtol=1e-3, atol=1e-6, err_msg=name
-        )
-    assert_identical(parts.biases, one.biases)
 
 
 def test_a_resumed_run_goes_on_with_its_expert_biases(

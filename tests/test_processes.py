@@ -1,64 +1,74 @@
-"""Two processes of four CPU devices each, as on a pod, against one process of eight, or of one."""
+"""Two processes of four CPU devices each, as on a pod, against one process of eight, or of one.
 
-import multiprocessing
+They are launched once; the one process is that of the tests.
+"""
+
+import shutil
 import socket
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from tiny_runs import losses, tiny_config, vary, with_backbone
+from programs import fork
+from tiny_runs import losses, on_devices, tiny_config, vary, with_backbone
 
+from engram_jax import processes
 from engram_jax.config import Config, TrainConfig
 from engram_jax.errors import InputError
 from engram_jax.files import hold_lock
 from engram_jax.memory import lookup
 from engram_jax.memory.row_adam import RowAdamConfig
+from engram_jax.processes import collective
 from engram_jax.run import Run
 from engram_jax.sharding import MeshConfig
 from engram_jax.train_state import Weights
 from engram_jax.trainer import train
 
-pytestmark = pytest.mark.slow
+RANKS = range(2)
 
 
-def tiny(data: Path, steps: int, devices: int, backbone: bool) -> Config:
+def tiny(data: Path, *, steps: int, alone: bool = False, backbone: bool = False) -> Config:
     schedule = TrainConfig(
         steps=steps, seed=1, log_every=1, evaluate_every=2, evaluate_tokens=100, checkpoint_every=2
     )
     config = vary(tiny_config(data), memory={"adam": RowAdamConfig(form="exact")})
-    mesh = MeshConfig(fsdp=2 if devices > 1 else 1)
+    mesh = MeshConfig() if alone else MeshConfig(fsdp=2)
     if backbone:
         config, mesh = with_backbone(config), MeshConfig(fsdp=4, expert=2)
     return replace(config, train=schedule, mesh=mesh)
 
 
-def train_part(
-    rank: int,
-    count: int,
-    devices: int,
-    port: int,
-    data: Path,
-    folder: Path,
-    steps: int,
-    start: Path | None,
-    backbone: bool,
-) -> None:
-    """One of `count` processes, which have some devices together."""
+def train_all(data: Path, folder: Path, first: Path, *, alone: bool = False) -> None:
+    """Trains in `folder`: a run, one that starts from that in `first`, and the paper's backbone."""
+    train(Run.start(tiny(data, steps=20, alone=alone), folder / "first"))
+    run = Run.start(tiny(data, steps=6, alone=alone), folder / "next", start_from=first)
+    train(run)
+    write_memory(first, run, folder / f"memory-{jax.process_index()}.npz")
+    if not alone:
+        train(Run.start(tiny(data, steps=4, backbone=True), folder / "backbone"))
+
+
+def be_one_of_two(rank: int, port: int, data: Path, folder: Path, first: Path, held: Path) -> None:
+    """All that a pair of processes does, in one launch; what it says of `held` goes to a file."""
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices // count)
-    if count > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"127.0.0.1:{port}", count, rank)
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", len(RANKS), rank)
+    train_all(data, folder, first)
+    # What two processes saved, they go on with.
+    with collective("lose the last checkpoint"):
+        if rank == 0:
+            shutil.copytree(folder / "first", folder / "again")
+            shutil.rmtree(folder / "again" / "checkpoints" / "00000020")
+    train(Run.start(tiny(data, steps=20), folder / "again"))
     try:
-        run = Run.start(tiny(data, steps, devices, backbone), folder, start_from=start)
-        train(run)
-        if start is not None:
-            write_memory(start, run, folder.parent / f"memory-{folder.name}-{rank}.npz")
+        train(Run.start(tiny(data, steps=2), held))
     except InputError as error:
-        (folder.parent / f"error-{rank}.txt").write_text(str(error))
+        (folder / f"error-{rank}.txt").write_text(str(error))
 
 
 def write_memory(start: Path, run: Run, path: Path) -> None:
@@ -86,83 +96,100 @@ def write_memory(start: Path, run: Run, path: Path) -> None:
 def read_memory(folder: Path) -> np.ndarray:
     """What `write_memory` wrote in all processes of a run, in the order of the batch."""
     shards = {}
-    for path in folder.parent.glob(f"memory-{folder.name}-*.npz"):
+    for path in folder.glob("memory-*.npz"):
         shards |= {int(name): array for name, array in np.load(path).items()}
     return np.concatenate([shards[start] for start in sorted(shards)])
 
 
-def train_in(
-    count: int,
-    data: Path,
-    folder: Path,
-    *,
-    devices: int = 8,
-    steps: int = 20,
-    start: Path | None = None,
-    backbone: bool = False,
-) -> None:
+class Trained(NamedTuple):
+    """Where the same was trained: on one device, and by one process and by two on eight."""
+
+    data: Path
+    alone: Path
+    one: Path
+    two: Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folders = Trained(*(tmp_path_factory.mktemp(name) for name in Trained._fields))
+    data, first, held = folders.data, folders.one / "first", folders.one / "held"
+    train_all(data, folders.one, first)
+    with on_devices(1):
+        train_all(data, folders.alone, first, alone=True)
+    train(Run.start(tiny(data, steps=2), held))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    arguments = count, devices, port, data, folder, steps, start, backbone
-    parts = [context.Process(target=train_part, args=(r, *arguments)) for r in range(count)]
-    for part in parts:
-        part.start()
-    for part in parts:
-        part.join(timeout=300)
-    assert [part.exitcode for part in parts] == [0] * count
+    with hold_lock(held / "lock"):  # which only the first process asks for
+        parts = [fork(be_one_of_two, rank, port, data, folders.two, first, held) for rank in RANKS]
+        for part in parts:
+            part.join(timeout=600)
+    assert [part.exitcode for part in parts] == [0, 0]
+    return folders
 
 
-def test_two_processes_train_the_papers_backbone_as_one(tmp_path: Path) -> None:
-    """Experts are dealt within a process; between the two, Muon trades pieces of matrices."""
-    data = tmp_path / "data"
-    data.mkdir()
-    for count in (1, 2):
-        train_in(count, data, tmp_path / f"in-{count}", steps=4, backbone=True)
+def assert_equal_losses(found: Path, expected: Path, *, steps: int, rel: float = 1e-5) -> None:
     for kind in ("train", "held_out"):
-        found, expected = (losses(tmp_path / run, kind) for run in ("in-2", "in-1"))
-        assert [step for step, _ in found] == [step for step, _ in expected] != []
-        np.testing.assert_allclose([x for _, x in found], [x for _, x in expected], rtol=1e-4)
+        lines = losses(expected, kind)
+        assert len(lines) == (steps if kind == "train" else steps // 2)
+        assert losses(found, kind) == [(step, pytest.approx(loss, rel=rel)) for step, loss in lines]
 
 
-def test_two_processes_train_resume_and_start_from_as_one(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    train_in(1, data, tmp_path / "alone", devices=1)
-    for count in (1, 2):
-        train_in(count, data, tmp_path / f"first-{count}")
-        train_in(count, data, tmp_path / f"next-{count}", steps=6, start=tmp_path / "first-1")
-    train_in(1, data, tmp_path / "next-alone", devices=1, steps=6, start=tmp_path / "first-1")
-    expected = read_memory(tmp_path / "next-alone")
-    assert expected.shape == (8, 24, 4 * 8) and np.any(expected)
-    for count in (1, 2):
-        np.testing.assert_array_equal(read_memory(tmp_path / f"next-{count}"), expected)
-    for name, other, steps in (
-        ("first-1", "alone", 20),
-        ("first-2", "alone", 20),
-        ("first-2", "first-1", 20),
-        ("next-2", "next-1", 6),
+@pytest.mark.slow
+def test_two_processes_train_as_one(trained: Trained) -> None:
+    for folder, other in (
+        (trained.one, trained.alone),
+        (trained.two, trained.alone),
+        (trained.two, trained.one),
     ):
-        for kind in ("train", "held_out"):
-            found, expected = (losses(tmp_path / run, kind) for run in (name, other))
-            assert len(found) == (steps if kind == "train" else steps // 2)
-            assert found == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in expected]
-    # What two processes saved, one goes on with.
-    (tmp_path / "first-2" / "checkpoints" / "00000020").rename(tmp_path / "gone")
-    train_in(1, data, tmp_path / "first-2")
-    expected = losses(tmp_path / "first-1")
-    assert losses(tmp_path / "first-2") == [
-        (step, pytest.approx(loss, rel=1e-5)) for step, loss in expected
-    ]
+        assert_equal_losses(folder / "first", other / "first", steps=20)
 
 
-def test_processes_end_together_if_one_cannot_go_on(tmp_path: Path) -> None:
-    data, folder = tmp_path / "data", tmp_path / "run"
-    data.mkdir()
-    train_in(1, data, folder, steps=2)
-    with hold_lock(folder / "lock"):  # which only the first process asks for
-        train_in(2, data, folder, steps=2)
-    own, others = ((tmp_path / f"error-{rank}.txt").read_text() for rank in (0, 1))
+@pytest.mark.slow
+def test_two_processes_start_from_what_one_saved(trained: Trained) -> None:
+    assert_equal_losses(trained.two / "next", trained.one / "next", steps=6)
+    expected = read_memory(trained.alone)
+    assert expected.shape == (8, 24, 4 * 8) and np.any(expected)
+    for folder in (trained.one, trained.two):
+        np.testing.assert_array_equal(read_memory(folder), expected)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_papers_backbone_as_one(trained: Trained) -> None:
+    """Experts are dealt within a process; between the two, Muon trades pieces of matrices."""
+    assert_equal_losses(trained.two / "backbone", trained.one / "backbone", steps=4, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_what_two_processes_saved_goes_on_with_two_and_with_one(trained: Trained) -> None:
+    for process in ("two", "one"):
+        folder = trained.two / "again"
+        if process == "one":
+            shutil.rmtree(folder / "checkpoints" / "00000020")
+            train(Run.start(tiny(trained.data, steps=20), folder))
+        assert_equal_losses(folder, trained.one / "first", steps=20)
+
+
+@pytest.mark.slow
+def test_processes_end_together_if_one_cannot_go_on(trained: Trained) -> None:
+    own, others = ((trained.two / f"error-{rank}.txt").read_text() for rank in RANKS)
     assert own.startswith("Another process is training in")
     assert others.startswith("Another process could not train in")
+
+
+def test_a_block_that_fails_in_one_process_fails_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what another process says made up."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for other in (True, False):
+        monkeypatch.setattr(
+            processes.multihost_utils,
+            "process_allgather",
+            lambda here, other=other: np.array([here, other]),
+        )
+        with pytest.raises(KeyError), collective("count"):
+            raise KeyError
+        refused = nullcontext() if other else pytest.raises(InputError, match="not count")
+        with refused, collective("count"):
+            pass
+        assert processes.all_agree(True) == other and not processes.all_agree(False)

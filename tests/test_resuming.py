@@ -137,7 +137,7 @@ def test_start_from_takes_weights_alone(tiny: Config, trained: Run, tmp_path: Pa
     second = Run.start(config, tmp_path / "second", start_from=trained.folder, start_step=6)
     with second.program.use_mesh():
         state = trainer._first_state(second)
-    fresh = second.initial_state()
+    fresh = second.program.initial_state()
     assert_identical(
         replace(state, optimizer=fresh.optimizer, tables={}),
         replace(fresh, params=first.params, tables={}),
@@ -229,6 +229,7 @@ def saved(trained: Run, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained.folder, tmp_path / "saved"))
 
 
+@pytest.mark.usefixtures("one_device")
 def test_another_schedule_settles_the_tables_once(
     tiny: Config, trained: Run, saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,6 +279,7 @@ def test_what_a_schedule_is_not_stays_refused(tiny: Config, saved: Path) -> None
             Run.start(vary(tiny, **change), saved, reschedule=True)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_frozen_table_stays_bit_for_bit_while_the_network_learns(
     tiny: Config, trained: Run, saved: Path
 ) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,28 @@ def place_initial_state(program: Program) -> TrainState:
 
 
 _DRAWN: dict[tuple[Any, ...], TrainState] = {}
+
+
+def share[**P, T](make: Callable[P, T]) -> Callable[P, T]:
+    """`make`, whose first argument is a run or a program, with one result for all that are equal.
+
+    Tracing and lowering a step takes longer than the few steps that a test makes. (Whoever replaces
+    parts of a program calls `make.__wrapped__`.)
+    """
+    made: dict[tuple[Any, ...], T] = {}
+
+    @wraps(make)
+    def make_once(*arguments: P.args, **named: P.kwargs) -> T:
+        owner, *rest = arguments
+        program = owner.program if isinstance(owner, Run) else owner
+        config, ngram_hash = program.config, program.ngram_hash
+        facts = config.model, config.memory, config.optimizer, config.train.steps, program.mesh
+        key = facts, ngram_hash and ngram_hash.fingerprint, *rest, *named.items()
+        if key not in made:
+            made[key] = make(*arguments, **named)
+        return made[key]
+
+    return make_once
 
 
 def plain_pass(run: Run, weights: Weights) -> PlainPass:

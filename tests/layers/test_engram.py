@@ -420,9 +420,19 @@ def test_released_miniature(
         np.testing.assert_array_equal(output[0][~mask], 0)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
-@pytest.mark.parametrize("split_t", ["sequence", None])
-@pytest.mark.parametrize("crossing", [False, True])
+@pytest.mark.parametrize(
+    ("crossing", "split_t", "implementation"),
+    [
+        (False, "sequence", "xla"),
+        (True, "sequence", "xla"),
+        (False, None, "xla"),
+        (False, "sequence", "pallas_tpu"),
+        pytest.param(True, None, "xla", marks=pytest.mark.slow),
+        pytest.param(True, "sequence", "pallas_tpu", marks=pytest.mark.slow),
+        pytest.param(False, None, "pallas_tpu", marks=pytest.mark.slow),
+        pytest.param(True, None, "pallas_tpu", marks=pytest.mark.slow),
+    ],
+)
 def test_the_layer_is_the_same_with_its_tokens_split_over_devices(
     crossing: bool, split_t: str | None, implementation: FusionImplementation
 ) -> None:

@@ -19,6 +19,7 @@ WIDTH, ROUTED = 6, 7
 # The bias sends every token to the same three experts, and leaves four without any.
 EVEN, SKEWED = np.zeros(ROUTED, np.float32), np.float32([9, 0, 0, 9, 9, 0, 0])
 BOTH = pytest.mark.parametrize("implementation", ["ragged", "blocks"])
+MORE_MESHES = [(1, 2, 4), (2, 4, 1)]
 LOADS = pytest.mark.parametrize("bias", [EVEN, SKEWED], ids=["even", "skewed"])
 
 
@@ -195,7 +196,11 @@ def place(layer: MixtureOfExperts, mesh: jax.sharding.Mesh) -> MixtureOfExperts:
 
 @BOTH
 @LOADS
-@pytest.mark.parametrize("sizes", [(2, 1, 4), (1, 2, 4), (1, 1, 8), (2, 4, 1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 1, 4), (1, 1, 8), *(pytest.param(s, marks=pytest.mark.slow) for s in MORE_MESHES)],
+    ids=str,
+)
 def test_a_mesh_computes_what_one_device_does(
     sizes: tuple[int, int, int], implementation: str, bias: np.ndarray
 ) -> None:

@@ -30,7 +30,7 @@ from tables import (
 from engram_jax.memory import exchange, lookup, records
 from engram_jax.memory import plan as plan_module
 from engram_jax.memory.layout import RecordLayout, StorageConfig, Table
-from engram_jax.memory.plan import Planner
+from engram_jax.memory.plan import Planner, RowPlan
 from engram_jax.memory.row_adam import RowAdamForm
 from engram_jax.sharding import BATCH_ABT, TABLE_RW
 
@@ -88,8 +88,7 @@ def test_all_meshes_make_the_same_step(form: RowAdamForm) -> None:
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("form", ["exact", "lazy"])
-def test_stochastic_rounding_is_the_same_on_every_mesh(form: RowAdamForm) -> None:
+def test_stochastic_rounding_is_the_same_on_every_mesh() -> None:
     """Without gradients, whose sums differ in their last bits, all records are equal."""
     layout = RecordLayout(WIDTH, StorageConfig("bfloat16", "bfloat16", "row"))
     records = {}
@@ -97,7 +96,7 @@ def test_stochastic_rounding_is_the_same_on_every_mesh(form: RowAdamForm) -> Non
         mesh = mesh_of(name)
         with jax.set_mesh(mesh):
             table = draw_table(mesh, used=True, layout=layout)
-            plan, step = plan_step(mesh, *draw_step()), make_step(form)
+            plan, step = plan_step(mesh, *draw_step()), make_step("exact")
             nothing = 0 * draw_cotangent(mesh)
             for done in (12, 13):
                 after = step(table, plan, nothing, done).table.records
@@ -111,25 +110,24 @@ def test_stochastic_rounding_is_the_same_on_every_mesh(form: RowAdamForm) -> Non
 
 def test_more_rounds_give_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A capacity far below what is asked for: every row still comes, and no gradient is lost."""
-    mesh, rounds, steps = mesh_of("2x4"), {}, {}
-    for capacity in (None, 8, 2):
+    mesh, plans, steps = mesh_of("2x4"), {}, {}
+    inputs = draw_table(mesh, used=True), draw_cotangent(mesh), 12, 0.5
+    for capacity, step in ((None, shared_step("exact")), (4, make_step("exact"))):
         if capacity:
             for module in (plan_module, exchange):
-                monkeypatch.setattr(module, "exchange_capacity", lambda *_, size=capacity: size)
+                monkeypatch.setattr(module, "exchange_capacity", lambda *_: 4)
         with jax.set_mesh(mesh):
-            plan = Planner(NGRAM_HASH, shards=8)(*draw_step())
-            rounds[capacity] = plan.rows[LAYER].rounds
-            step = make_step("exact") if capacity else shared_step("exact")
-            table, cotangent = draw_table(mesh, used=True), draw_cotangent(mesh)
-            steps[capacity] = step(table, put_plan(mesh, plan), cotangent, 12, 0.5)
-    assert rounds[None].max() == 1 < rounds[8].max() < rounds[2].max()
-    assert len(set(rounds[8])) > 1  # devices that need fewer go along
-    for capacity in (8, 2):
-        np.testing.assert_array_equal(steps[capacity].memory, steps[None].memory)
-        np.testing.assert_allclose(steps[capacity].norm, steps[None].norm, rtol=1e-6)
-        found, expected = (steps[which].table.unpack() for which in (capacity, None))
-        for one, other in zip(found, expected, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
+            plans[capacity] = Planner(NGRAM_HASH, shards=8)(*draw_step())
+            plan = put_plan(mesh, plans[capacity])
+            steps[capacity] = step(inputs[0], plan, *inputs[1:])
+    rounds = plans[4].rows[LAYER].rounds
+    assert plans[None].rows[LAYER].rounds.max() == 1 and rounds.max() > 2
+    assert len(set(rounds)) > 1  # devices that need fewer go along
+    one, more = steps.values()
+    np.testing.assert_array_equal(more.memory, one.memory)
+    np.testing.assert_allclose(more.norm, one.norm, rtol=1e-6)
+    for found, expected in zip(more.table.unpack(), one.table.unpack(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -185,7 +183,6 @@ def test_settling_takes_less_than_64_MB_beside_the_table() -> None:
     assert memory.alias_size_in_bytes == records.size * 4
 
 
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", MESHES)
 @pytest.mark.parametrize("form", ["exact", "lazy"])
 def test_only_gathers_and_scatters_meet_the_whole_table(name: str, form: RowAdamForm) -> None:
@@ -210,7 +207,7 @@ def test_only_gathers_and_scatters_meet_the_whole_table(name: str, form: RowAdam
     kinds = re.findall(
         r"= (.+?) (all-to-all|all-reduce|all-gather|collective-permute|reduce-scatter)\(", text
     )
-    assert {kind for _, kind in kinds} == ({"all-to-all", "all-reduce"} if name != "1" else set())
+    assert {"all-reduce"} <= {kind for _, kind in kinds} <= {"all-to-all", "all-reduce"}
     for shape, kind in kinds:
         assert kind == "all-to-all" or not re.search(r"\[\d", shape), (kind, shape)  # scalars
 
@@ -229,18 +226,19 @@ def test_a_row_that_no_device_asks_for_stays_bit_for_bit(form: RowAdamForm) -> N
 
 
 def test_nan_in_padding_reaches_no_row() -> None:
-    mesh = mesh_of("1")
-    with jax.set_mesh(mesh):
-        table, adam = draw_table(mesh), make_adam("exact")
-        plan = plan_step(mesh, *draw_step())
-        gradient = put(mesh, jnp.full((1, plan.rows[LAYER].places.shape[1], WIDTH), jnp.nan))
-        distinct = int(plan.rows[LAYER].distinct[0])
-        gradient = gradient.at[:, :distinct].set(1.0)
-        own = jax.jit(lookup.own_gradients)(table, plan.rows[LAYER], gradient)
+    mesh, adam = mesh_of("1"), make_adam("exact")
+
+    @jax.jit
+    def update(table: Table, plan: RowPlan, gradient: jax.Array) -> Table:
+        step = jnp.int32(0)
+        read = lookup.read_rows(table, plan, adam, step)
+        own = lookup.own_gradients(table, plan, gradient)
         own = replace(own, square_norm=jnp.float32(1))
-        read = jax.jit(lookup.read_rows)(table, plan.rows[LAYER], adam, jnp.int32(0))
-        new = jax.jit(lookup.update_rows)(
-            *(table, plan.rows[LAYER], gradient, own, read.own),
-            *(jnp.float32(1), adam, jnp.int32(0)),
-        )
+        return lookup.update_rows(table, plan, gradient, own, read.own, jnp.float32(1), adam, step)
+
+    with jax.set_mesh(mesh):
+        plan = plan_step(mesh, *draw_step()).rows[LAYER]
+        gradient = np.full((1, plan.places.shape[1], WIDTH), np.nan, np.float32)
+        gradient[:, : int(plan.distinct[0])] = 1.0
+        new = update(draw_table(mesh), plan, put(mesh, gradient))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))

@@ -21,10 +21,10 @@ type Fuse = Callable[..., tuple[Array, Array]]
 type Size = tuple[int, ...]
 type Fit = Callable[[Size], Size]
 
-# B, T, M, D, taps; tiles have 32 tokens, halos 16. The GPU kernels, whose simulation is slow, take
-# less of each, D = 128, and 4 tokens a block.
+# B, T, M, D, taps; tiles have 16 tokens, as halos have. The GPU kernels, whose simulation is slow,
+# take less of each, D = 128, and 4 tokens a block.
 SIZES = {
-    "several tiles, the last in part": (2, 70, 2, 24, 4),
+    "several tiles, the last in part": (2, 40, 2, 24, 4),
     "taps beyond the row": (1, 5, 2, 8, 4),
     "one tap": (1, 33, 1, 130, 1),
 }
@@ -117,7 +117,7 @@ def simulated(request: pytest.FixtureRequest) -> Iterator[str]:
 class TestFuse:
     @pytest.fixture
     def fuse(self, simulated: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fuse]:
-        monkeypatch.setattr(pallas_tpu, "MOST_TOKENS", 32)
+        monkeypatch.setattr(pallas_tpu, "MOST_TOKENS", 16)
         for name in ("SUMMED", "STRIP", "WALK"):
             monkeypatch.setattr(pallas_gpu, name, 4)
         yield partial(gated_fusion.fuse, form=FORM, implementation=simulated)
@@ -127,7 +127,7 @@ class TestFuse:
     def fit(self, simulated: str) -> Fit:
         if simulated != "pallas_gpu":
             return lambda size: size
-        return lambda size: (1, min(size[1], 18), min(size[2], 2), 128, size[4])
+        return lambda size: (1, min(size[1], 14), min(size[2], 2), 128, size[4])
 
     @pytest.mark.parametrize(
         "size",
@@ -145,12 +145,14 @@ class TestFuse:
         assert_near(found, expect(size), inputs)
         jax.tree.map(np.testing.assert_array_equal, again, found)
 
+    @pytest.mark.slow_for("pallas_tpu", "pallas_gpu")
     def test_without_documents_and_mask(self, fuse: Fuse, fit: Fit) -> None:
         size = fit(SIZES["several tiles, the last in part"])
         inputs, _ = draw_inputs(size)
         found = jax.jit(partial(forward_and_back, fuse))(inputs)
         assert_near(found, expect(size, documents=False), inputs)
 
+    @pytest.mark.slow_for("pallas_tpu", "pallas_gpu")
     def test_one_document_a_token(self, fuse: Fuse, fit: Fit) -> None:
         """Then a tap reads nothing but the token itself."""
         inputs, _ = draw_inputs(fit((1, 20, 2, 8, 4)))
@@ -159,13 +161,15 @@ class TestFuse:
         alone, _ = fuse(*inputs._replace(taps=inputs.taps[-1:]))
         np.testing.assert_allclose(found, alone, rtol=1e-6, atol=1e-6)
 
+    @pytest.mark.slow_for("pallas_gpu")
     def test_nothing_enters_from_another_document(self, fuse: Fuse, fit: Fit) -> None:
         """Not even NaN: forward into the next document, backward into the one before."""
-        inputs, _ = draw_inputs(fit((1, 16, 1, 8, 4)))
-        segments = jnp.asarray([[0] * 8 + [1] * 8], jnp.int32)
+        inputs, _ = draw_inputs(fit((1, 14, 1, 8, 4)))
+        segments = jnp.asarray([[0] * 8 + [1] * 6], jnp.int32)
         value = inputs.value.at[0, 6].set(jnp.nan)
-        found = forward_and_back(fuse, inputs._replace(value=value), segments=segments)
-        expected = forward_and_back(fuse, inputs, segments=segments)
+        run = jax.jit(partial(forward_and_back, fuse))
+        found = run(inputs._replace(value=value), segments=segments)
+        expected = run(inputs, segments=segments)
         for array, clean in zip(
             jax.tree.leaves((*found[:2], found[2][:3])),
             jax.tree.leaves((*expected[:2], expected[2][:3])),
@@ -173,6 +177,7 @@ class TestFuse:
         ):
             np.testing.assert_allclose(array[0, 8:], clean[0, 8:], rtol=1e-5, atol=1e-6)
 
+        @jax.jit
         def of_early_tokens(cotangent: Array) -> list[Array]:
             _, pullback = jax.vjp(lambda *x: fuse(*x, segments=segments)[0], *inputs)
             return [gradient[0, :8] for gradient in pullback(cotangent)[:3]]
@@ -183,9 +188,10 @@ class TestFuse:
         ):
             np.testing.assert_allclose(array, clean, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.slow_for("pallas_gpu")
     def test_bfloat16(self, fuse: Fuse, fit: Fit) -> None:
         """Everything between is float32: one rounding at the end."""
-        size = fit((2, 40, 2, 24, 4))
+        size = fit((2, 24, 2, 24, 4))
         inputs, documents = draw_inputs(size, 0, jnp.bfloat16)
         found = jax.jit(partial(forward_and_back, fuse))(inputs, **documents)
         expected = expect(size, jnp.bfloat16)
@@ -195,6 +201,7 @@ class TestFuse:
             # The other side of a rounding boundary is one step of 2⁻⁷ away at most.
             np.testing.assert_allclose(a, b, rtol=2.0**-7, atol=1e-4 * abs(b).max())
 
+    @pytest.mark.slow_for("pallas_gpu")
     def test_released_form(self, fuse: Fuse, fit: Fit) -> None:
         form = FusionForm(1e-20, signed_root="copysign")
         size = fit(MORE_SIZES["no convolution"])
@@ -202,6 +209,7 @@ class TestFuse:
         found = jax.jit(partial(forward_and_back, partial(fuse, form=form)))(inputs, **documents)
         assert_near(found, expect(size, form=form), inputs)
 
+    @pytest.mark.slow_for("pallas_tpu", "pallas_gpu")
     def test_vmap(self, fuse: Fuse, fit: Fit) -> None:
         drawn = [draw_inputs(fit((2, 6, 2, 8, 3)), seed)[0] for seed in (1, 2)]
         both = jax.tree.map(lambda *x: jnp.stack(x), *drawn)
@@ -212,11 +220,11 @@ class TestFuse:
             assert_near(jax.tree.map(lambda x, i=index: x[i], found), run(inputs), inputs)
 
 
-@pytest.mark.parametrize("size", [16, 48])
+@pytest.mark.parametrize("size", [48, pytest.param(32, marks=pytest.mark.slow)])
 def test_tiles_of_other_sizes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As small as a halo, and three times as large."""
+    """Two and three times as large as a halo."""
     monkeypatch.setattr(pallas_tpu, "MOST_TOKENS", size)
-    sizes = (1, 112, 1, 8, 4)
+    sizes = (1, 80, 1, 8, 4)
     inputs, documents = draw_inputs(sizes)
     with simulation("pallas_tpu"):
         fuse = partial(gated_fusion.fuse, form=FORM, implementation="pallas_tpu")
@@ -255,8 +263,17 @@ def test_a_width_that_the_gpu_kernel_does_not_take_is_refused() -> None:
         gated_fusion.fuse(*inputs, form=FORM, implementation="pallas_gpu")
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("width", "kernel"), [(256, 4), (2560, 4), (5120, 0)])
+@pytest.mark.parametrize(
+    ("width", "kernel", "dtype"),
+    [
+        (256, 4, jnp.float32),
+        (5120, 0, jnp.bfloat16),
+        pytest.param(256, 4, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(2560, 4, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(2560, 4, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(5120, 0, jnp.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_lowered_for_a_gpu(width: int, kernel: int, dtype: type) -> None:
     """Without one: layouts and operations are checked, the machine code is not made."""
     inputs, documents = draw_inputs((1, 40, 4, width, kernel), 0, dtype)
@@ -269,6 +286,7 @@ def test_lowered_for_a_gpu(width: int, kernel: int, dtype: type) -> None:
     assert lowered.as_text().count("custom_call @mosaic_gpu") == 4
 
 
+@pytest.mark.slow
 def test_lowered_for_a_gpu_in_a_program_of_64_bits() -> None:
     with jax.enable_x64(True):
         inputs, documents = draw_inputs((1, 40, 2, 128, 4))
