@@ -132,7 +132,7 @@ class RecordLayout:
 
     def encode(
         self, rows: RowState, noise: UInt32[Array, "n"] | None = None
-    ) -> list[UInt32[Array, "n part"]]:
+    ) -> list[UInt32[Array, "n _"]]:
         """The parts of records of rows.
 
         Args:
@@ -148,7 +148,7 @@ class RecordLayout:
         parts.append(jax.lax.bitcast_convert_type(rows.clock[:, None], jnp.uint32))
         return parts
 
-    def pad(self, parts: Sequence[UInt32[Array, "n part"]]) -> UInt32[Array, "n words"]:
+    def pad(self, parts: Sequence[UInt32[Array, "n _"]]) -> UInt32[Array, "n words"]:
         """Whole records of their parts; what fills their lines is zero."""
         padding = jnp.zeros((len(parts[0]), self.words - self.record.words), jnp.uint32)
         return jnp.concatenate([*parts, padding], axis=1)
@@ -157,7 +157,7 @@ class RecordLayout:
         """Rows of records, whole or without what fills their lines."""
         return self.decode([records[:, columns] for columns in self.columns])
 
-    def decode(self, parts: Sequence[UInt32[Array, "n part"]]) -> RowState:
+    def decode(self, parts: Sequence[UInt32[Array, "n _"]]) -> RowState:
         """Rows of the parts of their records."""
         value, mean, square = (
             form.decode(part) for form, part in zip(self._parts, parts[:3], strict=True)
