@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from engram_jax.memory import records
 from engram_jax.memory.exchange import Route
-from engram_jax.memory.layout import RowState, Table
+from engram_jax.memory.layout import Table
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.sharding import TOKEN_AXES
@@ -28,18 +28,18 @@ _BY_DEVICE = jax.P(TOKEN_AXES)  # tables by R, plans by S, tokens by B
 
 
 class ReadRows(NamedTuple):
-    """What `read_rows` gives.
+    """The distinct rows of a step.
 
     Attributes:
-        values: each device's distinct rows, as the forward pass reads them.
-        own: for `update_rows` of the same step: the rows' whole state with pending updates applied,
-            [S, U, …], so that records are gathered once a step; None where the owner gathers them
-            again (lazy Adam reads embeddings alone; and on several devices the rows that an owner
-            is asked for repeat, in another order than its gradients).
+        values: what the forward pass reads.
+        own: the same for the rows that a device owns, for `update_rows` of the same step, so that
+            pending updates are computed once a step. None for lazy Adam, which has none; and on
+            several devices, where the rows that an owner is asked for repeat, and come in another
+            order than its gradients.
     """
 
     values: Float[Array, "S U F"]
-    own: RowState | None
+    own: Float[Array, "S U F"] | None
 
 
 def read_rows(
@@ -52,7 +52,7 @@ def read_rows(
     """Each device's distinct rows, as the forward pass of step `step` + 1 reads them.
 
     The row optimizer applies pending updates to this copy; the table stays as it is. Padding reads
-    as zero. Where `own` is not used, XLA does not compute it.
+    as zero.
 
     Args:
         table: the table.
@@ -67,9 +67,8 @@ def read_rows(
         if route.shards == 1:
             if adam.tail is None:
                 return ReadRows(records.read_values(table, route.places, gather)[None], None)
-            own = adam.apply_pending(records.read(table, route.places, gather), step)
-            own = jax.tree.map(lambda part: part[None], own)
-            return ReadRows(own.value, own)
+            current = adam.current(records.read(table, route.places, gather), step)[None]
+            return ReadRows(current, current)
 
         def answer(own_rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
             if adam.tail is None:
@@ -163,7 +162,7 @@ def update_rows(
     plan: RowPlan,
     gradient: Float[Array, "S U F"],
     own_gradients: OwnGradients,
-    own_rows: RowState | None,
+    own_values: Float[Array, "S U F"] | None,
     scale: Float[Array, ""],
     adam: RowAdam,
     step: Int32[Array, ""],
@@ -175,7 +174,7 @@ def update_rows(
         plan: the step's rows.
         gradient: each device's row gradients, from which later rounds are delivered again.
         own_gradients: what the function of that name made of them.
-        own_rows: `ReadRows.own` of this step's `read_rows`.
+        own_values: `ReadRows.own` of this step's `read_rows`.
         scale: factor of all gradients (clipping).
         adam: the row optimizer.
         step: optimizer steps done before this one.
@@ -186,23 +185,22 @@ def update_rows(
         plan: RowPlan,
         gradient: Array,
         own_gradients: OwnGradients,
-        own_rows: RowState | None,
+        own_values: Array | None,
         scale: Array,
         adam: RowAdam,
         step: Array,
     ) -> Table:
-        def write_part(table: Table, part: tuple[Array, Array, RowState | None]) -> Any:
-            rows, sums, state = part
-            if state is None:
-                state = adam.apply_pending(records.read(table, rows), step)
+        def write_part(table: Table, part: tuple[Array, Array, Array | None]) -> Any:
+            rows, sums, current = part
+            state = adam.apply_pending(records.read(table, rows), step, current)
             new = adam.apply_gradient(state, sums * scale, step)
             return records.write(table, rows, new, step), None
 
-        def write(table: Table, rows: Array, sums: Array, state: RowState | None) -> Table:
+        def write(table: Table, rows: Array, sums: Array, current: Array | None) -> Table:
             size = min(PART, len(rows))
             padding = len(table.records) + 1 + len(rows)
             rows = _split(rows, size, padding + jnp.arange(-len(rows) % size, dtype=jnp.int32))
-            parts = rows, *jax.tree.map(lambda array: _split(array, size), (sums, state))
+            parts = rows, *jax.tree.map(lambda array: _split(array, size), (sums, current))
             return jax.lax.scan(write_part, table, parts)[0]
 
         def write_further(state: tuple[Array, Table]) -> tuple[Array, Table]:
@@ -210,8 +208,8 @@ def update_rows(
             return number + 1, write(table, *route.deliver(number, gradient[0]), None)
 
         route = _route(table, plan)
-        first = jax.tree.map(lambda array: array[0], own_rows)
-        table = write(table, own_gradients.rows[0], own_gradients.sums[0], first)
+        current = None if own_values is None else own_values[0]
+        table = write(table, own_gradients.rows[0], own_gradients.sums[0], current)
         return table if route.shards == 1 else _further_rounds(route, write_further, table)
 
     by_device = OwnGradients(_BY_DEVICE, _BY_DEVICE, jax.P())  # type: ignore[arg-type]
@@ -220,7 +218,7 @@ def update_rows(
         update_own,
         in_specs=(*[_BY_DEVICE] * 3, by_device, _BY_DEVICE, *[everywhere] * 3),
         out_specs=_BY_DEVICE,
-    )(table, plan, gradient, own_gradients, own_rows, scale, adam, step)
+    )(table, plan, gradient, own_gradients, own_values, scale, adam, step)
 
 
 def shard_load(table: Table, plan: RowPlan) -> Float[Array, ""]:

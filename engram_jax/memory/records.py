@@ -43,7 +43,9 @@ def read(
         )
 
     def read_parts(records: Array, rows: Array) -> RowState:
-        return layout.decode([_gather(records, rows, part) for part in layout.columns])
+        inside = (rows < len(records))[:, None]
+        parts = [_gather(records, rows, columns) for columns in layout.columns]
+        return layout.decode([jnp.where(inside, part, 0) for part in parts])
 
     if gather not in (None, "xla"):
         return read_whole(table.records, rows)
@@ -94,8 +96,7 @@ def _gather(
         _corners(rows, columns),
         numbers,
         slice_sizes=(1, columns.stop - columns.start),
-        mode="fill",
-        fill_value=0,
+        mode="clip",
     )
 
 

@@ -80,7 +80,12 @@ class RowAdam:
     tail: MomentumTail | None
     config: RowAdamConfig = field(metadata={"static": True})
 
-    def apply_pending(self, rows: RowState, step: Int32[Array, ""]) -> RowState:
+    def apply_pending(
+        self,
+        rows: RowState,
+        step: Int32[Array, ""],
+        current: Float[Array, "U F"] | None = None,
+    ) -> RowState:
         """The rows as dense Adam has them after `step` steps: pending updates applied.
 
         Later updates go on from there as they would have, exactly so in real numbers, but not bit
@@ -89,14 +94,22 @@ class RowAdam:
         Args:
             rows: the rows as they are stored.
             step: optimizer steps done.
+            current: the embeddings with pending updates applied, where they are known already.
         """
         if self.tail is None:
             return rows
-        rule = self._pending_rule(rows.clock, step)
+        idle = (step - rows.clock).astype(jnp.float32)
+        mean_decay = _power(self.config.b1, idle)
+        root_decay = _power(math.sqrt(self.config.b2), idle)
+        if current is None:
+            rule = self._pending_rule(rows.clock, step, mean_decay, root_decay)
+            # Without the barrier, XLA would compute this again for every use; and it would fuse it
+            # differently, hence round it differently, in programs of different meshes.
+            current = jax.lax.optimization_barrier(rows.value + self._pending_update(rows, rule))
         return RowState(
-            value=rows.value + self._pending_update(rows, rule),
-            mean=rows.mean * rule.mean_decay[:, None],
-            square=rows.square * (rule.root_decay * rule.root_decay)[:, None],
+            value=current,
+            mean=rows.mean * mean_decay[:, None],
+            square=rows.square * (root_decay * root_decay)[:, None],
             clock=jnp.where(rows.clock > 0, step, 0),
         )
 
@@ -137,19 +150,22 @@ class RowAdam:
         """`apply_gradient` to rows as they are stored."""
         return self.apply_gradient(self.apply_pending(rows, step), gradient, step)
 
-    def _pending_rule(self, clock: Int32[Array, "U"], step: Int32[Array, ""]) -> "_PendingRule":
+    def _pending_rule(
+        self,
+        clock: Int32[Array, "U"],
+        step: Int32[Array, ""],
+        mean_decay: Float[Array, "U"],
+        root_decay: Float[Array, "U"],
+    ) -> "_PendingRule":
+        """What the pending update takes beside the moments, from β₁ᵏ and √β₂ᵏ of k idle steps."""
         assert self.tail is not None
-        config = self.config
-        idle = (step - clock).astype(jnp.float32)
-        mean_decay = _power(config.b1, idle)
-        root_decay = _power(math.sqrt(config.b2), idle)
-        node, a = (jnp.asarray(part).at[clock].get(mode="clip") for part in self.tail)
-        later_node, later_a = (jnp.asarray(part).at[step].get(mode="clip") for part in self.tail)
+        tail = [jnp.asarray(part) for part in self.tail]
+        node, a = (part.at[clock].get(mode="clip") for part in tail)
+        later_node, later_a = (part.at[step[None]].get(mode="clip") for part in tail)
         later_node = root_decay[:, None] * later_node
-        a, later_a = -config.factor * a, mean_decay[:, None] * (-config.factor * later_a)
+        factor = self.config.factor
+        a, later_a = -factor * a, mean_decay[:, None] * (-factor * later_a)
         rule = _PendingRule(
-            mean_decay=mean_decay,
-            root_decay=root_decay,
             node=node,
             later_node=later_node,
             slope=(a - later_a) * later_node + later_a * (later_node - node),
@@ -163,7 +179,7 @@ class RowAdam:
         root = jnp.sqrt(rows.square)
 
         def term(j: int) -> Float[Array, "U #F"]:
-            node, later_node, slope, offset = (part[:, j, None] for part in rule[2:])
+            node, later_node, slope, offset = (part[:, j, None] for part in rule)
             numerator = slope * root + offset
             return numerator / ((node * root + self._eps) * (later_node * root + self._eps))
 
@@ -176,7 +192,7 @@ class RowAdam:
 
 
 class _PendingRule(NamedTuple):
-    """What the pending update of a row takes beside its moments m and v.
+    """What the pending update of a row takes beside its moments m and v, for every node.
 
     The tail at the last write has the terms a/(b √v + ε), times m. Those of the tail at `step`,
     k idle steps later, are a′/(b′ √v + ε), times the same m, where a′ and b′ hold the decay of the
@@ -184,16 +200,12 @@ class _PendingRule(NamedTuple):
     without idle steps.
 
     Attributes:
-        mean_decay: β₁ᵏ.
-        root_decay: √β₂ᵏ.
         node: b.
         later_node: b′.
         slope: (a − a′) b′ + a′ (b′ − b).
         offset: (a − a′) ε.
     """
 
-    mean_decay: Float[Array, "U"]
-    root_decay: Float[Array, "U"]
     node: Float[Array, "U nodes"]
     later_node: Float[Array, "U nodes"]
     slope: Float[Array, "U nodes"]
