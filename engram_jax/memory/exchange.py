@@ -1,10 +1,10 @@
-"""Rows between the devices that want them and the devices that own them; inside `shard_map`.
+"""The exchange of rows between the devices that need them and their owners; inside `shard_map`.
 
-A device's distinct rows ascend, so those of one owner stand together, and so do those of any part
-of the owner's rows. Round k of n exchanges the k-th of n equal parts of every owner's rows; in a
-round, every device asks every other for at most C rows (`exchange_capacity`). One round is the
-rule; more come where a pair of devices has too much for each other. A row belongs to one round, the
-same on all devices, so that its owner has all its gradients in that round.
+A device's distinct rows are sorted, so the rows of one owner are contiguous, and also those of any
+range of the owner's rows. Round k of n exchanges the k-th of n equal parts of every owner's rows.
+In a round, every device requests at most C rows from every other (`exchange_capacity`). Usually one
+round is enough; more are needed if a pair of devices exceeds C. A row is in the same round on all
+devices, so its owner gets all of its gradients in that round.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from engram_jax.memory.places import exchange_capacity
 
 @dataclass(frozen=True)
 class Route:
-    """One device's distinct rows, on their way to their owners.
+    """One device's distinct rows, and how to reach their owners.
 
     Attributes:
-        places: of the distinct rows, ascending, then padding from R up.
+        places: places of the distinct rows, ascending, then padding from R up.
         rounds: rounds n of this step, the same on all devices.
         owned: rows that each device owns, R / S.
         axes: mesh axes over which tables and tokens are split.
@@ -35,7 +35,7 @@ class Route:
 
     @property
     def shards(self) -> int:
-        """Devices S."""
+        """Number S of devices."""
         return jax.lax.axis_size(self.axes)
 
     @property
@@ -44,7 +44,7 @@ class Route:
         return exchange_capacity(len(self.places), self.shards)
 
     def load(self) -> Float[Array, ""]:
-        """Rows that all devices ask of the fullest owner, over the mean of all owners."""
+        """Rows that all devices request from the fullest owner, relative to the mean of owners."""
         edges = jnp.arange(self.shards + 1, dtype=jnp.int32) * self.owned
         ends = jnp.searchsorted(self.places, edges, method="compare_all")
         asked = jax.lax.psum(jnp.diff(ends), self.axes)
@@ -53,12 +53,12 @@ class Route:
     def fetch(
         self, number: Int32[Array, ""], answer: Callable[[Int32[Array, "n"]], Float[Array, "n F"]]
     ) -> tuple[Float[Array, "U F"], Bool[Array, "U"]]:
-        """What the owners answer for each distinct row, and which rows this round concerns.
+        """The owners' answers for the distinct rows of a round, and which rows are in it.
 
         Args:
             number: the round.
-            answer: run by the owner: from its own row numbers to what it sends; numbers from
-                `owned` up stand for nothing.
+            answer: runs on the owner; maps its own row numbers to the data to send. Numbers from
+                `owned` up are padding.
         """
         starts, ends, asked = self._ask(number)
         sent = answer(asked).reshape(self.shards, self.capacity, -1)
@@ -73,10 +73,10 @@ class Route:
     def deliver(
         self, number: Int32[Array, ""], gradient: Float[Array, "U F"]
     ) -> tuple[Int32[Array, "n"], Float[Array, "n F"]]:
-        """The distinct own rows that devices send gradients for in a round, and their sums.
+        """The distinct own rows for which devices send gradients in a round, and the sums of these.
 
-        Equal rows are summed in the order of the devices that sent them. Row numbers ascend and
-        are distinct; those from `owned` up stand for nothing.
+        Gradients of equal rows are summed in the order of the devices that sent them. Row numbers
+        are ascending and distinct; those from `owned` up are padding.
         """
         starts, ends, asked = self._ask(number)
         index = starts[:, None] + jnp.arange(self.capacity)[None]
@@ -97,7 +97,7 @@ class Route:
     def _ask(
         self, number: Int32[Array, ""]
     ) -> tuple[Int32[Array, "S"], Int32[Array, "S"], Int32[Array, "n"]]:
-        """Where each owner's part of `places` begins and ends; what this device is asked for."""
+        """Begin and end of each owner's part of `places`, and the rows requested from this device."""
         first = jnp.arange(self.shards, dtype=jnp.int32) * self.owned
 
         def begin(number: Array) -> Int32[Array, "S"]:

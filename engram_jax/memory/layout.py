@@ -1,17 +1,17 @@
-"""How a table is stored: one record a row.
+"""The storage format of a table: one record per row.
 
-A record holds everything about a row side by side: embedding, both moments, clock. A step then
-reads and writes one stretch of memory a row instead of four, and nothing of the table's size is
-ever copied. (With a clock column of its own, XLA copied that column at every step, since its new
-values do not depend on what was read.) Records are 32-bit words, which gathers and scatters move
-whatever they mean; two bfloat16 numbers share a word.
+A record has all data of a row: embedding, both moments, clock. So a step reads and writes one
+contiguous part of memory per row instead of four, and no array of the table's size is copied. (When
+clocks were a separate array, XLA copied that array at every step, because the new clocks do not
+depend on the old ones.) Records consist of 32-bit words, which gathers and scatters move without
+interpreting them. Two bfloat16 numbers share a word.
 
-A record of more than 64 words fills whole lines of 128, the lanes of a TPU, so that XLA stores
-tables row by row there as everywhere; for the paper's rows of 80 that is 256 words for 241, where
-three arrays of rows of 80 would each be padded to 128, and with bfloat16 and one second moment a
-row it is 128 for 82. In float32, rows of 42, 85, 127, 170, 213 and 255 fill their lines best. A
-shorter record fills whole cache lines of 16 words, and is not for TPUs: XLA would store such a
-table transposed and copy all of it at every step.
+A record of more than 64 words is padded to lines of 128 words, the lanes of a TPU. Then XLA stores
+tables row by row on all platforms. Examples: the paper's rows of 80 need 241 words, padded to 256
+(three separate arrays of 80 would each be padded to 128); with bfloat16 and one second moment per
+row they need 82 words, padded to 128. In float32, rows of 42, 85, 127, 170, 213 and 255 waste the
+least space. A shorter record is padded to cache lines of 16 words. It is not for TPUs: there, XLA
+would store such a table transposed, and copy all of it at every step.
 """
 
 from collections.abc import Sequence
@@ -33,12 +33,12 @@ type Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class StorageConfig:
-    """How rows and their state are stored; bfloat16 is rounded stochastically when written.
+    """The storage of rows and their optimizer state. Writes to bfloat16 round stochastically.
 
     Attributes:
         value: dtype of the embeddings.
         moments: dtype of the moments.
-        second_moment: one for each "element", or one for the whole "row", of the mean square.
+        second_moment: one for every "element", or one for every "row" (of the mean square).
     """
 
     value: Precision = "float32"
@@ -47,13 +47,14 @@ class StorageConfig:
 
 
 class RowState(NamedTuple):
-    """Rows with their state in Adam, unpacked.
+    """Rows with their Adam state, unpacked.
 
     Attributes:
         value: the embeddings.
         mean: first moment of the gradient.
         square: second moment, of every element or of the row.
-        clock: exact Adam: the step that last wrote the row; lazy Adam: its number of updates.
+        clock: with exact Adam, the step that last wrote the row; with lazy Adam, the number of its
+            updates.
     """
 
     value: Float[Array, "n F"]
@@ -64,11 +65,11 @@ class RowState(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Where things lie in a record.
+    """The layout of a record.
 
     Attributes:
         width: row width F.
-        storage: what is stored of a row, in which precision.
+        storage: precision of embeddings and moments.
     """
 
     width: int
@@ -76,40 +77,40 @@ class RecordLayout:
 
     @property
     def words(self) -> int:
-        """Words of a record."""
+        """Words of a record, with padding."""
         words = self._clock + 1
         line = LANES if words > LANES // 2 else CACHE_LINE
         return -(-words // line) * line
 
     @property
     def value(self) -> RowFormat:
-        """Of the embedding, which comes first."""
+        """Format of the embedding, which is the first part."""
         return RowFormat(self.width, self.storage.value)
 
     @property
     def record(self) -> RowFormat:
-        """Of all that a record holds, as words; what fills its lines is not among them."""
+        """Format of the complete record as words, without padding."""
         return RowFormat(self._clock + 1, "uint32")
 
     @property
     def _parts(self) -> list[RowFormat]:
-        """Value, mean and square."""
+        """Formats of value, mean and square."""
         moment = RowFormat(self.width, self.storage.moments)
-        alone = RowFormat(1)  # in its word
-        return [self.value, moment, alone if self.storage.second_moment == "row" else moment]
+        single = RowFormat(1)
+        return [self.value, moment, single if self.storage.second_moment == "row" else moment]
 
     @property
     def _clock(self) -> int:
-        """Which word is the clock."""
+        """Index of the clock's word."""
         return sum(part.words for part in self._parts)
 
     @property
     def padding(self) -> float:
-        """The share of a record's words that holds nothing."""
+        """The share of padding in a record."""
         return 1 - self.record.words / self.words
 
     def better_widths(self) -> tuple[int, int]:
-        """The nearest narrower and wider row widths that fill their lines best."""
+        """The next smaller and larger row widths that waste the least space."""
 
         def fills(width: int) -> bool:
             return replace(self, width=width + 1).words > replace(self, width=width).words
@@ -120,24 +121,24 @@ class RecordLayout:
 
     @property
     def columns(self) -> list[slice]:
-        """The words of the parts of a record: value, mean, square and clock."""
+        """The word ranges of value, mean, square and clock in a record."""
         words = [*(part.words for part in self._parts), 1]
         return [slice(end - size, end) for size, end in zip(words, accumulate(words), strict=True)]
 
     def pack(
         self, rows: RowState, noise: UInt32[Array, "n"] | None = None
     ) -> UInt32[Array, "n words"]:
-        """Records of rows; arguments as for `encode`."""
+        """Encodes rows to records; arguments as for `encode`."""
         return self.pad(self.encode(rows, noise))
 
     def encode(
         self, rows: RowState, noise: UInt32[Array, "n"] | None = None
     ) -> list[UInt32[Array, "n _"]]:
-        """The parts of records of rows.
+        """Encodes rows to the parts of their records.
 
         Args:
             rows: the rows.
-            noise: random bits of every row, for stochastic rounding; None rounds to the nearest.
+            noise: random bits of every row, for stochastic rounding; None: round to nearest.
         """
         parts = []
         for index, (part, form) in enumerate(zip(rows[:3], self._parts, strict=True)):
@@ -149,16 +150,16 @@ class RecordLayout:
         return parts
 
     def pad(self, parts: Sequence[UInt32[Array, "n _"]]) -> UInt32[Array, "n words"]:
-        """Whole records of their parts; what fills their lines is zero."""
+        """Concatenates the parts of records, with zeros as padding."""
         padding = jnp.zeros((len(parts[0]), self.words - self.record.words), jnp.uint32)
         return jnp.concatenate([*parts, padding], axis=1)
 
     def unpack(self, records: UInt32[Array, "n words"]) -> RowState:
-        """Rows of records, whole or without what fills their lines."""
+        """Decodes records, with or without padding, to rows."""
         return self.decode([records[:, columns] for columns in self.columns])
 
     def decode(self, parts: Sequence[UInt32[Array, "n _"]]) -> RowState:
-        """Rows of the parts of their records."""
+        """Decodes the parts of records to rows."""
         value, mean, square = (
             form.decode(part) for form, part in zip(self._parts, parts[:3], strict=True)
         )
@@ -166,7 +167,7 @@ class RecordLayout:
         return RowState(value, mean, square, clock)
 
     def clocks(self, records: UInt32[Array, "n words"]) -> Int32[Array, "n"]:
-        """Clocks of records; nothing else of them is read."""
+        """The clocks of records. Only these words are read."""
         return jax.lax.bitcast_convert_type(records[:, self._clock], jnp.int32)
 
 
@@ -177,8 +178,8 @@ class Table:
     """One layer's table.
 
     Attributes:
-        records: one a row, in the order of `places.stored_places`.
-        layout: what a record holds.
+        records: one per row, in the order of `places.stored_places`.
+        layout: layout of a record.
         layer: layer id; part of the seed of stochastic rounding.
     """
 
@@ -187,30 +188,30 @@ class Table:
     layer: int = field(metadata={"static": True})
 
     def unpack(self) -> RowState:
-        """All rows; on the device, a copy of the table."""
+        """Decodes all rows. On the device, this is a copy of the table."""
         return self.layout.unpack(self.records)
 
     def clocks(self) -> Int32[Array, "R"]:
-        """The clock of every row: one word of each record, hence little beside the table."""
+        """The clock of every row: one word per record, which is small compared with the table."""
         return self.layout.clocks(self.records)
 
 
 def init_table(key: Array, rows: int, layout: RecordLayout, layer: int, scale: float) -> Table:
-    """A table of normally distributed rows with standard deviation `scale`; 0 starts at zero.
+    """A table of normally distributed rows with standard deviation `scale`; 0: zeros.
 
     Args:
         key: JAX random key.
         rows: padded number of rows R.
-        layout: what a record holds.
+        layout: layout of a record.
         layer: layer id.
         scale: standard deviation of every element.
     """
     if not scale:
         return Table(jnp.zeros((rows, layout.words), jnp.uint32), layout, layer)
     value = scale * jax.random.normal(key, (rows, layout.width))
-    nothing = jnp.zeros_like(value)
-    square = nothing[:, :1] if layout.storage.second_moment == "row" else nothing
-    records = layout.pack(RowState(value, nothing, square, jnp.zeros(rows, jnp.int32)))
+    zeros = jnp.zeros_like(value)
+    square = zeros[:, :1] if layout.storage.second_moment == "row" else zeros
+    records = layout.pack(RowState(value, zeros, square, jnp.zeros(rows, jnp.int32)))
     return Table(records, layout, layer)
 
 
@@ -222,7 +223,7 @@ def mix(bits: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
 
 
 def _round(part: Float[Array, "n F"], noise: UInt32[Array, "n"]) -> UInt32[Array, "n F"]:
-    """bfloat16 numbers, rounded stochastically: up as often as what is cut off is large."""
+    """Rounds to bfloat16 stochastically: up with a probability equal to the part cut off."""
     element = jnp.arange(part.shape[1], dtype=jnp.uint32)
     random = mix(noise[:, None] + element[None]) >> 16
     bits = jax.lax.bitcast_convert_type(part, jnp.uint32)

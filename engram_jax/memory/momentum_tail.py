@@ -1,7 +1,7 @@
 """The momentum updates that a row still receives after its last gradient. Pure NumPy.
 
-Dense Adam also moves a row whose gradient is zero: its moments decay, and the first one still
-pushes. A row last written by step s, with moments m and v, moves from then on by
+Dense Adam also changes a row whose gradient is zero, because its first moment is not zero. After
+the last gradient, at step s, the moments m and v decay, and the sum of all later updates is
 
     −Σₖ lrᵢ · β₁ᵏ m / (1−β₁ⁱ) / (√(β₂ᵏ v / (1−β₂ⁱ)) + ε)  =  −m Σₖ aₖ / (bₖ √v + ε)
 
@@ -9,11 +9,11 @@ over k = 1, 2, …, with i = s + k, lrᵢ the learning rate of step i, aₖ = lr
 bₖ = √(β₂ᵏ/(1−β₂ⁱ)). These are hundreds of terms for every element.
 As a function of x = ε/√v, the sum is Σ (aₖ/bₖ) · bₖ/(bₖ + x): the integral of a smooth function of
 log b against the weights aₖ/bₖ. A Gauss rule in log b replaces the hundreds of terms by a few:
-5 nodes for (0.9, 0.999), 8 for (0.9, 0.95), whatever ε and v are. (In b itself the rule would
-converge slowly, because the function has its pole at −x, which may be arbitrarily near.)
+5 nodes for (0.9, 0.999), 8 for (0.9, 0.95), for any ε and v. (In b itself the rule would converge
+slowly, because the function has its pole at −x, which can be arbitrarily close.)
 
-The pending update of a row between two steps is the difference of two such sums: the one at the
-earlier step, less the one at the later step, whose moments have decayed.
+The pending update of a row between two steps is the difference of two such sums: the sum after the
+earlier step minus the sum after the later step, at which the moments have decayed.
 """
 
 import math
@@ -25,7 +25,7 @@ from jaxtyping import Float32, Float64
 
 from engram_jax.errors import InputError
 
-# Relative errors of the sum over steps, against its total, and of the Gauss rule.
+# Maximum relative error from truncating the sum over steps, and of the Gauss rule.
 _TAIL = 1e-8
 _RULE = 1e-7
 _MOST_NODES = 24
@@ -54,15 +54,15 @@ def make_momentum_tail(
     """The rules for rows last written by step 0 … steps.
 
     Args:
-        learning_rate: by the number of finished steps, as optax's schedules: step i has that of
-            i − 1. It is called beyond `steps`, where momentum would continue to push.
+        learning_rate: function of the number of finished steps, like optax's schedules; step i uses
+            the value at i − 1. It is also called beyond `steps`, for updates after the last step.
         steps: last step of the run.
         b1: decay of the first moment.
         b2: decay of the second moment.
 
     Raises:
-        InputError: with these decays an idle row moves without bound (b1² ≥ b2), or its momentum
-            decays too slowly for a short rule.
+        InputError: the updates of an idle row have no finite sum (b1² ≥ b2), or its momentum decays
+            too slowly for a short rule.
     """
     if not 0 <= b1 < 1 or not b1**2 < b2 < 1:
         raise InputError(
@@ -76,7 +76,7 @@ def make_momentum_tail(
     rates = np.asarray(learning_rate(np.arange(steps + terms)), np.float64)
     last_written = np.arange(steps + 1)
     for count in range(1, _MOST_NODES + 1):
-        # The error is largest where bias correction spreads b the most, at the first steps.
+        # The error is largest at the first steps, where bias correction changes b the most.
         probes = np.unique(np.minimum([0, 1, 2, 4, 8, 16, 64, 256, 1024, steps], steps))
         rule = _gauss_rules(probes, rates, terms, count, b1, b2)
         if _error(probes, rates, terms, rule, b1, b2) < _RULE:
@@ -120,7 +120,7 @@ def _gauss_rules(
     for column in range(count):
         image = position * basis[-1]
         jacobi[:, column, column] = (image * basis[-1]).sum(axis=1)
-        for _ in range(2):  # twice is enough
+        for _ in range(2):  # orthogonalize twice, against rounding
             for vector in basis:
                 image -= (image * vector).sum(axis=1, keepdims=True) * vector
         norm = np.linalg.norm(image, axis=1)

@@ -1,8 +1,8 @@
-"""Where rows stand in a table, and how many of them two devices exchange at once. Pure NumPy.
+"""The places of rows in a table, and the capacity of the exchange. Pure NumPy.
 
-A row's place is not its row number: places are dealt so that every head is spread evenly over all
-devices, however many they are. (Of 64 devices, a contiguous split of the concatenated heads gives
-the fullest 1.20 of the mean load, this one 1.02.)
+The place of a row differs from its row number. Places are chosen so that every head is distributed
+evenly over all devices. (On 64 devices, the fullest has 1.02 of the mean load. With a contiguous
+split of the concatenated heads it has 1.20.)
 """
 
 import math
@@ -16,9 +16,10 @@ from engram_jax.hashing import ROW_MULTIPLE
 def stored_places(
     row_numbers: Int32[np.ndarray, "*shape"], padded_rows: int
 ) -> Int32[np.ndarray, "*shape"]:
-    """Where rows stand in a table: they are dealt to 4,096 blocks in turn.
+    """The places of rows in a table. Consecutive rows are in different ones of 4,096 blocks.
 
-    Any power of two up to 4,096 of devices holds whole blocks, hence an equal part of every head.
+    If the number of devices is a power of two up to 4,096, each has the same number of blocks, and
+    thus an equal part of every head.
 
     Args:
         row_numbers: head offset + hash, below R.
@@ -29,11 +30,11 @@ def stored_places(
 
 
 def exchange_capacity(distinct_rows: int, shards: int) -> int:
-    """Rows that one device asks of another in one round of the exchange: 1.25 × mean + 6σ.
+    """Rows that one device can request from another in one round: 1.25 × mean + 6σ.
 
     Args:
-        distinct_rows: bound U of the distinct rows that a device asks for in all.
-        shards: devices S that own rows.
+        distinct_rows: bound U of the distinct rows that a device requests from all devices.
+        shards: number S of devices.
     """
     if shards == 1:
         return distinct_rows

@@ -1,9 +1,9 @@
-"""The memory plan: which rows one optimizer step touches, and how tokens find them. Pure NumPy.
+"""The memory plan: the rows of one optimizer step, and the row of every token. Pure NumPy.
 
-Built on the host, in the input pipeline, by every process for its own devices. A device asks for
-each of its rows once, however often its tokens meet it; rows are ordered by their place, hence by
-the device that owns them. Shapes are static: the bound U is exact (tokens × columns), and what is
-not used is padding. Plans hold NumPy arrays on the host and JAX arrays on the devices.
+The input pipeline builds plans on the host; every process plans for its own devices. A device
+requests each distinct row once. Rows are sorted by place, and thus by the device that owns them.
+Shapes are static: the bound is U = tokens × columns, and the unused part is padding. Plans have
+NumPy arrays on the host and JAX arrays on the devices.
 """
 
 from typing import Any, NamedTuple
@@ -15,16 +15,16 @@ from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.memory.places import exchange_capacity, stored_places
 
-MOST_ROUNDS = 2**15  # the device computes with 32 bits where a round begins
+MOST_ROUNDS = 2**15  # more would overflow the 32-bit arithmetic of `exchange`
 
 
 class RowPlan(NamedTuple):
-    """The rows of one layer's table that every device asks for in a step.
+    """The rows of one layer's table that every device requests in a step.
 
     Attributes:
-        places: of the distinct rows, ascending; then padding, R, R+1, … (R: padded rows).
-        rounds: rounds of the exchange that the device needs, a power of two; mostly 1.
-        distinct: how many of `places` are not padding.
+        places: places of the distinct rows, ascending; then padding R, R+1, … (R: padded rows).
+        rounds: rounds of the exchange that the device needs, a power of two; usually 1.
+        distinct: number of `places` that are not padding.
     """
 
     places: Int32[Any, "S U"]
@@ -33,10 +33,10 @@ class RowPlan(NamedTuple):
 
 
 class SlotPlan(NamedTuple):
-    """How the tokens of the A micro-batches find the rows of one layer on their device.
+    """For the tokens of the A micro-batches: where their rows of one layer are on their device.
 
     Attributes:
-        slots: for every token and column, which of the device's rows it reads.
+        slots: for every token and column, the index of its row in the device's `places`.
         order: stable order that sorts the slots of one micro-batch on one device, flattened.
     """
 
@@ -56,8 +56,8 @@ class Planner:
 
     Args:
         ngram_hash: the hash.
-        shards: devices S of all processes, over which tables and tokens are split.
-        local_shards: this process's devices; its B is split over them evenly.
+        shards: number S of devices of all processes, over which tables and tokens are split.
+        local_shards: number of this process's devices, over which its B is split evenly.
     """
 
     def __init__(
@@ -73,11 +73,12 @@ class Planner:
         """Plans one step.
 
         Args:
-            tokens: raw token ids; −1 marks dead positions.
-            segments: document number of every position; None: a row is one document.
+            tokens: token ids; −1 marks image placeholders.
+            segments: document number of every position; None: each row of the batch is one
+                document.
 
         Raises:
-            InputError: a token id is outside the vocabulary; a degenerate hash.
+            InputError: a token id is outside the vocabulary, or the hash is degenerate.
         """
         window = [ids.reshape(-1) for ids in self.ngram_hash.look_back(tokens, segments)]
         rows, slots = {}, {}
@@ -101,13 +102,13 @@ def plan_places(
     """Plans the rows of one table.
 
     Args:
-        places: where the rows of every token and column stand.
+        places: place of the row of every token and column.
         padded_rows: rows R of the table.
-        shards: devices S of all processes.
-        local_shards: this process's devices.
+        shards: number S of devices of all processes.
+        local_shards: number of this process's devices.
 
     Raises:
-        InputError: the rows lie too near to each other for the exchange.
+        InputError: the places are too close to each other for the exchange.
     """
     # The tokens of a device are a contiguous part of B in each of the A micro-batches.
     micro_batches = len(places)
@@ -136,14 +137,15 @@ def plan_places(
 
 
 def exchange_rounds(found: Int32[np.ndarray, "distinct"], capacity: int, owned: int) -> int:
-    """The least power of two of rounds in which no device is asked for more than it can answer.
+    """The smallest power of two of rounds in which no request exceeds the capacity.
 
-    Round k of n asks for the k-th of n equal parts of every owner's rows (see `exchange`). Parts of
-    2n lie within parts of n: what one device needs is enough for all that need less.
+    Round k of n requests the k-th of n equal parts of every owner's rows (see `exchange`). With 2n
+    rounds, each part is within a part of n rounds. So a number of rounds that suffices for one
+    device also suffices for devices that need fewer.
 
     Args:
-        found: places that one device asks for.
-        capacity: what a pair of devices exchanges in a round.
+        found: places that one device requests.
+        capacity: rows that a pair of devices exchanges in a round.
         owned: rows that each device owns.
 
     Raises:
@@ -155,8 +157,8 @@ def exchange_rounds(found: Int32[np.ndarray, "distinct"], capacity: int, owned: 
         rounds *= 2
     if rounds > MOST_ROUNDS:
         raise InputError(
-            f"The rows of a batch lie so near to each other that they need {rounds} rounds of "
-            "exchange; this hash is no hash. Choose more rows or another seed."
+            f"The rows of a batch are so close to each other in the table that they need {rounds} "
+            "rounds of exchange; the hash is degenerate. Choose more rows or another seed."
         )
     return rounds
 
@@ -166,10 +168,11 @@ def _number_distinct(
 ) -> tuple[Int32[np.ndarray, "n"], Int[np.ndarray, "n"], Int32[np.ndarray, "distinct"]]:
     """Numbers the distinct keys in ascending order.
 
-    Returns the numbers in the order of the sorted keys, the position that each of these has in
-    `keys`, and the distinct keys.
+    Returns, in the order of the sorted keys, their numbers and their positions in `keys`; and the
+    distinct keys.
     """
-    # One sort of 64-bit words, key above position, is several times as fast as a stable argsort.
+    # A sort of 64-bit words (key in the upper half, position in the lower) is several times faster
+    # than a stable argsort.
     words = keys.astype(np.int64) << 32
     words |= np.arange(len(keys))
     words.sort()
@@ -182,7 +185,7 @@ def _number_distinct(
 
 
 def _split_order(positions: Int[np.ndarray, "n"], parts: int) -> Int32[np.ndarray, "n"]:
-    """The sorting order of each of the equal parts, one after another, from that of the whole."""
+    """The sort order of each of `parts` equal parts, from the sort order of all keys."""
     if parts == 1:
         return positions.astype(np.int32)
     part, within = np.divmod(positions, len(positions) // parts)

@@ -1,4 +1,4 @@
-"""Read rows of a table, and spread rows to tokens with a backward pass that sums duplicates."""
+"""Reads rows of a table, and copies rows to tokens. The backward pass sums duplicates."""
 
 from pallas_kernels.hashed_gather.api import GatherImplementation as GatherImplementation
 from pallas_kernels.hashed_gather.api import expand as expand

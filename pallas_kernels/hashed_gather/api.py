@@ -1,4 +1,4 @@
-"""The door to the gather's implementations."""
+"""Dispatch to the implementations of the gather."""
 
 from importlib import import_module
 from typing import Any, Literal, get_args
@@ -19,19 +19,18 @@ def read(
     *,
     implementation: GatherImplementation | None = None,
 ) -> Num[Array, "*n E"]:
-    """Reads rows of a table as it is stored, and decodes them: E = H·F numbers side by side.
+    """Reads rows of a stored table and decodes them: E = H·F numbers for each of n.
 
-    There is no gradient: tables are no parameters. To read through distinct rows, give
-    `rows[slots]` for `numbers`.
+    It has no gradient, because tables are not parameters.
 
     Args:
-        table: rows in words; what follows the first `form.words` is not read.
+        table: rows of words; only the first `form.words` of a row are read.
         numbers: row numbers, H for each of n; those outside the table read as zeros.
-        form: how the numbers of a row lie in its words.
+        form: format of the numbers of a row in its words.
         implementation: None is "xla".
 
     Raises:
-        ValueError: an implementation that does not exist, or cannot read such rows.
+        ValueError: the implementation does not exist, or does not support such rows.
     """
     flat = numbers.reshape(-1, numbers.shape[-1])
     rows = _module(implementation).read(table, flat, form)
@@ -45,18 +44,18 @@ def expand(
     *,
     implementation: GatherImplementation | None = None,
 ) -> Float[Array, "*n E"]:
-    """values[slots], E = H·F numbers side by side; the gradient sums duplicates in a given order.
+    """values[slots]: E = H·F numbers for each of n. The gradient sums duplicates in a given order.
 
-    Sums are taken in float32.
+    Sums are in float32.
 
     Args:
         values: distinct rows.
-        slots: which of them to read, H for each of n; all in range.
-        order: stable order that sorts the flattened slots; the backward pass walks along it.
+        slots: indices of the rows to read, H for each of n; all must be in range.
+        order: stable order that sorts the flattened slots; the backward pass adds in this order.
         implementation: None is "xla".
 
     Raises:
-        ValueError: an implementation that does not exist.
+        ValueError: the implementation does not exist.
     """
     flat = slots.reshape(-1, slots.shape[-1])
     return _module(implementation).expand(values, flat, order).reshape(*slots.shape[:-1], -1)
@@ -65,6 +64,6 @@ def expand(
 def _module(implementation: GatherImplementation | None) -> Any:
     name = implementation or "xla"
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"There is no gather {name!r}; there are {', '.join(IMPLEMENTATIONS)}.")
-    # Imported when asked for: Pallas for GPU changes from one version of JAX to the next.
+        raise ValueError(f"There is no gather {name!r}; choose from {', '.join(IMPLEMENTATIONS)}.")
+    # Imported on demand, because the API of Pallas for GPU differs between versions of JAX.
     return import_module(f"pallas_kernels.hashed_gather.{name}")

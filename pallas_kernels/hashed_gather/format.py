@@ -1,7 +1,7 @@
-"""How the numbers of a row lie in 32-bit words: what tables store, and what gathers decode.
+"""The format of the numbers of a row in 32-bit words, as tables store them and gathers decode them.
 
-Halves and bytes are planar: a word holds one number of each half (quarter) of the row, so that
-decoding shifts whole words and never moves numbers between lanes.
+16-bit and 8-bit numbers are planar: a word has one number of each half (or quarter) of the row. So
+decoding only shifts words, and does not move numbers between lanes.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ class RowFormat:
 
     Attributes:
         width: numbers F.
-        precision: "float32"; "bfloat16", two a word; or "float8" (e4m3), four a word, followed by
-            one power of two (e8m0: 2^(byte − 127)) per 32 numbers, as DeepSeek-V4.1 releases them;
-            or "uint32": words that are read as they are.
+        precision: "float32"; "bfloat16", two per word; "float8" (e4m3), four per word, followed by
+            one power of two (e8m0: 2^(byte − 127)) per 32 numbers, as in DeepSeek-V4.1's release;
+            or "uint32", words that are not decoded.
     """
 
     width: int
@@ -42,12 +42,12 @@ class RowFormat:
 
     @property
     def dtype(self) -> DTypeLike:
-        """Of the numbers of a decoded row."""
+        """The dtype of a decoded row."""
         return jnp.uint32 if self.precision == "uint32" else jnp.float32
 
     @property
     def _plane(self) -> int:
-        """Words that hold the numbers in float8."""
+        """Words of the numbers in float8, without scales."""
         return -(-self.width // 4)
 
     @property
@@ -55,7 +55,7 @@ class RowFormat:
         return -(-self.width // SCALED)
 
     def encode(self, rows: Num[Array, "*n F"]) -> UInt32[Array, "*n words"]:
-        """Words of rows, rounded to the nearest; a scale of float8 makes its 32 numbers fit."""
+        """Encodes rows, rounding to nearest. float8 scales are chosen so that no number overflows."""
         if self.precision == "uint32":
             return rows
         if self.precision == "float32":
@@ -78,7 +78,7 @@ class RowFormat:
     def from_bytes(
         self, values: UInt8[Array, "*n F"], scales: UInt8[Array, "*n scales"]
     ) -> UInt32[Array, "*n words"]:
-        """Words of rows of float8, from the bytes of a released checkpoint.
+        """Encodes rows of float8 from the bytes of a released checkpoint.
 
         Args:
             values: bytes of the numbers (e4m3).
@@ -88,7 +88,7 @@ class RowFormat:
         return jnp.concatenate(parts, axis=-1)
 
     def decode(self, words: UInt32[Array, "*n words"]) -> Num[Array, "*n F"]:
-        """Rows of words, in float32, or as they are."""
+        """Decodes words to rows in float32 (or in uint32, unchanged)."""
         if self.precision == "uint32":
             return words
         if self.precision == "float32":
@@ -107,7 +107,7 @@ class RowFormat:
     def _exponents(
         self, quarter: int, scales: UInt32[Array, "*n scales"]
     ) -> UInt32[Array, "*n plane"]:
-        """The scale's byte for every number of a quarter of the row."""
+        """The byte of the scale, for every number of a quarter of the row."""
         lane = jax.lax.broadcasted_iota(
             jnp.int32, (*scales.shape[:-1], self._plane), scales.ndim - 1
         )
@@ -123,7 +123,7 @@ class RowFormat:
 
 
 def pack_planes(numbers: UInt32[Array, "*n F"], planes: int) -> UInt32[Array, "*n words"]:
-    """Words of `planes` numbers, one of each part of the row; the first part is the lowest."""
+    """Packs `planes` numbers into each word, one of each part of the row, the first part lowest."""
     missing = -numbers.shape[-1] % planes
     numbers = jnp.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, missing)])
     packed, *others = jnp.split(numbers, planes, axis=-1)
@@ -133,7 +133,7 @@ def pack_planes(numbers: UInt32[Array, "*n F"], planes: int) -> UInt32[Array, "*
 
 
 def _decode_e4m3(byte: UInt32[Array, "*n"]) -> Float[Array, "*n"]:
-    """float8 e4m3fn to float32, by integer arithmetic: not every TPU converts it."""
+    """float8 e4m3fn to float32, by integer arithmetic, because not every TPU can convert it."""
     size = byte & 0x7F
     subnormal = size.astype(jnp.int32).astype(jnp.float32) * 2.0**-9
     normal = jax.lax.bitcast_convert_type((size << 20) + jnp.uint32(120 << 23), jnp.float32)
@@ -144,7 +144,7 @@ def _decode_e4m3(byte: UInt32[Array, "*n"]) -> Float[Array, "*n"]:
 
 def _scale(value: Float[Array, "*n"], exponent: UInt32[Array, "*n"]) -> Float[Array, "*n"]:
     """value · 2^(exponent − 127); 255 means NaN."""
-    # 2^−127, which 0 means, is no normal number of float32.
+    # Byte 0 means 2^−127, which is not a normal number of float32.
     power = jax.lax.bitcast_convert_type(jnp.where(exponent == 0, 1, exponent) << 23, jnp.float32)
     scaled = value * jnp.where(exponent == 255, jnp.nan, power)
     return jnp.where(exponent == 0, 0.5 * scaled, scaled)

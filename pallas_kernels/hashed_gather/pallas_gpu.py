@@ -1,8 +1,8 @@
-"""The gather on GPU, by Mosaic GPU: whole lines of 128 words, by all threads of a block together.
+"""The gather on GPU, with Mosaic GPU: all threads of a block copy lines of 128 words.
 
-XLA decodes what is no float32, and cuts and pads what fills no line, as in `pallas_tpu`. The
-backward pass gives every distinct row to one block, which adds up its gradients in the given order:
-no atomics among floats, hence the same sum at every run.
+XLA decodes formats other than float32, and pads rows to lines (see `pallas_tpu`). In the backward
+pass, one block sums all gradients of a distinct row, in the given order. There are no atomic
+additions of floats, so the sums are the same in every run.
 """
 
 from functools import partial
@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int, Int32, Num, UInt32
 from pallas_kernels.hashed_gather.format import RowFormat
 from pallas_kernels.hashed_gather.xla import no_gradient
 
-LINE = 128  # words, one a thread
-BLOCK, IN_FLIGHT = 64, 16  # rows of a block; rows it reads before it writes the first
-FEW, MANY = 2, 16  # gradients of a row in flight together, of any row and of one with more
+LINE = 128  # words, one per thread
+BLOCK, IN_FLIGHT = 64, 16  # rows of a block; rows that it loads before it stores the first
+FEW, MANY = 2, 16  # gradients loaded at once: of every row, and of rows that have more than FEW
 
 
 def read(
@@ -29,12 +29,12 @@ def read(
     """Copies lines, then decodes them.
 
     Raises:
-        ValueError: the table's rows are no whole lines.
+        ValueError: the table's rows are not a multiple of a line.
     """
     if table.shape[1] % LINE:
         raise ValueError(
-            f"Rows of {table.shape[1]} words are not read by this kernel: pad them to whole lines "
-            f"of {LINE}, or take the implementation 'xla'."
+            f"This kernel cannot read rows of {table.shape[1]} words: pad them to whole lines of "
+            f"{LINE} words, or use the implementation 'xla'."
         )
     dtype = jnp.float32 if form.precision == "float32" else jnp.uint32
     words = _copy_lines(table, numbers.reshape(-1), -(-form.words // LINE) * LINE, dtype)
@@ -48,7 +48,7 @@ def read(
 def expand(
     values: Float[Array, "U F"], slots: Int[Array, "n H"], order: Int[Array, "m"]
 ) -> Float[Array, "n E"]:
-    """values[slots]; `order` sorts the slots stably and serves the backward pass."""
+    """values[slots]; `order` sorts the slots stably, for the backward pass."""
     del order
     width = values.shape[1]
     lines = _pad_line(values.astype(jnp.float32))
@@ -68,7 +68,7 @@ def _backward(
     rows, slots, order = residuals
     by_slot = cotangent.reshape(slots.size, -1).astype(jnp.float32)
     width = by_slot.shape[1]
-    # Where each row's part of the order begins. (Integers, so that atomic additions are exact.)
+    # The start of each row's part of the order. (Atomic additions of integers are exact.)
     reads = jnp.zeros(rows, jnp.int32).at[slots.reshape(-1)].add(1, mode="promise_in_bounds")
     starts = jnp.pad(jnp.cumsum(reads, dtype=jnp.int32), (1, 0))
     lines = _pad_line(by_slot)
@@ -88,7 +88,7 @@ def _pad_line(x: Float[Array, "n F"]) -> Float[Array, "n words"]:
 
 
 def _copy_lines(table: Array, numbers: Int[Array, "n"], words: int, dtype: Any) -> Array:
-    """The first `words` words of rows, read as numbers of `dtype`; zero outside the table."""
+    """The first `words` words of rows, bitcast to `dtype`; zero outside the table."""
     return _launch(
         partial(_copy_kernel, count=len(numbers), rows=len(table)),
         (table, numbers.astype(jnp.int32)),
@@ -104,22 +104,22 @@ def _launch(kernel: Any, inputs: tuple[Array, ...], output: jax.ShapeDtypeStruct
         out_type=output,
         grid=(words // LINE, pl.cdiv(rows, BLOCK)),
         grid_names=("line of the gather", "block of the gather"),
-        # Barriers are for memory that a block both reads and writes; there is none.
+        # Barriers are only needed for memory that a block both reads and writes. There is none.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(*inputs)
     return result
 
 
 def _line() -> tuple[Any, Any]:
-    """This block's words of a row, and their layout over its threads."""
+    """The words of a row that this block processes, and their layout over its threads."""
     layout = plgpu.Layout.WG_STRIDED((LINE,), vec_size=1)
     return pl.ds(jax.lax.axis_index("line of the gather") * LINE, LINE), layout
 
 
 def _in_parts(visit: Any, count: int) -> None:
-    """Visits the rows of a block, IN_FLIGHT of them at a time.
+    """Calls `visit` for the rows of a block, IN_FLIGHT rows at a time.
 
-    The last row may be visited more than once.
+    The last row can occur more than once.
     """
     first = jax.lax.axis_index("block of the gather") * BLOCK
 
@@ -154,15 +154,16 @@ def _copy_kernel(table: Any, numbers: Any, out: Any, *, count: int, rows: int) -
 
 
 def _sum_kernel(by_slot: Any, order: Any, starts: Any, out: Any, *, rows: int) -> None:
-    """Most rows were read once or twice: those of many rows are in flight together.
+    """Sums the gradients of the rows of a block.
 
-    Then come the rows that were read more often, one after another.
+    Most rows have one or two gradients, which are loaded for many rows at once. Rows with more
+    gradients follow, one row after another.
     """
     words, layout = _line()
 
     def add(total: Array, begin: Any, end: Any, most: int) -> Array:
         indices = [begin + index for index in range(most)]
-        last = jnp.maximum(end, 1) - 1  # again and again, where there are no more
+        last = jnp.maximum(end, 1) - 1  # loaded again instead of indices from `end` on
         places = [order[jnp.minimum(index, last)] for index in indices]
         lines = [plgpu.layout_cast(by_slot[place, words], layout) for place in places]
         for index, line in zip(indices, lines, strict=True):
@@ -170,9 +171,9 @@ def _sum_kernel(by_slot: Any, order: Any, starts: Any, out: Any, *, rows: int) -
         return total
 
     def sum_rows(places: list[Any]) -> None:
-        nothing = plgpu.layout_cast(jnp.zeros((LINE,), jnp.float32), layout)
+        zeros = plgpu.layout_cast(jnp.zeros((LINE,), jnp.float32), layout)
         bounds = [(starts[row], starts[row + 1]) for row in places]
-        totals = [add(nothing, begin, end, FEW) for begin, end in bounds]
+        totals = [add(zeros, begin, end, FEW) for begin, end in bounds]
         for row, total in zip(places, totals, strict=True):
             out[row, words] = total
 
@@ -186,7 +187,7 @@ def _sum_kernel(by_slot: Any, order: Any, starts: Any, out: Any, *, rows: int) -
                     0,
                     parts,
                     lambda part, total: add(total, begin + part * MANY, end, MANY),
-                    nothing,
+                    zeros,
                 )
 
         jax.lax.fori_loop(places[0], places[-1] + 1, sum_row, None)

@@ -1,9 +1,9 @@
-"""The gather on TPU: rows by copies from HBM, many in flight, straight into their place.
+"""The gather on TPU: asynchronous copies of rows from HBM, many at the same time.
 
-Rows are 32-bit words in whole lines of 128: what Mosaic can copy by a row number. (Single rows of
-bfloat16 or bytes share their words with neighbors.) So a row of 80 float32 numbers takes the time
-of 128, one of 160 bfloat16 numbers that of 256, one of 256 in float8 that of 512. `expand` first
-copies distinct rows that fill no line into lines.
+Rows consist of 32-bit words in lines of 128, because Mosaic can copy such a row by its number.
+(Rows of bfloat16 or bytes would share words with other rows.) So a row of 80 float32 numbers takes
+as long as one of 128, a row of 160 bfloat16 numbers as long as one of 256, and a row of 256 float8
+numbers as long as one of 512. `expand` first pads distinct rows to lines.
 """
 
 from functools import partial
@@ -20,24 +20,24 @@ from pallas_kernels.hashed_gather.format import RowFormat
 from pallas_kernels.hashed_gather.xla import no_gradient
 
 LANES = 128  # 32-bit words of a line
-IN_FLIGHT = 512  # rows copied at a time in the forward pass, and as many again on their way
+IN_FLIGHT = 512  # rows of a block in the forward pass; the next block is copied at the same time
 SUMS, CHUNK = 256, 128  # rows of a block in the backward pass; gradients copied at once
 
-_one_by_one = jax.custom_batching.sequential_vmap  # under vmap
+_one_by_one = jax.custom_batching.sequential_vmap  # vmap becomes a loop over calls
 
 
 def read(
     table: UInt32[Array, "R words"], numbers: Int32[Array, "n H"], form: RowFormat
 ) -> Num[Array, "n E"]:
-    """Copies rows and decodes them on the way.
+    """Copies rows, and decodes them in the kernel.
 
     Raises:
-        ValueError: the table's rows are no whole lines.
+        ValueError: the table's rows are not a multiple of a line.
     """
     if table.shape[1] % LANES:
         raise ValueError(
-            f"Rows of {table.shape[1]} words cannot be copied one by one on TPU: pad them to "
-            f"whole lines of {LANES}, or take the implementation 'xla'."
+            f"A TPU cannot copy single rows of {table.shape[1]} words: pad them to whole lines of "
+            f"{LANES} words, or use the implementation 'xla'."
         )
     return _one_by_one(partial(_read, form=form))(table, numbers)
 
@@ -46,7 +46,7 @@ def read(
 def expand(
     values: Float[Array, "U F"], slots: Int[Array, "n H"], order: Int[Array, "m"]
 ) -> Float[Array, "n E"]:
-    """values[slots]; `order` sorts the slots stably and serves the backward pass."""
+    """values[slots]; `order` sorts the slots stably, for the backward pass."""
     del order
     form = RowFormat(values.shape[1])
     lines = form.encode(_pad_lanes(values.astype(jnp.float32)))
@@ -79,7 +79,7 @@ def _pad_lanes(x: Float[Array, "n F"]) -> Float[Array, "n words"]:
 def _read(
     table: UInt32[Array, "R words"], numbers: Int32[Array, "n H"], form: RowFormat
 ) -> Num[Array, "n E"]:
-    """The rows, decoded, side by side."""
+    """The decoded rows, H rows next to each other."""
     count, columns = numbers.shape
     tokens = min(max(IN_FLIGHT // columns // 8, 1) * 8, count)
     blocks = pl.cdiv(count, tokens)
@@ -125,7 +125,7 @@ def _read_kernel(
     *,
     form: RowFormat,
 ) -> None:
-    """Decodes one block while the rows of the next are on their way."""
+    """Decodes one block while the rows of the next block are copied."""
     step, (_, columns, tokens, lines) = pl.program_id(0), buffer.shape
 
     def start(there: Any, half: Any) -> None:
@@ -144,7 +144,7 @@ def _read_kernel(
     pl.when(step + 1 < pl.num_programs(0))(lambda: start(ahead, (step + 1) % 2))
 
     half = step % 2
-    # One wait for all bytes of the block.
+    # This waits once, for all copies of the block.
     pltpu.make_async_copy(buffer.at[half], buffer.at[half], arrived.at[half]).wait()
     parts = []
     for column in range(columns):
@@ -158,14 +158,14 @@ def _read_kernel(
 def _sum_rows(
     by_slot: Float[Array, "m words"], slots: Int[Array, "m"], order: Int[Array, "m"], *, rows: int
 ) -> Float[Array, "U words"]:
-    """The sums of the rows of equal slots, added one after another in the given order."""
+    """Sums the rows of equal slots, one after another, in the given order."""
     blocks, chunks = pl.cdiv(rows, SUMS), pl.cdiv(len(order), CHUNK)
     padding = chunks * CHUNK - len(order)
     ascending = slots.at[order].get(mode="promise_in_bounds", unique_indices=True)
     edges = jnp.arange(blocks + 1, dtype=ascending.dtype) * SUMS
     starts = jnp.searchsorted(ascending, edges).astype(jnp.int32)
     walk = jnp.pad(order, (0, padding)).reshape(chunks, 1, CHUNK)
-    # What fills the last chunk belongs to no block.
+    # The padding of the last chunk belongs to no block.
     owners = jnp.pad(ascending, (0, padding), constant_values=blocks * SUMS).reshape(walk.shape)
     words = by_slot.shape[1]
     grid = pltpu.PrefetchScalarGridSpec(
@@ -201,7 +201,7 @@ def _sum_kernel(
     read: Any,
     arrived: Any,
 ) -> None:
-    """Adds up one block of rows, from the chunks of the sorted order that concern it."""
+    """Sums one block of rows, from the chunks of the sorted order that contain its slots."""
     block, size = pl.program_id(0), out.shape[0]
     first, last = starts[block] // CHUNK, pl.cdiv(starts[block + 1], CHUNK)
     out[...] = jnp.zeros_like(out)

@@ -1,8 +1,8 @@
-"""The gather in XLA, with a sorted segment sum as backward pass.
+"""The gather in XLA. Its backward pass is a sorted segment sum.
 
-JAX's own backward pass is an unsorted scatter-add: slow on TPU, and on GPU it adds in whatever
-order its atomics arrive. Sorted segments give every duplicate its fixed place on CPU and TPU; on
-GPU, XLA still uses atomics unless run with --xla_gpu_deterministic_ops.
+JAX's own backward pass is an unsorted scatter-add. It is slow on TPU, and on GPU its atomic
+additions have no fixed order. A sorted segment sum has a fixed order on CPU and TPU. On GPU, XLA
+still uses atomic additions, unless it runs with --xla_gpu_deterministic_ops.
 """
 
 import jax
@@ -17,7 +17,7 @@ def read(
     table: UInt32[Array, "R words"], numbers: Int32[Array, "n H"], form: RowFormat
 ) -> Num[Array, "n E"]:
     """Gathers words, then decodes them."""
-    numbers = jnp.where(numbers < 0, len(table), numbers)  # NumPy counts these from the end
+    numbers = jnp.where(numbers < 0, len(table), numbers)  # otherwise they count from the end
     words = table.at[numbers, : form.words].get(mode="fill", fill_value=0)
     return form.decode(words).reshape(len(numbers), -1)
 
@@ -26,7 +26,7 @@ def read(
 def expand(
     values: Float[Array, "U F"], slots: Int[Array, "n H"], order: Int[Array, "m"]
 ) -> Float[Array, "n E"]:
-    """values[slots]; `order` sorts the slots stably and serves the backward pass."""
+    """values[slots]; `order` sorts the slots stably, for the backward pass."""
     del order
     return values.at[slots].get(mode="promise_in_bounds").reshape(len(slots), -1)
 
@@ -53,7 +53,7 @@ def _backward(
 
 
 def no_gradient(x: Int[Array, "*n"]) -> np.ndarray:
-    """The cotangent of integers."""
+    """The cotangent of an integer argument."""
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
