@@ -1,6 +1,6 @@
-# Every target makes .venv when it is missing, and makes it anew when pyproject.toml or
-# constraints.txt changed. PYTHON=… picks the interpreter, ARGS=… goes to train.py or pytest,
-# WORKERS=… is how many processes share the tests.
+# Every target creates .venv if it is missing, and again if pyproject.toml or constraints.txt
+# changed. PYTHON=… selects the interpreter, ARGS=… is passed to train.py or pytest, WORKERS=… is the
+# number of test processes.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,20 +10,20 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-# The first of these that starts and is at least 3.12 makes .venv.
+# The first of these that runs and is at least 3.12 creates .venv.
 PYTHON ?= $(shell for name in python3 python3.12 python3.13 python3.14 python; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$name && exit; done; echo python3)
 
-# XLA takes fresh memory for every step; in pages of 2 MiB instead of 4 KiB that makes a step of the
-# default model on a CPU 1.4 times as fast (Linux with glibc 2.35 or newer; elsewhere it is ignored).
+# XLA allocates new memory in every step. With pages of 2 MiB instead of 4 KiB, a step of the default
+# model on a CPU is 1.4 times as fast (Linux with glibc 2.35 or newer; ignored elsewhere).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-# What pip does, one line a package, without its resolver's chatter.
+# pip's output is reduced to one line per package.
 PIP_INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check \
 	--progress-bar off --constraint constraints.txt
 PIP_LINES = { grep --line-buffered -E '^ *(Downloading|Using cached|Building|Installing (collected|build))' \
 	| cut -c -100 || true; }
-# A process takes all memory of a GPU or TPU, so there it is one.
+# On GPU and TPU there is one test process, because a process takes all memory of the device.
 WORKERS ?= $(if $(filter-out cpu,$(JAX_PLATFORMS)),0,2)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --durations=10
 
@@ -40,27 +40,27 @@ install: $(VENV)/.installed  ## set up .venv for training, evaluation and sampli
 	@echo "Ready: $(BIN)/python train.py --help"
 
 .PHONY: test
-test: lint typecheck  ## set up, lint, type check, and all tests but the slow ones
+test: lint typecheck  ## set up, lint, type check, and all tests except the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(VENV)/.installed-dev  ## the slow tests alone
+test-slow: $(VENV)/.installed-dev  ## only the slow tests
 	$(PYTEST) -m slow $(ARGS)
 
 .PHONY: test-all
-test-all: lint typecheck  ## as test, with the slow tests
+test-all: lint typecheck  ## like test, with the slow tests
 	$(PYTEST) $(ARGS)
 
 .PHONY: gpu
-gpu: $(VENV)/.installed-dev  ## one GPU for twelve minutes: tests, kernels beside XLA, tokens/s
+gpu: $(VENV)/.installed-dev  ## on one GPU, 12 minutes: tests, kernels compared with XLA, tokens/s
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 .PHONY: faults
-faults: $(VENV)/.installed-dev  ## put faults into copies of the tree, and see whether tests find them
+faults: $(VENV)/.installed-dev  ## put faults into copies of the tree, and check that tests find them
 	$(BIN)/python tests/faults.py $(ARGS)
 
 .PHONY: lint
-lint: $(VENV)/.installed-dev  ## ruff: lint and format, changing nothing
+lint: $(VENV)/.installed-dev  ## ruff: check lint and format, without changes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -69,20 +69,20 @@ typecheck: $(VENV)/.installed-dev  ## mypy
 	$(BIN)/mypy
 
 .PHONY: format
-format: $(VENV)/.installed-dev  ## ruff: mend what it can
+format: $(VENV)/.installed-dev  ## ruff: fix lint and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 .PHONY: clean
-clean:  ## remove .venv, caches and build output; runs/ stays
+clean:  ## remove .venv, caches and build output, but not runs/
 	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
-	echo "Python 3.12 or newer is needed and '$(PYTHON)' is none:" \
-		"install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@echo "Making $(VENV) with $$("$(PYTHON)" --version)"
+	echo "Python 3.12 or newer is needed, and '$(PYTHON)' is not:" \
+		"install it, or give its path: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Creating $(VENV) with $$("$(PYTHON)" --version)"
 	@"$(PYTHON)" -m venv --clear $(VENV)
 
 $(VENV)/.installed: $(VENV)/pyvenv.cfg

@@ -1,11 +1,11 @@
-"""A quarter of an hour on one GPU: tests, kernels beside XLA, training throughput. `make gpu`
+"""Checks one GPU in 12 minutes: tests, kernels compared with XLA, training throughput. `make gpu`
 
     python -m benchmarks.gpu [--minutes M]
 
-Runs the parts in the order of their value, each with a time limit of its own, and stops after
-`minutes`. A part that fails or runs out of time does not stop the others. Writes the results to
-benchmarks/results/, in a file with the device's name; the kernels' figures have a file of their own
-(`benchmarks.kernels`).
+Runs the most important parts first. Each part has a time limit, and all of them end after
+`minutes`. A part that fails or exceeds its limit does not stop the others. Writes the results to
+benchmarks/results/, in a file with the device's name. The kernels' results are in a separate file
+(see `benchmarks.kernels`).
 """
 
 import json
@@ -32,9 +32,9 @@ class Part:
 
     Attributes:
         name: its name in the results.
-        words: the command, after Python's own name.
+        words: the arguments of Python.
         seconds: its time limit.
-        figures: the JSON file that it writes, if it writes one.
+        figures: the JSON file that it writes; None: it writes none.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Part:
 
 
 def parts(folder: Path) -> list[Part]:
-    """All parts, the most valuable ones first; figures go to `folder`."""
+    """All parts, the most important ones first. They write their figures to `folder`."""
     pytest = ["-m", "pytest", "-q", "--numprocesses", "0"]
     planned = [
         Part("tests at real sizes", [*pytest, "tests/test_gpu.py"], 150),
-        Part("kernels beside XLA", ["-m", "benchmarks.kernels", "--rounds", "9"], 150),
+        Part("kernels compared with XLA", ["-m", "benchmarks.kernels", "--rounds", "9"], 150),
     ]
     for dense, engram in TWINS:
         for workers in (0, 4):
@@ -62,7 +62,7 @@ def parts(folder: Path) -> list[Part]:
 
 
 def run(part: Part, seconds: float) -> dict[str, Any]:
-    """Runs a part, shows its output, and returns its outcome."""
+    """Runs a part with its output shown, and returns its outcome."""
     print(f"== {part.name} (at most {min(seconds, part.seconds):.0f} s)", flush=True)
     start, limit = time.perf_counter(), min(seconds, part.seconds)
     try:
@@ -87,7 +87,7 @@ def main(minutes: float = 12.0) -> None:
         minutes: time for all of them.
     """
     end = time.monotonic() + 60 * minutes
-    # A process takes most of a GPU's memory, so this one asks for the device's name in another.
+    # In another process, because a process that uses JAX takes most of a GPU's memory.
     name = subprocess.run(
         [sys.executable, "-c", "import jax; print(jax.devices()[0].device_kind)"],
         check=True,
@@ -103,10 +103,10 @@ def main(minutes: float = 12.0) -> None:
         for part in parts(Path(folder)):
             left = end - time.monotonic()
             if left < 20:
-                results["parts"][part.name] = {"outcome": "not begun: out of time"}
+                results["parts"][part.name] = {"outcome": "not started: out of time"}
             else:
                 results["parts"][part.name] = run(part, left)
-            path.write_text(json.dumps(results, indent=1) + "\n")  # after each: nothing is lost
+            path.write_text(json.dumps(results, indent=1) + "\n")  # after every part
     for title, outcome in results["parts"].items():
         print(f"{outcome['outcome']:<24}{title}")
     print(f"Written: {path.relative_to(ROOT)}")

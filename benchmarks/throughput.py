@@ -86,7 +86,7 @@ def main(
         configs: names of configurations; the others are compared with the first.
         rounds: measurements of every config, alternating.
         steps: training steps per measurement.
-        workers: processes that build batches; None: as many as training would take.
+        workers: number of processes that build batches; None: the same number as in training.
         json_file: file for the tokens per second of every round, by config.
     """
     rates = measure(configs, rounds, steps, workers)

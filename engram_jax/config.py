@@ -111,7 +111,7 @@ class DataConfig:
         held_out: share of the documents that is never used for training, chosen by their hash.
         cache: folder of the tokenized corpora.
         workers: number of processes that build batches; 0: a thread of the main process does. By
-            default 0 on a CPU, whose cores the step needs, and on an accelerator up to 4.
+            default, 0 on a CPU and up to 4 on an accelerator.
         prefetch: number of batches that are built ahead.
     """
 

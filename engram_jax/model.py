@@ -305,8 +305,8 @@ class Decoder(nnx.Module):
             positions: position within the document.
             expert_bias: biases that balance the experts, by layer id. For a trained model, pass
                 `TrainState.expert_bias`; None is zeros, the initial value.
-            token_mask: False at image placeholders, which are no tokens: their embedding is zero
-                and their gates are 0 (DeepSeek-V4.1); None: all positions are tokens.
+            token_mask: False at image placeholders, where embedding and gates are zero (as in
+                DeepSeek-V4.1); None: all positions are tokens.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         gather = partial(gather_parameters, dtype=dtype, axes=split_axes(tokens))

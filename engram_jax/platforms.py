@@ -41,10 +41,11 @@ def foreign_kernels(config: Config, platform: str) -> dict[str, str]:
 
 
 def default_workers(platform: str) -> int:
-    """The number of processes that build batches, if the configuration leaves it open.
+    """The default number of processes that build batches.
 
-    A GPU takes 2 ms for a step of the default model, one thread 5 ms for a batch (H200,
-    docs/experiments.md). On a CPU the step itself needs all cores.
+    0 on a CPU, because the step itself needs all cores. On an accelerator up to 4: an H200 needs
+    2 ms for a step of the default model, and one thread needs 5 ms for a batch
+    (docs/experiments.md).
     """
     if platform == "cpu":
         return 0

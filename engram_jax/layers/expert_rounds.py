@@ -1,7 +1,7 @@
-"""What the experts of one device compute: pairs of a token and an expert, in rounds of fixed size.
+"""The computation of one device's experts: pairs of a token and an expert, in rounds of fixed size.
 
 Pairs are sorted by expert, so that every expert multiplies one group of rows. A round has a fixed
-capacity. Further rounds run where the load is uneven, so that no pair is ever dropped.
+capacity. If the load is uneven, more rounds run, so no pair is dropped.
 """
 
 import math

@@ -97,7 +97,7 @@ class Route:
     def _ask(
         self, number: Int32[Array, ""]
     ) -> tuple[Int32[Array, "S"], Int32[Array, "S"], Int32[Array, "n"]]:
-        """Begin and end of each owner's part of `places`, and the rows requested from this device."""
+        """Begin and end of each owner's part of `places`; the rows requested from this device."""
         first = jnp.arange(self.shards, dtype=jnp.int32) * self.owned
 
         def begin(number: Array) -> Int32[Array, "S"]:

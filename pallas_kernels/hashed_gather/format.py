@@ -55,7 +55,7 @@ class RowFormat:
         return -(-self.width // SCALED)
 
     def encode(self, rows: Num[Array, "*n F"]) -> UInt32[Array, "*n words"]:
-        """Encodes rows, rounding to nearest. float8 scales are chosen so that no number overflows."""
+        """Encodes rows, rounding to nearest. A float8 scale is large enough to avoid overflow."""
         if self.precision == "uint32":
             return rows
         if self.precision == "float32":
