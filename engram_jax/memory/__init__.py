@@ -1,1 +1,1 @@
-"""The tables: layout, plan, lookup, exchange, row optimizer, places of rows, statistics."""
+"""The tables: plan, places and layout of rows, lookup, exchange, row optimizer."""

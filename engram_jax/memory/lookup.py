@@ -1,9 +1,9 @@
-"""Tables to memory vectors and back: read the distinct rows, spread them, sum, update.
+"""From tables to memory vectors and back.
 
-`read_rows` brings each device the distinct rows that its tokens need; `expand` spreads them to
-tokens, and its backward pass sums the gradients of equal rows; `own_gradients` brings those to the
-devices that own the rows, and `update_rows` takes the optimizer's step there. Everything runs on a
-mesh (of one device, too), and nothing but gathers and scatters touches an array of R rows.
+`read_rows` gives each device the distinct rows that its tokens need. `expand` copies them to
+tokens; its backward pass sums the gradients of equal rows. `own_gradients` sends these to the
+devices that own the rows, and `update_rows` applies the row optimizer there. All of them run on a
+mesh, which may have one device. Only gathers and scatters access arrays of R rows.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from engram_jax.sharding import TOKEN_AXES
 from pallas_kernels import hashed_gather
 from pallas_kernels.hashed_gather import GatherImplementation
 
-PART = 8192  # rows gathered at a time, where only a part of them is kept
+PART = 8192  # rows per part, where work in parts saves memory
 _BY_DEVICE = jax.P(TOKEN_AXES)  # tables by R, plans by S, tokens by B
 
 
@@ -31,10 +31,10 @@ class ReadRows(NamedTuple):
     """The distinct rows of a step.
 
     Attributes:
-        values: what the forward pass reads.
-        own: the same for the rows that a device owns, for `update_rows` of the same step, so that
-            pending updates are computed once a step. None for lazy Adam, which has none; and on
-            several devices, where the rows that an owner is asked for repeat, and come in another
+        values: the rows that the forward pass reads.
+        own: the same for the rows that a device owns. `update_rows` of the same step uses them, so
+            that pending updates are computed once per step. None for lazy Adam, which has none; and
+            on several devices, where requests to an owner contain duplicates and have another
             order than its gradients.
     """
 
@@ -49,17 +49,16 @@ def read_rows(
     step: Int32[Array, ""],
     gather: GatherImplementation | None = None,
 ) -> ReadRows:
-    """Each device's distinct rows, as the forward pass of step `step` + 1 reads them.
+    """Reads each device's distinct rows for the forward pass of step `step` + 1.
 
-    The row optimizer applies pending updates to this copy; the table stays as it is. Padding reads
-    as zero.
+    Pending updates are applied to this copy. The table does not change. Padding reads as zero.
 
     Args:
         table: the table.
         plan: the step's rows.
         adam: the row optimizer.
-        step: optimizer steps done.
-        gather: how records are read; None is "xla".
+        step: number of finished optimizer steps.
+        gather: implementation of `hashed_gather` that reads records; None is "xla".
     """
 
     def read_own(table: Table, plan: RowPlan, adam: RowAdam, step: Array) -> ReadRows:
@@ -73,7 +72,8 @@ def read_rows(
         def answer(own_rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
             if adam.tail is None:
                 return records.read_values(table, own_rows, gather)
-            # In parts: a record is three times as large as what is sent of it.
+            # In parts, because a record has three times as many words as the embedding, which is
+            # all that is sent.
             return _in_parts(
                 lambda rows: adam.current(records.read(table, rows, gather), step), own_rows
             )
@@ -99,18 +99,18 @@ def expand(
     plan: SlotPlan,
     gather: GatherImplementation | None = None,
 ) -> Float[Array, "B T E"]:
-    """Spreads rows to the memory vector of every token of a micro-batch: its H rows, order-major.
+    """Copies rows to the memory vectors of a micro-batch: H rows per token, order-major.
 
     Args:
-        rows: each device's distinct rows, as `read_rows` gives them.
-        plan: slots and order of one micro-batch: arrays [B, T, H].
-        gather: how rows are read; None is "xla".
+        rows: each device's distinct rows, from `read_rows`.
+        plan: slots and order of one micro-batch, arrays [B, T, H].
+        gather: implementation of `hashed_gather`; None is "xla".
     """
 
     def expand_own(rows: Array, slots: Array, order: Array) -> Float[Array, "B T E"]:
         return hashed_gather.expand(rows[0], slots, order.reshape(-1), implementation=gather)
 
-    # Kernels do not tell JAX over which axes their results vary; all vary over all here.
+    # check_vma is off, because kernels do not declare that their results vary over every mesh axis.
     return jax.shard_map(expand_own, in_specs=_BY_DEVICE, out_specs=_BY_DEVICE, check_vma=False)(
         rows, *plan
     )
@@ -120,12 +120,12 @@ def expand(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class OwnGradients:
-    """Row gradients with their owners: what the first round brought, and the norm of all rounds.
+    """Row gradients on the owners of the rows: of the first round, and the norm of all rounds.
 
     Attributes:
         rows: distinct own row numbers of every device, ascending; padding from R / S up.
         sums: their gradients, summed over all devices.
-        square_norm: squared norm of all rows' gradients, those of later rounds included.
+        square_norm: squared norm of the gradients of all rows, including later rounds.
     """
 
     rows: Int32[Array, "S n"]
@@ -134,7 +134,7 @@ class OwnGradients:
 
 
 def own_gradients(table: Table, plan: RowPlan, gradient: Float[Array, "S U F"]) -> OwnGradients:
-    """Brings the row gradients of all devices to the rows' owners, and sums those of equal rows."""
+    """Sends the row gradients of all devices to the owners of the rows, and sums equal rows."""
 
     def deliver_own(table: Table, plan: RowPlan, gradient: Array) -> OwnGradients:
         route = _route(table, plan)
@@ -167,17 +167,17 @@ def update_rows(
     adam: RowAdam,
     step: Int32[Array, ""],
 ) -> Table:
-    """The table after step `step` + 1; donate the table, so that it is updated in place.
+    """The table after step `step` + 1. Donate the table, so that it is updated in place.
 
     Args:
         table: the table.
         plan: the step's rows.
-        gradient: each device's row gradients, from which later rounds are delivered again.
-        own_gradients: what the function of that name made of them.
-        own_values: `ReadRows.own` of this step's `read_rows`.
+        gradient: each device's row gradients; later rounds of the exchange send them again.
+        own_gradients: result of `own_gradients` for these gradients.
+        own_values: `ReadRows.own` from this step's `read_rows`.
         scale: factor of all gradients (clipping).
         adam: the row optimizer.
-        step: optimizer steps done before this one.
+        step: number of optimizer steps before this one.
     """
 
     def update_own(
@@ -213,18 +213,18 @@ def update_rows(
         return table if route.shards == 1 else _further_rounds(route, write_further, table)
 
     by_device = OwnGradients(_BY_DEVICE, _BY_DEVICE, jax.P())  # type: ignore[arg-type]
-    everywhere = jax.P()
+    replicated = jax.P()
     return jax.shard_map(
         update_own,
-        in_specs=(*[_BY_DEVICE] * 3, by_device, _BY_DEVICE, *[everywhere] * 3),
+        in_specs=(*[_BY_DEVICE] * 3, by_device, _BY_DEVICE, *[replicated] * 3),
         out_specs=_BY_DEVICE,
     )(table, plan, gradient, own_gradients, own_values, scale, adam, step)
 
 
 def shard_load(table: Table, plan: RowPlan) -> Float[Array, ""]:
-    """Rows asked of the fullest device, over the mean of all; 1 on one device.
+    """Rows requested from the fullest device, relative to the mean; 1 on one device.
 
-    A row that several devices ask for counts for each, as it is sent to each.
+    A row that several devices request counts several times, because it is sent to each.
     """
 
     def load_own(table: Table, plan: RowPlan) -> Float[Array, ""]:
@@ -236,24 +236,24 @@ def shard_load(table: Table, plan: RowPlan) -> Float[Array, ""]:
 def settle(
     table: Table, adam: RowAdam, step: Int32[Array, ""], *, keep_moments: bool = False
 ) -> Table:
-    """A table whose rows have no pending updates after `step` steps.
+    """Applies the pending updates of all rows of a table.
 
-    For use where another optimizer or schedule takes over. Works in parts, in place: the table is
-    donated. Checkpoints hold tables with their pending updates, because applying those twice is
-    not bit for bit the same as once.
+    For a run that continues with another row optimizer or schedule. It works in parts and in place:
+    the table is donated. It is not used before saving a checkpoint, because it changes later rows
+    in the last bits (see `RowAdam.apply_pending`).
 
     Args:
         table: the table.
-        adam: the optimizer whose updates are pending.
-        step: optimizer steps done.
-        keep_moments: keep moments and clocks; otherwise the rows start anew, as at step 0.
+        adam: the row optimizer before the change.
+        step: number of finished optimizer steps.
+        keep_moments: keep moments and clocks; otherwise reset them, as at step 0.
     """
 
     def settle_own(table: Table, adam: RowAdam, step: Array) -> Table:
         layout, size = table.layout, min(PART, len(table.records))
 
         def settle_part(number: Array, words: Array) -> Array:
-            # The last part overlaps the one before it, whose rows are not settled a second time.
+            # The last part overlaps with the one before. Rows in both are changed only once.
             start = jnp.minimum(number * size, len(words) - size)
             part = jax.lax.dynamic_slice_in_dim(words, start, size)
             rows = adam.apply_pending(layout.unpack(part), step)
@@ -266,15 +266,15 @@ def settle(
         parts = -(-len(table.records) // size)
         return replace(table, records=jax.lax.fori_loop(0, parts, settle_part, table.records))
 
-    everywhere = jax.P()
+    replicated = jax.P()
     settle_all = jax.shard_map(
-        settle_own, in_specs=(_BY_DEVICE, everywhere, everywhere), out_specs=_BY_DEVICE
+        settle_own, in_specs=(_BY_DEVICE, replicated, replicated), out_specs=_BY_DEVICE
     )
     return jax.jit(settle_all, donate_argnums=0)(table, adam, step)
 
 
 def _route(table: Table, plan: RowPlan) -> Route:
-    """This device's distinct rows; inside `shard_map`, where R is what it owns."""
+    """The route of this device's distinct rows. Call it inside `shard_map`."""
     rounds = jax.lax.pmax(plan.rounds[0], TOKEN_AXES)
     return Route(plan.places[0], rounds, len(table.records), TOKEN_AXES)
 
@@ -282,14 +282,14 @@ def _route(table: Table, plan: RowPlan) -> Route:
 def _further_rounds[State](
     route: Route, body: Callable[[tuple[Array, State]], tuple[Array, State]], state: State
 ) -> State:
-    """Runs rounds 1, 2, … of the exchange, of which there are mostly none."""
+    """Runs rounds 1, 2, … of the exchange; usually there are none."""
     return jax.lax.while_loop(lambda carry: carry[0] < route.rounds, body, (jnp.int32(1), state))[1]
 
 
 def _in_parts(
     function: Callable[[Int32[Array, "part"]], Float[Array, "part F"]], rows: Int32[Array, "n"]
 ) -> Float[Array, "n F"]:
-    """Applies a function of row numbers to `PART` of them at a time."""
+    """Applies a function to `PART` row numbers at a time."""
     if len(rows) <= PART:
         return function(rows)
     parts = jax.lax.map(function, _split(rows, PART))
@@ -299,7 +299,7 @@ def _in_parts(
 def _split(
     array: Array, size: int, padding: Array | None = None
 ) -> Shaped[Array, "parts {size} ..."]:
-    """The array in parts of `size`; what fills the last one is `padding`, or zeros."""
+    """Splits an array into parts of `size`; the last part is filled with `padding`, or zeros."""
     missing = -len(array) % size
     if padding is None:
         padding = jnp.zeros((missing, *array.shape[1:]), array.dtype)

@@ -1,8 +1,8 @@
-"""Reads and writes single records of a table.
+"""Reads and writes records of a table.
 
-On CPU, every part of a record (embedding, moments, clock) is moved by a gather or scatter of its
-own: neither the record nor what fills its lines is ever assembled, which takes half the time. On
-other platforms a record is moved whole, in lines of 128 words.
+On CPU, each part of a record (embedding, moments, clock) has a separate gather and scatter, without
+padding. That takes half the time. On other platforms, a gather or scatter moves complete records,
+in lines of 128 words.
 """
 
 from dataclasses import replace
@@ -20,12 +20,12 @@ from pallas_kernels.hashed_gather import GatherImplementation
 def read_values(
     table: Table, rows: Int32[Array, "n"], gather: GatherImplementation | None = None
 ) -> Float[Array, "n F"]:
-    """Embeddings of rows, without the other words of their records.
+    """Reads the embeddings of rows, without the other words of their records.
 
     Args:
         table: the table, or a device's part of it.
         rows: row numbers; those beyond the table read as zeros.
-        gather: implementation; None is "xla".
+        gather: implementation of `hashed_gather`; None is "xla".
     """
     form = table.layout.value
     return hashed_gather.read(table.records, rows[:, None], form, implementation=gather)
@@ -34,7 +34,7 @@ def read_values(
 def read(
     table: Table, rows: Int32[Array, "n"], gather: GatherImplementation | None = None
 ) -> RowState:
-    """Rows with their state; arguments as for `read_values`."""
+    """Reads rows with their optimizer state; arguments as for `read_values`."""
     layout = table.layout
 
     def read_whole(records: Array, rows: Array) -> RowState:
@@ -53,17 +53,18 @@ def read(
 
 
 def write(table: Table, rows: Int32[Array, "n"], new: RowState, step: Int32[Array, ""]) -> Table:
-    """The table with distinct ascending rows replaced; row numbers beyond it are dropped.
+    """Writes rows, and returns the new table. Row numbers beyond the table are dropped.
 
     Call it inside `shard_map`.
 
     Args:
         table: a device's part of the table.
-        rows: row numbers in that part.
-        new: what to write.
-        step: optimizer steps done; part of the seed of stochastic rounding.
+        rows: row numbers in that part, distinct and ascending.
+        new: the rows to write.
+        step: number of finished optimizer steps; part of the seed of stochastic rounding.
     """
-    # Random bits by table, row of the whole table and step, hence the same on every mesh.
+    # The random bits depend on the table, the place in the complete table and the step, so they are
+    # the same on every mesh.
     place = rows + jax.lax.axis_index(TOKEN_AXES) * len(table.records)
     noise = mix(mix(place.astype(jnp.uint32)) + mix(step.astype(jnp.uint32)) + table.layer)
     layout = table.layout
@@ -121,5 +122,5 @@ def _scatter(
 
 
 def _corners(rows: Int32[Array, "n"], columns: slice) -> Int32[Array, "n 2"]:
-    """Row and first column of what is moved."""
+    """Row and first word of every part to move."""
     return jnp.stack([rows, jnp.full_like(rows, columns.start)], axis=1)

@@ -1,12 +1,13 @@
-"""Adam on the rows that a step touched, and on no other.
+"""Adam on the rows of a step, without visiting other rows.
 
-*Exact* row Adam gives dense Adam's answer. A row that is read first receives the momentum updates
-that it missed while it was idle: its *pending update* (`memory/momentum_tail.py`), and its moments
-decay by as many steps. *Lazy* row Adam skips them: moments and the update count of a row change
-only when it is touched. The two are different optimizers: one late gradient moves a row by 32
-learning rates in all under exact Adam (0.9, 0.999) and by one under lazy Adam.
+*Exact* row Adam has the same result as dense Adam. When a row is read after idle steps, it first
+receives the momentum updates that it missed (its *pending update*, see `memory/momentum_tail.py`),
+and its moments decay by the same number of steps. *Lazy* row Adam skips both: moments and update
+count of a row change only in steps that read it. These are different optimizers. For example, a
+single late gradient moves a row by 32 learning rates in total under exact Adam (0.9, 0.999), and by
+one under lazy Adam.
 
-Both work on rows that were gathered from a table; the caller scatters them back.
+Both work on rows that the caller has gathered from a table, and will scatter back.
 """
 
 import math
@@ -32,7 +33,7 @@ class RowAdamConfig:
     """The row optimizer; rows have no weight decay.
 
     Attributes:
-        form: "exact" gives dense Adam's answer; "lazy" leaves idle rows as they are.
+        form: "exact" has the same result as dense Adam; "lazy" does not change idle rows.
         factor: learning rate relative to optimizer.learning_rate (paper: 5).
         b1: decay of the first moment.
         b2: decay of the second moment.
@@ -51,12 +52,12 @@ class RowAdamConfig:
         if self.form == "exact" and not self.b1**2 < self.b2:
             raise InputError(
                 f"Exact row Adam needs b1² < b2, or idle rows never stop moving; b1 is {self.b1} "
-                f"and b2 is {self.b2}. Change them, or choose memory.adam.form lazy."
+                f"and b2 is {self.b2}. Change them, or set memory.adam.form to lazy."
             )
 
 
-# A smaller ε would change nothing beside the root of a float32 number, which is 0 or above 1e-19.
-# The product of two denominators with this ε is still a normal number.
+# A smaller ε has no effect, because the root of a nonzero float32 number is above 1e-19. With this
+# ε, the product of two denominators is still a normal number.
 _LEAST_EPS = 1e-18
 
 
@@ -64,15 +65,14 @@ _LEAST_EPS = 1e-18
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RowAdam:
-    """A row optimizer; make one with `make_row_adam`, and give it to jitted functions as argument.
+    """A row optimizer. Create it with `make_row_adam`, and pass it to jitted functions.
 
-    Its methods take rows that were gathered from a table, and `step`, the number of optimizer
-    steps done.
+    In its methods, `step` is the number of finished optimizer steps.
 
     Attributes:
-        rates: the network's learning rate by the number of finished steps, 0 … steps.
-        tail: the momentum updates of idle rows, by the step that last wrote them; None for lazy
-            Adam.
+        rates: the model's learning rate by the number of finished steps, 0 … steps.
+        tail: the sums of momentum updates of idle rows, by the step that last wrote them; None for
+            lazy Adam.
         config: hyperparameters.
     """
 
@@ -86,15 +86,15 @@ class RowAdam:
         step: Int32[Array, ""],
         current: Float[Array, "U F"] | None = None,
     ) -> RowState:
-        """The rows as dense Adam has them after `step` steps: pending updates applied.
+        """Applies pending updates: returns the rows that dense Adam has after `step` steps.
 
-        Later updates go on from there as they would have, exactly so in real numbers, but not bit
-        for bit. Lazy Adam has no pending updates.
+        The result has no pending updates. In real arithmetic, all later rows are the same as
+        without this call, but not bit for bit. Lazy Adam has no pending updates.
 
         Args:
-            rows: the rows as they are stored.
-            step: optimizer steps done.
-            current: the embeddings with pending updates applied, where they are known already.
+            rows: the stored rows.
+            step: number of finished optimizer steps.
+            current: the embeddings with pending updates applied, if they are already computed.
         """
         if self.tail is None:
             return rows
@@ -103,8 +103,8 @@ class RowAdam:
         root_decay = _power(math.sqrt(self.config.b2), idle)
         if current is None:
             rule = self._pending_rule(rows.clock, step, mean_decay, root_decay)
-            # Without the barrier, XLA would compute this again for every use; and it would fuse it
-            # differently, hence round it differently, in programs of different meshes.
+            # Without the barrier, XLA computes this again for every use. It also fuses it, and
+            # thus rounds it, differently on different meshes.
             current = jax.lax.optimization_barrier(rows.value + self._pending_update(rows, rule))
         return RowState(
             value=current,
@@ -114,7 +114,7 @@ class RowAdam:
         )
 
     def current(self, rows: RowState, step: Int32[Array, ""]) -> Float[Array, "U F"]:
-        """The embeddings as the forward pass of step `step` + 1 reads them."""
+        """The embeddings that the forward pass of step `step` + 1 reads."""
         return self.apply_pending(rows, step).value
 
     def apply_gradient(
@@ -123,9 +123,9 @@ class RowAdam:
         """The rows, moments and clocks after step `step` + 1.
 
         Args:
-            rows: the rows without pending updates (`apply_pending`).
-            gradient: one gradient per row, summed over its uses.
-            step: optimizer steps done before this one.
+            rows: the rows without pending updates (see `apply_pending`).
+            gradient: one gradient per row, summed over its occurrences.
+            step: number of optimizer steps before this one.
         """
         config = self.config
         if self.tail is None:
@@ -133,12 +133,13 @@ class RowAdam:
         else:
             clock, updates = jnp.full_like(rows.clock, step + 1), jnp.reshape(step + 1, (1,))
         gradient_square = gradient**2
-        if rows.square.shape != gradient.shape:  # one for the row
+        if rows.square.shape != gradient.shape:  # one second moment per row
             gradient_square = jnp.mean(gradient_square, axis=1, keepdims=True)
         mean = config.b1 * rows.mean + (1 - config.b1) * gradient
         square = config.b2 * rows.square + (1 - config.b2) * gradient_square
         rate = config.factor * jnp.asarray(self.rates).at[step].get(mode="clip")
-        # Scalars, or one a row: dividing by them here leaves one division for every element.
+        # Bias corrections are scalars, or one per row. Applied here, they leave only one division
+        # per element.
         rate = rate / _bias_correction(config.b1, updates)
         root = 1 / jnp.sqrt(_bias_correction(config.b2, updates))
         movement = rate[:, None] * mean / (root[:, None] * jnp.sqrt(square) + config.eps)
@@ -147,7 +148,7 @@ class RowAdam:
     def update(
         self, rows: RowState, gradient: Float[Array, "U F"], step: Int32[Array, ""]
     ) -> RowState:
-        """`apply_gradient` to rows as they are stored."""
+        """Applies pending updates and a gradient to stored rows."""
         return self.apply_gradient(self.apply_pending(rows, step), gradient, step)
 
     def _pending_rule(
@@ -157,7 +158,7 @@ class RowAdam:
         mean_decay: Float[Array, "U"],
         root_decay: Float[Array, "U"],
     ) -> "_PendingRule":
-        """What the pending update takes beside the moments, from β₁ᵏ and √β₂ᵏ of k idle steps."""
+        """The coefficients of pending updates, given β₁ᵏ and √β₂ᵏ for k idle steps."""
         assert self.tail is not None
         tail = [jnp.asarray(part) for part in self.tail]
         node, a = (part.at[clock].get(mode="clip") for part in tail)
@@ -171,7 +172,7 @@ class RowAdam:
             slope=(a - later_a) * later_node + later_a * (later_node - node),
             offset=(a - later_a) * self._eps,
         )
-        # The barrier keeps XLA from computing these again for every element of a row.
+        # Without the barrier, XLA computes these again for every element of a row.
         return jax.lax.optimization_barrier(rule)
 
     def _pending_update(self, rows: RowState, rule: "_PendingRule") -> Float[Array, "U F"]:
@@ -192,12 +193,11 @@ class RowAdam:
 
 
 class _PendingRule(NamedTuple):
-    """What the pending update of a row takes beside its moments m and v, for every node.
+    """Coefficients of the pending update of a row with moments m and v, for every node.
 
-    The tail at the last write has the terms a/(b √v + ε), times m. Those of the tail at `step`,
-    k idle steps later, are a′/(b′ √v + ε), times the same m, where a′ and b′ hold the decay of the
-    moments. Their difference is (slope √v + offset) / ((b √v + ε) (b′ √v + ε)), which is exactly 0
-    without idle steps.
+    The tail after the last write has the terms m a/(b √v + ε). The tail after k idle steps has the
+    terms m a′/(b′ √v + ε), where a′ and b′ include the decay of the moments. Their difference is
+    m (slope √v + offset) / ((b √v + ε) (b′ √v + ε)). Without idle steps it is exactly 0.
 
     Attributes:
         node: b.
@@ -213,15 +213,15 @@ class _PendingRule(NamedTuple):
 
 
 def make_row_adam(config: RowAdamConfig, schedule: Schedule, steps: int) -> RowAdam:
-    """The row optimizer of a run, as NumPy arrays.
+    """Creates the row optimizer of a run, with NumPy arrays.
 
     Args:
         config: hyperparameters.
-        schedule: the network's learning rate by the number of finished steps.
-        steps: steps of the run.
+        schedule: the model's learning rate by the number of finished steps.
+        steps: number of steps of the run.
 
     Raises:
-        InputError: the momentum of exact Adam's idle rows decays too slowly.
+        InputError: with exact Adam, the momentum of idle rows decays too slowly.
     """
     jitted = jax.jit(jax.vmap(schedule))
 
@@ -239,7 +239,7 @@ def _power(base: float, exponent: Float[Array, "U"]) -> Float[Array, "U"]:
 
 
 def _bias_correction(decay: float, count: Int32[Array, "n"]) -> Float[Array, "n"]:
-    """1 − decay^count; by expm1, because 1 − 0.999 in float32 is off by 1e-5 of itself."""
+    """1 − decay^count, with expm1, because 1 − 0.999 in float32 has a relative error of 1e-5."""
     if decay == 0:
         return jnp.ones(count.shape)
     return -jnp.expm1(count * math.log(decay))
