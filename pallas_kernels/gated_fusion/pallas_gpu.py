@@ -511,7 +511,7 @@ def _reads(bits: Any, tap: int) -> Any:
 
 
 def _only_if(there: Bool[Array, ""], x: Channels) -> Channels:
-    """x, or zeros."""
+    """x if `there`, otherwise zeros."""
     return jnp.where(jnp.broadcast_to(there, x.shape), x, jnp.zeros_like(x))
 
 

@@ -132,7 +132,7 @@ def _in_parts(visit: Any, count: int) -> None:
 
 
 def _only_if(there: Any, x: Array) -> Array:
-    """x, or zeros."""
+    """x if `there`, otherwise zeros."""
     return jnp.where(jnp.broadcast_to(there, x.shape), x, jnp.zeros_like(x))
 
 
