@@ -1,6 +1,6 @@
-"""JAX for all tests: the CPU as eight devices, strict about ranks, with a compilation cache.
+"""JAX settings of all tests (eight CPU devices, no rank promotion, a compilation cache).
 
-And the tiny runs that tests share.
+Also the tiny runs that tests share.
 """
 
 import os
@@ -8,14 +8,15 @@ import platform
 import sys
 from pathlib import Path
 
-# Through the environment as well as the config, for the programs that tests start: those run on one
-# CPU device, unless they ask for more.
+# Also in the environment, for the programs that tests start. They use one CPU device, unless they
+# set more.
 CACHE = Path(__file__).parent.parent / ".cache" / "xla"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# Compiling is most of what tests take, so on a CPU LLVM optimizes little. XLA's own passes run, so
-# compiled programs read the same, and take the same memory; their bits may differ: see `optimized`.
+# Most of the time of tests is compiling, so LLVM optimizes less on a CPU. XLA's own passes still
+# run, so compiled programs have the same text and memory. Their results can differ in the last
+# bits: see `optimized`.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
@@ -49,7 +50,7 @@ from engram_jax.run import Run  # noqa: E402
 from engram_jax.train_state import TrainState  # noqa: E402
 from engram_jax.trainer import train  # noqa: E402
 
-# What takes most of the time of a test that trains is done once for all runs that are equal.
+# The slow parts of tests that train are done once for all equal runs.
 Program.initial_state = place_initial_state
 for name, modules in (
     ("make_train_step", (train_step, trainer)),
@@ -62,9 +63,9 @@ for name, modules in (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file, and those that read the same runs, are for one process.
+    """Groups tests for one process: those of one file, and those that read the same runs.
 
-    And what is slow for some implementations alone is slow.
+    Also marks tests as slow that are slow only for some implementations.
     """
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
@@ -77,7 +78,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def optimized() -> Iterator[None]:
-    """LLVM optimizes as it does for users: for tests of bits, which share no run with others."""
+    """Normal LLVM optimization, for tests that compare bits. They share no run with other tests."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
@@ -88,14 +89,14 @@ def optimized() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def libtpu() -> None:
-    """Skips what needs the TPU compiler where it does not exist; elsewhere tests install it."""
+    """Skips a test if the TPU compiler does not exist for this platform."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         pytest.skip("libtpu exists for Linux on x86-64 alone")
 
 
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """Gives the run of `make_run` with this memory, made once; tests only read what it saved."""
+    """A function that gives the run of `make_run`, created once. Tests must only read it."""
     return cache(lambda memory: make_run(tmp_path_factory.mktemp(memory), memory))
 
 
@@ -103,12 +104,12 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A tiny run that logs every step; its corpora are tokenized once.
 
-    Its row Adam is the exact one, of which every reader of a table must know.
+    It uses exact row Adam, so every read of a table must apply pending updates.
     """
     config = tiny_config(tmp_path_factory.mktemp("tiny"))
     config = vary(config, memory={"adam": RowAdamConfig(form="exact")})
-    # Seed 0 meets gate scores of 2e-4, where the root is so steep that the order of summation moves
-    # the gradient's norm by 5e-4 of itself. Seeds 1 to 7 stay below 3e-5.
+    # With seed 0 there are gate scores of 2e-4. The root is so steep there that the order of
+    # summation changes the gradient's norm by 5e-4 (relative). With seeds 1 to 7 it is below 3e-5.
     return replace(config, train=TrainConfig(steps=6, seed=1, log_every=1, evaluate_every=0))
 
 
@@ -121,7 +122,7 @@ def one_device() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def train_whole(tmp_path_factory: pytest.TempPathFactory) -> TrainWhole:
-    """Trains a configuration on data × fsdp devices, once; run and state are only to be read."""
+    """Trains a configuration on data × fsdp devices, once. Tests must only read run and state."""
 
     @cache
     def train_once(config: Config, data: int, fsdp: int) -> tuple[Run, TrainState]:
@@ -134,5 +135,5 @@ def train_whole(tmp_path_factory: pytest.TempPathFactory) -> TrainWhole:
 
 @pytest.fixture(scope="session")
 def trained(tiny: Config, train_whole: TrainWhole) -> Run:
-    """The tiny run on eight devices, at its end; only to be read."""
+    """The finished tiny run on eight devices. Tests must only read it."""
     return train_whole(tiny, 2, 4)[0]

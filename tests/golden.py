@@ -1,4 +1,4 @@
-"""The golden vectors of `fixtures/`, as hashes and layers of ours."""
+"""The golden vectors of `fixtures/`, as hashes and layers of this project."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def load_golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def golden_hash(golden: dict[str, np.ndarray], sizes: dict[str, Any]) -> NgramHash:
-    """The hash of a file a to e; e has no lookup, as its ids are projected already."""
+    """The hash of a file a to e. File e has no lookup, because its ids are already projected."""
     if "lookup" in golden:
         projection, pad_id = VocabularyProjection(golden["lookup"]), sizes["pad_id"]
     else:
@@ -60,7 +60,7 @@ def released_hash(golden: dict[str, np.ndarray], sizes: dict[str, Any]) -> Ngram
 
 
 def golden_form(sizes: dict[str, Any]) -> EngramConfig:
-    """The form of the layer of file a or b."""
+    """The options of the layer of file a or b."""
     return EngramConfig(kernel=sizes["conv_kernel"], dilation=sizes["conv_dilation"])
 
 

@@ -1,4 +1,4 @@
-"""Parameters that all matter: from layers that start as zero, many a test would learn nothing."""
+"""Nonzero parameters: with layers initialized to zero, many tests would test nothing."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ from engram_jax.typing import PyTree
 
 
 def enliven(params: PyTree, seed: int = 1) -> PyTree:
-    """The parameters with small random numbers in place of leaves that are all zero."""
+    """The parameters, with small random numbers instead of leaves that are all zero."""
     generator = np.random.default_rng(seed)
 
     def draw(leaf: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Programs, and functions in processes of their own, without importing JAX for each."""
+"""Runs programs, and functions in other processes, without importing JAX for each."""
 
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ class Ended(NamedTuple):
 
 
 def run_program(capfd: pytest.CaptureFixture[str], file: str, *words: str) -> Ended:
-    """Runs a program of the repository's root here, as `python FILE WORDS…` would."""
+    """Runs a program of the repository's root in this process, like `python FILE WORDS…`."""
     status = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [file, *words])
@@ -37,14 +37,14 @@ def run_program(capfd: pytest.CaptureFixture[str], file: str, *words: str) -> En
 
 
 def fork(function: Callable[..., object], *arguments: object) -> BaseProcess:
-    """Starts a process: a fork of one that has imported everything and started nothing."""
+    """Starts a process, as a fork of a process that has imported JAX but not initialized it."""
     process = _preloaded().Process(target=function, args=arguments)
     process.start()
     return process
 
 
 def run_program_in_fork(folder: Path, file: str, *words: str) -> Ended:
-    """As `run_program`, where no device is in use yet; its output is in `folder`."""
+    """Like `run_program`, in a new process. The output is in `folder`."""
     process = fork(_run_redirected, folder, file, words)
     process.join(timeout=300)
     return Ended(process.exitcode, *((folder / name).read_text() for name in ("out", "err")))

@@ -13,10 +13,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 
 def simulation(implementation: str, *, races: bool = False) -> AbstractContextManager:
-    """Where a kernel for this implementation's device runs on the CPU; `races` are errors if asked.
+    """A context in which kernels of this implementation run on the CPU; races can be errors.
 
-    (Those of blocks; what the warps of a GPU's block do to one another, it does not see.) On a GPU
-    its own kernels run as they are.
+    (It detects races of blocks, but not of the warps of a GPU's block.) On a GPU, GPU kernels are
+    not simulated.
     """
     if implementation == "pallas_tpu":
         return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=races))
@@ -28,9 +28,9 @@ def simulation(implementation: str, *, races: bool = False) -> AbstractContextMa
 
 
 def also_with_races(*implementations: str) -> list[Any]:
-    """Parameters (implementation, races): each as it is, and those simulated with a look for races.
+    """Parameters (implementation, races): each without, and simulated ones also with race checks.
 
-    That takes several times as long.
+    Race checks take several times as long.
     """
     slow = [
         pytest.param((name, True), marks=pytest.mark.slow, id=f"{name}-races")
@@ -42,9 +42,10 @@ def also_with_races(*implementations: str) -> list[Any]:
 
 @contextmanager
 def simulation_by_xla() -> Iterator[None]:
-    """Where TPU kernels run on the CPU as XLA's own operations, without looking for races.
+    """A context in which TPU kernels run on the CPU as XLA operations, without race checks.
 
-    JAX differentiates remat and scan around these, but not around the other simulation's effects.
+    JAX can differentiate remat and scan around these, but not around the effects of the other
+    simulation.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))

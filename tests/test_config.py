@@ -1,4 +1,4 @@
-"""Configurations: their file, their checks, and that every named one builds."""
+"""Configurations: files, checks, and that every named one can be built."""
 
 import json
 from dataclasses import replace
@@ -178,7 +178,7 @@ def on_eight_devices(config: Config) -> Program:
 
 @pytest.mark.parametrize("name", named_configs())
 def test_every_named_configuration_builds(name: str, tmp_path: Path) -> None:
-    """On abstract arrays: no parameter and no table is made."""
+    """With abstract arrays, without creating parameters and tables."""
     config = load_named_config(name)
     assert config.name == name
     save_config(config, tmp_path / "config.json")
@@ -198,7 +198,7 @@ KINDS = {"default", "over_encoding", "dense_2m", "moe_2m", "engram_27b", "engram
     ],
 )
 def test_the_training_step_of_every_named_configuration_keeps_the_states_types(name: str) -> None:
-    """Of other types, a weak one among them, the second step would be compiled anew."""
+    """Other types, including weak types, would cause a second compilation."""
     program = on_eight_devices(load_named_config(name))
     with program.use_mesh():
         state, batch = program.abstract_state(), abstract_batch(program)

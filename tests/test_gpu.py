@@ -1,4 +1,4 @@
-"""What only a GPU shows: kernels at the sizes of real layers, cuDNN, runs.
+"""Tests that need a GPU: kernels at the sizes of real layers, cuDNN, training runs.
 
 Skipped elsewhere, CI included, which has none. On a GPU (`-k pallas_gpu` finds the kernels' other
 tests in tests/pallas_kernels): `JAX_PLATFORMS=cuda python -m pytest -n 0 tests/test_gpu.py`.
@@ -41,7 +41,7 @@ def assert_relative(found: Any, expected: Any, limit: float) -> None:
 @pytest.mark.parametrize(("dtype", "limit"), [(jnp.float32, 1e-5), (jnp.bfloat16, 4e-3)])
 @pytest.mark.parametrize(("branches", "width"), [(1, 768), (4, 2560)])
 def test_fusion_of_real_layers(branches: int, width: int, dtype: type, limit: float) -> None:
-    """More tokens than blocks take, by no whole number of times; packed documents; two rows."""
+    """A number of tokens that is not a multiple of a block; packed documents; two rows."""
     shape = (2, 300, branches, width)
     keys = jax.random.split(jax.random.key(0), 9)
     hidden = jax.random.normal(keys[0], shape)
@@ -70,7 +70,7 @@ def test_fusion_of_real_layers(branches: int, width: int, dtype: type, limit: fl
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float8"])
 def test_gather_of_real_tables(precision: str) -> None:
-    """Rows of 320 numbers from a table of 2²⁰ rows, to the bit; the gradient in the given order."""
+    """Rows of 320 numbers, equal bit for bit; the gradient sums in the given order."""
     form = RowFormat(320, precision)
     words = -(-form.words // 128) * 128
     table = form.encode(jax.random.normal(jax.random.key(0), (2**20, 320)))
@@ -101,7 +101,7 @@ def test_gather_of_real_tables(precision: str) -> None:
     ("heads", "widths"), [((8, 2), (64, 64)), ((4, 4), (48, 32)), ((2, 2), (192, 128))]
 )
 def test_cudnn_is_xla_with_gradients(heads: tuple[int, int], widths: tuple[int, int]) -> None:
-    """Over packed documents, in bfloat16, whose rounding is 2⁻⁹ of a number."""
+    """With packed documents, in bfloat16, whose relative rounding error is 2⁻⁹."""
     length, keys = 512, jax.random.split(jax.random.key(0), 5)
     shapes = [(2, length, heads[0], widths[0])]
     shapes += [(2, length, heads[1], width) for width in widths]
@@ -125,7 +125,7 @@ def test_cudnn_is_xla_with_gradients(heads: tuple[int, int], widths: tuple[int, 
 
 
 def kernel_run(folder: Path) -> Config:
-    """A run whose sizes every kernel takes: width 128, records of a line, nothing owed to rows."""
+    """A run whose sizes every kernel supports: width 128, records of a line, lazy row Adam."""
     config = vary(
         tiny_config(folder),
         model={
@@ -139,7 +139,7 @@ def kernel_run(folder: Path) -> Config:
 
 
 def test_kernels_train_as_xla_does(tmp_path: Path) -> None:
-    """Twenty steps, the same losses but for rounding (products of float32 are of TF32 here)."""
+    """Twenty steps have the same losses up to rounding (float32 products use TF32 here)."""
     config = kernel_run(tmp_path)
     run = Run.start(config, tmp_path / "xla")
     train(run)

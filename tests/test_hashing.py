@@ -150,7 +150,7 @@ def test_rows_follow_the_formula_across_blocks() -> None:
 def test_a_part_of_the_tokens_needs_those_just_before_it(
     batch: tuple[np.ndarray, np.ndarray], data: st.DataObject
 ) -> None:
-    """A process that builds a part of T hashes N − 1 tokens more, and drops their rows."""
+    """A process that builds a part of T also hashes the N − 1 tokens before it."""
     tokens, segments = batch
     ngram_hash = NgramHash.build(SMALL, VocabularyProjection.identity(9))
     start = data.draw(st.integers(0, tokens.shape[1] - 1))
@@ -186,7 +186,7 @@ def test_heads_are_distinct_primes_from_the_configured_size_up() -> None:
         HashSpec(layers=(0, 5), heads=4, rows_per_head=(100, 101)),
         VocabularyProjection.identity(50),
     )
-    # Every order starts over at its own size and passes over what any head before it took.
+    # Every order starts at its own size, and skips primes that earlier heads use.
     assert ngram_hash.primes.tolist() == [
         [[101, 103, 107, 109], [113, 127, 131, 137]],
         [[139, 149, 151, 157], [163, 167, 173, 179]],
@@ -216,7 +216,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
 
 
 def test_a_loaded_hash_uses_the_stored_multipliers(tmp_path: Path) -> None:
-    """As if it had been saved under a NumPy whose random stream was another."""
+    """As if saved with a NumPy version that has another random stream."""
     built = NgramHash.build(SMALL, VocabularyProjection.identity(9))
     foreign = replace(built, multipliers=built.multipliers + 2)
     foreign.save(tmp_path / "hash.json")
@@ -265,7 +265,7 @@ def test_a_changed_projection_in_the_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "hash.json"
     NgramHash.build(SMALL, VocabularyProjection.identity(9)).save(path)
     document = json.loads(path.read_text())
-    # Sound in itself, so that only the hash's own fingerprint can tell.
+    # Valid by itself, so only the fingerprint of the hash detects it.
     document["projection"] = projection_of([0, 1, 2, 1, 3, 0, 4, 5, 8]).to_json()
     path.write_text(json.dumps(document))
     with pytest.raises(InputError, match="damaged"):

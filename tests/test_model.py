@@ -1,4 +1,4 @@
-"""The decoder: what a position may see, twins, remat, dtypes, and its use of memory."""
+"""The decoder: causality, twins with and without memory, remat, dtypes, use of memory."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def make_decoder(
 
 
 def make_lively_decoder(config: DecoderConfig = CONFIG, sites: MemorySites = ENGRAM) -> Decoder:
-    """With random numbers for all parameters, those that start as zeros or ones too."""
+    """With random numbers for all parameters, also those initialized to zeros or ones."""
     graph, shapes = nnx.split(nnx.eval_shape(lambda: make_decoder(config, sites)))
     generator = np.random.default_rng(1)
 
@@ -70,12 +70,12 @@ def parameters(decoder: Decoder) -> dict[str, np.ndarray]:
 
 
 def test_no_gradient_from_the_future_or_another_document() -> None:
-    """Through attention, gate, convolution and all blocks, from embeddings and memory alike."""
+    """Through all blocks, for embeddings and for memory."""
     graph, params = nnx.split(make_lively_decoder(replace(CONFIG, tie_embeddings=False)))
     readout = jax.random.normal(jax.random.key(3), (1, 1, 50))
 
     def outputs(extra: Array, memory: dict[int, Array]) -> Array:
-        # Every position gets a vocabulary entry of its own, so that its embedding can be moved.
+        # Every position has its own vocabulary entry, so that its embedding can be changed.
         merged = nnx.merge(graph, params)
         merged.embedding = nnx.Param(extra.reshape(-1, CONFIG.width))
         tokens = jnp.arange(28, dtype=jnp.int32).reshape(2, 14)
@@ -154,7 +154,7 @@ def test_memory_that_is_missing_adds_nothing() -> None:
     found, report = apply(decoder, jnp.asarray(TOKENS), {})
     np.testing.assert_array_equal(found, expected)
     assert no_report.gates == report.gates == {}
-    # One layer at a time: each changes something, and gives its gates.
+    # Each layer alone changes the logits, and returns gates.
     for layer in (0, 1):
         partly, report = apply(decoder, jnp.asarray(TOKENS), {layer: memory[layer]})
         assert report.gates.keys() == {layer} and report.gates[layer].shape == (2, 14, 1)
@@ -176,7 +176,7 @@ def test_an_image_placeholder_has_no_embedding_and_closed_gates() -> None:
     logits, report = masked(decoder, jnp.asarray(np.where(alive, TOKENS, -1)))
     for gates in report.gates.values():
         assert (np.asarray(gates[..., 0] > 0) == alive).all()
-    # What stands there does not matter, and what is before it sees nothing of it.
+    # The content there has no effect, and earlier positions do not depend on it.
     np.testing.assert_array_equal(logits, masked(decoder, jnp.asarray(TOKENS))[0])
     plain, _ = apply(decoder, jnp.asarray(TOKENS), memory)
     np.testing.assert_allclose(logits[0, :8], plain[0, :8], atol=1e-5)
@@ -200,7 +200,7 @@ def test_over_encoding_averages_into_the_input_embedding() -> None:
     inputs = 4 * np.asarray(decoder.embedding[...])[TOKENS] + np.einsum(
         "btoe,oed->btd", rows, projection
     )
-    # The same backbone without memory, reading those inputs from an embedding of its own.
+    # The same backbone without memory, with those inputs as its embedding.
     graph, _ = nnx.split(make_decoder(replace(CONFIG, tie_embeddings=False), MemorySites()))
     shared = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
     del shared["over_encoding"]
@@ -216,7 +216,7 @@ def test_the_head(tied: bool) -> None:
     decoder = make_lively_decoder(replace(CONFIG, tie_embeddings=tied))
     assert hasattr(decoder, "head") != tied
     before, _ = apply(decoder, jnp.asarray(TOKENS), {})
-    # Token 49 does not occur in the text, so that only a tied head can notice its embedding.
+    # Token 49 is not in the text, so its embedding has an effect only through a tied head.
     assert (TOKENS != 49).all()
     decoder.embedding = nnx.Param(decoder.embedding[...].at[49].add(1.0))
     after, _ = apply(decoder, jnp.asarray(TOKENS), {})
@@ -232,7 +232,7 @@ def test_bfloat16_is_finite_and_near_float32() -> None:
     expected, _ = apply(decoder, jnp.asarray(TOKENS), memory)
     found, _ = apply(half, jnp.asarray(TOKENS), memory)
     assert found.dtype == jnp.float32 and np.isfinite(found).all()
-    # 2⁻⁸ a rounding, and some twenty of them one after another along the residual stream.
+    # About twenty successive roundings of 2⁻⁸ along the residual stream.
     error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
     assert 1e-5 < error < 20**0.5 * 2**-8
 
@@ -384,7 +384,7 @@ def test_what_dealt_experts_gave_can_be_kept_instead_of_computed_and_summed_agai
             return str(jax.make_jaxpr(jax.grad(loss))(params))
 
     again, kept = trace("nothing_saveable"), trace("experts_saveable")
-    # The products are gate, up and down, in the first round and in the loop over further ones.
+    # The products are gate, up and down, in the first round and in the loop of further rounds.
     for name, fewer in (("reduce_scatter[", 1), ("dot_general[", 6)):
         assert kept.count(name) == again.count(name) - fewer, name
 
@@ -418,7 +418,7 @@ def test_the_bias_of_a_layer_moves_tokens_between_its_experts(scan: bool) -> Non
 
 @pytest.mark.parametrize("memory", [draw_memory((0, 1)), {}], ids=["engram", "plain"])
 def test_hyper_connections_start_as_a_plain_residual_network(memory: dict[int, Array]) -> None:
-    """With what depends on the stream switched off: to 1e-6 of the logits; at 0.01, to 2e-3."""
+    """At scale 0, equal to 1e-6 of the logits; at scale 0.01, to 2e-3."""
     plain = make_lively_decoder()
     shared = nnx.to_pure_dict(nnx.state(plain, nnx.Param))
     for scale, tolerance in ((0.0, 1e-6), (0.01, 2e-3)):
@@ -428,7 +428,7 @@ def test_hyper_connections_start_as_a_plain_residual_network(memory: dict[int, A
         params = nnx.to_pure_dict(params)
         for layer, block in params["blocks"].items():
             for name, part in shared["blocks"][layer].items():
-                # Engram's keys, gates and taps are of a branch each: the same for all of them.
+                # Engram has keys, gates and taps per branch: the same values for all branches.
                 block[name] = jax.tree.map(
                     lambda ours, theirs: jnp.broadcast_to(theirs, ours.shape), block[name], part
                 )
@@ -437,7 +437,7 @@ def test_hyper_connections_start_as_a_plain_residual_network(memory: dict[int, A
         found, _ = apply(nnx.merge(graph, params), jnp.asarray(TOKENS), memory)
         error = np.abs(found - expected).max() / np.abs(expected).max()
         assert error < tolerance, scale
-    assert error > 1e-6  # the branches do differ then
+    assert error > 1e-6  # then the branches differ
 
 
 def test_a_single_fusion_is_engram_itself_on_a_plain_stream() -> None:
@@ -451,10 +451,10 @@ def test_a_single_fusion_is_engram_itself_on_a_plain_stream() -> None:
 
 
 def test_a_single_fusion_reaches_the_stream_through_the_layer_alone() -> None:
-    """One gate however many branches, and no branch gets its own.
+    """There is one gate for all branches.
 
-    At the start neither layer adds anything: what is left is Engram's output for what the attention
-    sees, which enters every branch by its H_post, and not at all where that is zero.
+    Initially, attention and feed-forward add nothing. Only Engram's output remains, for the input
+    of the attention. It enters every branch by H_post, and not if H_post is zero.
     """
     connections = HyperConnectionsConfig(branches=3, scale=0.0)
     config = replace(CONFIG, layers=1, hyper_connections=connections, single_fusion=True)
@@ -469,7 +469,7 @@ def test_a_single_fusion_reaches_the_stream_through_the_layer_alone() -> None:
     fused = block.engram(h[:, :, None], memory, segments)[0][:, :, 0]
     assert np.abs(fused).max() > 0.1
     for branch, share in enumerate((0.0, 1.0, 2 * jax.nn.sigmoid(1.0))):
-        # The feed-forward's H_res, nearly the identity, mixes a little of the others' in.
+        # The feed-forward's H_res is only approximately the identity.
         np.testing.assert_allclose(added[:, :, branch], share * fused, atol=5e-3)
 
 

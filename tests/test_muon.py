@@ -1,4 +1,4 @@
-"""Muon against NumPy's singular value decompositions, and over meshes against one device."""
+"""Muon compared with NumPy's singular value decomposition; meshes compared with one device."""
 
 import re
 from functools import partial
@@ -17,9 +17,9 @@ from engram_jax.sharding import MeshConfig, make_mesh, parameter_sharding
 type Parameters = dict[str, np.ndarray]
 
 EXPERTS = Matrix(stacked=1, experts=True)
-# Shape, role and (matrices, inputs, outputs). Over eight devices they are split along inputs,
-# outputs, one of two axes of either, the axis that numbers matrices, or not at all; and the
-# matrices of a kind are mostly not as many as devices, nor a multiple.
+# Shape, role and (matrices, inputs, outputs). On eight devices they are split along inputs,
+# outputs, one of two such axes, the axis of a stack, or not at all. The number of matrices of a
+# kind is mostly not a multiple of the number of devices.
 PARAMETERS = {
     "query": ((16, 3, 4), Matrix(), (1, 16, 12)),
     "by_head": ((3, 4, 16), Matrix(inputs=2), (1, 12, 16)),
@@ -111,12 +111,12 @@ def test_the_momentum_is_nesterovs() -> None:
         mean = 0.9 * mean + gradient
         expected = update_in_float64(0.9 * mean + gradient)
         np.testing.assert_allclose(found["w"], expected, atol=3e-6)
-    # The test can tell: without Nesterov's look ahead, the last update is another.
+    # Without Nesterov momentum, the last update is different.
     assert np.abs(update_in_float64(mean) - expected).max() > 0.01
 
 
 def test_zero_momentum_moves_nothing() -> None:
-    """Of a whole parameter, and of one expert to which no token ever came."""
+    """Of a complete parameter, and of an expert that no token chose."""
     gradients = {name: np.zeros_like(array) for name, array in draw_all().items()}
     gradients["gate"][1:] = draw_all()["gate"][1:]
     for name, found in apply(gradients).items():
@@ -128,7 +128,7 @@ def test_zero_momentum_moves_nothing() -> None:
 def assert_a_mesh_updates_as_one_device(
     given: Parameters, sizes: tuple[int, int, int], steps: int, limit: float
 ) -> None:
-    """To `limit` of every parameter's largest update."""
+    """Compares to `limit` × the largest update of every parameter."""
     apply = partial(orthogonalize_all, roles=ROLES, steps=steps)
     expected = jax.device_get(jax.jit(apply)(given))
     mesh = make_mesh(MeshConfig(*sizes))
@@ -145,16 +145,16 @@ def assert_a_mesh_updates_as_one_device(
 def test_a_mesh_updates_as_one_device(
     sizes: tuple[int, int, int], group_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all parameters of a kind in one line, and with each in its own.
+    """With all parameters of a kind in one group, and with a group for each.
 
-    By two iterations, as five magnify the rounding of sums in another order beyond 1e-6.
+    With two iterations, because five magnify rounding differences above 1e-6.
     """
     monkeypatch.setattr(muon, "_GROUP_BYTES", group_bytes)
     assert_a_mesh_updates_as_one_device(draw_all(), sizes, steps=2, limit=1e-6)
 
 
 def test_a_mesh_updates_as_one_device_by_all_iterations() -> None:
-    """In float64, where five iterations magnify nothing that matters."""
+    """In float64, where the magnified rounding of five iterations is still small."""
     with jax.enable_x64(True):
         given = {name: array.astype(np.float64) for name, array in draw_all().items()}
         assert_a_mesh_updates_as_one_device(given, (2, 2, 2), steps=5, limit=1e-12)

@@ -1,4 +1,4 @@
-"""Parameter groups, decay and learning rate against optax run alone and against NumPy."""
+"""Parameter groups, decay and learning rate, compared with optax and with NumPy."""
 
 from typing import Literal
 
@@ -49,7 +49,7 @@ def draw(seed: int) -> Parameters:
 
 
 def run(optimizer: optax.GradientTransformation, params: PyTree, *gradients: PyTree) -> PyTree:
-    """The parameters after a step by each gradient."""
+    """The parameters after one step for each gradient."""
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     for gradient in gradients:
         updates, state = update(gradient, state, params)
@@ -114,7 +114,7 @@ def test_matrices_have_muon_with_decoupled_decay_if_asked() -> None:
 
 @pytest.mark.parametrize("choice", ["adam", "muon"])
 def test_roles_may_have_rates_of_their_own(choice: Choice) -> None:
-    """Decay goes by that, too, and what has no role keeps the learning rate."""
+    """The factor also applies to weight decay. Plain parameters have factor 1."""
     start, gradients = draw(0), draw(1)
 
     def updates(config: OptimizerConfig) -> PyTree:
@@ -130,7 +130,7 @@ def test_roles_may_have_rates_of_their_own(choice: Choice) -> None:
 
 
 def test_the_default_keeps_the_state_of_adamw() -> None:
-    """Checkpoints of runs without Muon hold it."""
+    """Checkpoints of runs without Muon have this structure."""
     optimizer = make_optimizer(OptimizerConfig(), optax.constant_schedule(RATE), ROLES)
     expected = optax.adamw(optax.constant_schedule(RATE), mask=lambda _: ROLES).init(draw(0))
     assert jax.tree.structure(optimizer.init(draw(0))) == jax.tree.structure(expected)
@@ -209,7 +209,7 @@ def test_both_schedules_warm_up_alike() -> None:
 
 @pytest.mark.parametrize("written", [1, 40, 79, 80, 85, 95])
 def test_exact_row_adam_owes_idle_rows_the_steps_of_the_schedule(written: int) -> None:
-    """Dense Adam in float64 sees one gradient, at step `written` of 100, and goes on."""
+    """Dense Adam in float64 with one gradient, at step `written` of 100."""
     schedule = make_schedule(STEP_DECAY, 100)
     config = RowAdamConfig(form="exact", factor=1.0)
     adam = make_row_adam(config, schedule, 100)

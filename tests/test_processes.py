@@ -1,6 +1,6 @@
-"""Two processes of four CPU devices each, as on a pod, against one process of eight, or of one.
+"""Two processes with four CPU devices each, compared with one process with eight devices or one.
 
-They are launched once; the one process is that of the tests.
+The two processes are started once. The one process is the test process.
 """
 
 import shutil
@@ -43,7 +43,7 @@ def tiny(data: Path, *, steps: int, alone: bool = False, backbone: bool = False)
 
 
 def train_all(data: Path, folder: Path, first: Path, *, alone: bool = False) -> None:
-    """Trains in `folder`: a run, one that starts from that in `first`, and the paper's backbone."""
+    """Trains in `folder`: a run, a run that starts from `first`, and the paper's backbone."""
     train(Run.start(tiny(data, steps=20, alone=alone), folder / "first"))
     run = Run.start(tiny(data, steps=6, alone=alone), folder / "next", start_from=first)
     train(run)
@@ -53,13 +53,13 @@ def train_all(data: Path, folder: Path, first: Path, *, alone: bool = False) -> 
 
 
 def be_one_of_two(rank: int, port: int, data: Path, folder: Path, first: Path, held: Path) -> None:
-    """All that a pair of processes does, in one launch; what it says of `held` goes to a file."""
+    """All work of a pair of processes; its message about `held` is written to a file."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", len(RANKS), rank)
     train_all(data, folder, first)
-    # What two processes saved, they go on with.
+    # Resumes from the checkpoint of two processes.
     with collective("lose the last checkpoint"):
         if rank == 0:
             shutil.copytree(folder / "first", folder / "again")
@@ -94,7 +94,7 @@ def write_memory(start: Path, run: Run, path: Path) -> None:
 
 
 def read_memory(folder: Path) -> np.ndarray:
-    """What `write_memory` wrote in all processes of a run, in the order of the batch."""
+    """The results of `write_memory` in all processes of a run, in the order of the batch."""
     shards = {}
     for path in folder.glob("memory-*.npz"):
         shards |= {int(name): array for name, array in np.load(path).items()}
@@ -102,7 +102,7 @@ def read_memory(folder: Path) -> np.ndarray:
 
 
 class Trained(NamedTuple):
-    """Where the same was trained: on one device, and by one process and by two on eight."""
+    """Folders of equal runs: on one device, and on eight with one process and with two."""
 
     data: Path
     alone: Path
@@ -121,7 +121,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with hold_lock(held / "lock"):  # which only the first process asks for
+    with hold_lock(held / "lock"):  # which only the first process acquires
         parts = [fork(be_one_of_two, rank, port, data, folders.two, first, held) for rank in RANKS]
         for part in parts:
             part.join(timeout=600)
@@ -157,7 +157,7 @@ def test_two_processes_start_from_what_one_saved(trained: Trained) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_the_papers_backbone_as_one(trained: Trained) -> None:
-    """Experts are dealt within a process; between the two, Muon trades pieces of matrices."""
+    """Experts are split within a process. Muon exchanges pieces of matrices between processes."""
     assert_equal_losses(trained.two / "backbone", trained.one / "backbone", steps=4, rel=1e-4)
 
 
@@ -179,7 +179,7 @@ def test_processes_end_together_if_one_cannot_go_on(trained: Trained) -> None:
 
 
 def test_a_block_that_fails_in_one_process_fails_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what another process says made up."""
+    """With a simulated answer of another process."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for other in (True, False):
         monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Going on: stopped runs, killed runs, and runs that start from another's weights."""
+"""Resuming: stopped runs, killed runs, and runs that start from another run's weights."""
 
 import os
 import random
@@ -64,7 +64,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert parts.checkpoints.steps() == [stopped.step]
     assert_identical(train(parts), expected)
     assert losses(parts.folder) == losses(whole.folder)
-    # A finished run is restored, and nothing more happens.
+    # A finished run is only restored.
     assert_identical(train(Run.start(config, tmp_path / "parts")), expected)
     assert losses(parts.folder) == losses(whole.folder)
 
@@ -94,7 +94,7 @@ def test_a_run_that_ends_right_after_a_save_has_all_its_lines(
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """SIGKILL at random moments, some of them in the middle of a save or of the set-up."""
+    """SIGKILL at random times, some of them during a save or the start."""
     generator = random.Random()
     seed = generator.randrange(2**32)
     print("seed", seed)  # pytest shows it if the test fails
@@ -159,7 +159,7 @@ def test_start_from_takes_weights_alone(tiny: Config, trained: Run, tmp_path: Pa
 def test_where_a_run_started_from_is_remembered(
     tiny: Config, trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also by a run that ends before its first own checkpoint, and goes on without the flag."""
+    """Also if the run ends before its first checkpoint, and resumes without the flag."""
     expected = train(Run.start(tiny, tmp_path / "whole", start_from=trained.folder))
 
     class Killed(Exception):
@@ -210,7 +210,7 @@ def test_start_from_refuses_what_does_not_fit(
     change: dict[str, dict[str, Any]],
     message: str,
 ) -> None:
-    """And leaves no folder behind, so that the command, corrected, is not refused for it."""
+    """It creates no folder, so that the corrected command works."""
     with pytest.raises(InputError, match=message):
         Run.start(vary(tiny, **change), tmp_path / "second", start_from=trained.folder)
     assert not (tmp_path / "second").exists()
@@ -233,7 +233,7 @@ def saved(trained: Run, tmp_path: Path) -> Path:
 def test_another_schedule_settles_the_tables_once(
     tiny: Config, trained: Run, saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rows read as they did under the old schedule, and have their momentum still."""
+    """Rows read as under the old schedule, and keep their momentum."""
     longer = vary(tiny, train={"steps": 9}, optimizer={"learning_rate": 0.03})
     with pytest.raises(InputError, match=r"optimizer\.learning-rate.*--reschedule"):
         Run.start(longer, saved)
@@ -250,7 +250,7 @@ def test_another_schedule_settles_the_tables_once(
 
     np.testing.assert_allclose(read(run, new), read(trained, old), rtol=1e-6, atol=1e-7)
     before, after = old.tables[1].unpack(), new.tables[1].unpack()
-    assert np.abs(after.value - before.value).max() > 1e-3  # or nothing was owed
+    assert np.abs(after.value - before.value).max() > 1e-3  # otherwise nothing was pending
     np.testing.assert_array_equal(after.clock > 0, before.clock > 0)
     idle = 6 - np.asarray(before.clock)[:, None]
     np.testing.assert_allclose(after.mean, before.mean * 0.9**idle, rtol=1e-5)
@@ -266,7 +266,7 @@ def test_another_schedule_settles_the_tables_once(
     assert "settled" not in capsys.readouterr().out
     with pytest.raises(InputError, match="at step 9, beyond"):
         Run.start(vary(longer, train={"steps": 8}), saved, reschedule=True)
-    assert load_config(saved / "config.json") == longer  # what is refused changes nothing
+    assert load_config(saved / "config.json") == longer  # an error changes nothing
 
 
 def test_what_a_schedule_is_not_stays_refused(tiny: Config, saved: Path) -> None:
@@ -290,7 +290,7 @@ def test_a_frozen_table_stays_bit_for_bit_while_the_network_learns(
     assert_identical(last.tables, first.tables)
     assert all(line["row_gradient_norm"] == 0 for line in read_metrics(saved)[6:])
     assert np.any(last.params["embedding"] != first.params["embedding"])
-    # What was owed is paid, and nothing is left that would move a row.
+    # Pending updates are applied, and no momentum remains.
     value, *state_of_rows = first.tables[1].unpack()
     old = trained.restore()
     owed_paid = jax.jit(jax.device_get(trained.program.row_adam).current)(
@@ -304,7 +304,7 @@ def test_a_frozen_table_stays_bit_for_bit_while_the_network_learns(
 def test_a_run_of_an_earlier_version_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its configuration lacks later fields, its checkpoint has format 3."""
+    """Its configuration does not have later fields. Its checkpoint has format 3."""
     with tarfile.open(FIXTURES / "run_aa84c85.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
@@ -315,5 +315,5 @@ def test_a_run_of_an_earlier_version_goes_on(
     assert run.checkpoints.steps() == [2]
     train(run)
     np.testing.assert_allclose(losses(folder), expected, rtol=1e-5)
-    # The loss of step 4 is far from that of step 3: weights, moments and rows were those saved.
+    # The losses of steps 3 and 4 differ a lot, so weights, moments and rows must be the saved ones.
     assert expected[2][1] - expected[3][1] > 0.1

@@ -1,4 +1,4 @@
-"""Runs: what may change between sessions, what may not, and where a batch lies."""
+"""Runs: what may change between sessions, what may not, and the sharding of a batch."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def test_all_that_differs_is_named_as_flags(config: Config, tmp_path: Path) -> N
 
 
 def test_another_kind_of_model_is_refused_in_a_sentence(config: Config, tmp_path: Path) -> None:
-    """Each has fields that the other has not."""
+    """Each has fields that the other does not have."""
     plain, backbone = config, with_backbone(config)
     for mine, other in ((plain, backbone), (backbone, plain)):
         folder = tmp_path / ("plain" if mine is plain else "backbone")
@@ -233,10 +233,10 @@ def test_another_tokenizer_than_the_models_is_refused(tiny: Config, tmp_path: Pa
 
 
 def test_a_model_may_have_ids_to_spare(tiny: Config, tmp_path: Path) -> None:
-    """As the paper's have, whose 129,280 are DeepSeek's 128,815 pieces, padded; none is drawn."""
+    """Like the paper's models: 129,280 ids for 128,815 pieces. Unused ids are never sampled."""
     run = Run.start(vary(tiny, model={"vocabulary": 8200, "tie_embeddings": False}), tmp_path)
     weights = run.program.initial_state().weights
-    # Of the head's rows, those of the spare ids have the greatest products, with either sign.
+    # The unused ids have the largest logits, for either sign.
     sizes = np.r_[np.ones(8192), 2e6 * np.ones(4), -2e6 * np.ones(4)].astype(np.float32)
     head = 0 * weights.params["head"] + sizes[:, None]
     weights = replace(weights, params=weights.params | {"head": head})
@@ -273,7 +273,7 @@ def test_another_tokenizer_is_not_called_another_text(config: Config, tmp_path: 
 
 
 def test_a_checkpoint_of_another_hash_is_refused(tiny: Config, saved: Run) -> None:
-    """Sound in itself, and of this tokenizer: only the checkpoint knows that it is another."""
+    """A valid hash for this tokenizer: only the checkpoint shows that it is another hash."""
     ours = saved.program.ngram_hash
     replace(ours, multipliers=ours.multipliers + 2).save(saved.folder / "hash.json")
     run = Run.start(tiny, saved.folder)

@@ -24,7 +24,7 @@ def engram(untrained):
 
 
 def continue_greedily(run, weights, prompt: str, tokens: int) -> str:
-    """One token at a time by argmax of a plain pass."""
+    """Greedy sampling with a plain forward pass."""
     tokenizer, decode = run.tokenizer, plain_pass(run, weights)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     for _ in range(tokens):
@@ -39,7 +39,7 @@ def test_zero_temperature_is_the_argmax_of_plain_passes(model):
     run, weights = model
     prompt = "Alexander the Great was born in Wales and" + " on" * 10
     room = run.config.data.sequence_length - 1 - len(run.tokenizer.encode(prompt))
-    assert 0 < room < 5  # the window fills, then slides
+    assert 0 < room < 5  # the window is filled, then moves
     expected = continue_greedily(run, weights, prompt, 6)
     assert expected
     assert sample(run, weights, prompt, tokens=6, temperature=0.0) == expected
@@ -72,18 +72,18 @@ def test_low_temperatures_approach_the_argmax(engram):
 
 
 def test_it_stops_at_the_end_of_the_document(engram):
-    """With an output head that knows one token alone, eos."""
+    """With an output head that always predicts eos."""
     run, weights = engram
     params = jax.tree.map(lambda leaf: leaf, weights.params)
     embedding = params["embedding"]
     params["embedding"] = 0 * embedding + 1
     params["embedding"] = params["embedding"].at[run.tokenizer.eos_id].set(2)
-    # The final norm of equal entries is ±1 everywhere; either sign is tried.
+    # The final norm of equal entries is ±1; both signs are tried.
     texts = []
     for sign in (1, -1):
         signed = params | {"norm": jax.tree.map(lambda leaf, s=sign: s * leaf, params["norm"])}
         texts.append(sample(run, replace(weights, params=signed), "", tokens=9, temperature=0.0))
-    assert "" in texts  # nor does eos leave its name
+    assert "" in texts  # the name of eos is not in the text
 
 
 def test_sampling_writes_nothing(engram):

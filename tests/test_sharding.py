@@ -1,4 +1,4 @@
-"""The mesh, and how parameters lie on it."""
+"""The mesh, and the sharding of parameters."""
 
 from functools import partial
 
@@ -133,7 +133,7 @@ def test_parameters_are_gathered_whole_and_experts_stay() -> None:
         np.testing.assert_array_equal(gathered["experts"][...], experts)  # small whole numbers
         assert gathered["w"].dtype == jnp.float32 and gathered["experts"].dtype == jnp.bfloat16
 
-        # The way back sums over all tokens and gives every device its own part.
+        # The backward pass sums over all tokens, and gives every device its part.
         def square(module: dict[str, nnx.Param]) -> jax.Array:
             return jnp.sum(gather(module)["w"][...] ** 2)
 

@@ -23,7 +23,7 @@ from engram_jax.tokenizer import (
 
 default = SentencePieceTokenizer(DEFAULT_MODEL.read_bytes(), "default")
 
-# The parts of a text that a tokenizer is likely to mistake for something else.
+# Parts of a text that a tokenizer can confuse with something else.
 TRICKY = ["\u2581", " ", "  ", "\n", "\r\n", "\t", "\0", "<s>", "</s>", "<pad>", "<unk>", "<0x0A>"]
 TRICKY += ["<0xE2>", "\ufffd", "\u2047", "\u2585", "e\u0301", "\u0301", "\U0010ffff", "\u0378", "a"]
 tricky_texts = st.lists(st.sampled_from(TRICKY) | st.text(max_size=4), max_size=12).map("".join)
@@ -88,7 +88,7 @@ def test_control_names_in_a_text_stay_text(name: str, request: pytest.FixtureReq
 
 @pytest.mark.parametrize("kind", ["words", "spaces", "one word", "mixed"])
 def test_long_documents_encode_as_in_one_piece(kind: str) -> None:
-    """Cutting a text for speed must not move a token: SentencePiece gets it whole here."""
+    """Encoding in chunks gives the same ids as SentencePiece for the complete text."""
     rng = np.random.default_rng(0)
     words = [default.piece(int(i)).replace("\u2581", " ") for i in rng.integers(260, 8192, 8000)]
     gaps = rng.integers(0, 9, 8000)
@@ -233,7 +233,7 @@ def test_surrogates_and_foreign_ids_get_one_sentence(deepseek: JsonTokenizer) ->
 
 
 def test_foreign_sentencepiece_models_encode_as_sentencepiece_does() -> None:
-    """A model that normalizes and adds a space in front, with SentencePiece's own ids."""
+    """A model that normalizes and adds a space at the start, with SentencePiece's default ids."""
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the cat and the hat", "the rat sat on the mat"] * 5),

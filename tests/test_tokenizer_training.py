@@ -17,7 +17,7 @@ def test_training_is_deterministic_and_lossless() -> None:
     assert model == train_tokenizer(TEXTS, 290)
     tokenizer = SentencePieceTokenizer(model, "toy.model")
     assert tokenizer.vocab_size == 290
-    # A document that holds a character which SentencePiece reserves is still learnt from.
+    # A document with a character that SentencePiece reserves is not skipped.
     assert "b" in [tokenizer.piece(i) for i in range(260, 290)]
     for text in [*TEXTS, "\u2581<s> été 中文\0"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -68,7 +68,7 @@ def test_train_command_takes_shares(tmp_path: Path, capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     total = sum(len(text.encode()) for text in TEXTS)
     assert f"{total:,} of {total:,} bytes" in lines[1]
-    # Every fifth document is the 5th, 10th and 15th: one of each kind.
+    # Every fifth document: the 5th, 10th and 15th, one of each kind.
     assert f"{total // 5:,} of {total:,} bytes" in lines[0]
 
 

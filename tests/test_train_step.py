@@ -1,4 +1,4 @@
-"""The training step: gradients, clipping, and what it touches."""
+"""The training step: gradients, clipping, and which arrays it changes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +28,8 @@ def one_step(run: Run, state: TrainState | None = None) -> tuple[TrainState, dic
     with run.program.use_mesh():
         if state is None:
             state = run.program.initial_state()
-            # With seed 3, no gate's score is below 4e-3: nearer to zero, the signed root is so
-            # steep that the order of summation shows in the gradient.
+            # With seed 3, no gate's score is below 4e-3. Closer to zero, the signed root is so
+            # steep that the order of summation changes the gradient.
             state = replace(state, params=enliven(state.params, seed=3))
         state, metrics = make_train_step(run.program)(state, first_batch(run), run.program.row_adam)
     return state, {name: array.item() for name, array in metrics.items()}
@@ -37,9 +37,9 @@ def one_step(run: Run, state: TrainState | None = None) -> tuple[TrainState, dic
 
 @pytest.fixture
 def smooth(tiny: Config) -> Config:
-    """A large epsilon, as Adam's first step is otherwise the sign of rounding noise here and there.
+    """A large epsilon, and no clipping.
 
-    And no clipping.
+    Otherwise Adam's first update of some parameters is the sign of rounding noise.
     """
     adam = RowAdamConfig(form="exact", eps=1e-2)
     return vary(tiny, memory={"adam": adam}, optimizer={"eps": 1e-2, "clip_norm": 1e6})
@@ -74,7 +74,7 @@ def test_clipping_scales_parameters_and_merged_rows_by_their_common_norm(
     def moments(clip_norm: float) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         config = vary(smooth, optimizer={"clip_norm": clip_norm})
         run = Run.start(config, tmp_path / str(clip_norm))
-        # A large projection of small rows, so that rows have gradients as large as parameters.
+        # Small rows with a large projection, so that gradients of rows and parameters are similar.
         state = run.program.initial_state()
         engram, table = state.params["blocks"][1]["engram"], state.tables[1]
         engram["value"] = engram["value"] * 100
@@ -142,4 +142,4 @@ def test_a_step_costs_the_same_whatever_the_tables_size(
 
     small, large = compile_step(500), compile_step(40_000)
     assert large[0] <= small[0] * 1.01
-    assert large[1] - small[1] == large[2] - small[2]  # aliased: the whole of the tables
+    assert large[1] - small[1] == large[2] - small[2]  # the tables are aliased completely

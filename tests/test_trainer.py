@@ -1,4 +1,4 @@
-"""The loop: what it learns on any mesh, what it leaves behind, divergence."""
+"""The loop: equal results on all meshes, written files, divergence."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_a_mesh_gives_the_losses_of_one_device(
     assert kernel.addressable_shards[0].data.size == kernel.size // shape[1]
     expected, found = read_metrics(alone.folder), read_metrics(run.folder)
     assert len(expected) == len(found) == steps
-    # More devices ask for the same rows.
+    # Several devices request the same rows.
     for one, many in zip(expected, found, strict=True):
         assert one["rows_asked_1"] < many["rows_asked_1"] <= 8 * one["rows_asked_1"]
         assert one["shard_load_1"] == 1 < many["shard_load_1"] <= 8
@@ -88,7 +88,7 @@ def test_evaluations_and_checkpoints_change_nothing(
 @pytest.mark.usefixtures("one_device")
 def test_profile_writes_a_trace(tiny: Config, tmp_path: Path) -> None:
     run = Run.start(tiny, tmp_path / "run")
-    train(run, profile=True)  # ends within the ten steps that it would trace
+    train(run, profile=True)  # ends during the ten traced steps
     assert list((run.folder / "profile").rglob("*.xplane.pb"))
 
 
@@ -117,7 +117,7 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(
 
 @pytest.mark.usefixtures("one_device")
 def test_a_learning_rate_that_ruins_the_weights(tiny: Config, tmp_path: Path) -> None:
-    """Step 1 is sound and is saved, but what it made of the weights is not."""
+    """Step 1 is finite and saved, but the weights after it are not finite."""
     config = vary(tiny, optimizer={"learning_rate": 1e30}, train={"checkpoint_every": 1})
     run = Run.start(config, tmp_path / "run")
     with pytest.raises(Diverged, match=r"Step 2 has loss nan.*none is good.*learning_rate"):

@@ -1,4 +1,4 @@
-"""Runs that cost seconds: a tiny model with random tables on a few documents."""
+"""Runs of a few seconds: a tiny model with random tables on a few documents."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ WORDS = ("Alexander", "the", "Great", "was", "born", "in", "Wales", "and", "caf�
 
 
 def tiny_config(folder: Path) -> Config:
-    """A model with random rows, so that its memory matters; 40 documents in two files."""
+    """A model with random rows, so that its memory has an effect; 40 documents in two files."""
     sources = []
     for name, stride in (("first", 3), ("second", 7)):
         path = folder / f"{name}.jsonl"
@@ -69,9 +69,9 @@ def tiny_config(folder: Path) -> Config:
 
 
 def make_run(folder: Path, memory: str) -> Run:
-    """Starts a run with "engram", "over_encoding" or "dense" memory; saves an enlivened step 2.
+    """Starts a run with "engram", "over_encoding" or "dense" memory; saves step 2 without zeros.
 
-    Its rows were written by steps 0 to 2, so exact row Adam owes many of them something.
+    Its rows were last written by steps 0 to 2, so many of them have pending updates.
     """
     config = tiny_config(folder)
     layers = {"engram": (1,), "over_encoding": (0,), "dense": ()}[memory]
@@ -90,13 +90,13 @@ def make_run(folder: Path, memory: str) -> Run:
     return run
 
 
-draw_on_the_mesh = Program.initial_state  # what the tests of it call
+draw_on_the_mesh = Program.initial_state  # for its own tests
 
 
 def place_initial_state(program: Program) -> TrainState:
-    """What takes the place of `Program.initial_state` in tests: drawn once, placed on any mesh.
+    """Replaces `Program.initial_state` in tests: drawn once, then placed on any mesh.
 
-    Compiling what draws a state takes as long as compiling a step.
+    Compiling the initializer takes as long as compiling a step.
     """
     config = program.config
     key = config.model, config.memory, config.train.seed
@@ -111,9 +111,9 @@ _DRAWN: dict[tuple[Any, ...], TrainState] = {}
 
 
 def share[**P, T](make: Callable[P, T]) -> Callable[P, T]:
-    """`make`, whose first argument is a run or a program, with one result for all that are equal.
+    """Caches `make`, whose first argument is a run or a program, for equal runs.
 
-    Tracing and lowering a step takes longer than the few steps that a test makes. (Whoever replaces
+    Tracing and lowering a step takes longer than the few steps of a test. (A test that replaces
     parts of a program calls `make.__wrapped__`.)
     """
     made: dict[tuple[Any, ...], T] = {}
@@ -133,9 +133,9 @@ def share[**P, T](make: Callable[P, T]) -> Callable[P, T]:
 
 
 def plain_pass(run: Run, weights: Weights) -> PlainPass:
-    """A function (tokens, segments, positions) → (logits, gates): the bare decoder.
+    """A function (tokens, segments, positions) → (logits, gates) of the decoder alone.
 
-    Rows are taken by the hash, without a plan, padding or a mesh.
+    Rows are read by row number, without a plan, padding or a mesh.
     """
     decoder = nnx.merge(
         run.program.graph, jax.tree.map(jnp.asarray, jax.device_get(weights.params))
@@ -163,14 +163,14 @@ def plain_pass(run: Run, weights: Weights) -> PlainPass:
 
 
 def scale_rows(table: Table, factor: float) -> Table:
-    """The table with its rows' values and first moments multiplied."""
+    """The table with values and first moments multiplied by a factor."""
     rows = jax.device_get(table.unpack())
     rows = rows._replace(value=factor * rows.value, mean=factor * rows.mean)
     return _with_rows(table, rows)
 
 
 def use_rows(table: Table, steps: int) -> Table:
-    """The table as if each row had last been written by one of these steps, or by none."""
+    """The table as if each row was last written by one of these steps, or never."""
     rows, generator = jax.device_get(table.unpack()), np.random.default_rng(5)
     clock = generator.integers(0, steps + 1, len(rows.clock), dtype=np.int32)
     written = np.float32(clock > 0)[:, None]

@@ -1,4 +1,4 @@
-"""Trains the tiny run of `test_resuming.py` in a process of its own, to be killed."""
+"""Trains the tiny run of `test_resuming.py`, in a process that the test kills."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ STEPS = 24
 
 
 def train_tiny(data: Path, folder: Path) -> None:
-    """Trains on one device, or goes on to train, with texts in `data`."""
+    """Trains or resumes on one device, with texts in `data`."""
     jax.config.update("jax_num_cpu_devices", 1)
     schedule = TrainConfig(
         steps=STEPS, log_every=1, evaluate_every=5, evaluate_tokens=100, checkpoint_every=3

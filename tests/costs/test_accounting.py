@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes against published figures and counts by hand; the allocation."""
+"""Parameters, FLOPs and bytes, compared with published figures and manual counts; allocation."""
 
 import json
 import math
@@ -27,7 +27,7 @@ PUBLISHED = {
 
 
 def short(name: str) -> Config:
-    """FLOPs of 4,096 tokens are not asked for."""
+    """With short sequences, because FLOPs are not tested here."""
     return vary(load_named_config(name), data={"sequence_length": 8})
 
 
@@ -59,7 +59,7 @@ def test_flops_of_a_dense_model_by_hand() -> None:
     by_hand = model.layers * (matrices + scores) + model.vocabulary * model.width
     counted = account(config)
     assert counted.forward_flops == 2 * by_hand
-    # Two products backward for each forward.
+    # The backward pass has two products for each product of the forward pass.
     assert counted.training_flops == 3 * counted.forward_flops
     vectors = (2 * model.layers + 1) * model.width
     assert counted.backbone == model.layers * matrices + vectors
@@ -67,7 +67,7 @@ def test_flops_of_a_dense_model_by_hand() -> None:
 
 
 def test_flops_of_latent_attention_and_branches_by_hand() -> None:
-    """Values count as wide as they are, narrower than keys; what branches mix is no product."""
+    """Values are narrower than keys. Mixing branches is not a matrix product."""
     config = load_named_config("dense_2m")
     model, length = config.model, config.data.sequence_length
     sizes, branches, width = model.attention, model.branches, model.width
@@ -84,7 +84,7 @@ def test_flops_of_latent_attention_and_branches_by_hand() -> None:
 
 
 def test_flops_of_experts_are_those_of_the_chosen() -> None:
-    """And padding experts count nowhere."""
+    """And padding experts are not counted."""
     config = short("moe_10m")
     counted = account(config)
     experts = config.model.experts
@@ -117,7 +117,7 @@ def test_flops_of_loops_and_branches() -> None:
 
 
 def test_the_small_family_is_equal() -> None:
-    # At 2 M, the routers, which a dense model lacks, are 2.1 % of what is activated.
+    # At 2 M, the routers, which a dense model does not have, are 2.1 % of the activated parameters.
     for size, activated in (("2m", 0.022), ("10m", 0.015), ("100m", 0.015)):
         dense, moe, engram, over_encoding = (
             account(short(f"{kind}_{size}")) for kind in ("dense", "moe", "engram", "over_encoding")
@@ -141,10 +141,10 @@ def test_state_is_divided_over_the_chips() -> None:
 
     one = state_bytes(1, 1, 1)
     assert one / 2 < state_bytes(1, 2, 1) < 1.01 * one / 2
-    # Copies of the parameters divide the tables alone, of records of 64 words.
+    # With several replicas, only the tables are split (records of 64 words).
     rows = Program.of_sizes(config, make_abstract_mesh(MeshConfig())).ngram_hash.padded_rows
     assert one - state_bytes(2, 1, 1) == sum(rows) * 64 * 4 // 2
-    # Where experts are dealt, they divide, too: with Muon's momentum, 8 bytes a parameter.
+    # With expert parallelism, experts are split, too: 8 bytes per parameter, with Muon's momentum.
     experts = account(config).experts
     assert state_bytes(2, 1, 1) - state_bytes(1, 1, 2) == experts * 8 // 2
 
@@ -164,7 +164,7 @@ def test_the_papers_allocation_gives_its_own_sizes() -> None:
     same = allocate(config, account(config).allocation)
     assert same.model.experts.routed == 55
     rows = same.memory.rows_per_head
-    assert rows == pytest.approx((2_262_400,) * 2, rel=2e-4)  # heads are primes above
+    assert rows == pytest.approx((2_262_400,) * 2, rel=2e-4)  # sizes of heads are the next primes
 
 
 @pytest.mark.parametrize("name", ["engram_10m", "over_encoding_10m"])
@@ -174,14 +174,14 @@ def test_all_to_experts_leaves_no_memory(name: str) -> None:
     counted, twin = account(pure), account(short("moe_10m"))
     assert counted.allocation == 1
     assert counted.activated == pytest.approx(account(short(name)).activated, rel=2e-4)
-    # Its twin's, but for the width of the router, which the parameters of a size are matched with.
+    # The dense twin's parameters, except for the difference in the router's width.
     assert counted.total == pytest.approx(twin.total, rel=2e-3)
     assert counted.activated == pytest.approx(twin.activated, rel=5e-3)
     assert counted.forward_flops == pytest.approx(twin.forward_flops, rel=5e-3)
 
 
 def test_all_to_experts_where_no_layer_is_dense() -> None:
-    """Nothing there could become wider."""
+    """Then no layer can be widened."""
     config = short("engram_10m")
     config = vary(config, model={"experts": replace(config.model.experts, leading_dense=0)})
     pure = allocate(config, 1.0)

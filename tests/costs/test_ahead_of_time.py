@@ -1,4 +1,4 @@
-"""Programs compiled for TPU slices that are not there, and what is read from them."""
+"""Programs compiled for TPU slices without TPUs, and the costs that are read from them."""
 
 import re
 
@@ -28,7 +28,7 @@ from engram_jax.sharding import TOKEN_AXES, MeshConfig
 from engram_jax.train_step import make_train_step
 
 TOPOLOGY = "v5p:2x2x1"
-TOKENS, COLUMNS = 256, 16  # of one chip
+TOKENS, COLUMNS = 256, 16  # per chip
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +70,11 @@ def compile_memory_part(mesh: jax.sharding.Mesh, width: int, rows: int) -> Cost:
 
 
 def assert_only_gathers_and_scatters_meet(own_rows: int, text: str) -> None:
-    """No instruction but those makes an array of the rows that one chip owns."""
+    """Only the named instructions create an array with the rows that one chip owns."""
     for line in text.splitlines():
         shape = rf"\[{own_rows}(?:,\d+)?\]"
         made = re.match(rf"\s*(?:ROOT )?%[\w.-]+ = (.*?){shape}\S* ([\w-]+)\((.*)", line)
-        if not made or made[1].startswith("("):  # tuples hand on what others made
+        if not made or made[1].startswith("("):  # tuples only pass on results of other instructions
             continue
         kind, rest = made[2], made[3]
         if kind == "fusion":
@@ -89,9 +89,9 @@ def assert_only_gathers_and_scatters_meet(own_rows: int, text: str) -> None:
 def test_the_exchange_sends_a_fraction_of_what_xlas_own_partitioning_sends(
     mesh: jax.sharding.Mesh,
 ) -> None:
-    """One row of [tokens × columns] asked from each owner, against an all-reduce of everything.
+    """Devices exchange the requested rows, instead of an all-reduce of all rows.
 
-    And only gathers and scatters meet the table, which is too large for the memory on the chip.
+    Only gathers and scatters access the table, which is too large for on-chip memory.
     """
     width, rows = 80, 3_200_000
     ours = compile_memory_part(mesh, width, rows)
@@ -100,7 +100,7 @@ def test_the_exchange_sends_a_fraction_of_what_xlas_own_partitioning_sends(
     for part in ours.collectives:
         assert part.kind == "all-to-all" or part.sent <= 2 * 8, part  # scalars
         assert part.group == mesh.size
-    # Rows there, gradients back, row numbers twice; capacity is 1.25 of the mean and 6σ.
+    # Rows, gradients in the other direction, row numbers twice; capacity is 1.25 × mean + 6σ.
     asked = TOKENS * COLUMNS
     expected = asked * 1.25 * (2 * width + 2) * 4 * (mesh.size - 1) / mesh.size
     assert expected < ours.sent < 1.2 * expected
@@ -109,7 +109,7 @@ def test_the_exchange_sends_a_fraction_of_what_xlas_own_partitioning_sends(
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 128, 160, 256])
 def test_on_v5p_a_step_does_not_grow_with_the_table(mesh: jax.sharding.Mesh, width: int) -> None:
-    """To 0.2 %: the compiler keeps some small masks on the chip with one R and not with another."""
+    """To 0.2 %, because the compiler keeps small masks in on-chip memory for some R only."""
     config = vary(
         load_named_config("default"),
         model={"width": 64, "layers": 2, "feed_forward": 128},
@@ -117,7 +117,7 @@ def test_on_v5p_a_step_does_not_grow_with_the_table(mesh: jax.sharding.Mesh, wid
         mesh={"fsdp": 2},
     )
     costs = []
-    for rows in (200_000, 800_000):  # too large for the memory on the chip
+    for rows in (200_000, 800_000):  # too large for on-chip memory
         program = Program.of_sizes(vary(config, memory={"rows_per_head": (rows, rows)}), mesh)
         state, batch = program.abstract_state(), abstract_batch(program)
         with jax.set_mesh(mesh):
@@ -127,7 +127,7 @@ def test_on_v5p_a_step_does_not_grow_with_the_table(mesh: jax.sharding.Mesh, wid
         assert_only_gathers_and_scatters_meet(own_rows, costs[-1].text)
     growth = abs(costs[1].temporaries - costs[0].temporaries)
     assert growth <= 0.002 * costs[0].temporaries
-    assert growth < 0.1 * (16 * 600_000 / mesh.size)  # bytes a row
+    assert growth < 0.1 * (16 * 600_000 / mesh.size)  # bytes per row
 
 
 @pytest.mark.slow
@@ -142,13 +142,13 @@ def test_the_whole_step_of_the_default_run_compiles() -> None:
     assert step.sent > 4 * 3_000_000  # every parameter's gradient is summed over the chips
     rows = program.ngram_hash.padded_rows[0]
     assert step.arguments > rows * config.memory.layout.words * 4 / program.mesh.size
-    first_state = costs["first state"].text  # where every chip draws the rows that it keeps
+    first_state = costs["first state"].text  # every chip draws only its own rows
     assert f"[{rows // program.mesh.size}," in first_state and f"[{rows}," not in first_state
 
 
 @pytest.mark.slow
 def test_what_a_loop_over_layers_sends_is_counted_for_every_layer(mesh: jax.sharding.Mesh) -> None:
-    """The compiled program has each collective once, and says otherwise how often it runs."""
+    """The compiled program contains each collective once, and its trip count elsewhere."""
     model = {"width": 128, "layers": 5, "feed_forward": 256, "scan": True}
     config = vary(
         load_named_config("dense"), model=model | {"remat": "nothing_saveable"}, mesh={"fsdp": 2}
@@ -158,7 +158,7 @@ def test_what_a_loop_over_layers_sends_is_counted_for_every_layer(mesh: jax.shar
     with jax.set_mesh(mesh):
         cost = compile_cost(make_train_step(program), state, batch, program.abstract_row_adam())
     assert {part.trips for part in cost.collectives} == {1, 5}
-    # Halves of its parameters, twice, and of their gradients at least as much, in bfloat16 or more.
+    # Half of its parameters is gathered twice; gradients need at least as many bytes.
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params["blocks"][0]))
     layer = sum(part.sent for part in cost.collectives if part.trips == 5)
     assert layer > 4 * size

@@ -7,7 +7,7 @@ from jaxtyping import Int32
 
 
 class ByteTokenizer:
-    """One token a byte; counts the texts that it was given."""
+    """One token per byte. Counts the texts that it encodes."""
 
     name = "bytes"
     vocab_size = 259

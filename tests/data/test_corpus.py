@@ -23,7 +23,7 @@ def texts_of(view):
 
 
 def age(path, seconds=10):
-    """Make a file as old as those that are not being written right now."""
+    """Make a file look old, like one that is not being written."""
     past = time.time() - seconds
     os.utime(path, (past, past))
     return path
@@ -60,7 +60,7 @@ def test_an_unchanged_source_is_not_read_or_tokenized_again(tmp_path, tokenizer,
     path = age(write_jsonl(tmp_path / "a.jsonl", TEXTS))
     first = build_corpus(path, tokenizer, tmp_path / "cache")
     assert tokenizer.encoded == len(TEXTS)
-    os.utime(path)  # touched, with the same content: read, not tokenized
+    os.utime(path)  # a new time with the same content: read again, not tokenized again
     build_corpus(path, tokenizer, tmp_path / "cache")
     age(path)
     build_corpus(path, tokenizer, tmp_path / "cache")
@@ -73,7 +73,7 @@ def test_an_unchanged_source_is_not_read_or_tokenized_again(tmp_path, tokenizer,
 def test_another_text_or_tokenizer_is_another_corpus(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     first = build_corpus(path, tokenizer, tmp_path / "cache")
-    # Of equal length and, on a coarse clock, of the same time.
+    # Equal length, and an equal time on a file system with a coarse clock.
     write_jsonl(path, [TEXTS[0][::-1] + "!", *TEXTS[1:]])
     changed = build_corpus(path, tokenizer, tmp_path / "cache")
     retokenized = build_corpus(path, ByteTokenizer("another"), tmp_path / "cache")
@@ -121,7 +121,7 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeyp
 
     monkeypatch.setattr(token_cache, "_CHUNK_BYTES", 100)
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    # A SIGKILL would not even leave time to clean up.
+    # As after a SIGKILL, without cleaning up.
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         build_corpus(path, Killed(), tmp_path / "cache")

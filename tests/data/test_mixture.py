@@ -28,7 +28,7 @@ def test_each_source_gets_its_exact_share_in_its_own_order(sources, weights):
     for source in range(3):
         rows = [row for of, row in located if of == source]
         assert rows == list(range(len(rows)))
-    # Evenly: no prefix is further than two rows from its share.
+    # Evenly: in every prefix, the number of rows differs by at most two from the share.
     for count in range(1, period):
         for source, share in enumerate(mixture.shares):
             seen = sum(of == source for of, _ in located[:count])

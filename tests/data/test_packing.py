@@ -10,7 +10,7 @@ from engram_jax.errors import InputError
 TEXTS = random_texts(40, 30)
 BOS, EOS, PAD = ByteTokenizer.bos_id, ByteTokenizer.eos_id, ByteTokenizer.pad_id
 
-# `corpus_of` is asked for a new corpus in every example.
+# Every example makes a new corpus with `corpus_of`.
 reuse_fixture = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -85,7 +85,7 @@ def test_rows_are_those_of_a_naive_packer(corpus_of, lengths, sequence_length, e
 
 
 def test_an_epoch_holds_every_token_once_but_the_tail(corpus_of):
-    # Every document has letters of its own, so that a token tells where it is from.
+    # No two documents have a letter in common, so a token identifies its document.
     texts = [chr(0x4E00 + i) * (1 + i % 7) for i in range(100)]
     corpus = corpus_of(texts)
     rows = PackedRows(corpus.train, 16, seed=3)

@@ -19,13 +19,13 @@ class Plan(NamedTuple):
 
 
 def plan(tokens, segments):
-    """Something that changes with every token of a process's part, and with the order of rows."""
+    """A checksum of every token of a process's part, and of the order of rows."""
     return Plan(np.unique(tokens), ((tokens * segments * np.arange(8)).sum(axis=2),))
 
 
 @pytest.fixture
 def corpora(corpus_of):
-    # About 25 and 7 rows an epoch: a few batches cross epochs of either.
+    # About 25 and 7 rows per epoch, so some batches contain rows of two epochs.
     return [corpus_of(random_texts(n, 40, seed=n), name=f"texts{n}") for n in (9, 3)]
 
 
@@ -54,7 +54,7 @@ def test_batches_have_the_shapes_and_types_of_the_interface(corpora):
 
 
 def test_the_number_of_workers_changes_no_batch(corpora):
-    """Nor does how many are built ahead, or where one resumes."""
+    """Neither does the number of prefetched batches, or the batch at which a run resumes."""
     alone = first_batches(corpora, 12, planner=plan)
     resumed = first_batches(corpora, 7, planner=plan, first_batch=5, workers=2, prefetch=3)
     assert_equal(resumed, alone[5:])

@@ -73,7 +73,7 @@ def test_array_records_may_be_plain_text(tmp_path):
     assert texts == ["Größe", '{"text": "kept"}']
 
 
-# The counts are those of the corpora's own description.
+# The counts are from the description of the corpora.
 @pytest.mark.parametrize(
     ("name", "documents", "text_bytes"),
     [

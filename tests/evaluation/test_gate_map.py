@@ -75,7 +75,7 @@ def test_any_text_is_spelled_and_gated(read, text):
 
 
 def test_windows_of_a_long_text_are_plain_passes(run, weights, read):
-    """By hand: the decoder on each window of T tokens, of which all but the first gives its end."""
+    """Computed manually: the decoder on each window; of later windows, only the second half."""
     text = "one two three four five six seven eight nine ten " * 9
     gate_map = read(text)
     ids = np.concatenate([[run.tokenizer.bos_id], run.tokenizer.encode(text)]).astype(np.int32)
@@ -91,17 +91,17 @@ def test_windows_of_a_long_text_are_plain_passes(run, weights, read):
         expected[start + fresh : start + length] = np.asarray(gates[1])[0, fresh:, 0]
     full = start + length
     np.testing.assert_allclose(gate_map.gates[1][: full - 1], expected[1:full], rtol=1e-5)
-    # The last window is shorter than T; its gates are there too.
+    # The last window is shorter than T.
     assert len(gate_map.gates[1]) == len(ids) - 1 >= full
     assert np.all(gate_map.gates[1] > 0) and np.all(gate_map.losses > 0)
 
 
 def test_losses_are_those_of_evaluation(run, read):
-    """A whole document's losses, from bos on, without eos."""
+    """Losses of a complete document, with bos and without eos."""
     gate_map = read("Alexander the Great")
     shorter = read("Alexander the")
     np.testing.assert_allclose(gate_map.losses[: len(shorter.losses)], shorter.losses, rtol=1e-5)
-    # An untrained model knows nothing: every loss is near log V.
+    # The model is untrained, so every loss is close to log V.
     np.testing.assert_allclose(gate_map.losses, np.log(8192), atol=1)
 
 
@@ -130,7 +130,7 @@ def test_page_is_whole_escaped_and_self_contained(read, tmp_path):
     text = (tmp_path / "gates.html").read_text(encoding="utf-8")
     page = Page(text)
     marked = [label.replace("\n", "↵").replace("\t", "⇥") for label in gate_map.labels]
-    assert page.tokens == marked * 2  # one panel a layer
+    assert page.tokens == marked * 2  # one panel per layer
     assert not page.tags & {"script", "link", "img", "iframe"}
     assert not page.attributes & {"src", "href", "onclick"}
     assert not any(word in text for word in ("http", "url(", "@import"))
@@ -145,7 +145,7 @@ def test_picture_has_colors_and_the_width_asked_for(read, tmp_path):
     assert picture.shape[1] == 1200
     red, green = picture[..., 0], picture[..., 1]
     assert ((red > 0.9) & (green < 0.4)).any()
-    # Nothing is drawn over the margins.
+    # Nothing is drawn in the margins.
     np.testing.assert_array_equal(picture[:, :20, :3], 1)
     np.testing.assert_array_equal(picture[:, -20:, :3], 1)
 

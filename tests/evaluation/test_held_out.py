@@ -19,7 +19,7 @@ from engram_jax.evaluation.report import POOLED, evaluate, format_report
 
 
 def score_of(losses, tokens) -> Score:
-    """The score of documents with these sums, by way of a difference with nothing."""
+    """The score of documents with these sums, as a difference from zero losses."""
     losses, tokens = np.asarray(losses, float), np.asarray(tokens, float)
     whole = Score(0.0, None, 1, 1, 0.25, DocumentSums(losses, tokens))
     nothing = replace(whole, by_document=DocumentSums(0 * losses, tokens))
@@ -27,7 +27,7 @@ def score_of(losses, tokens) -> Score:
 
 
 def test_loss_is_that_of_a_plain_pass_over_every_row(run, weights):
-    """By hand: rows cut from the concatenated documents, a plain pass, softmax in NumPy."""
+    """Computed manually: rows of the concatenated documents, a plain pass, softmax in NumPy."""
     corpus = run.corpora()[0]
     held_out = corpus.held_out
     with run.program.use_mesh():
@@ -42,7 +42,7 @@ def test_loss_is_that_of_a_plain_pass_over_every_row(run, weights):
         inputs, targets = stream[None, start : start + length], stream[start + 1 :][:length]
         inputs = inputs[:, : len(targets)]
         segments = document[None, start : start + len(targets)]
-        begins = np.searchsorted(segments[0], segments[0])  # of each document in the row
+        begins = np.searchsorted(segments[0], segments[0])  # of every document in the row
         positions = (np.arange(len(targets)) - begins)[None].astype(np.int32)
         logits, _ = decode(inputs, segments, positions)
         logits = np.asarray(logits[0], np.float64)
@@ -65,7 +65,7 @@ def test_standard_error_agrees_with_a_bootstrap_over_documents():
     losses = tokens * generator.normal(4, 0.8, 300)
     draws = generator.integers(0, 300, (4000, 300))
     means = losses[draws].sum(1) / tokens[draws].sum(1)
-    # 4,000 resamples know their own deviation to 1/√8000 = 1.1 %.
+    # With 4,000 resamples, the standard deviation has a relative error of 1/√8000 = 1.1 %.
     assert score_of(losses, tokens).standard_error == pytest.approx(means.std(), rel=0.05)
 
 
@@ -99,13 +99,13 @@ def test_pooling_weighs_by_tokens():
     assert pooled.standard_error == pytest.approx(
         math.hypot(20 * one.standard_error, 6 * other.standard_error) / 26
     )
-    # Both have four bytes a token.
+    # Both have four bytes per token.
     assert pooled.bits_per_byte == pytest.approx(48 / 26 / 4 / math.log(2))
 
 
 @pytest.mark.usefixtures("in_mesh")
 def test_dropped_output_is_the_backbone_alone(run, weights):
-    """Without its Engram parameters and rows, a model scores what the suppressed one scores."""
+    """A model without Engram parameters and rows has the same score as with suppressed output."""
     scores = evaluate_held_out(
         run.program, make_scorer(run.program, "output"), weights, run.corpora()
     )

@@ -1,4 +1,4 @@
-"""What is reported of the memory, against counting by hand."""
+"""Statistics of the memory, compared with manual counts."""
 
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -82,7 +82,7 @@ def test_tables_hold_the_rows_of_the_text_that_was_read(evaluated, read):
         assert table.ngrams == len(set(spell(run, *read, table.order)))
         assert table.expected_occupancy == pytest.approx(np.mean(table.occupancy), rel=0.1)
         assert table.full_collisions == 0  # expected: 0.1 of them
-        # The first 16 batches of 8 rows; more than were trained on.
+        # The first 16 batches of 8 rows, which are more than training used.
         data = run.config.data
         more = mix_rows(run.corpora(), (), data.sequence_length, run.config.train.seed)
         ngrams, distinct = [], []

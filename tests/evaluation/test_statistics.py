@@ -1,4 +1,4 @@
-"""Statistics of n-grams and rows, against counting by hand."""
+"""Statistics of n-grams and rows, compared with manual counts."""
 
 from collections import Counter
 
@@ -41,7 +41,7 @@ def draw_text(seed: int, shape: tuple[int, int] = (6, 40)) -> tuple[np.ndarray, 
 
 
 def spell(tokens: np.ndarray, segments: np.ndarray, order: int) -> list[tuple[int, ...]]:
-    """The n-gram at every position, latest id first, found by walking back."""
+    """The n-gram at every position, latest id first, from a loop over earlier positions."""
     ngrams = []
     for row, documents in zip(tokens.tolist(), segments.tolist(), strict=True):
         for end in range(len(row)):
@@ -116,7 +116,7 @@ def test_full_collisions_share_every_row(
 
 @pytest.mark.parametrize("layer", [2, 0])
 def test_occupancy_is_by_head(layer: int) -> None:
-    ngram_hash = make_hash(rows=1500)  # of 4,096 padded rows, each would stand at its number
+    ngram_hash = make_hash(rows=1500)  # 4,096 padded rows would have place = row number
     index = ngram_hash.spec.layers.index(layer)
     rows = ngram_hash.hash_tokens(layer, *draw_text(3, (2, 20)))
     padded = ngram_hash.padded_rows[index]
@@ -152,7 +152,7 @@ def test_bins_double() -> None:
 
 
 def test_means_by_bin_and_their_errors() -> None:
-    """Against the bootstrap over documents; bins 0, 2 and 3 are sampled, met once, and empty."""
+    """Compared with the bootstrap. Bin 2 has one document, bin 3 none."""
     generator = np.random.default_rng(4)
     documents = np.repeat(np.arange(300) * 10**10, generator.integers(5, 60, 300))
     bins = generator.choice([0, 1], len(documents))

@@ -1,4 +1,4 @@
-"""Attention against a float64 computation, document by document, and splash against XLA's."""
+"""Attention compared with float64, document by document; splash compared with XLA."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -77,9 +77,9 @@ def test_the_default_on_cpu_is_xla() -> None:
 def test_the_default_is_that_of_the_meshs_platform(
     platform: str, length: int, kernels: int
 ) -> None:
-    """As when compiling on a host without that device; splash takes whole blocks of 128.
+    """As when compiling on a host without the device. Splash needs a multiple of 128.
 
-    What a GPU that is not here can do nobody knows, so it has XLA.
+    The capability of a GPU that is not present is unknown, so XLA is used.
     """
     device = jax.sharding.AbstractDevice(device_kind="", num_cores=2, platform=platform)
     mesh = jax.sharding.AbstractMesh((2, 1, 1), BATCH_ABT[1], abstract_device=device)
@@ -99,7 +99,7 @@ def test_the_default_is_that_of_the_meshs_platform(
 def test_the_default_on_a_gpu_is_what_its_generation_can(
     capability: str, widest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """cuDNN up to some width, if there is a backward pass; nothing on an AMD GPU."""
+    """cuDNN up to the width that has a backward pass; never on an AMD GPU."""
     arrays = {
         width: jnp.zeros((1, 2, 1, width), jnp.bfloat16) for width in (64, 128, 192, 256, 264)
     }
@@ -112,7 +112,7 @@ def test_the_default_on_a_gpu_is_what_its_generation_can(
 
 
 def test_splash_is_xla_with_gradients() -> None:
-    """In interpret mode, which says nothing of its speed."""
+    """In interpret mode."""
     segments = jnp.asarray(np.cumsum(np.isin(np.arange(128), [0, 40, 41, 100]))[None], jnp.int32)
     inputs = draw(128, 2, 1, 128, rows=1)
     cotangent = jax.random.normal(jax.random.key(5), inputs[0].shape)
@@ -228,7 +228,7 @@ def test_impossible_sizes_are_refused(change: dict[str, int], message: str) -> N
 
 
 def test_positions_split_over_a_mesh_are_refused() -> None:
-    """Each device would attend to its own part, and nobody would notice."""
+    """Otherwise each device would silently attend only to its own part."""
     mesh = make_mesh(MeshConfig(4), jax.devices()[:4])
     along = jax.NamedSharding(mesh, jax.P(None, "data"))
     inputs = jax.device_put((*draw(16, 2, 2, 8), jnp.asarray(SEGMENTS)), along)

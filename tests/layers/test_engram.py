@@ -1,4 +1,4 @@
-"""The Engram layer: golden values, gradients in float64, what it may see, its published forms."""
+"""The Engram layer: golden values, float64 gradients, causality, the published versions."""
 
 from dataclasses import replace
 from typing import Any
@@ -30,7 +30,7 @@ def golden_rows(golden: dict[str, np.ndarray], sizes: dict[str, Any]) -> np.ndar
 
 
 def make_layer(config: EngramConfig, branches: int = 2, seed: int = 0) -> Engram:
-    """A layer with every parameter away from its initial value."""
+    """A layer with random noise on every parameter."""
     layer = Engram(WIDTH, MEMORY, config, branches=branches, rngs=nnx.Rngs(seed))
     graph, params = nnx.split(layer)
     leaves, tree = jax.tree.flatten(params)
@@ -172,7 +172,7 @@ def test_gradients_are_those_of_float64_finite_differences(form: str) -> None:
             moved[number] = leaf + step * direction
             ends.append(loss64(jax.tree.unflatten(tree, moved)))
         difference = (ends[0] - ends[1]) / 2e-6
-        # float32: of the sum's terms, not of the sum, which may cancel.
+        # Rounding of float32 is relative to the terms of the sum, because the sum can cancel.
         size = np.sum(np.abs(direction * np.asarray(found)))
         assert abs(np.sum(direction * np.asarray(found)) - difference) <= 2e-5 * size + 1e-6
 
@@ -186,7 +186,7 @@ def receptive_fields(config: EngramConfig) -> dict[str, np.ndarray]:
         return jnp.sum(layer(hidden, memory, jnp.asarray(SEGMENTS))[0][0] * weights, axis=(1, 2))
 
     by_hidden, by_memory = jax.jit(jax.jacrev(outputs, argnums=(0, 1)))(hidden, memory)
-    assert not np.any(by_hidden[:, 1]) and not np.any(by_memory[:, 1])  # nor from another row
+    assert not np.any(by_hidden[:, 1]) and not np.any(by_memory[:, 1])  # or from another row
     return {
         "hidden": np.any(by_hidden[:, 0], axis=(2, 3)),
         "memory": np.any(by_memory[:, 0], axis=2),
@@ -257,7 +257,7 @@ def test_branches_do_not_mix() -> None:
     [("sign", {0.5}), ("copysign", {1 / (1 + np.exp(-1e-3)), 1 / (1 + np.exp(1e-3))})],
 )
 def test_the_signed_root_of_zero(signed_root: str, gates: set[float]) -> None:
-    """Rows of zeros, as a table starts: the gate is defined, and so is its gradient."""
+    """With rows of zeros, the gate and its gradient are finite."""
     config = EngramConfig(bias=False, norm_epsilon=1e-20, signed_root=signed_root)
     layer = Engram(WIDTH, MEMORY, config, rngs=nnx.Rngs(0))
     hidden = jnp.stack([jnp.ones((1, 2, 1, WIDTH)), -jnp.ones((1, 2, 1, WIDTH))])[:, 0]
@@ -308,7 +308,7 @@ def test_the_layer_begins_as_the_gated_value_alone() -> None:
     def loss(layer: Engram) -> Array:
         return jnp.sum(layer(hidden, memory)[0] ** 3)
 
-    assert np.any(nnx.grad(loss)(with_taps).convolution[...])  # and can leave from there
+    assert np.any(nnx.grad(loss)(with_taps).convolution[...])  # taps of zero have a gradient
 
 
 def test_without_bias_there_are_no_bias_parameters() -> None:
@@ -356,7 +356,7 @@ def scaled_fp8(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int]) ->
 def test_released_miniature(
     layer_id: int, masked: bool, implementation: FusionImplementation
 ) -> None:
-    """DeepSeek-V4.1's form, its fp8 weights, and its rows from our hash."""
+    """DeepSeek-V4.1's version, with its fp8 weights, and its rows from our hash."""
     golden, sizes = load_golden("f_v41_mini")
     ngram_hash = released_hash(golden, sizes)
     mask, which = golden["token_mask"], f"masked_{layer_id}" if masked else str(layer_id)
@@ -397,9 +397,9 @@ def test_released_miniature(
             jnp.asarray(memory),
             token_mask=jnp.asarray(mask[None]) if masked else None,
         )
-    # Both round keys to bfloat16. From keys that float64 computed all is equal to float32's
-    # precision; a key of ours that lies midway between two bfloat16 numbers may round the other
-    # way, which moves one of the score's 64 terms (below 8 before the root) by 2⁻⁷ of itself.
+    # Both round keys to bfloat16. With keys computed in float64, results are equal to float32's
+    # precision. But a key close to the middle of two bfloat16 numbers can round differently, which
+    # changes one of the score's 64 terms (below 8 before the root) by a factor of 1 ± 2⁻⁷.
     exact = np.einsum("bte,med->btmd", memory.astype(np.float64), keys.astype(np.float64))
     exact_key = jnp.asarray(exact.astype(ml_dtypes.bfloat16))
     with simulation(implementation):
@@ -410,8 +410,8 @@ def test_released_miniature(
     np.testing.assert_allclose(exact_gate, golden[f"gate_{which}"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(gate[0], golden[f"gate_{which}"], rtol=0, atol=1e-3)
     expected = golden[f"output_{which}"]
-    # Rounding to bfloat16 (8 significant bits) errs by 2⁻⁸ of a number at most: here the gate and
-    # the gated value were rounded, there the sum with the residual stream.
+    # Rounding to bfloat16 (8 significant bits) has a relative error of at most 2⁻⁸. Here, gate and
+    # gated value are rounded; in the released code, the sum with the residual stream.
     found = hidden[0] + np.asarray(output[0], np.float32)
     bound = 2.0**-8 * (2.01 * np.abs(np.asarray(output[0], np.float32)) + np.abs(expected)) + 1e-6
     assert (np.abs(found - expected) <= bound).all()
@@ -436,7 +436,7 @@ def test_released_miniature(
 def test_the_layer_is_the_same_with_its_tokens_split_over_devices(
     crossing: bool, split_t: str | None, implementation: FusionImplementation
 ) -> None:
-    """Values and gradients, over B and T; the convolution reaches 9 positions back."""
+    """Values and gradients, with B and T split; the convolution looks 9 positions back."""
     config = EngramConfig(cross_documents=crossing)
     layer = make_layer(replace(config, implementation=implementation))
     hidden, memory = draw_inputs(length=48)

@@ -1,4 +1,4 @@
-"""The layer that owns its table, against the paper's demo."""
+"""The layer that owns its table, compared with the paper's demo."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""SwiGLU against float64."""
+"""SwiGLU compared with float64."""
 
 import jax
 import jax.numpy as jnp

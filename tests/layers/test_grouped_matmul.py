@@ -1,4 +1,4 @@
-"""Grouped products against a loop over groups in float64, and what they cost."""
+"""Grouped products compared with a loop over groups in float64, and their costs."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from engram_jax.layers.grouped_matmul import block_size, grouped_matmul, padded_rows
 from engram_jax.sharding import MeshConfig, make_mesh
 
-# Empty groups at either end and between; fewer rows than there are; none at all.
+# Empty groups at the ends and between; padding rows; no rows at all.
 SIZES = [[4, 0, 8, 12], [0, 24, 0, 0], [8, 4, 0, 0], [0, 0, 0, 0]]
 
 
@@ -50,7 +50,7 @@ def test_rows_of_no_group_may_hold_anything(block: int | None) -> None:
 
 
 def test_a_matrix_gradient_is_summed_over_its_blocks_in_float32() -> None:
-    """A running sum of 1024 thirds in bfloat16 stops at 128: a third is half of its last digit."""
+    """A running bfloat16 sum of 1024 times ⅓ stops at 128, where ⅓ is below half of a step."""
     x = jnp.full((1024, 1), 1 / 3, jnp.bfloat16)
     sizes = jnp.array([1024], jnp.int32)
 
@@ -70,7 +70,7 @@ def test_any_sizes_fit_the_padded_rows(rows: int, groups: int) -> None:
     generator = np.random.default_rng(0)
     even = np.bincount(np.arange(rows) % groups, minlength=groups)
     drawn = np.bincount(generator.integers(0, groups, rows), minlength=groups)
-    # The worst: all groups but one begin a block for a single row.
+    # The worst case: all groups except one have a block with a single row.
     ones = np.minimum(1, np.arange(groups) < rows)
     worst = ones + (rows - ones.sum()) * (np.arange(groups) == 0)
     for sizes in (even, drawn, worst):

@@ -1,4 +1,4 @@
-"""Hyper-connections against the paper's formulas, written out in NumPy."""
+"""Hyper-connections compared with the paper's formulas in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 def mappings_in_numpy(
     connection: HyperConnection, x: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of one token, in float64."""
+    """The mappings of one token, in float64."""
     p = {
         name: np.asarray(getattr(connection, name)[...], np.float64)
         for name in ("projection", "scale", "pre_bias", "post_bias", "mix_bias")
@@ -86,7 +86,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 
 def test_it_starts_as_an_ordinary_residual_connection() -> None:
-    """Equal branches, as a network begins with: a layer sees them, and is added to each."""
+    """With equal branches, as at the start, a layer reads the branch and adds to each branch."""
     config = HyperConnectionsConfig(branches=BRANCHES, scale=0.0)
     connection = HyperConnection(WIDTH, config, rngs=nnx.Rngs(0))
     one, y = draw_stream()[:, :, :1], draw_stream(3)[:, :, 0]
@@ -95,7 +95,7 @@ def test_it_starts_as_an_ordinary_residual_connection() -> None:
     np.testing.assert_allclose(read(x, mappings), one[:, :, 0], atol=1e-6)
     np.testing.assert_allclose(write(x, y, mappings), x + y[:, :, None], atol=2e-6)
     weights = np.asarray(mappings.pre[0, 0])
-    assert len(np.unique(weights.round(4))) == BRANCHES  # or the branches would stay alike
+    assert len(np.unique(weights.round(4))) == BRANCHES  # otherwise the branches would stay equal
 
 
 @pytest.mark.parametrize("branches", [2, 4, 8])
@@ -105,7 +105,7 @@ def test_mixing_is_doubly_stochastic(branches: int) -> None:
     assert (mix > 0).all()
     np.testing.assert_allclose(mix.sum(axis=-1), 1, atol=1e-6)
     np.testing.assert_allclose(mix.sum(axis=-2), 1, atol=1e-3)
-    # Few iterations and wide logits leave an error, which is why it is watched.
+    # With few iterations and large logits there is an error, so `column_error` measures it.
     hasty = sinkhorn(5 * logits, 1)
     error = np.abs(np.asarray(hasty).sum(axis=-2) - 1).max()
     assert error > 0.05
@@ -116,7 +116,7 @@ def test_mixing_is_doubly_stochastic(branches: int) -> None:
     ("logits", "expected"),
     [
         ([[200.0, 0.0], [0.0, 200.0]], 1.0),
-        # The common factor of a column has no weight, nor has a row's.
+        # A common factor of a column or a row has no effect.
         ([[-150.0, 0.0], [-150.0, 0.0]], 0.5),
         ([[-150.0, -150.0], [0.0, 0.0]], 0.5),
     ],
@@ -128,7 +128,7 @@ def test_logits_far_apart_stay_finite(logits: list[list[float]], expected: float
 
 @pytest.mark.parametrize("lift", [0.0, 60.0])
 def test_sinkhorns_gradient_is_that_of_the_plain_formula(lift: float) -> None:
-    """Factors that keep it finite have none; the first row is `lift` below the others."""
+    """The scaling factors have no gradient. The first row is `lift` below the others."""
 
     def plain(logits: Array) -> Array:
         mix = jnp.exp(logits)
@@ -149,7 +149,7 @@ def test_sinkhorns_gradient_is_that_of_the_plain_formula(lift: float) -> None:
 
 
 def test_no_gradient_goes_through_a_maximum() -> None:
-    """It would divide by the number of entries that equal the maximum, recomputed ones by none."""
+    """That gradient divides by the number of entries equal to the maximum, which can become 0."""
     gradient = jax.make_jaxpr(jax.grad(lambda x: sinkhorn(x, 2)[0, 0]))(jnp.eye(2))
     used = {equation.primitive.name for equation in gradient.eqns}
     assert "reduce_max" in used and "eq" not in used

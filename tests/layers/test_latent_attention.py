@@ -1,4 +1,4 @@
-"""Latent attention against keys and values written out in float64, document by document."""
+"""Latent attention compared with explicit keys and values in float64, per document."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ STRETCHED = replace(COMPRESSED, yarn=YarnConfig(trained_length=16, slow=0.5, fas
 
 
 def make_layer(config: LatentAttentionConfig, dtype: str = "float32") -> LatentAttention:
-    """With noise on every parameter, so that neither zeros nor unit gains hide anything."""
+    """With noise on every parameter, so that zeros and unit gains hide no error."""
     layer = LatentAttention(
         WIDTH, config, norm_epsilon=EPSILON, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)
     )
@@ -62,7 +62,7 @@ def turn(x: np.ndarray, position: int, config: LatentAttentionConfig) -> np.ndar
 
 
 def attend_in_float64(layer: LatentAttention, x: np.ndarray, segments: np.ndarray) -> np.ndarray:
-    """One document, one query and one head at a time, over keys and values written out."""
+    """Loops over documents, queries and heads, with explicit keys and values."""
     config = layer.config
     weights = jax.tree.map(
         lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(nnx.state(layer))
@@ -184,7 +184,7 @@ def test_no_gradient_from_the_future_or_another_document() -> None:
 def test_new_positions_read_a_cache_as_the_whole_row(
     config: LatentAttentionConfig, begin: int, end: int
 ) -> None:
-    """The cache is filled in two calls, and what it holds beyond the new positions is not seen."""
+    """The cache is filled in two calls. Its entries after the new positions are not used."""
     layer, x = make_layer(config), draw()
     whole = apply(layer, x, jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS))
     positions = jnp.asarray(POSITIONS)
@@ -206,13 +206,13 @@ def test_bfloat16_is_near_float32() -> None:
     expected = apply(make_layer(STRETCHED), *inputs)
     found = apply(make_layer(STRETCHED, "bfloat16"), inputs[0].astype(jnp.bfloat16), *inputs[1:])
     assert found.dtype == jnp.bfloat16
-    # Six roundings of 2⁻⁹ (in the mean) lie between x and the output.
+    # There are six roundings of 2⁻⁹ (on average) from x to the output.
     error = np.sqrt(np.mean((found.astype(np.float32) - expected) ** 2) / np.mean(expected**2))
     assert error < 6 * 2**-9
 
 
 def test_splash_is_xla_with_gradients() -> None:
-    """In interpret mode, which says nothing of its speed."""
+    """In interpret mode."""
     segments = jnp.asarray(np.cumsum(np.isin(np.arange(128), [0, 40, 41, 100]))[None], jnp.int32)
     positions = jnp.arange(128, dtype=jnp.int32)[None]
     x = draw(rows=1, length=128)

@@ -1,4 +1,4 @@
-"""The mixture against a loop over tokens in float64, a dense computation, and itself on meshes."""
+"""The mixture compared with a float64 loop over tokens, a dense computation, and on meshes."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from engram_jax.parameters import Matrix, roles
 from engram_jax.sharding import TOKEN_AXES, MeshConfig, make_mesh
 
 WIDTH, ROUTED = 6, 7
-# The bias sends every token to the same three experts, and leaves four without any.
+# With this bias, every token chooses the same three experts, and four experts have no token.
 EVEN, SKEWED = np.zeros(ROUTED, np.float32), np.float32([9, 0, 0, 9, 9, 0, 0])
 BOTH = pytest.mark.parametrize("implementation", ["ragged", "blocks"])
 MORE_MESHES = [(1, 2, 4), (2, 4, 1)]
@@ -66,7 +66,7 @@ def swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) ->
 def mix_in_float64(
     layer: MixtureOfExperts, x: Array, bias: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One token at a time, one expert after another."""
+    """Loops over tokens and experts."""
     x, router, gate, up, down = (
         np.asarray(a[...], np.float64) for a in (x, layer.router, layer.gate, layer.up, layer.down)
     )
@@ -86,7 +86,7 @@ def mix_in_float64(
 
 @jax.jit
 def mix_densely(state: dict[str, Any], x: Array, bias: Array) -> Array:
-    """All experts for all tokens, by one-hot choices; differentiable without a rule of our own."""
+    """All experts for all tokens, weighted by one-hot choices; differentiated by JAX."""
     affinity = jax.nn.sigmoid(jnp.einsum("btd,dx->btx", x, state["router"]))
     _, chosen = jax.lax.top_k(affinity + bias[None, None], 3)
     weights = affinity * jnp.sum(jax.nn.one_hot(chosen, ROUTED), axis=2)
@@ -102,7 +102,7 @@ def mix_densely(state: dict[str, Any], x: Array, bias: Array) -> Array:
 @BOTH
 @LOADS
 def test_is_the_weighted_sum_of_the_chosen_experts(implementation: str, bias: np.ndarray) -> None:
-    """Also where all tokens choose the same: none is dropped, and some experts have none."""
+    """Also if all tokens choose the same experts: no token is dropped; some experts have none."""
     layer, x = make_layer(implementation=implementation), draw()
     y, load = apply(layer, x, jnp.asarray(bias))
     expected, counts = mix_in_float64(layer, x, bias)
@@ -136,7 +136,7 @@ def test_the_bias_chooses_but_does_not_weigh() -> None:
 
 @pytest.mark.parametrize("shift", [0, 40, 50, 100, 1000])
 def test_affinities_that_vanish_still_weigh(shift: float) -> None:
-    """Far below 0, where the sigmoid is an exponential, a common shift is of no weight."""
+    """Far below 0, the sigmoid is an exponential, so a common shift has no effect."""
     router = jnp.array([[0.0, 1.0, -1.0], [-1.0, -1.0, -1.0]])
 
     def weigh(router: Array) -> Array:
@@ -182,7 +182,7 @@ def test_padding_experts_are_as_if_they_were_not(bias: np.ndarray) -> None:
 
 
 def place(layer: MixtureOfExperts, mesh: jax.sharding.Mesh) -> MixtureOfExperts:
-    """The layer as `gather_parameters` leaves it."""
+    """The layer with parameters sharded as after `gather_parameters`."""
 
     def put(leaf: Array, role: Any) -> Array:
         dealt = isinstance(role, Matrix) and role.experts
@@ -204,7 +204,7 @@ def place(layer: MixtureOfExperts, mesh: jax.sharding.Mesh) -> MixtureOfExperts:
 def test_a_mesh_computes_what_one_device_does(
     sizes: tuple[int, int, int], implementation: str, bias: np.ndarray
 ) -> None:
-    """On eight expert shards, the skewed load takes 3 rounds where one of them owns a favorite."""
+    """On eight expert shards, the uneven load needs 3 rounds on a shard with a chosen expert."""
     layer = make_layer(multiple=8, implementation=implementation)
     x, cotangent = draw(), draw(1)
     expected_y, expected_load, expected = differentiate(layer, x, jnp.asarray(bias), cotangent)
@@ -225,7 +225,7 @@ def test_a_mesh_computes_what_one_device_does(
 
 
 def test_tokens_that_every_device_has_count_once() -> None:
-    """As when fewer rows are sampled than there are devices."""
+    """With fewer rows than devices, as in sampling."""
     layer, x = make_layer(multiple=8), draw(rows=1)
     expected, expected_load = apply(layer, x, jnp.asarray(EVEN))
     mesh = make_mesh(MeshConfig(2, 1, 4))
@@ -257,7 +257,7 @@ def test_experts_that_cannot_be_dealt_are_refused() -> None:
 
 
 def test_balancing_evens_a_skewed_load() -> None:
-    """One expert's affinity starts 0.3 above the others': 300 steps of 1e-3, or not much more."""
+    """One expert's affinity is 0.3 higher at first, so about 300 steps of 1e-3 are needed."""
     generator = np.random.default_rng(0)
     router = jnp.asarray(generator.normal(0, 0.1, (8, 16)), jnp.float32).at[0, 5].add(1.2)
     rate = ExpertsConfig().balance_rate
@@ -281,7 +281,7 @@ def test_balancing_moves_the_bias_by_the_sign_of_what_is_missing() -> None:
 
 
 def test_products_are_few() -> None:
-    """Of all the floating-point operations, of which the shared experts' are taken off."""
+    """Floating-point operations without those of the shared experts."""
     tokens, width, inner = 2048, 64, 128
     config = ExpertsConfig(routed=16, active=4, width=inner, shared=1, implementation="blocks")
     layer = MixtureOfExperts(width, config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
@@ -318,7 +318,7 @@ def test_bfloat16_is_near_float32(implementation: str) -> None:
     def assert_near(found: Array, expected: Array) -> None:
         found, expected = np.asarray(found, np.float32), np.asarray(expected)
         assert np.all(np.isfinite(found))
-        # Some ten roundings of 2⁻⁹ each, of values and of what they are made of.
+        # About ten roundings of 2⁻⁹ each.
         error = np.sqrt(np.mean((found - expected) ** 2))
         assert error <= 10 * 2**-9 * np.sqrt(np.mean(expected**2))
 

@@ -1,4 +1,4 @@
-"""Rotary embedding: against complex numbers, its relative property, and YaRN's frequencies."""
+"""Rotary embedding, compared with complex numbers; relative positions; YaRN's frequencies."""
 
 import jax
 import jax.numpy as jnp
@@ -65,14 +65,14 @@ def test_bfloat16_is_turned_in_float32() -> None:
     [
         (64, 10_000.0, YarnConfig()),
         (128, 500_000.0, YarnConfig(scale=4.0, trained_length=8192, slow=2.0, fast=16.0)),
-        # Even the first pair turns fewer than 32 times over 100 positions.
+        # Even the first pair makes fewer than 32 rotations over 100 positions.
         (32, 10_000.0, YarnConfig(trained_length=100)),
     ],
 )
 def test_yarn_divides_slow_pairs_and_keeps_fast_ones(
     width: int, theta: float, config: YarnConfig
 ) -> None:
-    """Counts every pair's turns over the trained length; no formula for where the ramp begins."""
+    """From the number of rotations of every pair over the trained length."""
     trained = np.array([theta ** (-2 * i / width) for i in range(width // 2)])
     turns = config.trained_length / (2 * np.pi / trained)
     kept = np.flatnonzero(turns >= config.fast)

@@ -25,7 +25,7 @@ SPEC = HashSpec(layers=(LAYER,), max_order=3, heads=3, rows_per_head=(997, 1009)
 NGRAM_HASH = NgramHash.build(SPEC, VocabularyProjection.identity(20))
 ROWS = NGRAM_HASH.padded_rows[0]
 
-# Lookup sees a mesh flattened, so one of several devices stands for all shapes of them.
+# Lookup uses the flattened mesh, so one mesh of several devices is enough.
 MESHES = {"1": (1, 1), "2x4": (2, 4)}
 
 
@@ -43,7 +43,7 @@ def draw_step(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def places(tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
-    """[A, B, T, H]: where every token's rows stand."""
+    """Places [A, B, T, H] of every token's rows."""
     return stored_places(NGRAM_HASH.hash_tokens(LAYER, tokens, segments), ROWS)
 
 
@@ -60,10 +60,10 @@ def put(mesh: jax.sharding.Mesh, tree: PyTree, spec: jax.P = TABLE_RW) -> PyTree
 
 
 class Step(NamedTuple):
-    """What a step made."""
+    """The results of a step."""
 
     memory: Array  # [A, B, T, E]
-    norm: Array  # of all rows' gradients
+    norm: Array  # of the gradients of all rows
     table: Table
 
 

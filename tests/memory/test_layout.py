@@ -1,4 +1,4 @@
-"""Records: what they hold, how they are rounded, and how a table of them starts."""
+"""Records: content, rounding, and the initial table."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def test_lower_precision_takes_fewer_words_and_rounds_to_nearest(
             kind = "float32"
         np.testing.assert_array_equal(found, part.astype(kind).astype(jnp.float32))
     np.testing.assert_array_equal(back.clock, rows.clock)
-    # What is stored already is stored again as it is, whatever the random bits are.
+    # Values that bfloat16 can represent are stored unchanged, for any random bits.
     again = layout.pack(back, mix(jnp.arange(7, dtype=jnp.uint32)))
     np.testing.assert_array_equal(again, records)
 
@@ -102,7 +102,7 @@ def test_what_is_not_finite_stays_so() -> None:
 
 
 def test_small_steps_are_lost_by_nearest_rounding_alone() -> None:
-    """A hundred steps of a tenth of a bfloat16's spacing."""
+    """A hundred additions of a tenth of the spacing of bfloat16 numbers."""
     layout = RecordLayout(64, StorageConfig(value="bfloat16"))
     step = 2.0**-8 / 10
 
@@ -134,6 +134,6 @@ def test_a_table_starts_equal_on_every_mesh_and_in_its_parts(
     place = jax.NamedSharding(mesh, TABLE_RW)
     make = jax.jit(lambda key: init_table(key, 8192, layout, 1, scale), out_shardings=place)
     np.testing.assert_array_equal(make(key).records, whole.records)
-    # No device ever holds the whole.
+    # No device has the complete table.
     memory = make.lower(key).compile().memory_analysis()
     assert memory.temp_size_in_bytes < whole.records.nbytes / 4

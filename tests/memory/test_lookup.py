@@ -1,4 +1,4 @@
-"""Lookup through the plan against a plain gather of the table, on one device and on eight."""
+"""Lookup with a plan compared with a plain gather, on one device and on eight."""
 
 import re
 from dataclasses import replace
@@ -50,7 +50,7 @@ def test_memory_is_the_hashed_rows_bit_for_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", MESHES)
 def test_gradients_are_those_of_a_plain_gather(name: str) -> None:
-    """Read from the first moments after one step, and from the norm."""
+    """Checked with the first moments after one step, and with the norm."""
     tokens, segments = draw_step()
     at, mesh = places(tokens, segments), mesh_of(name)
     with jax.set_mesh(mesh):
@@ -58,7 +58,7 @@ def test_gradients_are_those_of_a_plain_gather(name: str) -> None:
         step = shared_step("exact")(draw_table(mesh), plan, cotangent, 0)
     dense = np.zeros((ROWS, WIDTH))
     np.add.at(dense, at.reshape(-1), np.asarray(cotangent, np.float64).reshape(-1, WIDTH))
-    assert len(np.unique(at)) < at.size / 2  # many duplicates, or this tests little
+    assert len(np.unique(at)) < at.size / 2  # there must be many duplicates
     after = step.table.unpack()
     np.testing.assert_allclose(np.asarray(after.mean) / 0.1, dense, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(step.norm, np.linalg.norm(dense), rtol=1e-6)
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_a_plain_gather(name: str) -> None:
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("form", ["exact", "lazy"])
 def test_all_meshes_make_the_same_step(form: RowAdamForm) -> None:
-    """From a used table: memory equal to the bit, tables to rounding."""
+    """With a used table: memory is equal bit for bit, tables up to rounding."""
     steps = {}
     for name in MESHES:
         mesh = mesh_of(name)
@@ -89,7 +89,7 @@ def test_all_meshes_make_the_same_step(form: RowAdamForm) -> None:
 
 @pytest.mark.usefixtures("optimized")
 def test_stochastic_rounding_is_the_same_on_every_mesh() -> None:
-    """Without gradients, whose sums differ in their last bits, all records are equal."""
+    """Without gradients, whose sums differ in the last bits, all records are equal."""
     layout = RecordLayout(WIDTH, StorageConfig("bfloat16", "bfloat16", "row"))
     records = {}
     for name in MESHES:
@@ -109,7 +109,7 @@ def test_stochastic_rounding_is_the_same_on_every_mesh() -> None:
 
 
 def test_more_rounds_give_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A capacity far below what is asked for: every row still comes, and no gradient is lost."""
+    """With a capacity far below the requests, no row and no gradient is lost."""
     mesh, plans, steps = mesh_of("2x4"), {}, {}
     inputs = draw_table(mesh, used=True), draw_cotangent(mesh), 12, 0.5
     for capacity, step in ((None, shared_step("exact")), (4, make_step("exact"))):
@@ -122,7 +122,7 @@ def test_more_rounds_give_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None
             steps[capacity] = step(inputs[0], plan, *inputs[1:])
     rounds = plans[4].rows[LAYER].rounds
     assert plans[None].rows[LAYER].rounds.max() == 1 and rounds.max() > 2
-    assert len(set(rounds)) > 1  # devices that need fewer go along
+    assert len(set(rounds)) > 1  # some devices need fewer rounds
     one, more = steps.values()
     np.testing.assert_array_equal(more.memory, one.memory)
     np.testing.assert_allclose(more.norm, one.norm, rtol=1e-6)
@@ -162,7 +162,7 @@ def test_settling_is_reading_all_rows(name: str) -> None:
         step = shared_step("exact")(table, plan, draw_cotangent(mesh), 12)
         settled = lookup.settle(table, make_adam("exact"), jnp.int32(12))
         assert settled.records.sharding.is_equivalent_to(step.table.records.sharding, 2)
-    assert table.records.is_deleted()  # its memory is what the settled table lies in
+    assert table.records.is_deleted()  # the new table uses its memory
     value, *state = settled.unpack()
     expected = np.asarray(value)[places(*tokens)].reshape(step.memory.shape)
     np.testing.assert_array_equal(step.memory, expected)
@@ -186,9 +186,9 @@ def test_settling_takes_less_than_64_MB_beside_the_table() -> None:
 @pytest.mark.parametrize("name", MESHES)
 @pytest.mark.parametrize("form", ["exact", "lazy"])
 def test_only_gathers_and_scatters_meet_the_whole_table(name: str, form: RowAdamForm) -> None:
-    """Nothing is swept: read from the compiled step; donated tables are written in place.
+    """In the compiled step, no operation visits all rows, and donated tables are updated in place.
 
-    And the exchange is all-to-all, and reduces nothing of the memory's size.
+    The exchange is an all-to-all. No all-reduce has the size of the memory.
     """
     mesh = mesh_of(name)
     with jax.set_mesh(mesh):

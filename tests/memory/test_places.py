@@ -1,4 +1,4 @@
-"""Where rows stand, and how much a round of the exchange holds."""
+"""Places of rows, and the capacity of the exchange."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_every_head_is_spread_evenly_over_all_devices(shards: int) -> None:
         numbers = np.arange(offset, offset + size, dtype=np.int32)
         places = stored_places(numbers, padded_rows)
         counts = np.bincount(places // (padded_rows // shards), minlength=shards)
-        # Whole deals of 4,096 rows, and the two that a head begins and ends in.
+        # Complete sequences of 4,096 rows, and the incomplete ones at both ends of a head.
         assert counts.max() - counts.min() <= 2 * 4096 // shards
 
 

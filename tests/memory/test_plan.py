@@ -1,4 +1,4 @@
-"""The plan, expanded in NumPy, must give every token the rows that the hash gives it."""
+"""The plan, expanded in NumPy, must give every token the rows of the hash."""
 
 import numpy as np
 import pytest
@@ -22,12 +22,12 @@ def make_hash(max_order: int = 3, rows: int = 11, heads: int = 2, vocabulary: in
 
 
 def split(array: np.ndarray, shards: int) -> np.ndarray:
-    """[A, B, T, …] as [shards, A, B/shards, T, …]: what every device holds."""
+    """Reshapes [A, B, T, …] to the devices' parts [shards, A, B/shards, T, …]."""
     return array.reshape(len(array), shards, -1, *array.shape[2:]).swapaxes(0, 1)
 
 
 def expand(plan: MemoryPlan, layer: int, shards: int) -> Int32[np.ndarray, "A B T H"]:
-    """What the devices do with rows, done with places."""
+    """The devices' expansion, applied to places."""
     slots = split(plan.slots[layer].slots, shards)
     places = np.stack([rows[s] for rows, s in zip(plan.rows[layer].places, slots, strict=True)])
     return places.swapaxes(0, 1).reshape(plan.slots[layer].slots.shape)
@@ -107,12 +107,12 @@ def test_shapes_and_dtypes_do_not_depend_on_the_tokens() -> None:
 
 
 def test_a_step_without_repeats_has_no_padding() -> None:
-    """The bound tokens × columns is met exactly; nothing may run over it."""
+    """The bound tokens × columns is reached, and must not be exceeded."""
     ngram_hash = make_hash(max_order=2, rows=50_000, heads=1, vocabulary=64)
     tokens = np.arange(64, dtype=np.int32).reshape(1, 1, 64)
     plan = Planner(ngram_hash)(tokens)
     places = stored_places(ngram_hash.hash_tokens(0, tokens), ngram_hash.padded_rows[0])
-    assert len(np.unique(places)) == places.size  # no collision, or this tests nothing
+    assert len(np.unique(places)) == places.size  # there must be no collision
     np.testing.assert_array_equal(plan.rows[0].places[0], np.sort(places.reshape(-1)))
     np.testing.assert_array_equal(expand(plan, 0, 1), places)
 
@@ -120,7 +120,7 @@ def test_a_step_without_repeats_has_no_padding() -> None:
 def test_rounds_are_as_few_as_every_pair_of_devices_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows that crowd at one owner take more rounds, in each of which no pair overflows."""
+    """Many rows of one owner need more rounds; in each, no pair exceeds the capacity."""
     bound, padded_rows = 512, 8192
     capacity, owned = exchange_capacity(bound, 4), padded_rows // 4
 

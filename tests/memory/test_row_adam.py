@@ -1,4 +1,4 @@
-"""Row Adam, exact and lazy, against float64 references written row by row."""
+"""Exact and lazy row Adam, compared with float64 references."""
 
 import math
 
@@ -92,7 +92,7 @@ def histories(draw: st.DrawFn):
 @settings(max_examples=60, deadline=None)
 @given(histories())
 def test_an_exact_row_is_where_dense_adam_has_it(history) -> None:
-    """In float64, every row at every step, from zero, where no movement is too small to be seen."""
+    """In float64, every row at every step, from zero, so that small updates are visible."""
     (b1, b2), (warmup, decay_from), touched, gradients = history
     config = RowAdamConfig(form="exact", factor=2.0, b1=b1, b2=b2)
 
@@ -115,7 +115,7 @@ def test_an_exact_row_is_where_dense_adam_has_it(history) -> None:
         value -= movement
         moved += np.abs(movement)
     allowed = np.maximum(3e-5 * moved, 4 * np.spacing(np.abs(read).astype(np.float32)))
-    # A square below the normal range of float32 is lost to it, as it is to dense Adam in float32.
+    # A square below the normal range of float32 is lost, as in dense Adam in float32.
     representable = (square > 1e-36) | (square == 0)
     excess = (np.abs(read - value) / allowed)[representable]
     assert excess.max(initial=0) <= 1
@@ -156,7 +156,7 @@ def test_a_row_touched_at_every_step_is_an_optax_adam() -> None:
 
 @pytest.mark.parametrize("form", ["exact", "lazy"])
 def test_one_second_moment_a_row_is_that_of_the_mean_square(form: str) -> None:
-    """Against float64 Adam over touched steps (lazy) or all (exact), written out."""
+    """Compared with float64 Adam over all steps (exact), or over steps that read the row (lazy)."""
     steps, generator = 12, np.random.default_rng(3)
     gradients = generator.normal(size=(steps, COUNT, WIDTH)).astype(np.float32)
     touched = generator.random((steps, COUNT)) < 0.4
@@ -181,7 +181,7 @@ def test_one_second_moment_a_row_is_that_of_the_mean_square(form: str) -> None:
 
 
 def test_the_momentum_tail_is_the_sum_over_all_later_steps() -> None:
-    """Term by term in float64, at early and late steps, with ε from nothing to everything."""
+    """Compared with the sum in float64, at early and late steps, for small and large ε/√v."""
     b1, b2, eps = 0.9, 0.95, 1e-8
     rates = lambda done: 1e-3 * np.minimum(1, (done + 1) / 30)  # noqa: E731
     tail = make_momentum_tail(rates, 500, b1, b2)

@@ -1,6 +1,6 @@
-"""TPU kernels through the real compiler, for chips that are not there.
+"""TPU kernels with the TPU compiler, without TPUs.
 
-It finds what simulation cannot: tiling, fast memory, operations that have no lowering.
+It finds errors that simulation cannot: tiling, VMEM, operations without a lowering.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def chip(request: pytest.FixtureRequest, libtpu: None) -> jax.sharding.Mesh:
 
 
 def temporaries(chip: jax.sharding.Mesh, run: Callable, *shapes: tuple[tuple, type]) -> int:
-    """Bytes that the compiled program takes beside arguments and results."""
+    """Bytes of temporaries of the compiled program."""
     whole = jax.NamedSharding(chip, jax.P())
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in shapes]
     with jax.set_mesh(chip):
@@ -45,7 +45,7 @@ def fusion_shapes(
     return inputs + (parameters if kernel else parameters[:1])
 
 
-# The paper's and V4.1's results have 168 MB; in the default run's, the small things are larger.
+# The results of the paper's and V4.1's sizes have 168 MB.
 FUSIONS = [
     pytest.param((8, 256, 1, 192), 4, jnp.float32, id="the default run"),
     pytest.param((2, 4096, 4, 2560), 4, jnp.bfloat16, id="the paper", marks=pytest.mark.slow),
@@ -57,12 +57,12 @@ FUSIONS = [
 def test_the_fusion_takes_no_memory_of_the_size_of_its_result(
     chip: jax.sharding.Mesh, size: tuple[int, int, int, int], kernel: int, dtype: type
 ) -> None:
-    """Forward, and backward beside the forward pass's result, remat included."""
+    """Forward pass, and backward pass with remat."""
     form = FusionForm(2.0**-23, dilation=3)
     fuse = partial(gated_fusion.fuse, form=form, implementation="pallas_tpu")
     shapes, result = fusion_shapes(size, kernel, dtype), int(np.prod(size)) * dtype(0).itemsize
-    # A number a token or branch fills a line of 128 lanes: flags, gates, and their gradients.
-    # (v5p sets some 6 MB apart whatever the program.)
+    # Flags, gates and gate gradients: a number per token or branch is padded to 128 lanes.
+    # (v5p reserves about 6 MB for any program.)
     small = 4 * 512 * size[0] * size[1] + 8 * 2**20
     assert temporaries(chip, fuse, *shapes) <= small
 
@@ -76,7 +76,7 @@ def test_the_fusion_takes_no_memory_of_the_size_of_its_result(
 @pytest.mark.parametrize(
     ("form", "words"),
     [
-        (RowFormat(80), 256),  # with its moments, as row Adam stores it
+        (RowFormat(80), 256),  # with moments, as row Adam stores them
         (RowFormat(160, "bfloat16"), 128),
         (RowFormat(256, "float8"), 128),
         (RowFormat(256), 256),
@@ -86,7 +86,7 @@ def test_the_fusion_takes_no_memory_of_the_size_of_its_result(
 def test_reading_takes_no_memory_of_the_size_of_the_table(
     chip: jax.sharding.Mesh, form: RowFormat, words: int
 ) -> None:
-    """Nor of the result: rows are decoded on their way."""
+    """And not the result: rows are decoded in the kernel."""
     read = partial(hashed_gather.read, form=form, implementation="pallas_tpu")
     rows, tokens = 2**21, 4096
     taken = temporaries(chip, read, ((rows, words), jnp.uint32), ((tokens, 16), jnp.int32))

@@ -21,8 +21,8 @@ type Fuse = Callable[..., tuple[Array, Array]]
 type Size = tuple[int, ...]
 type Fit = Callable[[Size], Size]
 
-# B, T, M, D, taps; tiles have 16 tokens, as halos have. The GPU kernels, whose simulation is slow,
-# take less of each, D = 128, and 4 tokens a block.
+# B, T, M, D, taps; tiles and halos have 16 tokens. Sizes for GPU kernels are smaller, because their
+# simulation is slow: D = 128, and 4 tokens per block.
 SIZES = {
     "several tiles, the last in part": (2, 40, 2, 24, 4),
     "taps beyond the row": (1, 5, 2, 8, 4),
@@ -92,7 +92,7 @@ def expect(
 def assert_near(found: tuple, expected: tuple, inputs: Inputs) -> None:
     """Sums of n floats in another order differ by about √n roundings of their terms.
 
-    Terms are up to 16 times the sum's largest, since the root's slope is up to 1 / (2·√score).
+    Terms are up to 16 times the largest sum, because the root's slope is up to 1 / (2·√score).
     """
     open_gates = np.asarray(expected[1])[np.asarray(expected[1]) > 0]
     roots = np.log(open_gates / (1 - open_gates))
@@ -108,7 +108,7 @@ def assert_near(found: tuple, expected: tuple, inputs: Inputs) -> None:
 
 @pytest.fixture(params=also_with_races(*[x for x in IMPLEMENTATIONS if x != "reference"]))
 def simulated(request: pytest.FixtureRequest) -> Iterator[str]:
-    """An implementation, where it runs."""
+    """An implementation, in a context where it runs."""
     name, races = request.param
     with simulation(name, races=races):
         yield name
@@ -121,7 +121,7 @@ class TestFuse:
         for name in ("SUMMED", "STRIP", "WALK"):
             monkeypatch.setattr(pallas_gpu, name, 4)
         yield partial(gated_fusion.fuse, form=FORM, implementation=simulated)
-        jax.clear_caches()  # what was traced for small tiles
+        jax.clear_caches()  # functions traced with small tiles
 
     @pytest.fixture
     def fit(self, simulated: str) -> Fit:
@@ -154,7 +154,7 @@ class TestFuse:
 
     @pytest.mark.slow_for("pallas_tpu", "pallas_gpu")
     def test_one_document_a_token(self, fuse: Fuse, fit: Fit) -> None:
-        """Then a tap reads nothing but the token itself."""
+        """Then a tap reads only the token itself."""
         inputs, _ = draw_inputs(fit((1, 20, 2, 8, 4)))
         segments = jnp.arange(inputs.value.shape[1], dtype=jnp.int32)[None]
         found, _ = fuse(*inputs, segments)
@@ -163,7 +163,7 @@ class TestFuse:
 
     @pytest.mark.slow_for("pallas_gpu")
     def test_nothing_enters_from_another_document(self, fuse: Fuse, fit: Fit) -> None:
-        """Not even NaN: forward into the next document, backward into the one before."""
+        """Not even NaN passes a boundary, in the forward or the backward pass."""
         inputs, _ = draw_inputs(fit((1, 14, 1, 8, 4)))
         segments = jnp.asarray([[0] * 8 + [1] * 6], jnp.int32)
         value = inputs.value.at[0, 6].set(jnp.nan)
@@ -190,7 +190,7 @@ class TestFuse:
 
     @pytest.mark.slow_for("pallas_gpu")
     def test_bfloat16(self, fuse: Fuse, fit: Fit) -> None:
-        """Everything between is float32: one rounding at the end."""
+        """Intermediate values are float32, so there is one rounding at the end."""
         size = fit((2, 24, 2, 24, 4))
         inputs, documents = draw_inputs(size, 0, jnp.bfloat16)
         found = jax.jit(partial(forward_and_back, fuse))(inputs, **documents)
@@ -198,7 +198,7 @@ class TestFuse:
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert a.dtype == b.dtype
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-            # The other side of a rounding boundary is one step of 2⁻⁷ away at most.
+            # Results can round to neighboring numbers, which differ by at most 2⁻⁷.
             np.testing.assert_allclose(a, b, rtol=2.0**-7, atol=1e-4 * abs(b).max())
 
     @pytest.mark.slow_for("pallas_gpu")
@@ -275,7 +275,7 @@ def test_a_width_that_the_gpu_kernel_does_not_take_is_refused() -> None:
     ],
 )
 def test_lowered_for_a_gpu(width: int, kernel: int, dtype: type) -> None:
-    """Without one: layouts and operations are checked, the machine code is not made."""
+    """Without a GPU: layouts and operations are checked, but no machine code is generated."""
     inputs, documents = draw_inputs((1, 40, 4, width, kernel), 0, dtype)
     fuse = partial(gated_fusion.fuse, form=FORM, implementation="pallas_gpu")
     lowered = (
@@ -297,7 +297,7 @@ def test_lowered_for_a_gpu_in_a_program_of_64_bits() -> None:
 
 
 def test_a_gpu_takes_a_batch_of_more_blocks_than_cuda_has_along_other_axes_than_the_first() -> None:
-    """2²² tokens: a block for every 8 or 32 of them, where CUDA ends at 65,535 but along one."""
+    """2²² tokens need more than 65,535 blocks, which CUDA supports along one grid axis only."""
     hidden = jax.ShapeDtypeStruct((2**10, 2**12, 1, 128), jnp.bfloat16)
     value = jax.ShapeDtypeStruct((2**10, 2**12, 128), jnp.bfloat16)
     gain = jax.ShapeDtypeStruct((1, 128), jnp.float32)

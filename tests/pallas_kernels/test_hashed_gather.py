@@ -28,7 +28,7 @@ TABLES = [((1, 1, 1), 80, "float32"), *(((90, 20, 3), *form) for form in FORMATS
 def draw(
     u: int, n: int, columns: int, width: int, seed: int = 0
 ) -> tuple[Array, Array, Array, Array]:
-    """Values, slots (few distinct, so that duplicates abound), their order, and a cotangent."""
+    """Values, slots with many duplicates, their order, and a cotangent."""
     generator = np.random.default_rng(seed)
     drawn = generator.geometric(min(1, 6 / (u + 2)), (n, columns)) - 1
     slots = np.minimum(drawn, u - 1).astype(np.int32)
@@ -49,7 +49,7 @@ def sum_duplicates(values: Array, slots: Array, cotangent: Array) -> np.ndarray:
 
 
 def bound_of_sums(values: Array, slots: Array, cotangent: Array) -> np.ndarray:
-    """A sum of k floats in any order errs by at most (k−1)·2⁻²⁴ of the sum of their sizes."""
+    """A sum of k floats in any order has an error of at most (k−1)·2⁻²⁴ × the absolute sum."""
     counts = np.bincount(np.asarray(slots).reshape(-1), minlength=len(values))[:, None]
     return sum_duplicates(values, slots, np.abs(cotangent)) * counts * 2.0**-24
 
@@ -58,7 +58,7 @@ def bound_of_sums(values: Array, slots: Array, cotangent: Array) -> np.ndarray:
 def implementation(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    # Blocks of some ten tokens and rows.
+    # Blocks of about ten tokens and rows.
     for name, size in (("IN_FLIGHT", 32), ("SUMS", 32), ("CHUNK", 32)):
         monkeypatch.setattr(pallas_tpu, name, size)
     for name, size in (("BLOCK", 16), ("IN_FLIGHT", 4)):
@@ -66,7 +66,7 @@ def implementation(
     name, races = request.param
     with simulation(name, races=races):
         yield name
-    jax.clear_caches()  # what was traced for small blocks
+    jax.clear_caches()  # functions traced with small blocks
 
 
 class TestExpand:
@@ -148,7 +148,7 @@ def test_remat_in_a_scan(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["xla", "pallas_tpu", "pallas_gpu"])
 def test_the_gradient_adds_duplicates_in_the_prepared_order(name: str) -> None:
-    """What makes the sum the same on every device: 1 + 2⁻²⁴ + 2⁻²⁴ depends on the order."""
+    """A fixed order makes sums equal on all devices: 1 + 2⁻²⁴ + 2⁻²⁴ depends on the order."""
     values, tiny = jnp.zeros((1, 1)), 2.0**-24
     slots = jnp.zeros((3, 1), jnp.int32)
     cotangent = jnp.array([[1.0], [tiny], [tiny]])
@@ -168,7 +168,7 @@ class TestRead:
     @pytest.mark.parametrize(("width", "precision"), FORMATS)
     @pytest.mark.parametrize("size", [(1, 1, 1), (90, 70, 3)])
     def test_values(self, implementation: str, width: int, precision: str, size: tuple) -> None:
-        """Numbers outside the table read as zeros; padding has such beyond it."""
+        """Numbers outside the table read as zeros; padding has such numbers."""
         rows, n, columns = size
         generator, form = np.random.default_rng(1), RowFormat(width, precision)
         values = generator.normal(size=(rows, width)).astype(np.float32)
@@ -179,7 +179,7 @@ class TestRead:
         found = jax.jit(read)(table, numbers)
         decoded = np.asarray(jax.jit(form.decode)(words))
         stored = np.concatenate([decoded, np.zeros((5, width))])
-        # The last two of `stored` are what −1 and −2 find.
+        # With NumPy's indexing, −1 and −2 would read the last two rows.
         np.testing.assert_array_equal(found, stored[numbers].reshape(n, -1))
 
     def test_through_distinct_rows(self, implementation: str) -> None:
@@ -208,7 +208,7 @@ def test_float8_is_the_released_format(width: int) -> None:
 
 
 def test_float8_scales_make_rows_fit() -> None:
-    """Whatever their size, numbers keep three bits behind the leading one (beside the largest)."""
+    """Numbers of any size keep three bits after the leading one, relative to the largest."""
     generator = np.random.default_rng(0)
     rows = generator.normal(size=(400, 96)) * 10.0 ** generator.integers(-30, 30, (400, 1))
     rows = rows.astype(np.float32)
@@ -222,9 +222,9 @@ def test_float8_scales_make_rows_fit() -> None:
 
 @pytest.mark.parametrize("wide", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_lowered_for_a_gpu(wide: bool) -> None:
-    """Without one: layouts and operations are checked, the machine code is not made.
+    """Without a GPU: layouts and operations are checked, but no machine code is generated.
 
-    Also in a program of 64 bits.
+    Also with 64-bit types enabled.
     """
     values, slots, order, cotangent = draw(300, 40, 4, 80)
 
