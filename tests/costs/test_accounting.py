@@ -191,8 +191,8 @@ def test_all_to_experts_where_no_layer_is_dense() -> None:
 @pytest.mark.parametrize(
     ("name", "share", "message"),
     [
-        ("default", 0.5, "default lacks experts"),
-        ("moe_10m", 0.5, "moe_10m lacks memory"),
+        ("default", 0.5, "default has no experts"),
+        ("moe_10m", 0.5, "moe_10m has no memory"),
         ("engram_10m", 1.5, "between 0 and 1"),
         ("engram_10m", -0.1, "between 0 and 1"),
     ],

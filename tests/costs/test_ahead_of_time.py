@@ -167,7 +167,7 @@ def test_what_a_loop_over_layers_sends_is_counted_for_every_layer(mesh: jax.shar
 @pytest.mark.usefixtures("libtpu")
 def test_rows_that_do_not_fill_lanes_are_refused_on_tpu() -> None:
     config = vary(load_named_config("default"), memory={"row_width": 16})
-    with pytest.raises(InputError, match=r"64 words.*22 is the least"):
+    with pytest.raises(InputError, match=r"64 words.*minimum is 22"):
         Program.of_sizes(config, topology_mesh(TOPOLOGY, config.mesh))
 
 
