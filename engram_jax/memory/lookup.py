@@ -8,7 +8,7 @@ mesh, which may have one device. Only gathers and scatters access arrays of R ro
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, no_type_check
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -190,18 +190,21 @@ def update_rows(
         adam: RowAdam,
         step: Array,
     ) -> Table:
-        def write_part(table: Table, part: tuple[Array, Array, Array | None]) -> Any:
-            rows, sums, current = part
-            state = adam.apply_pending(records.read(table, rows), step, current)
-            new = adam.apply_gradient(state, sums * scale, step)
-            return records.write(table, rows, new, step), None
-
         def write(table: Table, rows: Array, sums: Array, current: Array | None) -> Table:
             size = min(PART, len(rows))
             padding = len(table.records) + 1 + len(rows)
-            rows = _split(rows, size, padding + jnp.arange(-len(rows) % size, dtype=jnp.int32))
-            parts = rows, *jax.tree.map(lambda array: _split(array, size), (sums, current))
-            return jax.lax.scan(write_part, table, parts)[0]
+            all_rows = _split(rows, size, padding + jnp.arange(-len(rows) % size, dtype=jnp.int32))
+            parts = all_rows, *jax.tree.map(lambda array: _split(array, size), (sums, current))
+
+            def write_part(number: Array, table: Table) -> Table:
+                rows, sums, current = jax.tree.map(lambda array: array[number], parts)
+                state = adam.apply_pending(records.read(table, rows), step, current)
+                new = adam.apply_gradient(state, sums * scale, step)
+                return records.write(table, rows, new, step)
+
+            # Rows ascend, padding comes last: parts of nothing else are left out.
+            used = jnp.sum(all_rows[:, 0] < len(table.records))
+            return jax.lax.fori_loop(0, used, write_part, table)
 
         def write_further(state: tuple[Array, Table]) -> tuple[Array, Table]:
             number, table = state

@@ -2,7 +2,8 @@
 
 The input pipeline builds plans on the host; every process plans for its own devices. A device
 requests each distinct row once. Rows are sorted by place, and thus by the device that owns them.
-Shapes are static: the bound is U = tokens × columns, and the unused part is padding. Plans have
+Shapes are static: the bound is U = tokens × columns, or all rows of a small table, and the unused
+part is padding. Plans have
 NumPy arrays on the host and JAX arrays on the devices.
 """
 
@@ -114,9 +115,9 @@ def plan_places(
     micro_batches = len(places)
     parted = places.reshape(micro_batches, local_shards, -1).swapaxes(0, 1)
     by_device = parted.reshape(local_shards, -1)
-    bound = by_device.shape[1]
+    bound = min(by_device.shape[1], padded_rows)
     rows = np.empty((local_shards, bound), np.int32)
-    slots, order = np.empty_like(rows), np.empty_like(rows)
+    slots, order = np.empty(by_device.shape, np.int32), np.empty(by_device.shape, np.int32)
     distinct, rounds = np.empty(local_shards, np.int32), np.empty(local_shards, np.int32)
     for device, keys in enumerate(by_device):
         sorted_slots, positions, found = _number_distinct(keys)
@@ -129,7 +130,7 @@ def plan_places(
         )
         order[device] = _split_order(positions, micro_batches)
 
-    def by_token(array: Int32[np.ndarray, "S U"]) -> Int32[np.ndarray, "A B T H"]:
+    def by_token(array: Int32[np.ndarray, "S n"]) -> Int32[np.ndarray, "A B T H"]:
         parted = array.reshape(local_shards, micro_batches, -1).swapaxes(0, 1)
         return np.ascontiguousarray(parted).reshape(places.shape)
 
