@@ -1,13 +1,14 @@
-"""The time of a step as the table grows, compared with a dense optax Adam.
+"""What a step costs as the table grows: touched rows against a dense optax Adam.
 
     python -m benchmarks.table_update [--most-rows 67_108_864]
 
-Two measurements, in one process. Each larger table alternates with the smallest:
+Three measurements, all in one process, the two sides of each in turn:
 
-1. Only the memory part (lookup, expansion to tokens, gradients back to rows, exact row update), for
-   8,192 tokens of 16 columns with random rows of width 16, and tables of random values. It is
-   compared with a plain gather, its dense gradient and `optax.adam`, as far as memory allows.
-2. The complete training step of the default run, with a table of 1/16 and of 4 times its size.
+1. the memory part alone (lookup, expansion to tokens, gradients back to rows, exact row update) for
+   8,192 tokens of 16 columns, rows drawn at random, width 16, tables filled with random values,
+   against a plain gather with its dense gradient and `optax.adam`;
+2. each of the two on larger tables, as far as memory allows, against itself on 2²⁰ rows;
+3. the whole training step of the default run, its table from 1/16 of its size to four times.
 
 Writes `docs/table_update.png`.
 """
@@ -47,39 +48,40 @@ type Advance = Callable[[int], float]
 
 
 def draw_places(rows: int, seed: int) -> np.ndarray:
-    """Random places [tokens, columns], uniform over the table."""
+    """[tokens, columns] places, uniform over the table."""
     return np.random.default_rng(seed).integers(0, rows, (TOKENS, COLUMNS), dtype=np.int32)
 
 
-def fill_table(rows: int) -> Table:
-    """A table of random rows, moments and clocks, filled in parts."""
+def fill_table(rows: int, layout: RecordLayout = LAYOUT) -> Table:
+    """A table as after many steps: random rows, moments and clocks, made a part at a time."""
+    chunk = min(CHUNK, rows)
 
     @partial(jax.jit, donate_argnums=0)
     def fill(records: jax.Array, number: jax.Array) -> jax.Array:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), number), 4)
         part = RowState(
-            value=jax.random.normal(keys[0], (CHUNK, WIDTH)),
-            mean=1e-3 * jax.random.normal(keys[1], (CHUNK, WIDTH)),
-            square=1e-6 * jax.random.uniform(keys[2], (CHUNK, WIDTH)),
-            clock=jax.random.randint(keys[3], (CHUNK,), 1, 1000),
+            value=jax.random.normal(keys[0], (chunk, layout.width)),
+            mean=1e-3 * jax.random.normal(keys[1], (chunk, layout.width)),
+            square=1e-6 * jax.random.uniform(keys[2], (chunk, layout.width)),
+            clock=jax.random.randint(keys[3], (chunk,), 1, 1000),
         )
-        start = (number * CHUNK, jnp.int32(0))
-        return jax.lax.dynamic_update_slice(records, LAYOUT.pack(part), start)
+        start = (number * chunk, jnp.int32(0))
+        return jax.lax.dynamic_update_slice(records, layout.pack(part), start)
 
-    records = jnp.zeros((rows, LAYOUT.words), jnp.uint32)
-    for number in range(rows // CHUNK):
+    records = jnp.zeros((rows, layout.words), jnp.uint32)
+    for number in range(rows // chunk):
         records = fill(records, jnp.int32(number))
-    return Table(records, LAYOUT, layer=0)
+    return Table(records, layout, layer=0)
 
 
 def put[Tree](tree: Tree) -> Tree:
-    """Puts arrays on the mesh of one device, without a copy."""
+    """On the mesh of one device, without a copy."""
     place = jax.NamedSharding(MESH, jax.P(TOKEN_AXES))
     return jax.device_put(tree, place, donate=True)
 
 
 def touched_rows(rows: int) -> Advance:
-    """A function that runs a number of steps, and returns the seconds per step."""
+    """A function of the number of steps: runs them and returns the seconds of one."""
     adam = make_row_adam(RowAdamConfig(form="exact"), lambda done: 1e-3 + 0.0 * done, 2000)
     adam = jax.device_put(adam, jax.NamedSharding(MESH, jax.P()))
     plans = []
@@ -92,7 +94,7 @@ def touched_rows(rows: int) -> Advance:
         row_plan, slots = plan
         read = lookup.read_rows(table, row_plan, adam, done)
         memory, pullback = jax.vjp(lambda rows: lookup.expand(rows, slots), read.values)
-        (gradient,) = pullback(memory)  # the gradient of half the sum of squares
+        (gradient,) = pullback(memory)  # of its squares' sum, a gradient as good as any
         own = lookup.own_gradients(table, row_plan, gradient)
         scale = jnp.minimum(1, jax.lax.rsqrt(own.square_norm))
         return lookup.update_rows(table, row_plan, gradient, own, read.own, scale, adam, done)
@@ -113,7 +115,7 @@ def touched_rows(rows: int) -> Advance:
 
 
 def densely(rows: int) -> Advance:
-    """Like `touched_rows`, with a dense gradient and optax.adam on the complete table."""
+    """As `touched_rows`, with a dense gradient and optax.adam over the whole table."""
     optimizer = optax.adam(1e-3)
     places = [jnp.asarray(draw_places(rows, seed)) for seed in range(PLANS)]
 
@@ -138,19 +140,29 @@ def densely(rows: int) -> Advance:
     return advance
 
 
-def compare(smallest: Advance, larger: Advance, rounds: int, steps: int) -> tuple[float, ...]:
-    """Median seconds per step with each table; median and quartiles of the ratio."""
-    for advance in (smallest, larger):
+def compare(base: Advance, other: Advance, rounds: int, steps: int) -> tuple[float, ...]:
+    """Median seconds of a step of either, median ratio of the other to the base, its quartiles."""
+    for advance in (base, other):
         advance(2)
-    pairs = [(smallest(steps), larger(steps)) for _ in range(rounds)]
-    ratios = [large / small for small, large in pairs]
+    pairs = [(base(steps), other(steps)) for _ in range(rounds)]
+    ratios = [second / first for first, second in pairs]
     low, middle, high = statistics.quantiles(ratios, n=4)
     medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
     return (*medians, middle, low, high)
 
 
+def beside_dense(rounds: int) -> None:
+    """Prints the memory part's time beside that of a dense step on the same table."""
+    for rows in (1 << 16, 1 << 18, 1 << 20):
+        dense, touched, ratio, low, high = compare(densely(rows), touched_rows(rows), rounds, 4)
+        print(
+            f"{rows:>11,} rows: dense optax.adam {dense * 1e3:8.1f} ms, touched rows "
+            f"{touched * 1e3:8.1f} ms, ×{ratio:.2f} (quartiles {low:.2f} … {high:.2f})"
+        )
+
+
 def memory_part(most_rows: int, most_dense: int, rounds: int) -> dict[str, dict[int, float]]:
-    """Prints and returns the seconds per step by number of rows, for both methods."""
+    """Prints and returns seconds of a step by rows, for both ways."""
     seconds: dict[str, dict[int, float]] = {"touched rows": {}, "dense optax.adam": {}}
     for name, make, most in (
         ("touched rows", touched_rows, most_rows),
@@ -169,12 +181,12 @@ def memory_part(most_rows: int, most_dense: int, rounds: int) -> dict[str, dict[
     return seconds
 
 
-def complete_step(rounds: int) -> None:
-    """Prints the time of the default run's step, and the ratio for a table of 64 times the size."""
+def whole_step(rounds: int) -> None:
+    """Prints what the default run's step costs with its table grown 64 times."""
     config = load_named_config("default")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         trainings = []
-        for factor in (1 / 16, 4):  # the larger table needs 6.6 GB, and twice that while filled
+        for factor in (1 / 16, 4):  # 6.6 GB, and as much again while it is filled
             rows = tuple(round(count * factor) for count in config.memory.rows_per_head)
             sized = replace(config, memory=replace(config.memory, rows_per_head=rows))
             trainings.append(Training(sized, Path(folder) / str(factor), stack))
@@ -186,7 +198,7 @@ def complete_step(rounds: int) -> None:
             4,
         )
     print(
-        f"complete default step, table × 64: {small * 1e3:.1f} → {large * 1e3:.1f} ms, "
+        f"whole default step, table × 64: {small * 1e3:.1f} → {large * 1e3:.1f} ms, "
         f"×{ratio:.3f} (quartiles {low:.3f} … {high:.3f})"
     )
 
@@ -208,12 +220,13 @@ def main(most_rows: int = 1 << 26, most_dense: int = 1 << 24, rounds: int = 9) -
     """Measures, prints, draws.
 
     Args:
-        most_rows: rows of the largest table; 2²⁶ rows need 17 GB.
-        most_dense: rows of the largest table with dense optax.adam; 2²⁴ rows need 5 GB.
-        rounds: measurements of each pair of tables, alternating.
+        most_rows: rows of the largest table of touched rows; 2²⁶ take 17 GB.
+        most_dense: rows of the largest dense table; 2²⁴ take 5 GB.
+        rounds: measurements of each pair of tables, taken in turn.
     """
+    beside_dense(rounds)
     draw(memory_part(most_rows, most_dense, rounds))
-    complete_step(rounds)
+    whole_step(rounds)
 
 
 if __name__ == "__main__":
