@@ -97,15 +97,16 @@ engram_jax/memory/lookup.py < memory/test_lookup.py
   a further round forgets the rows before
     - jnp.where(here[:, None], fetched, rows)
     + fetched
-  padding is written to the last row
-    - mode="drop"
-    + mode="clip"
-  noise is drawn by the row's number on its device
-    - rows + jax.lax.axis_index(TOKEN_AXES) * len(table.records)
-    + rows
   the norm leaves out the rows of later rounds
     - total + jnp.sum(route.deliver(number, gradient[0])[1] ** 2)
     + total
+engram_jax/memory/records.py < memory/test_lookup.py
+  padding is written to the last row
+    -    mode="drop",
+    +    mode="clip",
+  noise is drawn by the row's number on its device
+    - rows + jax.lax.axis_index(TOKEN_AXES) * len(table.records)
+    + rows
 
 # Row Adam
 
