@@ -3,8 +3,7 @@
 The input pipeline builds plans on the host; every process plans for its own devices. A device
 requests each distinct row once. Rows are sorted by place, and thus by the device that owns them.
 Shapes are static: the bound is U = tokens × columns, or all rows of a small table, and the unused
-part is padding. Plans have
-NumPy arrays on the host and JAX arrays on the devices.
+part is padding. Plans have NumPy arrays on the host and JAX arrays on the devices.
 """
 
 from typing import Any, NamedTuple
