@@ -152,6 +152,19 @@ def test_padding_reads_zero_and_not_the_last_row() -> None:
     assert not np.any(read.value[2:]) and not np.any(read.clock[2:])
 
 
+@pytest.mark.parametrize("form", ["exact", "lazy"])
+def test_a_named_gather_reads_the_same_rows(form: RowAdamForm) -> None:
+    mesh = mesh_of("1")
+    with jax.set_mesh(mesh):
+        inputs = draw_table(mesh, used=True), plan_step(mesh, *draw_step()).rows[LAYER]
+        read = jax.jit(lookup.read_rows, static_argnums=4)
+        named, unnamed = (
+            read(*inputs, make_adam(form), jnp.int32(12), gather).values
+            for gather in ("reference", None)
+        )
+    np.testing.assert_array_equal(named, unnamed)
+
+
 @pytest.mark.parametrize("name", MESHES)
 def test_settling_is_reading_all_rows(name: str) -> None:
     tokens, mesh = draw_step(), mesh_of(name)

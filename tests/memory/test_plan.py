@@ -11,7 +11,7 @@ from engram_jax.errors import InputError
 from engram_jax.hashing import HashSpec, NgramHash
 from engram_jax.memory import plan as plan_module
 from engram_jax.memory.places import exchange_capacity, stored_places
-from engram_jax.memory.plan import MemoryPlan, Planner, exchange_rounds
+from engram_jax.memory.plan import MemoryPlan, Planner, exchange_rounds, plan_places
 
 
 def make_hash(max_order: int = 3, rows: int = 11, heads: int = 2, vocabulary: int = 6) -> NgramHash:
@@ -147,3 +147,16 @@ def test_rounds_are_as_few_as_every_pair_of_devices_allows(
 def test_an_id_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(InputError, match="6"):
         Planner(make_hash())(np.full((1, 1, 4), 6, np.int32))
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_small_table_is_planned_by_its_rows(shards: int) -> None:
+    """No device requests more rows than there are, however many tokens it has."""
+    places = np.random.default_rng(0).integers(0, 4096, (2, 4, 600, 8), dtype=np.int32)
+    rows, slots = plan_places(places, 4096, shards=shards, local_shards=shards)
+    assert rows.places.shape == (shards, 4096) and slots.slots.shape == places.shape
+    for device, part in enumerate(np.split(np.arange(4), shards)):
+        found = rows.places[device][slots.slots[:, part]]
+        np.testing.assert_array_equal(found, places[:, part])
+        distinct = rows.distinct[device]
+        assert (rows.places[device, distinct:] >= 4096).all()

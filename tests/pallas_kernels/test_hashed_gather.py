@@ -21,7 +21,10 @@ type Gather = Callable[..., Array]
 FEW = [(1, 1, 1, 1), (7, 40, 1, 3), (70, 30, 3, 80)]
 MORE = [(5, 1, 1, 3), (1, 20, 2, 3), (7, 100, 1, 1), (300, 100, 3, 24), (9, 16, 4, 80)]
 SIZES = [*FEW, *(pytest.param(size, marks=pytest.mark.slow) for size in MORE)]
-FORMATS = [(80, "float32"), (128, "bfloat16"), (160, "bfloat16"), (256, "float8"), (5, "float8")]
+FORMATS = [
+    *((80, "float32"), (128, "bfloat16"), (160, "bfloat16"), (256, "float8"), (5, "float8")),
+    (241, "uint32"),
+]
 TABLES = [((1, 1, 1), 80, "float32"), *(((90, 20, 3), *form) for form in FORMATS)]
 
 
@@ -172,6 +175,8 @@ class TestRead:
         rows, n, columns = size
         generator, form = np.random.default_rng(1), RowFormat(width, precision)
         values = generator.normal(size=(rows, width)).astype(np.float32)
+        if precision == "uint32":  # any bits, those of signaling NaNs included
+            values = generator.integers(1 << 32, size=(rows, width), dtype=np.uint32)
         words = jax.jit(form.encode)(values)
         table = np.pad(words, ((0, 0), (0, -words.shape[1] % 128)), constant_values=7)
         numbers = generator.integers(-2, rows + 3, (n, columns)).astype(np.int32)
