@@ -42,7 +42,7 @@ def test_everything_is_printed_and_written(eval_program, run, capsys):
             assert without["loss"] - figures["loss"] == pytest.approx(
                 without["difference"], abs=1e-6
             )
-    assert "n-grams of 384 tokens that training read" in printed
+    assert "n-grams of 384 training tokens" in printed
     assert [table["order"] for table in results["memory"]["tables"]] == [2, 3]
     assert set(results["memory"]["frequencies"][0]["gates"]) == {"1"}
     for name in ("gates.png", "memory.png"):
