@@ -9,7 +9,7 @@ import pytest
 from simulation import simulation
 from tiny_runs import losses, on_devices, tiny_config, vary
 
-from engram_jax import program as program_module
+from engram_jax import platforms
 from engram_jax.config import Config, TrainConfig
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.run import Run
@@ -27,11 +27,12 @@ def train_one(config: Config, folder: Path) -> list[tuple[int, float]]:
 @pytest.mark.slow
 def test_kernels_train_as_xla_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer, T = 128, 20 steps: the same losses to float32's rounding."""
-    monkeypatch.setattr(program_module, "_NEEDS", {})  # a TPU, for these kernels
+    monkeypatch.setattr(platforms, "NEEDS", {})  # a TPU, for these kernels
     config = vary(
         tiny_config(tmp_path),
         model={"layers": 1},
-        memory={"layers": (0,), "adam": RowAdamConfig(form="exact")},
+        # Records of whole lines of 128 words, which the kernel reads.
+        memory={"layers": (0,), "row_width": 42, "adam": RowAdamConfig(form="exact")},
         data={"sequence_length": 128, "batch_size": 1},
     )
     config = replace(config, train=TrainConfig(steps=20, seed=1, log_every=1, evaluate_every=0))
