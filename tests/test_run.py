@@ -367,7 +367,7 @@ def test_two_programs_do_not_train_in_one_folder(saved: Run, tiny: Config) -> No
 @pytest.mark.usefixtures("one_device")
 def test_seeds_differ(tiny: Config, tmp_path: Path) -> None:
     one, other = (
-        Run.start(vary(tiny, train={"seed": seed}), tmp_path / str(seed)).initial_state()
+        Run.start(vary(tiny, train={"seed": seed}), tmp_path / str(seed)).program.initial_state()
         for seed in (0, 1)
     )
     assert np.any(one.params["embedding"] != other.params["embedding"])
