@@ -62,6 +62,7 @@ for name, modules in (
         setattr(module, name, shared)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Groups tests for one process: those of one file, and those that read the same runs.
 
