@@ -121,8 +121,8 @@ engram_jax/memory/row_adam.py < memory/test_row_adam.py
     - jnp.reshape(step + 1, (1,))
     + jnp.maximum(jnp.reshape(step, (1,)), 1)
   idle rows decay a step less
-    - idle = (step - clock)
-    + idle = jnp.maximum(step - clock - 1, 0)
+    - idle = (step - rows.clock)
+    + idle = jnp.maximum(step - rows.clock - 1, 0)
 engram_jax/memory/momentum_tail.py < memory/test_row_adam.py
   the momentum of idle rows is a step late
     - after = np.arange(1, terms + 1)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import jax
@@ -12,6 +13,7 @@ from tiny_runs import vary
 
 from engram_jax.command_line import load_named_config
 from engram_jax.config import Config
+from engram_jax.costs import accounting
 from engram_jax.costs.accounting import account, allocate, count_flops, main
 from engram_jax.errors import InputError
 from engram_jax.program import Program
@@ -31,6 +33,16 @@ def short(name: str) -> Config:
     return vary(load_named_config(name), data={"sequence_length": 8})
 
 
+@pytest.fixture
+def without_flops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What they are takes most of the time of an account."""
+    monkeypatch.setattr(accounting, "_flops_per_token", lambda _: (math.nan, math.nan))
+    account.cache_clear()
+    yield
+    account.cache_clear()
+
+
+@pytest.mark.usefixtures("without_flops")
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameter_counts(name: str) -> None:
     counted = account(short(name))
@@ -131,6 +143,7 @@ def test_the_small_family_is_equal() -> None:
         assert engram.allocation == pytest.approx(0.75, abs=2e-3)
 
 
+@pytest.mark.usefixtures("without_flops")
 def test_state_is_divided_over_the_chips() -> None:
     config = short("engram_10m")
 
@@ -149,6 +162,7 @@ def test_state_is_divided_over_the_chips() -> None:
     assert state_bytes(2, 1, 1) - state_bytes(1, 1, 2) == experts * 8 // 2
 
 
+@pytest.mark.usefixtures("without_flops")
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.743, 0.95])
 def test_an_allocation_keeps_the_sparse_parameters(share: float) -> None:
     config = short("engram_10m")
@@ -159,6 +173,7 @@ def test_an_allocation_keeps_the_sparse_parameters(share: float) -> None:
     assert after.allocation == pytest.approx(share, abs=one_expert / before.sparse / 2 + 1e-3)
 
 
+@pytest.mark.usefixtures("without_flops")
 def test_the_papers_allocation_gives_its_own_sizes() -> None:
     config = short("engram_27b")
     same = allocate(config, account(config).allocation)
@@ -180,6 +195,7 @@ def test_all_to_experts_leaves_no_memory(name: str) -> None:
     assert counted.forward_flops == pytest.approx(twin.forward_flops, rel=5e-3)
 
 
+@pytest.mark.usefixtures("without_flops")
 def test_all_to_experts_where_no_layer_is_dense() -> None:
     """Then no layer can be widened."""
     config = short("engram_10m")
