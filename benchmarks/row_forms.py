@@ -1,10 +1,10 @@
-"""Exact against lazy row Adam: what it costs to read and to update the rows of a step.
+"""The time to read and update rows under exact row Adam, compared with lazy row Adam.
 
     python -m benchmarks.row_forms
 
-Both read and update the same 32,768 distinct rows, drawn at random, of tables of 2¹⁸ rows of 80 and
-2¹⁹ rows of 24, in turn in one process. Prints medians, and the ratio of read + update with its
-quartiles. The bar is 1.5.
+Both read and update the same 32,768 distinct random rows of a table, in one process, alternating.
+Tables have 2¹⁸ rows of width 80, and 2¹⁹ rows of width 24. Prints medians, and the ratio of
+read + update with its quartiles. The ratio should be at most 1.5.
 """
 
 import time
@@ -29,7 +29,7 @@ type Step = Callable[[int], tuple[float, float]]
 
 
 def make_step(form: RowAdamForm, width: int, rows: int) -> Step:
-    """A function of the step's number: runs it and returns seconds of the read and the update."""
+    """A function that runs the step of a number, and returns the seconds of read and update."""
     adam = make_row_adam(RowAdamConfig(form=form), lambda done: 1e-3 + 0.0 * done, 2000)
     adam = jax.device_put(adam, jax.NamedSharding(MESH, jax.P()))
     generator = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def main(rounds: int = 15) -> None:
     """Measures and prints.
 
     Args:
-        rounds: measurements of each form, taken in turn.
+        rounds: measurements of each form, alternating.
     """
     for width, rows in SIZES:
         forms: tuple[RowAdamForm, ...] = ("exact", "lazy")

@@ -1,14 +1,14 @@
-"""What a step costs as the table grows: touched rows against a dense optax Adam.
+"""The time of a step as the table grows, compared with a dense optax Adam.
 
     python -m benchmarks.table_update [--most-rows 67_108_864]
 
-Three measurements, all in one process, the two sides of each in turn:
+Three measurements in one process; the two sides of each alternate:
 
-1. the memory part alone (lookup, expansion to tokens, gradients back to rows, exact row update) for
-   8,192 tokens of 16 columns, rows drawn at random, width 16, tables filled with random values,
-   against a plain gather with its dense gradient and `optax.adam`;
-2. each of the two on larger tables, as far as memory allows, against itself on 2²⁰ rows;
-3. the whole training step of the default run, its table from 1/16 of its size to four times.
+1. Only the memory part (lookup, expansion to tokens, gradients back to rows, exact row update), for
+   8,192 tokens of 16 columns with random rows of width 16, and tables of random values. It is
+   compared with a plain gather, its dense gradient and `optax.adam`.
+2. Each of these two on larger tables, as far as memory allows, compared with 2²⁰ rows.
+3. The complete training step of the default run, with a table of 1/16 and of 4 times its size.
 
 Writes `docs/table_update.png`.
 """
@@ -48,12 +48,12 @@ type Advance = Callable[[int], float]
 
 
 def draw_places(rows: int, seed: int) -> np.ndarray:
-    """[tokens, columns] places, uniform over the table."""
+    """Random places [tokens, columns], uniform over the table."""
     return np.random.default_rng(seed).integers(0, rows, (TOKENS, COLUMNS), dtype=np.int32)
 
 
 def fill_table(rows: int, layout: RecordLayout = LAYOUT) -> Table:
-    """A table as after many steps: random rows, moments and clocks, made a part at a time."""
+    """A table of random rows, moments and clocks, filled in parts."""
     chunk = min(CHUNK, rows)
 
     @partial(jax.jit, donate_argnums=0)
@@ -75,13 +75,13 @@ def fill_table(rows: int, layout: RecordLayout = LAYOUT) -> Table:
 
 
 def put[Tree](tree: Tree) -> Tree:
-    """On the mesh of one device, without a copy."""
+    """Puts arrays on the mesh of one device, without a copy."""
     place = jax.NamedSharding(MESH, jax.P(TOKEN_AXES))
     return jax.device_put(tree, place, donate=True)
 
 
 def touched_rows(rows: int) -> Advance:
-    """A function of the number of steps: runs them and returns the seconds of one."""
+    """A function that runs a number of steps, and returns the seconds per step."""
     adam = make_row_adam(RowAdamConfig(form="exact"), lambda done: 1e-3 + 0.0 * done, 2000)
     adam = jax.device_put(adam, jax.NamedSharding(MESH, jax.P()))
     plans = []
@@ -94,7 +94,7 @@ def touched_rows(rows: int) -> Advance:
         row_plan, slots = plan
         read = lookup.read_rows(table, row_plan, adam, done)
         memory, pullback = jax.vjp(lambda rows: lookup.expand(rows, slots), read.values)
-        (gradient,) = pullback(memory)  # of its squares' sum, a gradient as good as any
+        (gradient,) = pullback(memory)  # the gradient of half the sum of squares
         own = lookup.own_gradients(table, row_plan, gradient)
         scale = jnp.minimum(1, jax.lax.rsqrt(own.square_norm))
         return lookup.update_rows(table, row_plan, gradient, own, read.own, scale, adam, done)
@@ -115,7 +115,7 @@ def touched_rows(rows: int) -> Advance:
 
 
 def densely(rows: int) -> Advance:
-    """As `touched_rows`, with a dense gradient and optax.adam over the whole table."""
+    """Like `touched_rows`, with a dense gradient and optax.adam on the complete table."""
     optimizer = optax.adam(1e-3)
     places = [jnp.asarray(draw_places(rows, seed)) for seed in range(PLANS)]
 
@@ -141,7 +141,7 @@ def densely(rows: int) -> Advance:
 
 
 def compare(base: Advance, other: Advance, rounds: int, steps: int) -> tuple[float, ...]:
-    """Median seconds of a step of either, median ratio of the other to the base, its quartiles."""
+    """Median seconds per step of both; median and quartiles of the ratio of `other` to `base`."""
     for advance in (base, other):
         advance(2)
     pairs = [(base(steps), other(steps)) for _ in range(rounds)]
@@ -151,8 +151,8 @@ def compare(base: Advance, other: Advance, rounds: int, steps: int) -> tuple[flo
     return (*medians, middle, low, high)
 
 
-def beside_dense(rounds: int) -> None:
-    """Prints the memory part's time beside that of a dense step on the same table."""
+def compare_with_dense(rounds: int) -> None:
+    """Prints the time of the memory part and of a dense step, on the same table sizes."""
     for rows in (1 << 16, 1 << 18, 1 << 20):
         dense, touched, ratio, low, high = compare(densely(rows), touched_rows(rows), rounds, 4)
         print(
@@ -162,7 +162,7 @@ def beside_dense(rounds: int) -> None:
 
 
 def memory_part(most_rows: int, most_dense: int, rounds: int) -> dict[str, dict[int, float]]:
-    """Prints and returns seconds of a step by rows, for both ways."""
+    """Prints and returns the seconds per step by number of rows, for both methods."""
     seconds: dict[str, dict[int, float]] = {"touched rows": {}, "dense optax.adam": {}}
     for name, make, most in (
         ("touched rows", touched_rows, most_rows),
@@ -181,12 +181,12 @@ def memory_part(most_rows: int, most_dense: int, rounds: int) -> dict[str, dict[
     return seconds
 
 
-def whole_step(rounds: int) -> None:
-    """Prints what the default run's step costs with its table grown 64 times."""
+def complete_step(rounds: int) -> None:
+    """Prints the time of the default run's step, and the ratio for a table of 64 times the size."""
     config = load_named_config("default")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         trainings = []
-        for factor in (1 / 16, 4):  # 6.6 GB, and as much again while it is filled
+        for factor in (1 / 16, 4):  # the larger table needs 6.6 GB, and twice that while filled
             rows = tuple(round(count * factor) for count in config.memory.rows_per_head)
             sized = replace(config, memory=replace(config.memory, rows_per_head=rows))
             trainings.append(Training(sized, Path(folder) / str(factor), stack))
@@ -198,7 +198,7 @@ def whole_step(rounds: int) -> None:
             4,
         )
     print(
-        f"whole default step, table × 64: {small * 1e3:.1f} → {large * 1e3:.1f} ms, "
+        f"complete default step, table × 64: {small * 1e3:.1f} → {large * 1e3:.1f} ms, "
         f"×{ratio:.3f} (quartiles {low:.3f} … {high:.3f})"
     )
 
@@ -220,13 +220,13 @@ def main(most_rows: int = 1 << 26, most_dense: int = 1 << 24, rounds: int = 9) -
     """Measures, prints, draws.
 
     Args:
-        most_rows: rows of the largest table of touched rows; 2²⁶ take 17 GB.
-        most_dense: rows of the largest dense table; 2²⁴ take 5 GB.
-        rounds: measurements of each pair of tables, taken in turn.
+        most_rows: rows of the largest table; 2²⁶ rows need 17 GB.
+        most_dense: rows of the largest table with dense optax.adam; 2²⁴ rows need 5 GB.
+        rounds: measurements of each pair of tables, alternating.
     """
-    beside_dense(rounds)
+    compare_with_dense(rounds)
     draw(memory_part(most_rows, most_dense, rounds))
-    whole_step(rounds)
+    complete_step(rounds)
 
 
 if __name__ == "__main__":

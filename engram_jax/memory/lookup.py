@@ -202,7 +202,7 @@ def update_rows(
                 new = adam.apply_gradient(state, sums * scale, step)
                 return records.write(table, rows, new, step)
 
-            # Rows ascend, padding comes last: parts of nothing else are left out.
+            # Rows are ascending, and padding is last. Parts with only padding are skipped.
             used = jnp.sum(all_rows[:, 0] < len(table.records))
             return jax.lax.fori_loop(0, used, write_part, table)
 
