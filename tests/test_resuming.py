@@ -249,7 +249,7 @@ def test_another_schedule_settles_the_tables_once(
         return np.asarray(jax.jit(jax.device_get(run.program.row_adam).current)(rows, step))
 
     np.testing.assert_allclose(read(run, new), read(trained, old), rtol=1e-6, atol=1e-7)
-    before, after = old.tables[1].unpack(), new.tables[1].unpack()
+    before, after = (jax.device_get(state.tables[1].unpack()) for state in (old, new))
     assert np.abs(after.value - before.value).max() > 1e-3  # otherwise nothing was pending
     np.testing.assert_array_equal(after.clock > 0, before.clock > 0)
     idle = 6 - np.asarray(before.clock)[:, None]
