@@ -104,18 +104,8 @@ def main(args: Sequence[str] | None = None) -> None:
     # Scores of a part of the text do not replace those of all of it.
     name = "eval.json" if options.max_tokens is None else "eval_part.json"
     written = [options.run / name]
-    continuation = ""
     if options.sample_tokens:
-        continuation = sample(
-            run,
-            weights,
-            options.prompt,
-            tokens=options.sample_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            seed=options.seed,
-        )
-        results["sample"] = {"prompt": options.prompt, "continuation": continuation}
+        results["sample"] = _continue(options, run, weights)
     if has_gates:
         text = _shorten(run, text or _opening(run, corpora[0]))
         gate_map = read_gates(run, scorer, weights, text)
@@ -137,8 +127,8 @@ def main(args: Sequence[str] | None = None) -> None:
         written.append(options.run / "memory.png")
     with atomic_write(written[0]) as partial:
         partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    if continuation:
-        print(f"\nSample: {options.prompt}|{continuation}")
+    if "sample" in results:
+        print(f"\nSample: {options.prompt}|{results['sample']['continuation']}")
     print(f"\nWritten: {', '.join(map(str, written))}")
 
 
@@ -176,6 +166,20 @@ def _study(run: Run, weights: Weights) -> MemoryStudy:
         raise InputError(
             f"{error} Or skip the statistics of the memory: --no-statistics."
         ) from error
+
+
+def _continue(options: EvalOptions, run: Run, weights: Weights) -> dict[str, str]:
+    """The prompt and its sampled continuation."""
+    continuation = sample(
+        run,
+        weights,
+        options.prompt,
+        tokens=options.sample_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    return {"prompt": options.prompt, "continuation": continuation}
 
 
 def _opening(run: Run, corpus: Corpus) -> str:

@@ -3,6 +3,7 @@
 Also the tiny runs that tests share.
 """
 
+import gc
 import os
 import platform
 import sys
@@ -19,6 +20,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # bits: see `optimized`.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    # A device may wait for the others for longer than XLA's 40 s: eight share the cores of other
+    # test processes, and a process may still compile.
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+        " --xla_cpu_collective_timeout_seconds=600"
+    )
+# Most objects of a traced program live as long as it does.
+gc.set_threshold(50_000, 50, 50)
 
 import jax  # noqa: E402
 
@@ -36,14 +45,12 @@ from tiny_runs import (  # noqa: E402
     make_run,
     on_devices,
     place_initial_state,
-    share,
+    share_programs,
     tiny_config,
     vary,
 )
 
-from engram_jax import sampling, train_step, trainer  # noqa: E402
 from engram_jax.config import Config, TrainConfig  # noqa: E402
-from engram_jax.evaluation import held_out, report  # noqa: E402
 from engram_jax.memory.row_adam import RowAdamConfig  # noqa: E402
 from engram_jax.program import Program  # noqa: E402
 from engram_jax.run import Run  # noqa: E402
@@ -52,29 +59,14 @@ from engram_jax.trainer import train  # noqa: E402
 
 # The slow parts of tests that train are done once for all equal runs.
 Program.initial_state = place_initial_state
-for name, modules in (
-    ("make_train_step", (train_step, trainer)),
-    ("make_scorer", (held_out, report, trainer)),
-    ("_make_next_token", (sampling,)),
-):
-    shared = share(getattr(modules[0], name))
-    for module in modules:
-        setattr(module, name, shared)
+share_programs()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups tests for one process: those of one file, and those that read the same runs.
-
-    Also marks tests as slow that are slow only for some implementations.
-    """
-    for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        group = next(iter(fixtures & {"untrained", "tiny"}), item.path.stem)
-        item.add_marker(pytest.mark.xdist_group(group))
-        for mark in item.iter_markers("slow_for"):
-            if any((name, False) in item.callspec.params.values() for name in mark.args):
-                item.add_marker(pytest.mark.slow)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks tests as slow that are slow only for some implementations."""
+    for mark in item.iter_markers("slow_for"):
+        if any((name, False) in item.callspec.params.values() for name in mark.args):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from programs import fork
-from tiny_runs import losses, on_devices, tiny_config, vary, with_backbone
+from tiny_runs import losses, on_devices, share_programs, tiny_config, vary, with_backbone
 
 from engram_jax import processes
 from engram_jax.config import Config, TrainConfig
@@ -29,6 +29,7 @@ from engram_jax.train_state import Weights
 from engram_jax.trainer import train
 
 RANKS = range(2)
+STEPS = 6
 
 
 def tiny(data: Path, *, steps: int, alone: bool = False, backbone: bool = False) -> Config:
@@ -44,12 +45,12 @@ def tiny(data: Path, *, steps: int, alone: bool = False, backbone: bool = False)
 
 def train_all(data: Path, folder: Path, first: Path, *, alone: bool = False) -> None:
     """Trains in `folder`: a run, a run that starts from `first`, and the paper's backbone."""
-    train(Run.start(tiny(data, steps=20, alone=alone), folder / "first"))
-    run = Run.start(tiny(data, steps=6, alone=alone), folder / "next", start_from=first)
+    train(Run.start(tiny(data, steps=STEPS, alone=alone), folder / "first"))
+    run = Run.start(tiny(data, steps=STEPS, alone=alone), folder / "next", start_from=first)
     train(run)
     write_memory(first, run, folder / f"memory-{jax.process_index()}.npz")
     if not alone:
-        train(Run.start(tiny(data, steps=4, backbone=True), folder / "backbone"))
+        train(Run.start(tiny(data, steps=2, backbone=True), folder / "backbone"))
 
 
 def be_one_of_two(rank: int, port: int, data: Path, folder: Path, first: Path, held: Path) -> None:
@@ -57,14 +58,15 @@ def be_one_of_two(rank: int, port: int, data: Path, folder: Path, first: Path, h
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    share_programs()
     jax.distributed.initialize(f"127.0.0.1:{port}", len(RANKS), rank)
     train_all(data, folder, first)
     # Resumes from the checkpoint of two processes.
     with collective("lose the last checkpoint"):
         if rank == 0:
             shutil.copytree(folder / "first", folder / "again")
-            shutil.rmtree(folder / "again" / "checkpoints" / "00000020")
-    train(Run.start(tiny(data, steps=20), folder / "again"))
+            shutil.rmtree(folder / "again" / "checkpoints" / f"{STEPS:08}")
+    train(Run.start(tiny(data, steps=STEPS), folder / "again"))
     try:
         train(Run.start(tiny(data, steps=2), held))
     except InputError as error:
@@ -78,7 +80,7 @@ def write_memory(start: Path, run: Run, path: Path) -> None:
         run.batches() as batches,
     ):
         source = Run.open(start).checkpoints
-        weights = replace(run, checkpoints=source).restore_weights(20)
+        weights = replace(run, checkpoints=source).restore_weights(STEPS)
         batch = run.program.put(next(batches))
         plans, slots = batch.plan
 
@@ -143,12 +145,12 @@ def test_two_processes_train_as_one(trained: Trained) -> None:
         (trained.two, trained.alone),
         (trained.two, trained.one),
     ):
-        assert_equal_losses(folder / "first", other / "first", steps=20)
+        assert_equal_losses(folder / "first", other / "first", steps=STEPS)
 
 
 @pytest.mark.slow
 def test_two_processes_start_from_what_one_saved(trained: Trained) -> None:
-    assert_equal_losses(trained.two / "next", trained.one / "next", steps=6)
+    assert_equal_losses(trained.two / "next", trained.one / "next", steps=STEPS)
     expected = read_memory(trained.alone)
     assert expected.shape == (8, 24, 4 * 8) and np.any(expected)
     for folder in (trained.one, trained.two):
@@ -158,7 +160,7 @@ def test_two_processes_start_from_what_one_saved(trained: Trained) -> None:
 @pytest.mark.slow
 def test_two_processes_train_the_papers_backbone_as_one(trained: Trained) -> None:
     """Experts are split within a process. Muon exchanges pieces of matrices between processes."""
-    assert_equal_losses(trained.two / "backbone", trained.one / "backbone", steps=4, rel=1e-4)
+    assert_equal_losses(trained.two / "backbone", trained.one / "backbone", steps=2, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -166,9 +168,9 @@ def test_what_two_processes_saved_goes_on_with_two_and_with_one(trained: Trained
     for process in ("two", "one"):
         folder = trained.two / "again"
         if process == "one":
-            shutil.rmtree(folder / "checkpoints" / "00000020")
-            train(Run.start(tiny(trained.data, steps=20), folder))
-        assert_equal_losses(folder, trained.one / "first", steps=20)
+            shutil.rmtree(folder / "checkpoints" / f"{STEPS:08}")
+            train(Run.start(tiny(trained.data, steps=STEPS), folder))
+        assert_equal_losses(folder, trained.one / "first", steps=STEPS)
 
 
 @pytest.mark.slow

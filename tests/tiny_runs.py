@@ -18,7 +18,9 @@ from jaxtyping import Int32
 from lively import enliven
 
 from engram_jax import run as run_module
+from engram_jax import sampling, train_step, trainer
 from engram_jax.config import Config, DataConfig, MemoryConfig, TrainConfig
+from engram_jax.evaluation import held_out, report
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.hyper_connections import HyperConnectionsConfig
 from engram_jax.layers.latent_attention import LatentAttentionConfig
@@ -130,6 +132,18 @@ def share[**P, T](make: Callable[P, T]) -> Callable[P, T]:
         return made[key]
 
     return make_once
+
+
+def share_programs() -> None:
+    """Replaces the functions that make a run's compiled programs: see `share`."""
+    for name, modules in (
+        ("make_train_step", (train_step, trainer)),
+        ("make_scorer", (held_out, report, trainer)),
+        ("_make_next_token", (sampling,)),
+    ):
+        shared = share(getattr(modules[0], name))
+        for module in modules:
+            setattr(module, name, shared)
 
 
 def plain_pass(run: Run, weights: Weights) -> PlainPass:
