@@ -105,6 +105,7 @@ def test_a_document_in_a_packed_row_is_as_if_alone() -> None:
         np.testing.assert_allclose(packed[0, begin:end], alone[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_loss_and_no_gradient() -> None:
     memory = draw_memory()
 
@@ -153,7 +154,8 @@ def test_memory_that_is_missing_adds_nothing() -> None:
     expected, no_report = apply(dense, jnp.asarray(TOKENS), {})
     found, report = apply(decoder, jnp.asarray(TOKENS), {})
     np.testing.assert_array_equal(found, expected)
-    assert no_report.gates == report.gates == {}
+    assert no_report.gates == report.gates == no_report.loads == {}
+    assert no_report.mixing_error is None
     # Each layer alone changes the logits, and returns gates.
     for layer in (0, 1):
         partly, report = apply(decoder, jnp.asarray(TOKENS), {layer: memory[layer]})
@@ -302,7 +304,7 @@ def test_parts_of_one_model_start_differently() -> None:
 
 PAPER = replace(
     CONFIG,
-    layers=4,
+    layers=3,
     attention=LatentAttentionConfig(
         heads=2, latent_width=12, head_width=8, rotary_width=4, value_width=8
     ),
@@ -325,15 +327,19 @@ def loss_and_gradients(
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(nnx.to_pure_dict(params), memory)
 
 
+# Engram and two blocks of a loop differ in nothing else.
+LOOPED = replace(PAPER, experts=replace(PAPER.experts, leading_dense=0))
+
+
 @pytest.fixture(scope="module")
 def unrolled() -> tuple[Array, tuple[dict, dict]]:
-    return loss_and_gradients(PAPER, replace(ENGRAM, layers=(1,)), draw_memory((1,)))
+    return loss_and_gradients(LOOPED, replace(ENGRAM, layers=(0,)), draw_memory((0,)))
 
 
 @pytest.mark.parametrize(
     "remat",
     [
-        None,
+        pytest.param(None, marks=pytest.mark.slow),
         "experts_saveable",
         pytest.param("dots_with_no_batch_dims_saveable", marks=pytest.mark.slow),
     ],
@@ -341,14 +347,14 @@ def unrolled() -> tuple[Array, tuple[dict, dict]]:
 def test_a_scanned_stack_is_the_unrolled_one(
     unrolled: tuple[Array, tuple[dict, dict]], remat: str | None
 ) -> None:
-    """Blocks 2 and 3 in one loop; parameters and gradients keep a name for every layer."""
-    sites, memory = replace(ENGRAM, layers=(1,)), draw_memory((1,))
+    """Blocks 1 and 2 in one loop; parameters and gradients keep a name for every layer."""
+    sites, memory = replace(ENGRAM, layers=(0,)), draw_memory((0,))
     expected, (by_name, by_memory) = unrolled
-    scanned = replace(PAPER, scan=True, remat=remat)
+    scanned = replace(LOOPED, scan=True, remat=remat)
     found, (gradients, rows) = loss_and_gradients(scanned, sites, memory)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    np.testing.assert_allclose(rows[1], by_memory[1], rtol=1e-4, atol=1e-6)
-    assert gradients["blocks"].keys() == {0, 1, 2, 3}
+    np.testing.assert_allclose(rows[0], by_memory[0], rtol=1e-4, atol=1e-6)
+    assert gradients["blocks"].keys() == {0, 1, 2}
     for (path, a), b in zip(
         jax.tree.leaves_with_path(gradients), jax.tree.leaves(by_name), strict=True
     ):
@@ -389,34 +395,36 @@ def test_what_dealt_experts_gave_can_be_kept_instead_of_computed_and_summed_agai
         assert kept.count(name) == again.count(name) - fewer, name
 
 
-def test_what_the_blocks_report() -> None:
-    decoder = make_lively_decoder(PAPER, replace(ENGRAM, layers=(1,)))
-    for scan in (False, True):
-        decoder.config = replace(PAPER, scan=scan)
-        _, report = apply(decoder, jnp.asarray(TOKENS), draw_memory((1,)))
-        assert report.gates[1].shape == (2, 14, 3)
-        assert report.loads.keys() == {1, 2, 3}
-        for load in report.loads.values():
-            assert load.shape == (5,) and load.sum() == 2 * TOKENS.size
-        assert 0 < report.mixing_error < 1
-    _, plain = apply(make_lively_decoder(), jnp.asarray(TOKENS), {})
-    assert plain.loads == {} and plain.mixing_error is None
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_what_the_blocks_report(scan: bool) -> None:
+    decoder = make_lively_decoder(replace(PAPER, scan=scan), replace(ENGRAM, layers=(0,)))
+    _, report = apply(decoder, jnp.asarray(TOKENS), draw_memory((0,)))
+    assert report.gates[0].shape == (2, 14, 3)
+    assert report.loads.keys() == {1, 2}
+    for load in report.loads.values():
+        assert load.shape == (5,) and load.sum() == 2 * TOKENS.size
+    assert 0 < report.mixing_error < 1
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_bias_of_a_layer_moves_tokens_between_its_experts(scan: bool) -> None:
     decoder = make_lively_decoder(replace(PAPER, scan=scan), MemorySites())
     inputs = jnp.asarray(TOKENS), {}, jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS)
-    bias = {layer: jnp.zeros(5) for layer in (1, 2, 3)}
-    favored = bias | {3: jnp.array([0.0, 0.0, 0.0, 0.0, 2.0])}
+    bias = {layer: jnp.zeros(5) for layer in (1, 2)}
+    favored = bias | {2: jnp.array([0.0, 0.0, 0.0, 0.0, 2.0])}
     call = nnx.jit(lambda decoder, *inputs: decoder(*inputs)[1].loads)
     before, after = call(decoder, *inputs, bias), call(decoder, *inputs, favored)
     np.testing.assert_array_equal(before[1], after[1])
-    np.testing.assert_array_equal(before[2], after[2])
-    assert before[3][4] < after[3][4] == TOKENS.size
+    assert before[2][4] < after[2][4] == TOKENS.size
 
 
-@pytest.mark.parametrize("memory", [draw_memory((0, 1)), {}], ids=["engram", "plain"])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        pytest.param(draw_memory((0, 1)), id="engram"),
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+    ],
+)
 def test_hyper_connections_start_as_a_plain_residual_network(memory: dict[int, Array]) -> None:
     """At scale 0, equal to 1e-6 of the logits; at scale 0.01, to 2e-3."""
     plain = make_lively_decoder()
@@ -475,7 +483,7 @@ def test_a_single_fusion_reaches_the_stream_through_the_layer_alone() -> None:
 
 def test_no_gradient_from_the_future_through_the_papers_backbone() -> None:
     """Experts choose for each token by itself, and branches mix within a position."""
-    graph, params = nnx.split(make_lively_decoder(PAPER, MemorySites()))
+    graph, params = nnx.split(make_lively_decoder(replace(PAPER, layers=2), MemorySites()))
 
     def outputs(embedding: Array) -> Array:
         merged = nnx.merge(graph, params)
