@@ -126,8 +126,7 @@ def project_vocabulary(tokenizer: Tokenizer) -> VocabularyProjection:
     """
     new_ids: dict[str, int] = {}
     lookup = np.empty(tokenizer.vocab_size, np.int32)
-    for token_id in range(tokenizer.vocab_size):
-        key = tokenizer.decode([token_id])
+    for token_id, key in enumerate(tokenizer.decode_each(range(tokenizer.vocab_size))):
         unnamed = tokenizer.is_special(token_id) and key != tokenizer.piece(token_id)
         key = tokenizer.piece(token_id) if unnamed or "\ufffd" in key else normalize(key)
         lookup[token_id] = new_ids.setdefault(key, len(new_ids))

@@ -65,6 +65,10 @@ class Tokenizer(Protocol):
         """Return the text of a sequence of token ids."""
         ...
 
+    def decode_each(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Return the text of each id, decoded alone."""
+        ...
+
     def piece(self, token_id: int) -> str:
         """Return the raw vocabulary piece of an id."""
         ...
@@ -179,6 +183,14 @@ class SentencePieceTokenizer:
         """
         return self._processor.decode(_checked_ids(ids, self))
 
+    def decode_each(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Return the text of each id, decoded alone.
+
+        Raises:
+            InputError: an id is outside the vocabulary.
+        """
+        return self._processor.decode([[token_id] for token_id in _checked_ids(ids, self)])
+
     def piece(self, token_id: int) -> str:
         """Return the raw vocabulary piece of an id, with U+2581 for a space."""
         return self._processor.id_to_piece(_checked_ids([token_id], self)[0])
@@ -271,6 +283,15 @@ class JsonTokenizer:
             InputError: an id is outside the vocabulary.
         """
         return self._backend.decode(_checked_ids(ids, self), skip_special_tokens=False)
+
+    def decode_each(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Return the text of each id, decoded alone; special tokens become their names.
+
+        Raises:
+            InputError: an id is outside the vocabulary.
+        """
+        alone = [[token_id] for token_id in _checked_ids(ids, self)]
+        return self._backend.decode_batch(alone, skip_special_tokens=False)
 
     def piece(self, token_id: int) -> str:
         """Return the raw vocabulary piece of an id ("" for an unused id)."""

@@ -176,7 +176,18 @@ def on_eight_devices(config: Config) -> Program:
     return Program.of_sizes(config, make_mesh(small))
 
 
-@pytest.mark.parametrize("name", named_configs())
+# One of each kind; the others differ in sizes.
+KINDS = {"default", "over_encoding", "dense_2m", "moe_2m", "engram_2m", "engram_v41_memory"}
+EVERY = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in KINDS else pytest.mark.slow)
+        for name in named_configs()
+    ],
+)
+
+
+@EVERY
 def test_every_named_configuration_builds(name: str, tmp_path: Path) -> None:
     """With abstract arrays, without creating parameters and tables."""
     config = load_named_config(name)
@@ -186,17 +197,7 @@ def test_every_named_configuration_builds(name: str, tmp_path: Path) -> None:
     assert set(on_eight_devices(config).abstract_state().tables) == set(config.memory.layers)
 
 
-# One of each kind; the others differ in sizes.
-KINDS = {"default", "over_encoding", "dense_2m", "moe_2m", "engram_27b", "engram_v41_memory"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in KINDS else pytest.mark.slow)
-        for name in named_configs()
-    ],
-)
+@EVERY
 def test_the_training_step_of_every_named_configuration_keeps_the_states_types(name: str) -> None:
     """Other types, including weak types, would cause a second compilation."""
     program = on_eight_devices(load_named_config(name))

@@ -66,7 +66,7 @@ def test_sources_and_texts_can_be_chosen(eval_program, run, tmp_path, capsys):
     assert len(run.tokenizer.encode(results["gates"]["text"])) == 1024
 
 
-@pytest.mark.parametrize("memory", ["dense", "over_encoding"])
+@pytest.mark.parametrize("memory", ["dense", pytest.param("over_encoding", marks=pytest.mark.slow)])
 def test_models_without_gates_skip_what_needs_them(eval_program, memory, untrained):
     run = untrained(memory)
     eval_program([str(run.folder), "--sample-tokens", "1"])

@@ -33,7 +33,11 @@ from engram_jax.trainer import train
     ("number", "change"),
     [
         (signal.SIGTERM, {}),
-        (signal.SIGINT, {"memory": {"fusion": "over_encoding", "layers": (0,)}}),
+        pytest.param(
+            signal.SIGINT,
+            {"memory": {"fusion": "over_encoding", "layers": (0,)}},
+            marks=pytest.mark.slow,
+        ),
         (signal.SIGTERM, {"memory": {"layers": ()}, "train": {"accumulation": 2}}),
     ],
     ids=["engram", "over_encoding", "dense"],

@@ -11,7 +11,10 @@ from engram_jax.sampling import sample
 PROMPT = "Alexander the Great"
 
 
-@pytest.fixture(scope="module", params=["engram", "over_encoding", "dense"])
+@pytest.fixture(
+    scope="module",
+    params=["engram", pytest.param("over_encoding", marks=pytest.mark.slow), "dense"],
+)
 def model(request, untrained):
     run = untrained(request.param)
     return run, run.restore_weights()

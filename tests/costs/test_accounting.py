@@ -43,7 +43,13 @@ def without_flops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("without_flops")
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dense_4b", "engram_27b"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("moe_27b", "engram_40b")),
+    ],
+)
 def test_published_parameter_counts(name: str) -> None:
     counted = account(short(name))
     total, activated, memory = PUBLISHED[name]
@@ -53,6 +59,7 @@ def test_published_parameter_counts(name: str) -> None:
     assert counted.hyper_connections / 1e9 == pytest.approx(0.0147, rel=5e-3)
 
 
+@pytest.mark.slow
 def test_engram_27b_has_the_papers_allocation_and_the_flops_of_its_twin() -> None:
     engram, twin = (account(load_named_config(name)) for name in ("engram_27b", "moe_27b"))
     assert engram.allocation == pytest.approx(0.743, abs=5e-4)
@@ -97,7 +104,7 @@ def test_flops_of_latent_attention_and_branches_by_hand() -> None:
 
 def test_flops_of_experts_are_those_of_the_chosen() -> None:
     """And padding experts are not counted."""
-    config = short("moe_10m")
+    config = short("moe_2m")
     counted = account(config)
     experts = config.model.experts
     one = 3 * config.model.width * experts.width * (config.model.layers - 1)
@@ -128,19 +135,26 @@ def test_flops_of_loops_and_branches() -> None:
     assert count_flops(batched.jaxpr) == 3 * 2 * 4**3
 
 
-def test_the_small_family_is_equal() -> None:
-    # At 2 M, the routers, which a dense model does not have, are 2.1 % of the activated parameters.
-    for size, activated in (("2m", 0.022), ("10m", 0.015), ("100m", 0.015)):
-        dense, moe, engram, over_encoding = (
-            account(short(f"{kind}_{size}")) for kind in ("dense", "moe", "engram", "over_encoding")
-        )
-        for other in (dense, engram, over_encoding):
-            assert other.activated == pytest.approx(moe.activated, rel=activated)
-            assert other.forward_flops == pytest.approx(moe.forward_flops, rel=0.015)
-        for other in (engram, over_encoding):
-            assert other.total == pytest.approx(moe.total, rel=2e-3)
-        assert engram.memory == pytest.approx(over_encoding.memory, rel=1e-3)
-        assert engram.allocation == pytest.approx(0.75, abs=2e-3)
+# At 2 M, the routers, which a dense model does not have, are 2.1 % of the activated parameters.
+@pytest.mark.parametrize(
+    ("size", "activated"),
+    [
+        ("2m", 0.022),
+        pytest.param("10m", 0.015, marks=pytest.mark.slow),
+        pytest.param("100m", 0.015, marks=pytest.mark.slow),
+    ],
+)
+def test_the_small_family_is_equal(size: str, activated: float) -> None:
+    dense, moe, engram, over_encoding = (
+        account(short(f"{kind}_{size}")) for kind in ("dense", "moe", "engram", "over_encoding")
+    )
+    for other in (dense, engram, over_encoding):
+        assert other.activated == pytest.approx(moe.activated, rel=activated)
+        assert other.forward_flops == pytest.approx(moe.forward_flops, rel=0.015)
+    for other in (engram, over_encoding):
+        assert other.total == pytest.approx(moe.total, rel=2e-3)
+    assert engram.memory == pytest.approx(over_encoding.memory, rel=1e-3)
+    assert engram.allocation == pytest.approx(0.75, abs=2e-3)
 
 
 @pytest.mark.usefixtures("without_flops")
@@ -163,7 +177,7 @@ def test_state_is_divided_over_the_chips() -> None:
 
 
 @pytest.mark.usefixtures("without_flops")
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.743, 0.95])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
 def test_an_allocation_keeps_the_sparse_parameters(share: float) -> None:
     config = short("engram_10m")
     before, after = account(config), account(allocate(config, share))
@@ -173,6 +187,7 @@ def test_an_allocation_keeps_the_sparse_parameters(share: float) -> None:
     assert after.allocation == pytest.approx(share, abs=one_expert / before.sparse / 2 + 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_flops")
 def test_the_papers_allocation_gives_its_own_sizes() -> None:
     config = short("engram_27b")
@@ -182,7 +197,9 @@ def test_the_papers_allocation_gives_its_own_sizes() -> None:
     assert rows == pytest.approx((2_262_400,) * 2, rel=2e-4)  # sizes of heads are the next primes
 
 
-@pytest.mark.parametrize("name", ["engram_10m", "over_encoding_10m"])
+@pytest.mark.parametrize(
+    "name", ["engram_10m", pytest.param("over_encoding_10m", marks=pytest.mark.slow)]
+)
 def test_all_to_experts_leaves_no_memory(name: str) -> None:
     pure = allocate(short(name), 1.0)
     assert pure.memory.layers == () and pure.model.experts.routed == 54
@@ -219,10 +236,10 @@ def test_impossible_allocations_are_refused(name: str, share: float, message: st
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["dense", "engram_10m", "--json"])
+    main(["dense", "engram_2m", "--json"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["name"] for line in lines] == ["dense", "engram_10m"]
-    assert lines[1]["total"] == account(load_named_config("engram_10m")).total
-    main(["engram_10m", "--allocation", "0.5", "--mesh.fsdp", "2"])
+    assert [line["name"] for line in lines] == ["dense", "engram_2m"]
+    assert lines[1]["total"] == account(load_named_config("engram_2m")).total
+    main(["engram_2m", "--allocation", "0.5", "--mesh.fsdp", "2"])
     text = capsys.readouterr().out
     assert re.search(r" (49|50)\.\d% ", text) and text.splitlines()[1].split()[-1] == "2"

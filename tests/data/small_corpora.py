@@ -27,6 +27,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return bytes(int(token) - 3 for token in ids if token >= 3).decode()
 
+    def decode_each(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        return [self.decode([token_id]) for token_id in ids]
+
     def piece(self, token_id: int) -> str:
         return str(token_id)
 

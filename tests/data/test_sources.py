@@ -81,7 +81,7 @@ def test_array_records_may_be_plain_text(tmp_path):
         ("factbook", 2_410, 6_014_942),
         ("web_bible", 124, 5_046_880),
         ("austen", 270, 4_023_723),
-        ("wordnet", 110_211, 11_134_986),
+        pytest.param("wordnet", 110_211, 11_134_986, marks=pytest.mark.slow),
     ],
 )
 def test_shipped_corpora_are_complete(name, documents, text_bytes):

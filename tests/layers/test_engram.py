@@ -425,8 +425,8 @@ def test_released_miniature(
     [
         (False, "sequence", "xla"),
         (True, "sequence", "xla"),
-        (False, None, "xla"),
-        (False, "sequence", "pallas_tpu"),
+        pytest.param(False, None, "xla", marks=pytest.mark.slow),
+        pytest.param(False, "sequence", "pallas_tpu", marks=pytest.mark.slow),
         pytest.param(True, None, "xla", marks=pytest.mark.slow),
         pytest.param(True, "sequence", "pallas_tpu", marks=pytest.mark.slow),
         pytest.param(False, None, "pallas_tpu", marks=pytest.mark.slow),

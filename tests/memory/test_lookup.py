@@ -66,7 +66,7 @@ def test_gradients_are_those_of_a_plain_gather(name: str) -> None:
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("form", ["exact", "lazy"])
+@pytest.mark.parametrize("form", ["exact", pytest.param("lazy", marks=pytest.mark.slow)])
 def test_all_meshes_make_the_same_step(form: RowAdamForm) -> None:
     """With a used table: memory is equal bit for bit, tables up to rounding."""
     steps = {}

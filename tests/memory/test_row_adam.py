@@ -28,6 +28,7 @@ def untouched(seed: int = 0, scale: float = 0.5) -> RowState:
     return RowState(jnp.asarray(values), nothing, nothing, jnp.zeros(COUNT, jnp.int32))
 
 
+@jax.jit
 def run(adam: RowAdam, rows: RowState, gradients: np.ndarray, touched: np.ndarray) -> RowState:
     """Updates the touched rows, step by step; gradients [steps, n, F], touched [steps, n]."""
 

@@ -45,15 +45,28 @@ def fusion_shapes(
     return inputs + (parameters if kernel else parameters[:1])
 
 
-# The results of the paper's and V4.1's sizes have 168 MB.
-FUSIONS = [
-    pytest.param((8, 256, 1, 192), 4, jnp.float32, id="the default run"),
-    pytest.param((2, 4096, 4, 2560), 4, jnp.bfloat16, id="the paper", marks=pytest.mark.slow),
-    pytest.param((1, 4096, 4, 5120), 0, jnp.bfloat16, id="V4.1", marks=pytest.mark.slow),
-]
+DEFAULT = (8, 256, 1, 192), 4, jnp.float32
+# Their results have 168 MB.
+PAPER = (2, 4096, 4, 2560), 4, jnp.bfloat16
+V41 = (1, 4096, 4, 5120), 0, jnp.bfloat16
 
 
-@pytest.mark.parametrize(("size", "kernel", "dtype"), FUSIONS)
+@pytest.mark.parametrize(
+    ("chip", "size", "kernel", "dtype"),
+    [
+        pytest.param("v5p", *DEFAULT, id="v5p, the default run"),
+        *(
+            pytest.param(chip, *sizes, id=f"{chip}, {name}", marks=pytest.mark.slow)
+            for chip, name, sizes in (
+                ("v5e", "the default run", DEFAULT),
+                ("v6e", "the default run", DEFAULT),
+                ("v5p", "V4.1", V41),
+                ("v5e", "the paper", PAPER),
+            )
+        ),
+    ],
+    indirect=["chip"],
+)
 def test_the_fusion_takes_no_memory_of_the_size_of_its_result(
     chip: jax.sharding.Mesh, size: tuple[int, int, int, int], kernel: int, dtype: type
 ) -> None:

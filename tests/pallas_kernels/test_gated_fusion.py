@@ -161,7 +161,7 @@ class TestFuse:
         alone, _ = fuse(*inputs._replace(taps=inputs.taps[-1:]))
         np.testing.assert_allclose(found, alone, rtol=1e-6, atol=1e-6)
 
-    @pytest.mark.slow_for("pallas_gpu")
+    @pytest.mark.slow_for("pallas_tpu", "pallas_gpu")
     def test_nothing_enters_from_another_document(self, fuse: Fuse, fit: Fit) -> None:
         """Not even NaN passes a boundary, in the forward or the backward pass."""
         inputs, _ = draw_inputs(fit((1, 14, 1, 8, 4)))
@@ -188,7 +188,7 @@ class TestFuse:
         ):
             np.testing.assert_allclose(array, clean, rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.slow_for("pallas_gpu")
+    @pytest.mark.slow_for("pallas_tpu", "pallas_gpu")
     def test_bfloat16(self, fuse: Fuse, fit: Fit) -> None:
         """Intermediate values are float32, so there is one rounding at the end."""
         size = fit((2, 24, 2, 24, 4))
@@ -201,7 +201,7 @@ class TestFuse:
             # Results can round to neighboring numbers, which differ by at most 2⁻⁷.
             np.testing.assert_allclose(a, b, rtol=2.0**-7, atol=1e-4 * abs(b).max())
 
-    @pytest.mark.slow_for("pallas_gpu")
+    @pytest.mark.slow_for("pallas_tpu", "pallas_gpu")
     def test_released_form(self, fuse: Fuse, fit: Fit) -> None:
         form = FusionForm(1e-20, signed_root="copysign")
         size = fit(MORE_SIZES["no convolution"])
@@ -220,7 +220,8 @@ class TestFuse:
             assert_near(jax.tree.map(lambda x, i=index: x[i], found), run(inputs), inputs)
 
 
-@pytest.mark.parametrize("size", [48, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [48, 32])
 def test_tiles_of_other_sizes(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two and three times as large as a halo."""
     monkeypatch.setattr(pallas_tpu, "MOST_TOKENS", size)
@@ -233,7 +234,9 @@ def test_tiles_of_other_sizes(size: int, monkeypatch: pytest.MonkeyPatch) -> Non
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("pallas_tpu", marks=pytest.mark.slow)]
+)
 def test_remat(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pallas_tpu, "MOST_TOKENS", 32)
     size = (1, 40, 2, 8, 4)

@@ -18,8 +18,8 @@ from pallas_kernels.hashed_gather.api import IMPLEMENTATIONS
 type Gather = Callable[..., Array]
 
 # U, n, H, F
-FEW = [(1, 1, 1, 1), (7, 40, 1, 3), (70, 30, 3, 80)]
-MORE = [(5, 1, 1, 3), (1, 20, 2, 3), (7, 100, 1, 1), (300, 100, 3, 24), (9, 16, 4, 80)]
+FEW = [(1, 1, 1, 1), (70, 30, 3, 80)]
+MORE = [(7, 40, 1, 3), (5, 1, 1, 3), (1, 20, 2, 3), (300, 100, 3, 24)]
 SIZES = [*FEW, *(pytest.param(size, marks=pytest.mark.slow) for size in MORE)]
 FORMATS = [
     *((80, "float32"), (128, "bfloat16"), (160, "bfloat16"), (256, "float8"), (5, "float8")),
@@ -168,9 +168,14 @@ def test_the_gradient_adds_duplicates_in_the_prepared_order(name: str) -> None:
 
 
 class TestRead:
-    @pytest.mark.parametrize(("width", "precision"), FORMATS)
-    @pytest.mark.parametrize("size", [(1, 1, 1), (90, 70, 3)])
-    def test_values(self, implementation: str, width: int, precision: str, size: tuple) -> None:
+    @pytest.mark.parametrize(
+        ("size", "width", "precision"),
+        [
+            pytest.param((1, 1, 1), 80, "float32", marks=pytest.mark.slow),
+            *(((90, 70, 3), *form) for form in FORMATS),
+        ],
+    )
+    def test_values(self, implementation: str, size: tuple, width: int, precision: str) -> None:
         """Numbers outside the table read as zeros; padding has such numbers."""
         rows, n, columns = size
         generator, form = np.random.default_rng(1), RowFormat(width, precision)

@@ -26,7 +26,7 @@ def train_one(config: Config, folder: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.slow
 def test_kernels_train_as_xla_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layer, T = 128, 20 steps: the same losses to float32's rounding."""
+    """One layer, T = 128, 6 steps: the same losses to float32's rounding."""
     monkeypatch.setattr(platforms, "NEEDS", {})  # a TPU, for these kernels
     config = vary(
         tiny_config(tmp_path),
@@ -35,12 +35,12 @@ def test_kernels_train_as_xla_does(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         memory={"layers": (0,), "row_width": 42, "adam": RowAdamConfig(form="exact")},
         data={"sequence_length": 128, "batch_size": 1},
     )
-    config = replace(config, train=TrainConfig(steps=20, seed=1, log_every=1, evaluate_every=0))
+    config = replace(config, train=TrainConfig(steps=6, seed=1, log_every=1, evaluate_every=0))
     expected = train_one(config, tmp_path / "xla")
     engram = replace(config.model.engram, implementation="pallas_tpu")
     kernels = vary(config, model={"engram": engram}, memory={"gather": "pallas_tpu"})
-    with simulation("pallas_tpu", races=True):
+    with simulation("pallas_tpu"):
         found = train_one(kernels, tmp_path / "kernels")
     jax.clear_caches()
-    assert len(found) == 20 and found[-1][1] < found[0][1]
+    assert len(found) == 6 and found[-1][1] < found[0][1]
     np.testing.assert_allclose(found, expected, rtol=2e-5)
