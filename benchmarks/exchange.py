@@ -71,7 +71,7 @@ def measure(topology: str, tokens: int, rows: int = ROWS) -> Costs:
         return lookup.expand(read.values, slots).astype(jnp.bfloat16)
 
     def update(table: Table, plan: RowPlan, gradient: Array, step: Array) -> Table:
-        own = lookup.own_gradients(table, plan, gradient)
+        own = lookup.send_gradients(table, plan, gradient)
         return lookup.update_rows(table, plan, gradient, own, None, jnp.float32(1), adam, step)
 
     with jax.set_mesh(mesh):

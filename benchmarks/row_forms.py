@@ -47,7 +47,7 @@ def make_step(form: RowAdamForm, width: int, rows: int) -> Step:
     def update(
         table: Table, plan: RowPlan, values: jax.Array | None, adam: RowAdam, step: jax.Array
     ) -> Table:
-        own = lookup.own_gradients(table, plan, gradient)
+        own = lookup.send_gradients(table, plan, gradient)
         scale = jnp.minimum(1, jax.lax.rsqrt(own.square_norm))
         return lookup.update_rows(table, plan, gradient, own, values, scale, adam, step)
 

@@ -95,7 +95,7 @@ def touched_rows(rows: int) -> Advance:
         read = lookup.read_rows(table, row_plan, adam, done)
         memory, pullback = jax.vjp(lambda rows: lookup.expand(rows, slots), read.values)
         (gradient,) = pullback(memory)  # the gradient of half the sum of squares
-        own = lookup.own_gradients(table, row_plan, gradient)
+        own = lookup.send_gradients(table, row_plan, gradient)
         scale = jnp.minimum(1, jax.lax.rsqrt(own.square_norm))
         return lookup.update_rows(table, row_plan, gradient, own, read.own, scale, adam, done)
 

@@ -172,14 +172,19 @@ class Checkpoints:
                 return candidate, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
             if is_leader() and step is None:
                 print(
-                    f"The checkpoint of step {candidate} is damaged ({damage or 'on a host'}): "
-                    "falling back to the one before it.",
+                    f"The checkpoint of step {candidate} is damaged "
+                    f"({damage or 'another process cannot read it'}): restoring the one before it.",
                     file=sys.stderr,
                 )
-        which = f"of step {step}" if step is not None else f"of every step ({found})"
+        what = f" ({damage})" if damage else ""
+        if step is None:
+            raise InputError(
+                f"All checkpoints in {self.folder} are damaged{what}; start a new run in another "
+                "folder."
+            )
         raise InputError(
-            f"The checkpoint {which} in {self.folder} is damaged"
-            f"{f' ({damage})' if damage else ''}: restore another step, or start a new run."
+            f"The checkpoint of step {step} in {self.folder} is damaged{what}; restore another "
+            "step, or start a new run."
         )
 
     def path(self, step: int) -> Path:
@@ -192,7 +197,7 @@ class Checkpoints:
     ) -> str | None:
         """Describes the damage of a checkpoint; None if it is intact.
 
-        Only the leader process reads the files.
+        All processes read the manifest. Only the leader reads the other files.
 
         Raises:
             InputError: the checkpoint is readable, but has another identity or other arrays.
@@ -225,7 +230,8 @@ class Checkpoints:
         if content["format"] not in (FORMAT, RECORD_AS_TEXT):
             raise InputError(
                 f"The checkpoint of step {step} in {self.folder} has format {content['format']}, "
-                f"and this version reads {FORMAT}: use the version that wrote it."
+                f"and this version reads {RECORD_AS_TEXT} and {FORMAT}: use the version that "
+                "wrote it."
             )
         saved = content["identity"]
         names = saved.keys() | self._identity.keys()

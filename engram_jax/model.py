@@ -312,10 +312,10 @@ class Decoder(nnx.Module):
         gather = partial(gather_parameters, dtype=dtype, axes=split_axes(tokens))
         embedding = gather(self.embedding)[...]
         x = (look_up(embedding, tokens) * config.width**0.5).astype(dtype)
-        if token_mask is not None:
-            x = jnp.where(token_mask[..., None], x, 0)
         if hasattr(self, "over_encoding"):
             x = gather(self.over_encoding)(x, memory.get(0))
+        if token_mask is not None:
+            x = jnp.where(token_mask[..., None], x, 0)
         x = jnp.repeat(x[:, :, None], config.branches, axis=2)
         x, reports = self._run_blocks(x, segments, positions, memory, expert_bias or {}, token_mask)
         head = embedding if config.tie_embeddings else gather(self.head)[...]

@@ -49,4 +49,6 @@ def default_workers(platform: str) -> int:
     """
     if platform == "cpu":
         return 0
+    if hasattr(os, "sched_getaffinity"):  # a task of a cluster may use a part of the cores
+        return min(4, len(os.sched_getaffinity(0)) // 2)
     return min(4, (os.cpu_count() or 1) // 2)

@@ -110,6 +110,12 @@ class Program:
                 f"--{part} {chosen} needs a {NEEDS[chosen].upper()}, and this runs on {platform}; "
                 "leave the flag out."
             )
+        if ngram_hash is not None and config.memory.gather in NEEDS and words % LANES:
+            raise InputError(
+                f"--memory.gather {config.memory.gather} reads lines of {LANES} words, and "
+                f"memory.row_width {config.memory.row_width} gives records of {words} words; leave "
+                "the flag out, or raise memory.row_width (in float32, to at least 22)."
+            )
         rows = config.data.batch_size // config.train.accumulation
         if rows % mesh.size:
             raise InputError(
@@ -175,7 +181,10 @@ class Program:
 
     @cached_property
     def row_adam(self) -> RowAdam:
-        """The optimizer of the tables' rows; its arrays are replicated."""
+        """The optimizer of the tables' rows; its arrays are replicated.
+
+        All processes must use it for the first time together, and outside of traced functions.
+        """
         replicated = jax.NamedSharding(self.mesh, REPLICATED)
         return jax.tree.map(
             lambda array: jax.device_put(array, replicated), make_config_row_adam(self.config)
@@ -198,12 +207,18 @@ class Program:
             weights: the tables, and the number of finished steps.
             plan: the batch's plan; None: a model without tables.
             row_adam: the row optimizer, which computes pending updates.
+
+        Raises:
+            InputError: there are tables, and no plan.
         """
-        if plan is None:
-            return {}
-        gather = self.config.memory.gather
+        if weights.tables and plan is None:
+            raise InputError(
+                "The batch has no plan of the rows to read; give make_batches a planner "
+                "(`program.planner()`)."
+            )
+        gather, rows = self.config.memory.gather, plan.rows if plan else {}
         return {
-            layer: lookup.read_rows(table, plan.rows[layer], row_adam, weights.step, gather)
+            layer: lookup.read_rows(table, rows[layer], row_adam, weights.step, gather)
             for layer, table in weights.tables.items()
         }
 
@@ -230,17 +245,16 @@ class Program:
         decoder = nnx.merge(self.graph, params)
         return decoder(batch.tokens, memory, batch.segments, batch.positions, expert_bias)
 
-    def own_gradients(
+    def send_gradients(
         self,
         tables: Mapping[int, Table],
         plan: MemoryPlan | None,
         gradients: Mapping[int, Float[Array, "S U F"]],
     ) -> dict[int, OwnGradients]:
         """Sends the row gradients of all devices to the owners of the rows, by layer id."""
-        if plan is None:
-            return {}
+        rows = plan.rows if plan else {}
         return {
-            layer: lookup.own_gradients(tables[layer], plan.rows[layer], gradient)
+            layer: lookup.send_gradients(tables[layer], rows[layer], gradient)
             for layer, gradient in gradients.items()
         }
 
@@ -260,17 +274,17 @@ class Program:
             state: the state before the step.
             plan: the batch's plan.
             read: result of `read_rows` for this step.
-            gradients: gradients of each device's distinct rows, by layer id.
-            by_owner: result of `own_gradients` for these gradients.
+            gradients: gradients of each device's distinct rows, by layer id. Later rounds of the
+                exchange send them again.
+            by_owner: result of `send_gradients` for these gradients.
             scale: factor of all gradients (clipping).
             row_adam: the row optimizer.
         """
-        if plan is None:
-            return {}
+        rows = plan.rows if plan else {}
         return state.tables | {
             layer: lookup.update_rows(
                 state.tables[layer],
-                plan.rows[layer],
+                rows[layer],
                 gradient,
                 by_owner[layer],
                 read[layer].own,

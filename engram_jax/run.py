@@ -150,6 +150,7 @@ class Run:
         ):
             raise InputError(f"{folder} is not empty and holds no run; choose another folder.")
         run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
+        make_config_row_adam(config)  # an error in its betas is found here
         data = config.data
         mix_rows(run.corpora(), data.weights, data.sequence_length, config.train.seed)
         if resumes:
@@ -281,25 +282,41 @@ class Run:
         found, state = self.checkpoints.restore(self.program.abstract_state(), step)
         return replace(state, tables=self._take_over(found, state.tables, state.step))
 
-    def restore_weights(self, step: int | None = None) -> Weights:
-        """Like `restore`, without the state of the dense parameters' optimizer."""
+    def restore_weights(self, step: int | None = None, *, reset_rows: bool = False) -> Weights:
+        """Like `restore`, without the state of the dense parameters' optimizer.
+
+        Args:
+            step: step of the checkpoint; None: the newest intact one.
+            reset_rows: apply all pending updates, and reset the rows' moments and clocks, for a run
+                that begins with these weights.
+        """
         abstract = self.program.abstract_state().weights
         found, weights = self.checkpoints.restore(abstract, step, partial=True)
-        return replace(weights, tables=self._take_over(found, weights.tables, weights.step))
+        tables = self._take_over(found, weights.tables, weights.step, reset=reset_rows)
+        return replace(weights, tables=tables)
 
     def _take_over(
-        self, checkpoint: int, tables: dict[int, Table], step: Int32[Array, ""]
+        self,
+        checkpoint: int,
+        tables: dict[int, Table],
+        step: Int32[Array, ""],
+        *,
+        reset: bool = False,
     ) -> dict[int, Table]:
-        """Converts a checkpoint's tables to this run's row optimizer, if it had another."""
+        """Converts a checkpoint's tables to this run's row optimizer, if it had another.
+
+        With `reset`, always. Pending updates are those of the optimizer that wrote the checkpoint.
+        """
         theirs = load_config(self.checkpoints.path(checkpoint) / "config.json")
-        if not tables or row_adam_facts(theirs) == row_adam_facts(self.config):
+        is_another = row_adam_facts(theirs) != row_adam_facts(self.config)
+        if not tables or not (is_another or reset):
             return tables
-        if is_leader():
+        if is_another and is_leader():
             print(
                 f"The checkpoint of step {checkpoint} in {self.checkpoints.folder} has another row "
                 "optimizer or schedule: applying the pending updates of its idle rows."
             )
-        before, keep = make_config_row_adam(theirs), not self.config.memory.frozen
+        before, keep = make_config_row_adam(theirs), not (reset or self.config.memory.frozen)
         with self.program.use_mesh():
             return {
                 layer: lookup.settle(table, before, step, keep_moments=keep)

@@ -127,7 +127,7 @@ def apply_updates(
         loads: how many tokens chose each expert, by layer id.
         row_adam: the row optimizer.
     """
-    by_owner = program.own_gradients(state.tables, batch.plan, gradients.rows)
+    by_owner = program.send_gradients(state.tables, batch.plan, gradients.rows)
     rows_square_norm = sum((own.square_norm for own in by_owner.values()), jnp.zeros(()))
     norm = jnp.sqrt(optax.tree.norm(gradients.params, squared=True) + rows_square_norm)
     scale = jnp.minimum(1.0, program.config.optimizer.clip_norm / norm)

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import prefetch_to_device
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
-from engram_jax.memory import lookup
 from engram_jax.metrics import MetricsLog, read_metrics
 from engram_jax.processes import all_agree, collective, is_leader
 from engram_jax.run import Run
@@ -230,9 +229,9 @@ class _Progress:
         raise Diverged(
             f"Step {step} has loss {metrics['loss']} and gradient norm "
             f"{metrics['gradient_norm']}. Of the checkpoints in "
-            f"{self._run.folder / 'checkpoints'}, {newest}. Check the batch of that step, or start "
-            "another run from a good checkpoint (--start-from, --start-step) with a lower "
-            "optimizer.learning_rate."
+            f"{self._run.folder / 'checkpoints'}, {newest}. Check the batch of that step "
+            f"(`next(run.batches({step - 1}))`), or start another run from a good checkpoint "
+            "(--start-from, --start-step) with a lower optimizer.learning_rate."
         )
 
 
@@ -248,12 +247,9 @@ def _first_state(run: Run) -> TrainState:
     with collective(f"start from {start_from}"):
         other = run.fitting(start_from)
     # The other run's checkpoints, restored with the shapes and devices of this run.
-    weights = replace(run, checkpoints=other.checkpoints).restore_weights(run.start_step)
-    tables = {
-        layer: lookup.settle(table, program.row_adam, weights.step)
-        for layer, table in weights.tables.items()
-    }
-    state = program.state_from_weights(replace(weights, tables=tables))
+    theirs = replace(run, checkpoints=other.checkpoints)
+    weights = theirs.restore_weights(run.start_step, reset_rows=True)
+    state = program.state_from_weights(weights)
     if is_leader():
         print(f"{run.folder} begins with the weights of step {int(weights.step)} of {start_from}.")
     run.save(state)  # otherwise a run killed before its first checkpoint would start at random

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from golden import FIXTURES
 from programs import fork
-from tiny_runs import TrainWhole, assert_identical, losses, vary
+from tiny_runs import TrainWhole, assert_identical, losses, use_rows, vary
 from train_tiny import STEPS, train_tiny
 
 from engram_jax import trainer
@@ -180,6 +180,27 @@ def test_where_a_run_started_from_is_remembered(
     assert_identical(train(Run.start(tiny, parts)), expected)
     train(Run.start(tiny, parts, start_from=tmp_path / "elsewhere"))
     assert "resuming from them, not from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("theirs", ["lazy", "exact"])
+def test_pending_updates_of_the_optimizer_that_wrote_a_row_are_applied_to_it(
+    tiny: Config, tmp_path: Path, theirs: str
+) -> None:
+    """A lazy row's clock counts its updates, and is no step of exact Adam."""
+    source = Run.start(vary(tiny, memory={"adam": RowAdamConfig(form=theirs)}), tmp_path / "source")
+    state = source.program.initial_state()
+    table = use_rows(state.tables[1], steps=2)
+    step = jax.device_put(np.int32(9), state.step.sharding)
+    source.save(replace(state, step=step, tables={1: table}))
+    ours = "exact" if theirs == "lazy" else "lazy"
+    config = vary(tiny, memory={"adam": RowAdamConfig(form=ours)})
+    run = Run.start(config, tmp_path / "run", start_from=tmp_path / "source")
+    with run.program.use_mesh():
+        value, *state_of_rows = trainer._first_state(run).tables[1].unpack()
+    rows, adam = jax.device_get((table.unpack(), source.program.row_adam))
+    expected = jax.jit(adam.current)(rows, np.int32(9)) if theirs == "exact" else rows.value
+    np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-7)
+    assert not any(np.any(part) for part in state_of_rows)
 
 
 def test_a_step_to_start_from_needs_a_run(tiny: Config, tmp_path: Path) -> None:

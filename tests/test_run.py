@@ -21,12 +21,14 @@ from tiny_runs import (
     with_backbone,
 )
 
+from engram_jax import platforms, program
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config, save_config
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.engram import EngramConfig
+from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.run import Run
 from engram_jax.sampling import sample
 from engram_jax.sharding import MeshConfig, make_mesh
@@ -157,6 +159,38 @@ def test_a_full_disk_is_found_before_the_first_step(
     with pytest.raises(InputError, match="999 are free"):
         train(run)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_row_optimizer_that_is_refused_leaves_no_folder_behind(
+    config: Config, tmp_path: Path
+) -> None:
+    """And a reschedule with it leaves the run's configuration as it is."""
+    refused = vary(config, memory={"adam": RowAdamConfig(form="exact", b1=0.5, b2=0.26)})
+    with pytest.raises(InputError, match="momentum"):
+        Run.start(refused, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    Run.start(vary(config, memory={"adam": RowAdamConfig(form="exact")}), tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(InputError, match="momentum"):
+        Run.start(refused, tmp_path / "run", reschedule=True)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_a_batch_without_a_plan_is_refused(config: Config, tmp_path: Path) -> None:
+    """Otherwise a step would train without the memory, and lose the tables."""
+    ours = Run.start(config, tmp_path / "run").program
+    with pytest.raises(InputError, match="no plan"):
+        ours.read_rows(ours.abstract_state().weights, None, ours.row_adam)
+
+
+def test_a_kernel_that_reads_lines_needs_rows_of_lines(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platforms, "NEEDS", {"pallas_gpu": "cpu"})
+    monkeypatch.setattr(program, "NEEDS", {"pallas_gpu": "cpu"})
+    change = {"gather": "pallas_gpu", "adam": RowAdamConfig(form="exact")}
+    with pytest.raises(InputError, match=r"lines of 128 words.*at least 22"):
+        Run.start(vary(config, memory=change), tmp_path / "run")
 
 
 def test_a_file_is_no_run_folder(config: Config, tmp_path: Path) -> None:

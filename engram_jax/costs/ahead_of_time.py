@@ -227,7 +227,7 @@ def _update(program: Program) -> Any:
         row_adam: RowAdam,
         step: Int32[Array, ""],
     ) -> Table:
-        own, scale = lookup.own_gradients(table, plan, gradient), jnp.float32(1)
+        own, scale = lookup.send_gradients(table, plan, gradient), jnp.float32(1)
         return lookup.update_rows(table, plan, gradient, own, read.own, scale, row_adam, step)
 
     return update

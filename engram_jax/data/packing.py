@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     Arrays are NumPy arrays on the host and JAX arrays on the devices.
 
     Attributes:
-        tokens: the input ids; −1 is an image placeholder.
+        tokens: the input ids.
         targets: the next id of each.
         target_mask: 1 if the target is in the same document, otherwise 0.
         segments: number of the token's document within the row, from 1; 0 is padding.

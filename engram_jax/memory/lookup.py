@@ -1,7 +1,7 @@
 """From tables to memory vectors and back.
 
 `read_rows` gives each device the distinct rows that its tokens need. `expand` copies them to
-tokens; its backward pass sums the gradients of equal rows. `own_gradients` sends these to the
+tokens; its backward pass sums the gradients of equal rows. `send_gradients` sends these to the
 devices that own the rows, and `update_rows` applies the row optimizer there. All of them run on a
 mesh, which may have one device. Only gathers and scatters access arrays of R rows.
 """
@@ -33,9 +33,9 @@ class ReadRows(NamedTuple):
     Attributes:
         values: the rows that the forward pass reads.
         own: the same for the rows that a device owns. `update_rows` of the same step uses them, so
-            that pending updates are computed once per step. None for lazy Adam, which has none; and
-            on several devices, where requests to an owner contain duplicates and have another
-            order than its gradients.
+            that pending updates are computed once per step. None with lazy Adam, which has no
+            pending updates, and on several devices, where an owner receives requests in another
+            order and with duplicates.
     """
 
     values: Float[Array, "S U F"]
@@ -133,7 +133,7 @@ class OwnGradients:
     square_norm: Float[Array, ""]
 
 
-def own_gradients(table: Table, plan: RowPlan, gradient: Float[Array, "S U F"]) -> OwnGradients:
+def send_gradients(table: Table, plan: RowPlan, gradient: Float[Array, "S U F"]) -> OwnGradients:
     """Sends the row gradients of all devices to the owners of the rows, and sums equal rows."""
 
     def deliver_own(table: Table, plan: RowPlan, gradient: Array) -> OwnGradients:
@@ -161,7 +161,7 @@ def update_rows(
     table: Table,
     plan: RowPlan,
     gradient: Float[Array, "S U F"],
-    own_gradients: OwnGradients,
+    by_owner: OwnGradients,
     own_values: Float[Array, "S U F"] | None,
     scale: Float[Array, ""],
     adam: RowAdam,
@@ -173,7 +173,7 @@ def update_rows(
         table: the table.
         plan: the step's rows.
         gradient: each device's row gradients; later rounds of the exchange send them again.
-        own_gradients: result of `own_gradients` for these gradients.
+        by_owner: result of `send_gradients` for these gradients.
         own_values: `ReadRows.own` from this step's `read_rows`.
         scale: factor of all gradients (clipping).
         adam: the row optimizer.
@@ -184,7 +184,7 @@ def update_rows(
         table: Table,
         plan: RowPlan,
         gradient: Array,
-        own_gradients: OwnGradients,
+        by_owner: OwnGradients,
         own_values: Array | None,
         scale: Array,
         adam: RowAdam,
@@ -198,8 +198,7 @@ def update_rows(
 
             def write_part(number: Array, table: Table) -> Table:
                 rows, sums, current = jax.tree.map(lambda array: array[number], parts)
-                state = adam.apply_pending(records.read(table, rows), step, current)
-                new = adam.apply_gradient(state, sums * scale, step)
+                new = adam.update(records.read(table, rows), sums * scale, step, current)
                 return records.write(table, rows, new, step)
 
             # Rows are ascending, and padding is last. Parts with only padding are skipped.
@@ -212,7 +211,7 @@ def update_rows(
 
         route = _route(table, plan)
         current = None if own_values is None else own_values[0]
-        table = write(table, own_gradients.rows[0], own_gradients.sums[0], current)
+        table = write(table, by_owner.rows[0], by_owner.sums[0], current)
         return table if route.shards == 1 else _further_rounds(route, write_further, table)
 
     by_device = OwnGradients(_BY_DEVICE, _BY_DEVICE, jax.P())  # type: ignore[arg-type]
@@ -221,7 +220,7 @@ def update_rows(
         update_own,
         in_specs=(*[_BY_DEVICE] * 3, by_device, _BY_DEVICE, *[replicated] * 3),
         out_specs=_BY_DEVICE,
-    )(table, plan, gradient, own_gradients, own_values, scale, adam, step)
+    )(table, plan, gradient, by_owner, own_values, scale, adam, step)
 
 
 def shard_load(table: Table, plan: RowPlan) -> Float[Array, ""]:
@@ -249,7 +248,8 @@ def settle(
         table: the table.
         adam: the row optimizer before the change.
         step: number of finished optimizer steps.
-        keep_moments: keep moments and clocks; otherwise reset them, as at step 0.
+        keep_moments: keep the moments, decayed to `step`; otherwise reset moments and clocks, as at
+            step 0.
     """
 
     def settle_own(table: Table, adam: RowAdam, step: Array) -> Table:

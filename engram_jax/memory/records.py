@@ -1,8 +1,7 @@
 """Reads and writes records of a table.
 
 On CPU, each part of a record (embedding, moments, clock) has a separate gather and scatter, without
-padding. That takes half the time. On other platforms, a gather or scatter moves complete records,
-in lines of 128 words.
+padding. That takes half the time. On other platforms, a gather or scatter moves complete records.
 """
 
 from dataclasses import replace

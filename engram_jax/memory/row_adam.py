@@ -146,10 +146,21 @@ class RowAdam:
         return RowState(value=rows.value - movement, mean=mean, square=square, clock=clock)
 
     def update(
-        self, rows: RowState, gradient: Float[Array, "U F"], step: Int32[Array, ""]
+        self,
+        rows: RowState,
+        gradient: Float[Array, "U F"],
+        step: Int32[Array, ""],
+        current: Float[Array, "U F"] | None = None,
     ) -> RowState:
-        """Applies pending updates and a gradient to stored rows."""
-        return self.apply_gradient(self.apply_pending(rows, step), gradient, step)
+        """Applies pending updates and a gradient to stored rows.
+
+        Args:
+            rows: the stored rows.
+            gradient: one gradient per row, summed over its occurrences.
+            step: number of optimizer steps before this one.
+            current: result of `current` for these rows; None: it is computed.
+        """
+        return self.apply_gradient(self.apply_pending(rows, step, current), gradient, step)
 
     def _pending_rule(
         self,

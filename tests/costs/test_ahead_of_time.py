@@ -60,7 +60,7 @@ def compile_memory_part(mesh: jax.sharding.Mesh, width: int, rows: int) -> Cost:
         read = lookup.read_rows(table, plan, adam, step)
         memory, pullback = jax.vjp(lambda rows: lookup.expand(rows, slots), read.values)
         (gradient,) = pullback(memory)
-        own = lookup.own_gradients(table, plan, gradient)
+        own = lookup.send_gradients(table, plan, gradient)
         scale = jnp.minimum(1, 1 / own.square_norm)
         return lookup.update_rows(table, plan, gradient, own, read.own, scale, adam, step)
 

@@ -87,7 +87,7 @@ def make_step(form: RowAdamForm) -> Callable[..., Step]:
             lambda rows: jax.lax.map(lambda part: lookup.expand(rows, part), slots), read.values
         )
         (gradient,) = pullback(cotangent)
-        own = lookup.own_gradients(table, rows_plan, gradient)
+        own = lookup.send_gradients(table, rows_plan, gradient)
         new = lookup.update_rows(table, rows_plan, gradient, own, read.own, scale, adam, done)
         return Step(memory, jnp.sqrt(own.square_norm), new)
 

@@ -245,7 +245,7 @@ def test_nan_in_padding_reaches_no_row() -> None:
     def update(table: Table, plan: RowPlan, gradient: jax.Array) -> Table:
         step = jnp.int32(0)
         read = lookup.read_rows(table, plan, adam, step)
-        own = lookup.own_gradients(table, plan, gradient)
+        own = lookup.send_gradients(table, plan, gradient)
         own = replace(own, square_norm=jnp.float32(1))
         return lookup.update_rows(table, plan, gradient, own, read.own, jnp.float32(1), adam, step)
 
