@@ -1,8 +1,8 @@
-"""Trains or resumes a run: `python train.py [CONFIG] [--run FOLDER] [--a.b VALUE …]`.
+"""Trains or resumes a run: `python train.py [CONFIG] [--run FOLDER] [--SECTION.FIELD VALUE …]`.
 
 Common flags: --run, --data.sources, --train.steps, --data.batch-size, --model.width,
---model.layers, --memory.rows-per-head, --optimizer.learning-rate. A flag that takes several values
-may have none, which means an empty list.
+--model.layers, --memory.rows-per-head, --optimizer.learning-rate. A list flag without
+values is an empty list (`--memory.layers`: no memory).
 """
 
 import os
@@ -34,12 +34,13 @@ class TrainOptions:
 
     Attributes:
         run: run folder; by default, runs/NAME. If it holds this run, the run is resumed.
-        start_from: folder of another run, to start with its weights.
+        start_from: folder of another run, to start with its weights; step, optimizer state and
+            moments of rows start anew.
         start_step: step of that run's checkpoint; by default, the newest.
         allocation: change the allocation of sparse parameters: this share to experts, the rest to
             table rows (the paper's ρ; only for configurations that have both).
-        reschedule: resume a run with another number of steps, or other settings of the same
-            optimizers.
+        reschedule: resume a run with another number of steps, other settings of the same
+            optimizers, or another value of memory.frozen.
         profile: write a trace of ten steps to FOLDER/profile (for TensorBoard or Perfetto).
         distributed: join the other processes of a pod, SLURM job or cluster first
             (`jax.distributed.initialize`).
@@ -76,7 +77,7 @@ def main() -> None:
         following = f"Next: {python} eval.py {run.folder}"
         if stopped:
             print("The same command resumes it.")
-        elif jax.process_count() == 1:  # eval.py uses one device
+        elif jax.process_count() == 1:  # eval.py uses one process
             print(following)
     if stopped:
         sys.exit(INTERRUPTED)

@@ -15,7 +15,7 @@ from engram_jax.errors import InputError
 
 
 def named_configs() -> dict[str, str]:
-    """The named runs in configs/, and one line about each.
+    """The named configurations in configs/, with one line of description each.
 
     Raises:
         InputError: configs/ is not on Python's path; it is only in the repository's root.
@@ -41,8 +41,8 @@ def _registry() -> dict[str, tuple[str, Config]]:
         import configs
     except ModuleNotFoundError as error:
         raise InputError(
-            "The named configurations are in the folder configs/ of the repository; run this "
-            "command in the repository's root."
+            "The folder configs/ with the named configurations is not here; run this command in "
+            "the repository's root."
         ) from error
 
     found: dict[str, tuple[str, Config]] = {}
@@ -69,8 +69,8 @@ def parse[Options](
         program: the command that starts the program; default: the name of its file.
 
     Raises:
-        InputError: an unknown configuration or flag; the message lists the known ones (of flags,
-            those of the same group).
+        InputError: an unknown configuration or flag; the message lists the configurations, or the
+            flags of the same group.
         SystemExit: invalid values, after a message that names them; or `--help`.
     """
     words = list(sys.argv[1:] if args is None else args)

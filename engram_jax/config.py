@@ -102,10 +102,10 @@ class DataConfig:
             document; .parquet; .arrayrecord), or folders of such files.
         weights: share of every source; by default, proportional to its size.
         tokenizer: "default", or the path of a SentencePiece .model or a tokenizer.json.
-        pad_id: padding id, if the tokenizer does not define one; the hash also reads it before the
-            start of a document.
-        bos_id: id at the start of a document, if the tokenizer does not define one.
-        eos_id: id at the end of a document, if the tokenizer does not define one.
+        pad_id: padding id; None: the tokenizer's own. The hash also reads it before the start of a
+            document.
+        bos_id: id at the start of a document; None: the tokenizer's own.
+        eos_id: id at the end of a document; None: the tokenizer's own.
         sequence_length: tokens T of a packed row.
         batch_size: rows of an optimizer step, over all devices and micro-batches.
         held_out: share of the documents that is never used for training, chosen by their hash.

@@ -21,7 +21,7 @@ from engram_jax.program import Program
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.typing import PyTree
 
-# Fields that may change when a run is resumed. None of them changes the result of training.
+# Fields that may change when a run is resumed. They change results by rounding only.
 _CHANGEABLE = (
     "memory.gather",
     "model.attention.implementation",

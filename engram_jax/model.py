@@ -58,9 +58,9 @@ class DecoderConfig:
         dtype: dtype of the computation; parameters are float32.
         remat: what the forward pass of a block keeps for the backward pass, which recomputes the
             rest. None keeps everything; otherwise a policy of `jax.checkpoint_policies`, or
-            "experts_saveable", which keeps the output of the routed experts. With expert
-            parallelism that saves one of three forward computations of the experts and one of six
-            exchanges; without it, nothing.
+            "experts_saveable", which keeps the output of the routed experts. Compared with
+            "nothing_saveable", expert-parallel experts then run forward two times per step instead
+            of three, with five exchanges instead of six. Other experts save nothing.
         scan: run consecutive blocks of the same kind as one loop, which is compiled once for all of
             them.
     """
@@ -85,8 +85,9 @@ class DecoderConfig:
             raise InputError("model.vocabulary, width, layers and feed_forward must be at least 1.")
         if self.experts is not None and self.experts.leading_dense >= self.layers:
             raise InputError(
-                f"experts.leading_dense {self.experts.leading_dense} leaves no layer for experts "
-                f"in a model of {self.layers} layers; lower it, or set experts None."
+                f"model.experts.leading_dense {self.experts.leading_dense} leaves no layer for "
+                f"experts in a model of {self.layers} layers; lower it, or use a configuration "
+                "without experts."
             )
 
     @property
@@ -106,7 +107,8 @@ class MemorySites:
 
     Attributes:
         layers: zero-based ids of the blocks that begin with an Engram layer.
-        over_encoding: memory 0 is averaged with the input embedding instead.
+        over_encoding: the memory of layer 0 is averaged with the input embedding, and no block has
+            an Engram layer.
         width: memory width E.
         orders: number of n-gram orders, N−1.
     """
@@ -363,7 +365,7 @@ class Decoder(nnx.Module):
             ) -> tuple[Float[Array, "B T M D"], BlockReport]:
                 return run(part[0], x, segments, positions, None, part[1])
 
-            # Parameters are named per layer in any case. They are stacked here, for the loop.
+            # Each layer has its own parameters, also in a loop, for which they are stacked here.
             stacks = jax.tree.map(
                 lambda *leaves: jnp.stack(leaves), *zip(blocks, biases, strict=True)
             )

@@ -24,7 +24,7 @@ def all_agree(here: bool) -> bool:
 
 @contextmanager
 def collective(what: str) -> Iterator[None]:
-    """Runs a block on all processes. If it raises on one, it raises on all.
+    """A `with` block that fails on all processes if it fails on one. All processes must enter it.
 
     If the block itself waits for other processes, as a collective write does, it must raise on all
     processes or on none.

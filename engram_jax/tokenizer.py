@@ -313,9 +313,9 @@ def load_tokenizer(
 
     Args:
         path: "default" or a path that ends in .model or .json.
-        pad_id: padding id, if the file does not define one.
-        bos_id: id at the start of a document, if the file does not define one.
-        eos_id: id at the end of a document, if the file does not define one.
+        pad_id: padding id; None: the file's own.
+        bos_id: id at the start of a document; None: the file's own.
+        eos_id: id at the end of a document; None: the file's own.
 
     Raises:
         InputError: there is no such file, it is of another kind, or a special id is missing.

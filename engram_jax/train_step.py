@@ -84,24 +84,25 @@ def forward_backward(
         with expert loads summed over micro-batches, and one mixing error per micro-batch.
     """
     rows = {layer: of_layer.values for layer, of_layer in read.items()}
-    trained = {} if program.config.memory.frozen else rows
-    targets = batch.target_mask.sum()
+    trainable = {} if program.config.memory.frozen else rows
+    target_count = batch.target_mask.sum()
 
-    def mean_loss(
-        params: Parameters, trained: dict[int, Array], micro_batch: MicroBatch
+    def loss_share(
+        params: Parameters, trainable: dict[int, Array], micro_batch: MicroBatch
     ) -> tuple[Array, Report]:
         losses, report = token_losses(
-            program, params, rows | trained, micro_batch, weights.expert_bias
+            program, params, rows | trainable, micro_batch, weights.expert_bias
         )
         mask = micro_batch.batch.target_mask
-        return jnp.sum(losses * mask) / targets, report._replace(gates={})
+        # Gates are dropped, because the scan would keep those of all micro-batches.
+        return jnp.sum(losses * mask) / target_count, report._replace(gates={})
 
     def accumulate(total: Any, micro_batch: MicroBatch) -> tuple[Any, Report]:
-        differentiate = jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True)
-        (loss, report), gradients = differentiate(weights.params, trained, micro_batch)
+        differentiate = jax.value_and_grad(loss_share, argnums=(0, 1), has_aux=True)
+        (loss, report), gradients = differentiate(weights.params, trainable, micro_batch)
         return jax.tree.map(jnp.add, total, (loss, gradients)), report
 
-    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, (weights.params, trained))
+    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, (weights.params, trainable))
     (loss, gradients), reports = jax.lax.scan(accumulate, zeros, micro_batches(batch))
     loads = {layer: jnp.sum(load, axis=0) for layer, load in reports.loads.items()}
     return loss, Gradients(*gradients), reports._replace(loads=loads)
@@ -160,7 +161,7 @@ def step_metrics(
     """The metrics of a step.
 
     - loss: in nats per token.
-    - learning_rate: without the factors of some parameters.
+    - learning_rate: the schedule's value, without the factors of parameters and rows.
     - gradient_norm, row_gradient_norm: over all gradients, and over rows only; before clipping.
     - rows_asked_L: distinct rows of layer L's table that devices request, summed over devices.
     - exchange_rounds_L: rounds of the exchange (1, unless a pair of devices exceeds the capacity).

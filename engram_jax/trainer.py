@@ -12,8 +12,6 @@ from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from engram_jax.data.corpus import Corpus
@@ -182,7 +180,7 @@ class _Progress:
         self._pending = step, metrics
 
     def drain(self) -> None:
-        """Waits for the last step, checks it and logs it.
+        """Waits for the last dispatched step and checks it; logs it if that is due.
 
         Raises:
             Diverged: its loss or gradient is not finite.
@@ -223,7 +221,7 @@ class _Progress:
     def _check_finite(self, step: int, metrics: Mapping[str, float | int]) -> None:
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"]):
             return
-        # The cause may be in the state before this step, so a checkpoint of it is not called good.
+        # The state before this step may contain the cause, so its checkpoint is not called good.
         good = [saved for saved in self._run.checkpoints.steps() if saved < step - 1]
         newest = f"the last good checkpoint is that of step {good[-1]}" if good else "none is good"
         raise Diverged(
@@ -258,25 +256,25 @@ def _first_state(run: Run) -> TrainState:
 
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step: whether to stop before it, because of SIGINT or SIGTERM.
+    """Yields a function that tells whether to stop before a step, because of SIGINT or SIGTERM.
 
-    Several processes agree only every ten steps, because that waits for the devices.
+    Several processes agree only every ten steps, because agreeing waits for the devices.
     """
-    asked = False
+    requested = False
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+    def request(number: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        requested = True
         # A second signal ends the process immediately.
         signal.signal(number, handlers[signal.Signals(number)])
 
     signals = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, ask) for number in signals}
+    handlers = {number: signal.signal(number, request) for number in signals}
 
     def stopped(step: int) -> bool:
         if jax.process_count() == 1:
-            return asked
-        return step % 10 == 0 and bool(np.any(multihost_utils.process_allgather(np.array(asked))))
+            return requested
+        return step % 10 == 0 and not all_agree(not requested)
 
     try:
         yield stopped

@@ -12,7 +12,7 @@
 | A      | micro-batches of a step           | S      | table shards                             |
 | Q      | query heads of attention          | J      | key/value heads of attention             |
 | P      | width of one attention head       | X      | experts                                  |
-| C      | capacity of one exchange slot     | W      | width of a feed-forward layer            |
+| C      | rows that two devices exchange    | W      | width of a feed-forward layer            |
 | Y      | width of attention's latent       | Z      | rotated width of a latent head           |
 | O      | width of a head's value           | I      | width of compressed queries              |
 """

@@ -70,7 +70,7 @@ class Attention(nnx.Module):
         self.query = nnx.Param(init(rngs.params(), (width, heads, head_width)), role=Matrix())
         self.key = nnx.Param(init(rngs.params(), (width, kv_heads, head_width)), role=Matrix())
         self.value = nnx.Param(init(rngs.params(), (width, kv_heads, head_width)), role=Matrix())
-        # The output matrix of every layer is initialized to zero: see `Decoder`.
+        # Output matrices of attention and feed-forward start at zero: see `Decoder`.
         self.out = nnx.Param(jnp.zeros((heads, head_width, width)), role=Matrix(inputs=2))
         self.config = config
         self.dtype = dtype

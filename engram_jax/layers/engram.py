@@ -25,10 +25,11 @@ FLOAT32 = jnp.dtype("float32")
 
 @dataclass(frozen=True)
 class EngramConfig:
-    """Options that differ between the published versions of the layer. Defaults are the demo's.
+    """Options that differ between the published versions of the layer.
 
-    The demo is the code that the paper published. DeepSeek-V4.1 uses `EngramConfig(bias=False,
-    convolution=False, norm_epsilon=1e-20, signed_root="copysign")` with four branches.
+    Defaults are the demo's, except `cross_documents`. The demo is the code that the paper
+    published. DeepSeek-V4.1 uses `EngramConfig(bias=False, convolution=False, norm_epsilon=1e-20,
+    signed_root="copysign")` with four branches.
 
     Attributes:
         bias: key and value projections have a bias.
@@ -122,6 +123,7 @@ class Engram(nnx.Module):
                 document.
             token_mask: False at image placeholders, where the gate is 0.
         """
+        # Equation 3: one key per branch, one value for all branches.
         memory = memory.astype(self.dtype)
         key = jnp.einsum("bte,med->btmd", memory, self.key.astype(self.dtype))
         value = jnp.einsum("bte,ed->btd", memory, self.value.astype(self.dtype))
@@ -138,12 +140,14 @@ class Engram(nnx.Module):
         segments: Int32[Array, "B T"] | None = None,
         token_mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
-        """Equations 4 and 5, with the demo's signed root.
+        """Equations 4 to 6 (eq. 6 is eq. 4 for each branch), with the demo's signed root.
 
-        α = σ(sign(s)·√|s|) with s = ⟨RMSNorm(key), RMSNorm(h)⟩/√D, and u = α·value. The layer adds
-        u + SiLU(Conv(RMSNorm(u))). `pallas_kernels.gated_fusion.reference` is the definition.
+        α = σ(sign(s)·√max(|s|, 10⁻⁶)) with s = ⟨RMSNorm(key), RMSNorm(h)⟩/√D, and u = α·value. The
+        layer adds u + SiLU(Conv(RMSNorm(u))). `pallas_kernels.gated_fusion.reference` is the
+        definition.
         """
         config, taps = self.config, None
+        # Only the product of the two norms' gains has an effect.
         gain = self.key_norm.scale() * self.query_norm.scale()
         if config.convolution:
             taps = self.convolution * self.convolution_norm.scale()[None]

@@ -22,7 +22,7 @@ class FeedForward(nnx.Module):
         init = nnx.initializers.lecun_normal()
         self.gate = nnx.Param(init(rngs.params(), (width, inner)), role=Matrix())
         self.up = nnx.Param(init(rngs.params(), (width, inner)), role=Matrix())
-        # The output matrix of every layer is initialized to zero: see `Decoder`.
+        # Output matrices of attention and feed-forward start at zero: see `Decoder`.
         self.down = nnx.Param(jnp.zeros((inner, width)), role=Matrix())
         self.dtype = dtype
 

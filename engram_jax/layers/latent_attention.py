@@ -119,7 +119,7 @@ class LatentAttention(nnx.Module):
         self.latent_norm = RMSNorm(latent_width, epsilon=norm_epsilon)
         self.key_up = draw(latent_width, heads, config.head_width)
         self.value_up = draw(latent_width, heads, config.value_width)
-        # The output matrix of every layer is initialized to zero: see `Decoder`.
+        # Output matrices of attention and feed-forward start at zero: see `Decoder`.
         out = jnp.zeros((heads, config.value_width, width))
         self.out = nnx.Param(out, role=Matrix(inputs=2))
         self.config = config

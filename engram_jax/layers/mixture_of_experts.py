@@ -94,7 +94,7 @@ class MixtureOfExperts(nnx.Module):
         )
         self.gate = nnx.Param(init(rngs.params(), into), role=role)
         self.up = nnx.Param(init(rngs.params(), into), role=role)
-        # The output matrix of every layer is initialized to zero: see `Decoder`.
+        # Output matrices of attention and feed-forward start at zero: see `Decoder`.
         self.down = nnx.Param(jnp.zeros(out), role=role)
         self.shared = FeedForward(width, config.shared * config.width, dtype=dtype, rngs=rngs)
         self.config = config
@@ -103,11 +103,11 @@ class MixtureOfExperts(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], bias: Float[Array, "X"]
     ) -> tuple[Float[Array, "B T D"], Int32[Array, "X"]]:
-        """Applies each position's experts to it.
+        """Runs every position through the experts that are chosen for it.
 
         Args:
             x: normalized hidden states.
-            bias: of every routed expert; added to the affinities when tokens choose (see
+            bias: of every routed expert; added to the affinities for the choice only (see
                 `balance`).
 
         Returns:

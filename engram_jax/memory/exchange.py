@@ -57,7 +57,7 @@ class Route:
 
         Args:
             number: the round.
-            answer: runs on the owner; maps its own row numbers to the data to send. Numbers from
+            answer: runs on the owner; maps its own places to the data to send. Places from
                 `owned` up are padding.
         """
         starts, ends, asked = self._ask(number)
@@ -67,8 +67,8 @@ class Route:
         position = jnp.arange(len(self.places)) - starts.at[owner].get(mode="fill", fill_value=0)
         count = (ends - starts).at[owner].get(mode="fill", fill_value=0)
         here = (position >= 0) & (position < count)
-        slot = jnp.where(here, owner * self.capacity + position, len(received))
-        return received.at[slot].get(mode="fill", fill_value=0), here
+        index = jnp.where(here, owner * self.capacity + position, len(received))
+        return received.at[index].get(mode="fill", fill_value=0), here
 
     def deliver(
         self, number: Int32[Array, ""], gradient: Float[Array, "U F"]

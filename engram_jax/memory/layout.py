@@ -1,7 +1,8 @@
 """The storage format of a table: one record per row.
 
 A record has all data of a row: embedding, both moments, clock. So a step reads and writes one
-contiguous part of memory per row instead of four, and no array of the table's size is copied. (When
+contiguous part of memory per row instead of four (except on CPU: see `records`), and no array of
+the table's size is copied. (When
 clocks were a separate array, XLA copied that array at every step, because the new clocks do not
 depend on the old ones.) Records consist of 32-bit words, which gathers and scatters move without
 interpreting them. Two bfloat16 numbers share a word.
@@ -10,8 +11,8 @@ A record of more than 64 words is padded to lines of 128 words, the lanes of a T
 tables row by row on all platforms. Examples: the paper's rows of 80 need 241 words, padded to 256
 (three separate arrays of 80 would each be padded to 128); with bfloat16 and one second moment per
 row they need 82 words, padded to 128. In float32, rows of 42, 85, 127, 170, 213 and 255 waste the
-least space. A shorter record is padded to cache lines of 16 words. It is not for TPUs: there, XLA
-would store such a table transposed, and copy all of it at every step.
+least space. Records of at most 64 words are padded to cache lines of 16 words. Do not use them on a
+TPU: XLA would store such a table transposed there, and copy all of it at every step.
 """
 
 from collections.abc import Sequence

@@ -123,7 +123,7 @@ class OwnGradients:
     """Row gradients on the owners of the rows: of the first round, and the norm of all rounds.
 
     Attributes:
-        rows: distinct own row numbers of every device, ascending; padding from R / S up.
+        rows: distinct own places of every device, ascending; padding from R / S up.
         sums: their gradients, summed over all devices.
         square_norm: squared norm of the gradients of all rows, including later rounds.
     """
@@ -292,7 +292,7 @@ def _further_rounds[State](
 def _in_parts(
     function: Callable[[Int32[Array, "part"]], Float[Array, "part F"]], rows: Int32[Array, "n"]
 ) -> Float[Array, "n F"]:
-    """Applies a function to `PART` row numbers at a time."""
+    """Applies a function to `PART` places at a time."""
     if len(rows) <= PART:
         return function(rows)
     parts = jax.lax.map(function, _split(rows, PART))

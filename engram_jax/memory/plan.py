@@ -37,7 +37,8 @@ class SlotPlan(NamedTuple):
 
     Attributes:
         slots: for every token and column, the index of its row in the device's `places`.
-        order: stable order that sorts the slots of one micro-batch on one device, flattened.
+        order: stable order that sorts the flattened slots of one micro-batch on one device, in the
+            shape of `slots`.
     """
 
     slots: Int32[Any, "A B T H"]

@@ -23,7 +23,7 @@ def read_values(
 
     Args:
         table: the table, or a device's part of it.
-        rows: row numbers; those beyond the table read as zeros.
+        rows: places; those beyond the table read as zeros.
         gather: implementation of `hashed_gather`; None is "xla".
     """
     form = table.layout.value
@@ -58,7 +58,7 @@ def write(table: Table, rows: Int32[Array, "n"], new: RowState, step: Int32[Arra
 
     Args:
         table: a device's part of the table.
-        rows: row numbers in that part, distinct and ascending.
+        rows: places in that part, distinct and ascending.
         new: the rows to write.
         step: number of finished optimizer steps; part of the seed of stochastic rounding.
     """

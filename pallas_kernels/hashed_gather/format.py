@@ -143,7 +143,7 @@ def _decode_e4m3(byte: UInt32[Array, "*n"]) -> Float[Array, "*n"]:
 
 
 def _scale(value: Float[Array, "*n"], exponent: UInt32[Array, "*n"]) -> Float[Array, "*n"]:
-    """value · 2^(exponent − 127); 255 means NaN."""
+    """value · 2^(exponent − 127); the exponent 255 gives NaN."""
     # Byte 0 means 2^−127, which is not a normal number of float32.
     power = jax.lax.bitcast_convert_type(jnp.where(exponent == 0, 1, exponent) << 23, jnp.float32)
     scaled = value * jnp.where(exponent == 255, jnp.nan, power)

@@ -1,8 +1,9 @@
 """The gather on GPU, with Mosaic GPU: all threads of a block copy lines of 128 words.
 
-XLA decodes formats other than float32, and pads rows to lines (see `pallas_tpu`). In the backward
-pass, one block sums all gradients of a distinct row, in the given order. There are no atomic
-additions of floats, so the sums are the same in every run.
+XLA decodes formats other than float32. In `expand` it pads rows to lines (see `pallas_tpu`); `read`
+needs rows of whole lines. In the backward pass, one block sums all gradients of a line of a
+distinct row, in the given order. There are no atomic additions of floats, so the sums are the same
+in every run.
 """
 
 from functools import partial
@@ -97,7 +98,7 @@ def _copy_lines(table: Array, numbers: Int[Array, "n"], words: int, dtype: Any) 
 
 
 def _launch(kernel: Any, inputs: tuple[Array, ...], output: jax.ShapeDtypeStruct) -> Array:
-    """Runs a kernel on blocks of (line, rows of the result)."""
+    """Runs a kernel. Each block computes one line of up to BLOCK rows of the result."""
     rows, words = output.shape
     result: Array = plgpu.kernel(
         kernel,
@@ -119,7 +120,7 @@ def _line() -> tuple[Any, Any]:
 def _in_parts(visit: Any, count: int) -> None:
     """Calls `visit` for the rows of a block, IN_FLIGHT rows at a time.
 
-    The last row can occur more than once.
+    The last row of the result fills an incomplete part: it is written again with the same value.
     """
     first = jax.lax.axis_index("block of the gather") * BLOCK
 
