@@ -72,8 +72,9 @@ class Program:
         mesh: the device mesh.
         graph: the decoder without its parameters; `nnx.merge(graph, params)` gives the decoder.
         roles: the role of every parameter (see `parameters`).
-        schedule: learning rate by step.
-        optimizer: optimizer of the dense parameters.
+        optimizer: optimizer of the dense parameters, at learning rate 1. The training step
+            multiplies its updates by `RowAdam.learning_rate`, which is an argument. So another
+            schedule does not change the compiled program.
     """
 
     config: Config
@@ -81,7 +82,6 @@ class Program:
     mesh: AnyMesh
     graph: Any
     roles: PyTree
-    schedule: optax.Schedule
     optimizer: optax.GradientTransformation
 
     @classmethod
@@ -123,15 +123,13 @@ class Program:
                 "data.batch_size to a multiple of devices × train.accumulation."
             )
         graph, shapes = nnx.split(nnx.eval_shape(lambda: _make_decoder(config, jax.random.key(0))))
-        schedule = make_schedule(config.optimizer, config.train.steps)
         return Program(
             config=config,
             ngram_hash=ngram_hash,
             mesh=mesh,
             graph=graph,
             roles=roles(shapes),
-            schedule=schedule,
-            optimizer=make_optimizer(config.optimizer, schedule, roles(shapes)),
+            optimizer=make_optimizer(config.optimizer, optax.constant_schedule(1.0), roles(shapes)),
         )
 
     @classmethod

@@ -63,7 +63,8 @@ def make_train_step(program: Program) -> TrainStep:
         new_state, norms = apply_updates(
             program, state, read, batch, gradients, report.loads, row_adam
         )
-        return new_state, step_metrics(program, state, batch, loss, norms, report)
+        rate = row_adam.learning_rate(state.step)
+        return new_state, step_metrics(program, state, batch, loss, rate, norms, report)
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -126,7 +127,7 @@ def apply_updates(
         batch: the step's batch.
         gradients: gradients of the mean loss.
         loads: how many tokens chose each expert, by layer id.
-        row_adam: the row optimizer.
+        row_adam: the row optimizer, and the learning rate.
     """
     by_owner = program.send_gradients(state.tables, batch.plan, gradients.rows)
     rows_square_norm = sum((own.square_norm for own in by_owner.values()), jnp.zeros(()))
@@ -134,6 +135,7 @@ def apply_updates(
     scale = jnp.minimum(1.0, program.config.optimizer.clip_norm / norm)
     clipped = jax.tree.map(lambda gradient: gradient * scale, gradients.params)
     updates, optimizer_state = program.optimizer.update(clipped, state.optimizer, state.params)
+    updates = optax.tree.scale(row_adam.learning_rate(state.step), updates)
     experts = program.config.model.experts
     new_state = TrainState(
         step=state.step + 1,
@@ -155,6 +157,7 @@ def step_metrics(
     state: TrainState,
     batch: Batch,
     loss: Float[Array, ""],
+    learning_rate: Float[Array, ""],
     norms: Norms,
     report: Report,
 ) -> Metrics:
@@ -174,7 +177,7 @@ def step_metrics(
         "loss": loss,
         "gradient_norm": norms.all,
         "row_gradient_norm": norms.rows,
-        "learning_rate": program.schedule(state.step),
+        "learning_rate": learning_rate,
     }
     if batch.plan is not None:
         metrics |= program.exchange_metrics(state.tables, batch.plan)

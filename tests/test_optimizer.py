@@ -225,3 +225,16 @@ def test_exact_row_adam_owes_idle_rows_the_steps_of_the_schedule(written: int) -
         value -= rates[step - 1] * mean / (1 - 0.9**step) / root
         if step >= written:
             np.testing.assert_allclose(adam.current(row, jnp.int32(step)), value, rtol=3e-5)
+
+
+def test_another_schedule_is_no_other_program() -> None:
+    one, other = (
+        make_row_adam(RowAdamConfig(form="exact"), make_schedule(config, steps), steps)
+        for config, steps in ((STEP_DECAY, 30), (OptimizerConfig(warmup_steps=9), 1000))
+    )
+    shapes = [jax.tree.map(jnp.shape, adam) for adam in (one, other)]
+    assert jax.tree.structure(shapes[0]) == jax.tree.structure(shapes[1])
+    assert jax.tree.leaves(shapes[0]) == jax.tree.leaves(shapes[1])
+    done = jnp.int32(29)
+    np.testing.assert_allclose(one.learning_rate(done), make_schedule(STEP_DECAY, 30)(29))
+    np.testing.assert_allclose(one.learning_rate(done + 400), one.learning_rate(done + 1))

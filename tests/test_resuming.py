@@ -182,7 +182,7 @@ def test_where_a_run_started_from_is_remembered(
     assert "resuming from them, not from" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("theirs", ["lazy", "exact"])
+@pytest.mark.parametrize("theirs", ["lazy", pytest.param("exact", marks=pytest.mark.slow)])
 def test_pending_updates_of_the_optimizer_that_wrote_a_row_are_applied_to_it(
     tiny: Config, tmp_path: Path, theirs: str
 ) -> None:

@@ -127,7 +127,9 @@ def share[**P, T](make: Callable[P, T]) -> Callable[P, T]:
         owner, *rest = arguments
         program = owner.program if isinstance(owner, Run) else owner
         config, ngram_hash = program.config, program.ngram_hash
-        facts = config.model, config.memory, config.optimizer, config.train.steps, program.mesh
+        # The learning rate is an argument of the programs.
+        optimizer = replace(config.optimizer, learning_rate=1.0, warmup_steps=0)
+        facts = config.model, config.memory, optimizer, program.mesh
         key = facts, ngram_hash and ngram_hash.fingerprint, *rest, *named.items()
         if key not in made:
             made[key] = make(*arguments, **named)

@@ -59,6 +59,8 @@ class RowAdamConfig:
 # A smaller ε has no effect, because the root of a nonzero float32 number is above 1e-19. With this
 # ε, the product of two denominators is still a normal number.
 _LEAST_EPS = 1e-18
+# Minimum size of the arrays by step, a power of two.
+_LEAST_ENTRIES = 1024
 
 
 @no_type_check  # at run time: as a pytree it also holds shapes and shardings
@@ -70,7 +72,9 @@ class RowAdam:
     In its methods, `step` is the number of finished optimizer steps.
 
     Attributes:
-        rates: the model's learning rate by the number of finished steps, 0 … steps.
+        rates: the model's learning rate by the number of finished steps, 0 … steps. The arrays of
+            `rates` and `tail` are filled up to a power of two with their last entry, so that
+            programs with a similar number of steps have equal shapes.
         tail: the sums of momentum updates of idle rows, by the step that last wrote them; None for
             lazy Adam.
         config: hyperparameters.
@@ -79,6 +83,10 @@ class RowAdam:
     rates: Float32[Any, "steps"]
     tail: MomentumTail | None
     config: RowAdamConfig = field(metadata={"static": True})
+
+    def learning_rate(self, step: Int32[Array, ""]) -> Float[Array, ""]:
+        """The model's learning rate for step `step` + 1, without `config.factor`."""
+        return jnp.asarray(self.rates).at[step].get(mode="clip")
 
     def apply_pending(
         self,
@@ -137,7 +145,7 @@ class RowAdam:
             gradient_square = jnp.mean(gradient_square, axis=1, keepdims=True)
         mean = config.b1 * rows.mean + (1 - config.b1) * gradient
         square = config.b2 * rows.square + (1 - config.b2) * gradient_square
-        rate = config.factor * jnp.asarray(self.rates).at[step].get(mode="clip")
+        rate = config.factor * self.learning_rate(step)
         # Bias corrections are scalars, or one per row. Applied here, they leave only one division
         # per element.
         rate = rate / _bias_correction(config.b1, updates)
@@ -240,10 +248,12 @@ def make_row_adam(config: RowAdamConfig, schedule: Schedule, steps: int) -> RowA
         with jax.set_mesh(None):  # the mesh may be of a TPU slice without devices
             return np.asarray(jitted(done))
 
+    steps_or_last = np.minimum(np.arange(max(_LEAST_ENTRIES, 1 << steps.bit_length())), steps)
     tail = None
     if config.form == "exact":
-        tail = make_momentum_tail(rates, steps, config.b1, config.b2)
-    return RowAdam(rates(np.arange(steps + 1)).astype(np.float32), tail, config)
+        by_step = make_momentum_tail(rates, steps, config.b1, config.b2)
+        tail = MomentumTail(*(part[steps_or_last] for part in by_step))
+    return RowAdam(rates(steps_or_last).astype(np.float32), tail, config)
 
 
 def _power(base: float, exponent: Float[Array, "U"]) -> Float[Array, "U"]:

@@ -26,9 +26,9 @@ type Fit = Callable[[Size], Size]
 SIZES = {
     "several tiles, the last in part": (2, 40, 2, 24, 4),
     "taps beyond the row": (1, 5, 2, 8, 4),
-    "one tap": (1, 33, 1, 130, 1),
 }
 MORE_SIZES = {
+    "one tap": (1, 33, 1, 130, 1),
     "one token": (1, 1, 1, 8, 4),
     "no convolution": (2, 19, 3, 8, 0),
     "fewer tokens than the dilation": (1, 2, 1, 8, 4),
