@@ -51,7 +51,7 @@ engram_jax/tokenizer.py < test_tokenizer.py
   a text can spell a special token
     - backend.encode_special_tokens = True
     + backend.encode_special_tokens = False
-engram_jax/tokenizer_training.py < test_tokenizer.py
+engram_jax/tokenizer_training.py < test_tokenizer_training.py
   a share of the documents is all of them
     - if int((i + 1) * share) > int(i * share)
     + if int((i + 1) * share) >= int(i * share)
