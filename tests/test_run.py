@@ -40,10 +40,22 @@ def config(tmp_path: Path) -> Config:
     return tiny_config(tmp_path)
 
 
-def test_devices_follow_one_another_by_process() -> None:
-    shuffled = [jax.devices()[place] for place in (3, 0, 6, 1, 7, 2, 5, 4)]
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4), shuffled)
-    assert [device.id for device in mesh.devices.reshape(-1)] == list(range(8))
+def test_devices_follow_one_another_by_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated devices, because the real ones are of one process."""
+    shuffled = [
+        SimpleNamespace(id=number, process_index=number % 2) for number in (3, 0, 6, 1, 7, 2, 5, 4)
+    ]
+    grids = []
+
+    class Recorded(jax.sharding.Mesh):
+        def __new__(cls, grid: np.ndarray, *_: Any, **__: Any) -> "Recorded":
+            grids.append(grid)
+            return object.__new__(cls)
+
+    monkeypatch.setattr(jax, "devices", lambda: shuffled)
+    monkeypatch.setattr(jax.sharding, "Mesh", Recorded)
+    make_mesh(MeshConfig(data=2, fsdp=4))
+    assert [device.id for device in grids[0].reshape(-1)] == [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 def test_a_batch_lies_on_the_mesh_in_its_own_order(config: Config, tmp_path: Path) -> None:
@@ -380,7 +392,7 @@ def test_two_programs_do_not_train_in_one_folder(saved: Run, tiny: Config) -> No
     holds = (
         "import pathlib, sys\n"
         "from engram_jax.files import hold_lock\n"
-        "with hold_lock(pathlib.Path(sys.argv[1])):\n"
+        "with hold_lock(pathlib.Path(sys.argv[1]), wait=False):\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
     )
