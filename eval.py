@@ -8,7 +8,7 @@ suppressed, statistics of the memory, and a sampled continuation. Writes `eval.j
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,6 +80,7 @@ def main(args: Sequence[str] | None = None) -> None:
         InputError: invalid options, or data that cannot be read.
     """
     options = tyro.cli(EvalOptions, args=args, prog="eval.py", description=__doc__)
+    options = replace(options, run=options.run.expanduser())
     _check(options)
     text = _given_text(options)
     run = Run.open(options.run)
@@ -149,7 +150,7 @@ def _given_text(options: EvalOptions) -> str | None:
         raise InputError("Give --text or --text-file, not both.")
     else:
         try:
-            text = options.text_file.read_text(encoding="utf-8")
+            text = options.text_file.expanduser().read_text(encoding="utf-8")
         except OSError as error:
             raise InputError(f"Cannot read {options.text_file}: {error.strerror}.") from error
         except UnicodeDecodeError as error:

@@ -64,8 +64,8 @@ def main() -> None:
         config = allocate(config, options.allocation)
     run = Run.start(
         config,
-        options.run or Path("runs") / config.name,
-        start_from=options.start_from,
+        (options.run or Path("runs") / config.name).expanduser(),
+        start_from=options.start_from and options.start_from.expanduser(),
         start_step=options.start_step,
         reschedule=options.reschedule,
     )

@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses that are validated on construction."""
 
 import json
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -58,6 +59,8 @@ class MemoryConfig:
             self.hash_spec(pad_id=0)
         if self.row_width < 1:
             raise InputError(f"memory.row_width is {self.row_width}; it must be at least 1.")
+        if self.init_scale < 0:
+            raise InputError(f"memory.init_scale is {self.init_scale}; it must not be negative.")
         if self.fusion == "over_encoding" and self.layers not in ((), (0,)):
             raise InputError(
                 f"OverEncoding reads memory only at the input, not at layers {self.layers}; set "
@@ -173,6 +176,10 @@ class TrainConfig:
             raise InputError(
                 "train.steps, train.accumulation and train.keep_checkpoints must be at least 1."
             )
+        if self.steps >= 2**31:
+            raise InputError(f"train.steps is {self.steps}; it must be below 2³¹.")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"train.seed is {self.seed}; it must be from 0 to 2³² − 1.")
         if min(self.log_every, self.evaluate_tokens) < 1:
             raise InputError("train.log_every and train.evaluate_tokens must be at least 1.")
         if min(self.evaluate_every, self.checkpoint_every) < 0:
@@ -205,6 +212,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        _check_numbers(asdict(self))
         outside = [layer for layer in self.memory.layers if layer >= self.model.layers]
         if outside:
             raise InputError(
@@ -227,6 +235,26 @@ class Config:
                 f"data.batch_size {self.data.batch_size} does not divide into "
                 f"train.accumulation {self.train.accumulation} micro-batches."
             )
+
+
+def _check_numbers(values: Any, name: str = "") -> None:
+    """Refuses numbers that no run can use, in any section.
+
+    NaN would also pass every comparison of a section's own checks, and is not equal to itself, so
+    that its run could not be resumed.
+    """
+    if isinstance(values, dict):
+        for field_name, value in values.items():
+            _check_numbers(value, f"{name}.{field_name}" if name else field_name)
+    elif isinstance(values, tuple | list):
+        for value in values:
+            _check_numbers(value, name)
+    elif isinstance(values, float) and not math.isfinite(values):
+        raise InputError(f"{name} is {values}; give a finite number.")
+    elif name.endswith(("eps", "epsilon")) and values < 2.0**-126:
+        raise InputError(f"{name} is {values}, which is no positive number of float32; raise it.")
+    elif isinstance(values, int) and abs(values) >= 2**63:
+        raise InputError(f"{name} is {values}; give a number of at most 18 digits.")
 
 
 _SECTIONS = {"name", "model", "memory", "data", "optimizer", "train", "mesh"}  # since version 0.1.0

@@ -1,6 +1,7 @@
 """Configurations: files, checks, and that every named one can be built."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,19 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("train", {"evaluate_every": -1}, "evaluate_every"),
         ("train", {"checkpoint_every": -1}, "checkpoint_every"),
         ("train", {"keep_checkpoints": 0}, "keep_checkpoints"),
+        ("train", {"steps": 10**14}, "below 2³¹"),
+        ("train", {"seed": -1}, "seed"),
+        ("train", {"seed": 2**40}, "seed is 1099511627776"),
+        ("optimizer", {"learning_rate": math.nan}, r"optimizer\.learning_rate is nan"),
+        ("optimizer", {"weight_decay": math.inf}, r"optimizer\.weight_decay is inf"),
+        ("optimizer", {"matrix_factor": math.nan}, r"matrix_factor is nan"),
+        ("optimizer", {"eps": 1e-60}, "no positive number of float32"),
+        ("memory", {"init_scale": math.nan}, r"init_scale is nan"),
+        ("memory", {"init_scale": -0.1}, "init_scale is -0.1"),
+        ("model", {"norm_epsilon": 0.0}, "no positive number of float32"),
+        ("model", {"attention": AttentionConfig(theta=math.nan)}, r"attention\.theta is nan"),
+        ("data", {"sources": ("a", "b"), "weights": (1.0, math.inf)}, r"data\.weights is inf"),
+        ("memory", {"hash_seed": 10**20}, "at most 18 digits"),
     ],
 )
 def test_impossible_configurations_are_refused(
@@ -167,6 +181,12 @@ def test_impossible_configurations_are_refused(
     config = Config()
     with pytest.raises(InputError, match=message):
         replace(config, **{section: replace(getattr(config, section), **change)})
+
+
+def test_row_updates_cannot_be_reversed() -> None:
+    for factor in (-1.0, 0.0):
+        with pytest.raises(InputError, match="factor is"):
+            RowAdamConfig(factor=factor)
 
 
 def on_eight_devices(config: Config) -> Program:

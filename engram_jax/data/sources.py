@@ -48,6 +48,8 @@ def resolve_source(name_or_path: str | Path) -> Path:
     """
     if str(name_or_path) in shipped_corpora():
         return CORPORA / f"{name_or_path}.jsonl.xz"
+    if not str(name_or_path).strip():
+        raise InputError("A source has an empty name; give a shipped corpus or a path.")
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not source_files(path):

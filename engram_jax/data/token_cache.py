@@ -72,7 +72,7 @@ def build_corpus(
     if not 0 <= held_out <= 1:
         raise InputError(f"held_out is {held_out}; it must be from 0 to 1.")
     path = resolve_source(source)
-    cache = Path(cache)
+    cache = Path(cache).expanduser()
     name = source_name(path)
     with _disk_errors(cache):
         survey = _survey(path, cache)

@@ -49,6 +49,8 @@ class RowAdamConfig:
     def __post_init__(self) -> None:
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
             raise InputError("b1 and b2 must be at least 0 and below 1, and eps positive.")
+        if self.factor <= 0:
+            raise InputError(f"memory.adam.factor is {self.factor}; it must be positive.")
         if self.form == "exact" and not self.b1**2 < self.b2:
             raise InputError(
                 f"Exact row Adam needs b1² < b2, or idle rows never stop moving; b1 is {self.b1} "

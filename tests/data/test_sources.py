@@ -107,6 +107,15 @@ def test_an_unknown_source_is_told_the_names_and_endings_that_work(tmp_path):
         resolve_source(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_no_source(name: str, tmp_path, monkeypatch):
+    """As a path it would be the current folder."""
+    write_documents(tmp_path / "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="empty name"):
+        resolve_source(name)
+
+
 @pytest.mark.parametrize(
     ("second_line", "message"),
     [
