@@ -280,8 +280,10 @@ def load_config(path: Path) -> Config:
         if lacking := _SECTIONS - set(plain):
             raise TypeError(f"it lacks {', '.join(sorted(lacking))}")
         return _from_plain(Config, plain)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"No configuration at {path}; is this a run folder?") from error
+    except OSError as error:
+        raise InputError(
+            f"No configuration at {path} ({error.strerror}); is this a run folder?"
+        ) from error
     except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a configuration of this version ({error}).") from error
 

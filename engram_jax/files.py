@@ -4,8 +4,22 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from engram_jax.errors import InputError
+
+
+def check_utf8(path: Path, what: str) -> None:
+    """Checks that a path can be written into JSON, logs and messages.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"The path of {what}, {str(path)!r}, is not UTF-8; rename it.") from error
 
 
 @contextmanager
@@ -16,13 +30,20 @@ def hold_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds the lock, and `wait` is False.
+        InputError: the file cannot be written or locked.
     """
-    with path.open("w") as file:
+    with ExitStack() as stack:
         try:
+            file = stack.enter_context(path.open("w"))
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
+                raise InputError(
+                    f"Cannot write and lock {path} ({error.strerror}); choose another folder, or "
+                    "give write permission."
+                ) from error
         yield
 
 

@@ -270,8 +270,10 @@ class NgramHash:
                 np.array(document["primes"], np.int64),
             )
             conventions, fingerprint = document["conventions"], document["fingerprint"]
-        except FileNotFoundError as error:
-            raise InputError(f"No hash file at {path}; is this a run folder?") from error
+        except OSError as error:
+            raise InputError(
+                f"No hash file at {path} ({error.strerror}); is this a run folder?"
+            ) from error
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a readable hash file ({error}).") from error
         if conventions != list(CONVENTIONS):

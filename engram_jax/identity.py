@@ -143,17 +143,18 @@ def check_texts(texts: dict[str, Any], folder: Path) -> None:
     path = folder / "texts.json"
     try:
         begun = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError) as error:
+        tokenizer, theirs = begun["tokenizer"], dict(begun["corpora"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{path}, the fingerprints of the texts, is missing or damaged ({error}); restore it, "
             "or choose another --run folder to start again."
         ) from error
-    if begun["tokenizer"] != texts["tokenizer"]:
+    if tokenizer != texts["tokenizer"]:
         raise InputError(
             f"{folder} was begun with another tokenizer; restore that, or choose another --run "
             "folder to start again."
         )
-    ours, theirs = texts["corpora"], begun["corpora"]
+    ours = texts["corpora"]
     changed = [name for name in ours if theirs.get(name) != ours[name]]
     if changed:
         raise InputError(

@@ -118,7 +118,7 @@ def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     An incomplete last line is skipped. If there is no file, the list is empty.
 
     Raises:
-        InputError: a line before the last one is not JSON.
+        InputError: a complete line is no line of metrics.
     """
     return [
         {
@@ -142,11 +142,15 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return  # incomplete: the writer was killed, or is writing now
             try:
-                yield json.loads(line)
-            except ValueError as error:
+                content = json.loads(line)
+                if not {"kind", "step"} <= dict(content).keys():
+                    raise ValueError("no kind or step")
+            except (ValueError, TypeError) as error:
                 raise InputError(
-                    f"Line {number} of {path} is not JSON: repair or delete the line, then resume."
+                    f"Line {number} of {path} is no line of metrics ({error}): repair or delete "
+                    "the line, then resume."
                 ) from error
+            yield content
 
 
 def _event(line: Mapping[str, Any]) -> bytes:

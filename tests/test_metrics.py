@@ -109,10 +109,13 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: str) -> None:
     assert read_events(tmp_path)["train/loss"] == [(1, 2.0), (2, 1.5)]
 
 
-def test_a_broken_line_before_the_last_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
-    text = '{"step": 1, "kind": "train"}\nnonsense\n{"step": 2, "kind": "train"}\n'
+@pytest.mark.parametrize("broken", ["nonsense", "null", "[]", "{}", "3", '"step"'])
+def test_a_broken_line_before_the_last_is_named_and_nothing_is_lost(
+    tmp_path: Path, broken: str
+) -> None:
+    text = f'{{"step": 1, "kind": "train"}}\n{broken}\n{{"step": 2, "kind": "train"}}\n'
     (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(InputError, match=r"Line 2 of .*metrics.jsonl is not JSON"):
+    with pytest.raises(InputError, match=r"Line 2 of .*metrics.jsonl is no line of metrics"):
         MetricsLog(tmp_path, resume_step=1)
     assert (tmp_path / "metrics.jsonl").read_text() == text
 

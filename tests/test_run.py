@@ -1,6 +1,8 @@
 """Runs: what may change between sessions, what may not, and the sharding of a batch."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from tiny_runs import (
     with_backbone,
 )
 
-from engram_jax import platforms, program
+from engram_jax import files, platforms, program
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config, save_config
 from engram_jax.errors import InputError
@@ -203,6 +205,66 @@ def test_a_kernel_that_reads_lines_needs_rows_of_lines(
     change = {"gather": "pallas_gpu", "adam": RowAdamConfig(form="exact")}
     with pytest.raises(InputError, match=r"lines of 128 words.*at least 22"):
         Run.start(vary(config, memory=change), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("seed[1]", r"contains \[ \], so"),
+        ("[y]/run", r"contains \[ \], so"),
+        ("a*b?", r"contains \* \?, so"),
+        ("a\\b", r"contains \\, so"),
+        ("gs://bucket/run", "is a remote folder"),
+        ("caf\udce9", "not UTF-8"),
+    ],
+)
+def test_a_path_that_checkpoints_cannot_have_is_refused(
+    config: Config, tmp_path: Path, name: str, message: str
+) -> None:
+    folder = Path(name) if "://" in name else tmp_path / name
+    with pytest.raises(InputError, match=message):
+        Run.start(config, folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "texts.json", "hash.json"])
+def test_a_file_of_a_run_that_is_a_folder_is_one_sentence(
+    config: Config, tmp_path: Path, name: str
+) -> None:
+    Run.start(config, tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / name).mkdir()
+    with pytest.raises(InputError, match=rf"{name}.*[Ii]s a directory"):
+        Run.start(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", ["null", "{}", "[]", '{"tokenizer": 1, "corpora": 2}'])
+def test_fingerprints_of_texts_of_another_form_are_one_sentence(
+    config: Config, tmp_path: Path, content: str
+) -> None:
+    Run.start(config, tmp_path / "run")
+    (tmp_path / "run" / "texts.json").write_text(content)
+    with pytest.raises(InputError, match=r"texts\.json.*damaged"):
+        Run.start(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EINVAL])
+def test_a_lock_that_fails_is_one_sentence(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", fail)
+    with (
+        pytest.raises(InputError, match=rf"lock .*{os.strerror(number)}"),
+        files.hold_lock(tmp_path / "lock"),
+    ):
+        pass
+    for unsupported in (errno.ENOLCK, errno.ENOTSUP):
+        number = unsupported
+        with files.hold_lock(tmp_path / "lock"):
+            pass
 
 
 def test_a_file_is_no_run_folder(config: Config, tmp_path: Path) -> None:

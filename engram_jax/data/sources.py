@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engram_jax.errors import InputError
+from engram_jax.files import check_utf8
 
 CORPORA = Path(__file__).parent / "corpora"
 
@@ -62,6 +63,7 @@ def resolve_source(name_or_path: str | Path) -> Path:
         )
     elif _ending(path) is None:
         raise InputError(f"cannot read {path}: its name must end in {_listed(ENDINGS)}.")
+    check_utf8(path.resolve(), "a source")
     return path
 
 

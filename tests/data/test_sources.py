@@ -107,6 +107,13 @@ def test_an_unknown_source_is_told_the_names_and_endings_that_work(tmp_path):
         resolve_source(tmp_path)
 
 
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    """The log of metrics could not hold it."""
+    write_documents(tmp_path / "caf\udce9.jsonl")
+    with pytest.raises(InputError, match="not UTF-8"):
+        resolve_source(tmp_path / "caf\udce9.jsonl")
+
+
 @pytest.mark.parametrize("name", ["", " "])
 def test_an_empty_name_is_no_source(name: str, tmp_path, monkeypatch):
     """As a path it would be the current folder."""
