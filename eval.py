@@ -118,16 +118,16 @@ def main(args: Sequence[str] | None = None) -> None:
     report = evaluate(
         run.program, scorer, weights, corpora, max_tokens=options.max_tokens, watch=study
     )
-    print(format_report(report))
-    results["held_out"] = to_json(report)
+    results["held_out"], printed = to_json(report), format_report(report)
     if study:
         found = study.report()
-        print(f"\n{format_memory(found)}")
+        printed += f"\n\n{format_memory(found)}"
         results["memory"] = memory_json(found)
         write_memory_png(found, options.run / "memory.png")
         written.append(options.run / "memory.png")
     with atomic_write(written[0]) as partial:
         partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    print(printed)
     if "sample" in results:
         print(f"\nSample: {options.prompt}|{results['sample']['continuation']}")
     print(f"\nWritten: {', '.join(map(str, written))}")
@@ -149,8 +149,8 @@ def _given_text(options: EvalOptions) -> str | None:
     elif options.text is not None:
         raise InputError("Give --text or --text-file, not both.")
     else:
-        try:
-            text = options.text_file.expanduser().read_text(encoding="utf-8")
+        try:  # like a source: line ends stay, a byte order mark does not
+            text = options.text_file.expanduser().read_bytes().decode("utf-8-sig")
         except OSError as error:
             raise InputError(f"Cannot read {options.text_file}: {error.strerror}.") from error
         except UnicodeDecodeError as error:

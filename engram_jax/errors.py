@@ -1,6 +1,7 @@
 """The error type for invalid input, and how programs end on it."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -20,7 +21,13 @@ class InputError(ValueError):
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """On an error that the user can correct, ends the program with one sentence and status 2."""
+    """On an error that the user can correct, ends the program with one sentence and status 2.
+
+    Output that the terminal's encoding does not have, such as ± in ASCII, is escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except InputError as error:
@@ -29,9 +36,14 @@ def one_sentence() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing works
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        path = error.filename
+        if error.errno in DISK_FULL:
+            problem = f"Cannot write {path or 'a file'} ({error.strerror}); free some space and "
+            problem += "run again."
+        elif path is not None:
+            problem = f"Cannot use {path} ({error.strerror}); check the path and its permissions."
+        else:
             raise
-        problem = f"The disk is full ({error.filename or error}): free some space and run again."
     else:
         return
     print(f"error: {problem}", file=sys.stderr)

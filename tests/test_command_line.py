@@ -1,5 +1,6 @@
 """The command line: named configs, flags, and what a typo gets."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from programs import ROOT, run_program, run_program_in_fork
 
 from engram_jax.command_line import load_named_config, named_configs, parse
-from engram_jax.errors import InputError
+from engram_jax.errors import InputError, one_sentence
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,42 @@ def test_sentence_and_status_of_bad_input(capfd: pytest.CaptureFixture[str]) -> 
     assert ended.status == 2 and ended.out == ""
     assert ended.err.startswith("error: There is no configuration 'nothing'")
     assert len(ended.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (PermissionError(13, "Permission denied", "/x"), "Cannot use /x (Permission denied)"),
+        (IsADirectoryError(21, "Is a directory", "/x"), "Cannot use /x (Is a directory)"),
+        (OSError(28, "No space left on device", "/x"), "Cannot write /x (No space left on device)"),
+        (OSError(27, "File too large"), "Cannot write a file (File too large)"),
+    ],
+)
+def test_errors_of_files_are_one_sentence(
+    error: OSError, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, one_sentence():
+        raise error
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and printed.startswith(f"error: {sentence}; ")
+    assert len(printed.splitlines()) == 1
+
+
+def test_an_error_without_a_file_is_a_bug() -> None:
+    with pytest.raises(OSError, match="strange"), one_sentence():
+        raise OSError(5, "strange")
+
+
+def test_a_terminal_without_the_character_gets_an_escape() -> None:
+    program = "from engram_jax.errors import one_sentence\nwith one_sentence(): print('±')"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.stdout, result.stderr) == ("\\xb1\n", "")
 
 
 def test_help_cut_short_by_its_reader_is_no_failure() -> None:
