@@ -43,7 +43,8 @@ class Corpus:
         try:
             self.manifest = Manifest(**json.loads((folder / "manifest.json").read_text()))
             size = (folder / "ids.bin").stat().st_size
-        except (OSError, ValueError, TypeError) as error:
+            self._check_columns()
+        except (OSError, ValueError, TypeError, EOFError) as error:
             raise InputError(
                 f"{folder} is not a complete corpus ({error}); delete it, and run again."
             ) from error
@@ -53,6 +54,18 @@ class Corpus:
                 f"{folder / 'ids.bin'} does not have {self.manifest.tokens} tokens; delete "
                 f"{folder}, and run again."
             )
+
+    def _check_columns(self) -> None:
+        """Raises ValueError if a column of the documents has another type or length."""
+        documents = self.manifest.documents
+        for name, dtype, length in (
+            ("offsets", np.int64, documents + 1),
+            ("byte_lengths", np.int64, documents),
+            ("hashes", np.uint64, documents),
+        ):
+            column = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+            if (column.dtype, column.shape) != (dtype, (length,)):
+                raise ValueError(f"{name}.npy has {column.dtype}{list(column.shape)}")
 
     def __reduce__(self) -> tuple[type["Corpus"], tuple[Path, float]]:
         """Pickle as a path, so that worker processes map the same file."""

@@ -98,16 +98,17 @@ def _texts(path: Path) -> Iterator[Document]:
 
 
 def _survey(path: Path, cache: Path) -> Survey:
-    files = [
-        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in source_files(path)
-    ]
+    # Programs can set mtime, as archives do. No program sets ctime, the time of the last change.
+    stats = [(str(file.resolve()), file.stat()) for file in source_files(path)]
+    files = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
     record = cache / "surveys" / f"{_digest(repr(files).encode()).hex()}.json"
-    if record.is_file():
+    try:
         return Survey(**json.loads(record.read_text()))
+    except (OSError, ValueError, TypeError):  # there is none, or it is damaged
+        pass
     begun = time.time_ns()
     survey = _read_once(path)
-    if begun - max(changed for *_, changed in files) > _CLOCK_TICK_NS:
+    if begun - max(s.st_ctime_ns for _, s in stats) > _CLOCK_TICK_NS:
         record.parent.mkdir(parents=True, exist_ok=True)
         partial = record.with_suffix(f".{token_hex(4)}")
         partial.write_text(json.dumps(survey._asdict()))

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import pickle
 import shutil
@@ -22,11 +23,10 @@ def texts_of(view):
     return [ByteTokenizer().decode(view.tokens(document)) for document in range(len(view))]
 
 
-def age(path, seconds=10):
-    """Make a file look old, like one that is not being written."""
-    past = time.time() - seconds
-    os.utime(path, (past, past))
-    return path
+@pytest.fixture
+def no_clock_tick(monkeypatch):
+    """A source counts as unchanged right after it was written."""
+    monkeypatch.setattr(token_cache, "_CLOCK_TICK_NS", -(10**18))
 
 
 def test_a_corpus_holds_every_text_between_bos_and_eos(corpus_of):
@@ -56,18 +56,54 @@ def test_ids_take_two_bytes_where_they_fit(tmp_path, vocab_size, dtype):
     assert corpus.train.tokens(0).tolist() == [1, *[vocab_size - 1] * 3, 2]
 
 
+@pytest.mark.usefixtures("no_clock_tick")
 def test_an_unchanged_source_is_not_read_or_tokenized_again(tmp_path, tokenizer, monkeypatch):
-    path = age(write_jsonl(tmp_path / "a.jsonl", TEXTS))
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     first = build_corpus(path, tokenizer, tmp_path / "cache")
     assert tokenizer.encoded == len(TEXTS)
     os.utime(path)  # a new time with the same content: read again, not tokenized again
-    build_corpus(path, tokenizer, tmp_path / "cache")
-    age(path)
     build_corpus(path, tokenizer, tmp_path / "cache")
     monkeypatch.setattr(token_cache, "read_documents", None)
     again = build_corpus(path, tokenizer, tmp_path / "cache", held_out=0.5)
     assert tokenizer.encoded == len(TEXTS)
     assert again.folder == first.folder and len(again.held_out) > len(first.held_out)
+
+
+@pytest.mark.usefixtures("no_clock_tick")
+def test_a_changed_text_of_equal_size_and_time_is_read_again(tmp_path, tokenizer):
+    """Like `touch -r`, and files of an archive."""
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    first, times = build_corpus(path, tokenizer, tmp_path / "cache"), path.stat()
+    write_jsonl(path, [TEXTS[0][::-1], *TEXTS[1:]])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    assert build_corpus(path, tokenizer, tmp_path / "cache").folder != first.folder
+
+
+@pytest.mark.usefixtures("no_clock_tick")
+@pytest.mark.parametrize("content", ["", "null", "{", '{"documents": 1}'])
+def test_a_damaged_survey_is_made_again(tmp_path, tokenizer, content):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    first = build_corpus(path, tokenizer, tmp_path / "cache")
+    (record,) = (tmp_path / "cache" / "surveys").iterdir()
+    record.write_text(content)
+    assert build_corpus(path, tokenizer, tmp_path / "cache").folder == first.folder
+    assert json.loads(record.read_text())["documents"] == len(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["offsets", "byte_lengths", "hashes"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "short", "typed"])
+def test_a_damaged_column_of_the_cache_is_named(tmp_path, tokenizer, name, damage):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    file = build_corpus(path, tokenizer, tmp_path / "cache").folder / f"{name}.npy"
+    column = np.load(file)
+    file.unlink()
+    if damage == "empty":
+        file.touch()
+    elif damage != "missing":
+        np.save(file, column[:-1] if damage == "short" else column.astype(np.float32))
+    with pytest.raises(InputError, match=r"delete it, and run again"):
+        build_corpus(path, tokenizer, tmp_path / "cache")
 
 
 def test_another_text_or_tokenizer_is_another_corpus(tmp_path, tokenizer):
@@ -127,7 +163,7 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeyp
         build_corpus(path, Killed(), tmp_path / "cache")
     (partial,) = (tmp_path / "cache").glob("*.partial")
     for file in [*partial.iterdir(), partial]:
-        age(file, 7200)
+        os.utime(file, (time.time() - 7200,) * 2)
     assert texts_of(build_corpus(path, tokenizer, tmp_path / "cache", 0.0).train) == TEXTS
     assert not partial.exists()
 
