@@ -4,7 +4,7 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,31 +144,45 @@ def _read_lines(file: Path) -> Iterator[bytes]:
             with gzip.open(file) as lines:
                 yield from lines
         case ".xz":
-            with lzma.open(file) as lines:
-                yield from lines
+            # Not lzma.open, because it ignores what it cannot read after the first stream.
+            # Zeros may stand between streams.
+            yield from _split_lines(_decompress(file, lzma.LZMADecompressor, padding=b"\0"))
         case ".zst":
-            yield from _read_zstandard_lines(file)
+            # Not zstandard's own stream_reader, because it does not detect a file that is cut
+            # short.
+            zstandard = _optional("zstandard", file)
+            decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+            yield from _split_lines(_decompress(file, decompressor.decompressobj))
         case _:
             with file.open("rb") as lines:
                 yield from lines
 
 
-def _read_zstandard_lines(file: Path) -> Iterator[bytes]:
-    # Not zstandard's own stream_reader, because it does not detect a file that is cut short.
-    decompressor = _optional("zstandard", file).ZstdDecompressor()
-    line = b""
-    with file.open("rb") as stream:
-        frame = None
-        while compressed := stream.read(1 << 20):
-            while compressed:
-                frame = frame or decompressor.decompressobj()
-                *lines, line = (line + frame.decompress(compressed)).split(b"\n")
-                yield from lines
-                compressed = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    if frame:
-        raise EOFError("the last frame does not end")
-    yield line
+def _decompress(
+    file: Path, begin_stream: Callable[[], Any], padding: bytes = b""
+) -> Iterator[bytes]:
+    """Yield the content of a file of one or more compressed streams, in parts."""
+    stream = None
+    with file.open("rb") as content:
+        while compressed := content.read(1 << 20):
+            while compressed := compressed if stream else compressed.lstrip(padding):
+                stream = stream or begin_stream()
+                yield stream.decompress(compressed)
+                compressed = stream.unused_data if stream.eof else b""
+                stream = None if stream.eof else stream
+    if stream:
+        raise EOFError("the last stream does not end")
+
+
+def _split_lines(parts: Iterator[bytes]) -> Iterator[bytes]:
+    line: list[bytes] = []
+    for part in parts:
+        *ends, rest = part.split(b"\n")
+        for end in ends:
+            yield b"".join([*line, end])
+            line = []
+        line.append(rest)
+    yield b"".join(line)
 
 
 def _read_parquet(file: Path) -> Iterator[Document]:

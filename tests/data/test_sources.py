@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import time
 from pathlib import Path
 
 import pyarrow
@@ -9,6 +10,7 @@ import pytest
 import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from engram_jax.data import sources
 from engram_jax.data.sources import Document, read_documents, resolve_source, shipped_corpora
 from engram_jax.errors import InputError
 
@@ -148,6 +150,41 @@ def test_a_file_that_was_cut_short_is_no_complete_file(tmp_path, ending):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match=r"a\."):
         list(read_documents(path))
+
+
+def test_later_streams_of_an_xz_file_are_read_or_refused(tmp_path):
+    """With the zeros that may stand between streams, and not with damage."""
+    lines = [json.dumps({"text": f"text {number} " * 50}).encode() for number in range(40)]
+    one, other = (lzma.compress(b"\n".join(part) + b"\n") for part in (lines[:20], lines[20:]))
+    path = tmp_path / "a.jsonl.xz"
+    for padding in (b"", bytes(4), bytes(8)):
+        path.write_bytes(one + padding + other + padding)
+        assert len(list(read_documents(path))) == 40
+    damaged = bytearray(other)
+    damaged[len(other) // 2] ^= 0xFF
+    for wrong in (one + damaged, one + b"garbage", one + other[:-9]):
+        path.write_bytes(wrong)
+        with pytest.raises(InputError, match="damaged or cut short"):
+            list(read_documents(path))
+
+
+def test_a_zstandard_file_of_a_large_window_is_read(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=28)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters)
+    stream = compressor.compressobj()
+    content = stream.compress(b'{"text": "a"}\n') + stream.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(content)
+    assert list(read_documents(tmp_path / "a.jsonl.zst")) == [Document("a")]
+
+
+def test_a_long_line_takes_time_in_proportion():
+    """A line in many parts is joined once."""
+    parts = [b"x" * 10] * 5 + [b"y\nz", b"", b"\n\n"]
+    lines = list(sources._split_lines(iter(parts)))
+    assert lines == [b"x" * 50 + b"y", b"z", b"", b""]
+    start = time.process_time()
+    (line,) = sources._split_lines(iter([b"x" * 1000] * 100_000))
+    assert len(line) == 10**8 and time.process_time() - start < 2
 
 
 def test_a_zstandard_file_cut_at_a_line_is_no_complete_file(tmp_path):
