@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -68,15 +69,48 @@ def resolve_source(name_or_path: str | Path) -> Path:
 
 
 def source_name(path: Path) -> str:
-    """Return the name of a resolved source: the file's name without its ending."""
-    return path.resolve().name.removesuffix(_ending(path) or "")
+    """Return the name of a resolved source: the file's name without its ending.
+
+    Links are not followed, because the files of some caches are named by their hash.
+    """
+    name = Path(os.path.abspath(path)).name
+    return name[: len(name) - len(_ending(path) or "")]
 
 
 def source_files(path: Path) -> list[Path]:
     """Return the files of a resolved source, in the order in which they are read."""
-    if not path.is_dir():
-        return [path]
-    return sorted(file for file in path.rglob("*") if file.is_file() and _ending(file))
+    return scan(path)[0] if path.is_dir() else [path]
+
+
+def scan(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files of a folder that can be read, and the others, both sorted by path.
+
+    Links are followed; a folder that is reached again is read once.
+
+    Raises:
+        InputError: a folder cannot be read, or a link leads nowhere.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}.") from error
+
+    read: list[Path] = []
+    others: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        folders.sort()
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for file in (Path(place, name) for name in names):
+            if _ending(file) is None:
+                others.append(file)
+            elif not file.exists():
+                raise InputError(f"{file} is a link to a file that does not exist; remove it.")
+            elif file.is_file():
+                read.append(file)
+    return sorted(read), sorted(others)
 
 
 def read_documents(name_or_path: str | Path) -> Iterator[Document]:
@@ -88,7 +122,7 @@ def read_documents(name_or_path: str | Path) -> Iterator[Document]:
     - Parquet: column "text" and optionally "title".
     - ArrayRecord: each record is a JSON object as above. If the first record of a file is not a
       JSON object, all of its records are UTF-8 text.
-    - A folder: all such files in it, sorted by path.
+    - A folder: all such files in it and in its subfolders, sorted by path. Links are followed.
 
     Raises:
         InputError: unknown source, unreadable or damaged file, invalid JSON, no "text", or text
@@ -107,7 +141,8 @@ def read_documents(name_or_path: str | Path) -> Iterator[Document]:
 
 
 def _ending(path: Path) -> str | None:
-    return next((ending for ending in ENDINGS if path.name.endswith(ending)), None)
+    name = path.name.lower()
+    return next((ending for ending in ENDINGS if name.endswith(ending)), None)
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -124,7 +159,7 @@ def _read(file: Path) -> bytes:
 def _read_json_lines(file: Path) -> Iterator[Document]:
     number = 0
     damaged: tuple[type[Exception], ...] = (lzma.LZMAError, EOFError, zlib.error)
-    if file.suffix == ".zst":
+    if file.suffix.lower() == ".zst":
         damaged += (_optional("zstandard", file).ZstdError,)
     try:
         for number, line in enumerate(_read_lines(file), 1):
@@ -139,7 +174,7 @@ def _read_json_lines(file: Path) -> Iterator[Document]:
 
 
 def _read_lines(file: Path) -> Iterator[bytes]:
-    match file.suffix:
+    match file.suffix.lower():
         case ".gz":
             with gzip.open(file) as lines:
                 yield from lines

@@ -23,6 +23,7 @@ from engram_jax.data.sources import (
     Document,
     read_documents,
     resolve_source,
+    scan,
     source_files,
     source_name,
 )
@@ -119,6 +120,15 @@ def _survey(path: Path, cache: Path) -> Survey:
 def _read_once(path: Path) -> Survey:
     fingerprint = hashlib.blake2b(digest_size=16)
     documents = text_bytes = empty = 0
+    if path.is_dir():
+        files, others = scan(path)
+        if others:
+            shown = ", ".join(str(file.relative_to(path)) for file in others[:3])
+            print(
+                f"{source_name(path)}: {len(files)} files are read, and {len(others)} are not, "
+                f"because of the endings of their names: {shown}{' …' if others[3:] else ''}",
+                file=sys.stderr,
+            )
     with tqdm(desc=f"read {source_name(path)}", unit=" documents", delay=1) as progress:
         for document in read_documents(path):
             progress.update()

@@ -203,6 +203,17 @@ def test_a_document_of_two_megabytes(tmp_path, tokenizer):
     assert texts_of(corpus.train) == [text]
 
 
+def test_files_of_a_folder_that_are_not_read_are_told(tmp_path, tokenizer, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", ["one", "two"])
+    for name in ("b.json", "c.md", "d.csv", "e"):
+        (folder / name).write_text("x")
+    build_corpus(folder, tokenizer, tmp_path / "cache", 0.0)
+    assert "folder: 1 files are read, and 4 are not" in (told := capsys.readouterr().err)
+    assert "b.json, c.md, d.csv …" in told
+
+
 def test_empty_documents_are_left_out_and_told(tmp_path, tokenizer, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "", " \n", "two"])
     corpus = build_corpus(path, tokenizer, tmp_path / "cache", 0.0)

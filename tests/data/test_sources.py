@@ -109,6 +109,40 @@ def test_an_unknown_source_is_told_the_names_and_endings_that_work(tmp_path):
         resolve_source(tmp_path)
 
 
+def test_a_folder_is_read_with_its_links_and_capitals(tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for place in (folder, elsewhere / "deep"):
+        place.mkdir(parents=True)
+    write_documents(elsewhere / "deep" / "a.jsonl")
+    write_documents(folder / "B.JSONL")
+    (folder / "notes.md").write_text("notes")
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)  # a loop
+    files, others = sources.scan(folder)
+    assert [file.name for file in files] == ["B.JSONL", "a.jsonl"]
+    assert [file.name for file in others] == ["notes.md"]
+    assert list(read_documents(folder)) == DOCUMENTS * 2
+    assert sources.source_name(folder / "B.JSONL") == "B"
+    (folder / "named.jsonl").symlink_to(elsewhere / "deep" / "a.jsonl")
+    assert sources.source_name(folder / "named.jsonl") == "named"
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"gone\.txt is a link to a file that does not exist"):
+        list(read_documents(folder))
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Simulated, because root may read everything."""
+    write_documents(tmp_path / "a.jsonl")
+
+    def walk(top, onerror, **_):
+        onerror(PermissionError(13, "Permission denied", str(tmp_path / "closed")))
+        yield
+
+    monkeypatch.setattr(sources.os, "walk", walk)
+    with pytest.raises(InputError, match=r"closed: Permission denied"):
+        resolve_source(tmp_path)
+
+
 def test_a_name_that_is_not_utf8_is_refused(tmp_path):
     """The log of metrics could not hold it."""
     write_documents(tmp_path / "caf\udce9.jsonl")
