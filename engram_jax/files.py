@@ -51,10 +51,10 @@ def hold_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to. At the end, that file replaces `path` atomically.
 
-    If writing fails, `path` is unchanged. The temporary name has the same suffix, because some
-    writers choose the format by it.
+    If writing fails, `path` is unchanged. The temporary name is of this process alone. It has the
+    same suffix, because some writers choose the format by it.
     """
-    partial = path.with_name(f"partial-{path.name}")
+    partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
     try:
         yield partial
         with partial.open("rb") as file:

@@ -92,6 +92,11 @@ class Program:
             InputError: the mesh does not divide the sizes, or its devices do not support the named
                 implementations.
         """
+        if jax.config.read("jax_enable_x64"):
+            raise InputError(
+                "64-bit types of JAX are enabled, so parameters would be float64; unset "
+                "JAX_ENABLE_X64."
+            )
         if ngram_hash is not None and any(rows % mesh.size for rows in ngram_hash.padded_rows):
             raise InputError(
                 f"The rows of a table, a multiple of 4,096, cannot be split over {mesh.size} "

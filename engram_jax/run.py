@@ -45,11 +45,8 @@ from engram_jax.sharding import MeshConfig, make_mesh, platform_of
 from engram_jax.tokenizer import Tokenizer, load_tokenizer
 from engram_jax.train_state import TrainState, Weights
 
-# Files that a killed start can leave in the folder, before it writes config.json.
-_INCOMPLETE_START = {
-    *("lock", "hash.json", "partial-hash.json", "texts.json", "partial-texts.json"),
-    "partial-config.json",
-}
+# Names of files that a killed start can leave in the folder, before it writes config.json.
+_INCOMPLETE_START = re.compile(r"lock|(partial-\d+-|partial-)?(hash|texts|config)\.json")
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ class Run:
         elif folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; choose a folder for the run.")
         elif folder.exists() and any(
-            path.name not in _INCOMPLETE_START for path in folder.iterdir()
+            not _INCOMPLETE_START.fullmatch(path.name) for path in folder.iterdir()
         ):
             raise InputError(f"{folder} is not empty and holds no run; choose another folder.")
         run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))

@@ -267,6 +267,12 @@ def test_a_lock_that_fails_is_one_sentence(
             pass
 
 
+def test_64_bit_types_are_refused(config: Config, tmp_path: Path) -> None:
+    with jax.enable_x64(True), pytest.raises(InputError, match="unset JAX_ENABLE_X64"):
+        Run.start(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_file_is_no_run_folder(config: Config, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("notes")
     with pytest.raises(InputError, match="is a file"):
@@ -328,7 +334,7 @@ def test_a_folder_with_something_else_is_refused(tiny: Config, tmp_path: Path) -
 
 def test_a_start_that_was_killed_is_started_again(tiny: Config, tmp_path: Path) -> None:
     Run.start(tiny, tmp_path / "run")
-    (tmp_path / "run" / "config.json").rename(tmp_path / "run" / "partial-config.json")
+    (tmp_path / "run" / "config.json").rename(tmp_path / "run" / "partial-1-config.json")
     again = Run.start(tiny, tmp_path / "run")
     hashes = (run.program.ngram_hash for run in (Run.open(tmp_path / "run"), again))
     assert len({ngram_hash.fingerprint for ngram_hash in hashes}) == 1
