@@ -74,10 +74,14 @@ def make_adam(form: RowAdamForm) -> RowAdam:
 
 def make_step(form: RowAdamForm) -> Callable[..., Step]:
     """A jitted (table, plan, cotangent of the memory, steps done, scale) → `Step`."""
-    adam = make_adam(form)
 
     def step(
-        table: Table, plan: MemoryPlan, cotangent: Array, done: int, scale: float = 1.0
+        table: Table,
+        plan: MemoryPlan,
+        cotangent: Array,
+        done: int,
+        scale: float = 1.0,
+        adam: RowAdam = make_adam(form),  # noqa: B008  (cached)
     ) -> Step:
         rows_plan: RowPlan = plan.rows[LAYER]
         slots: SlotPlan = plan.slots[LAYER]

@@ -206,10 +206,9 @@ def test_only_gathers_and_scatters_meet_the_whole_table(name: str, form: RowAdam
     mesh = mesh_of(name)
     with jax.set_mesh(mesh):
         step = make_step(form).__wrapped__
-        jitted = jax.jit(lambda *inputs: step(*inputs), donate_argnums=0)
-        compiled = jitted.lower(
-            draw_table(mesh), plan_step(mesh, *draw_step()), draw_cotangent(mesh), jnp.int32(3)
-        ).compile()
+        jitted = jax.jit(lambda *inputs, adam: step(*inputs, adam=adam), donate_argnums=0)
+        inputs = plan_step(mesh, *draw_step()), draw_cotangent(mesh), jnp.int32(3)
+        compiled = jitted.lower(draw_table(mesh), *inputs, adam=make_adam(form)).compile()
     rows, text = ROWS // mesh.size, compiled.as_text()
     shape = rf"(\w+)\[{rows}[,\]]"
     allowed = r"parameter|get-tuple-element|tuple|scatter|gather|bitcast|while|fusion|call"
