@@ -179,8 +179,7 @@ class Checkpoints:
         what = f" ({damage})" if damage else ""
         if step is None:
             raise InputError(
-                f"All checkpoints in {self.folder} are damaged{what}; start a new run in another "
-                "folder."
+                f"All checkpoints in {self.folder} are damaged{what}; start a new run."
             )
         raise InputError(
             f"The checkpoint of step {step} in {self.folder} is damaged{what}; restore another "

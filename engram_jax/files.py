@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +21,24 @@ def check_utf8(path: Path, what: str) -> None:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise InputError(f"The path of {what}, {str(path)!r}, is not UTF-8; rename it.") from error
+
+
+def check_run_path(folder: Path) -> None:
+    """Refuses a path in which Orbax could not find again what it has written.
+
+    It finds the files of an array by a pattern that contains the absolute path.
+
+    Raises:
+        InputError: it is such a path, a remote folder, or not UTF-8.
+    """
+    check_utf8(folder.absolute(), "the run folder")
+    if re.match(r"\w+:/", str(folder)):  # pathlib writes gs://bucket as gs:/bucket
+        raise InputError(f"{folder} is a remote folder, which is not supported; use a local one.")
+    if found := sorted(set("[]*?\\") & set(str(folder.absolute()))):
+        raise InputError(
+            f"The path {folder.absolute()} contains {' '.join(found)}, so checkpoints in it could "
+            "not be read again; choose another --run folder."
+        )
 
 
 @contextmanager

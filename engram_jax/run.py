@@ -26,7 +26,7 @@ from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
 from engram_jax.data.sources import resolve_source, source_name
 from engram_jax.data.token_cache import build_corpus
 from engram_jax.errors import InputError
-from engram_jax.files import atomic_write, check_utf8, hold_lock
+from engram_jax.files import atomic_write, check_run_path, hold_lock
 from engram_jax.hashing import NgramHash
 from engram_jax.identity import (
     check_fitting,
@@ -135,7 +135,7 @@ class Run:
     @classmethod
     def _check_start(cls, config: Config, folder: Path, reschedule: bool) -> "Run":
         """Creates the run without writing to its folder, so that an error leaves no folder."""
-        _check_path(folder)
+        check_run_path(folder)
         tokenizer, ngram_hash = _make_hash(config)
         resumes = (folder / "config.json").exists()
         if resumes:
@@ -340,21 +340,6 @@ class Run:
             state,
             config=asdict(self.config),
             files=[self.folder / name for name in names],
-        )
-
-
-def _check_path(folder: Path) -> None:
-    """Refuses a path in which Orbax could not find again what it has written.
-
-    It finds the files of an array by a pattern that contains the absolute path.
-    """
-    check_utf8(folder.absolute(), "the run folder")
-    if re.match(r"\w+:/", str(folder)):  # pathlib writes gs://bucket as gs:/bucket
-        raise InputError(f"{folder} is a remote folder, which is not supported; use a local one.")
-    if found := sorted(set("[]*?\\") & set(str(folder.absolute()))):
-        raise InputError(
-            f"The path {folder.absolute()} contains {' '.join(found)}, so checkpoints in it could "
-            "not be read again; choose another --run folder."
         )
 
 

@@ -101,6 +101,13 @@ def evaluate(
             part: score(part, make_scorer(program, part), f"scoring with {_ABLATIONS[part]}")
             for part in parts
         }
+    return _compare(full, suppressed)
+
+
+def _compare(
+    full: dict[str, Score], suppressed: dict[Suppress, dict[str, Score]]
+) -> dict[str, SourceReport]:
+    """The reports of all sources, and of all pooled, from the scores of every pass."""
     harms = {
         part: {name: difference(scores[name], full[name]) for name in full}
         for part, scores in suppressed.items()

@@ -190,28 +190,15 @@ def update_rows(
         adam: RowAdam,
         step: Array,
     ) -> Table:
-        def write(table: Table, rows: Array, sums: Array, current: Array | None) -> Table:
-            size = min(PART, len(rows))
-            padding = len(table.records) + 1 + len(rows)
-            all_rows = _split(rows, size, padding + jnp.arange(-len(rows) % size, dtype=jnp.int32))
-            parts = all_rows, *jax.tree.map(lambda array: _split(array, size), (sums, current))
-
-            def write_part(number: Array, table: Table) -> Table:
-                rows, sums, current = jax.tree.map(lambda array: array[number], parts)
-                new = adam.update(records.read(table, rows), sums * scale, step, current)
-                return records.write(table, rows, new, step)
-
-            # Rows are ascending, and padding is last. Parts with only padding are skipped.
-            used = jnp.sum(all_rows[:, 0] < len(table.records))
-            return jax.lax.fori_loop(0, used, write_part, table)
-
         def write_further(state: tuple[Array, Table]) -> tuple[Array, Table]:
             number, table = state
-            return number + 1, write(table, *route.deliver(number, gradient[0]), None)
+            rows, sums = route.deliver(number, gradient[0])
+            return number + 1, _write_rows(table, rows, scale * sums, None, adam, step)
 
         route = _route(table, plan)
         current = None if own_values is None else own_values[0]
-        table = write(table, by_owner.rows[0], by_owner.sums[0], current)
+        rows, sums = by_owner.rows[0], by_owner.sums[0]
+        table = _write_rows(table, rows, scale * sums, current, adam, step)
         return table if route.shards == 1 else _further_rounds(route, write_further, table)
 
     by_device = OwnGradients(_BY_DEVICE, _BY_DEVICE, jax.P())  # type: ignore[arg-type]
@@ -221,6 +208,30 @@ def update_rows(
         in_specs=(*[_BY_DEVICE] * 3, by_device, _BY_DEVICE, *[replicated] * 3),
         out_specs=_BY_DEVICE,
     )(table, plan, gradient, by_owner, own_values, scale, adam, step)
+
+
+def _write_rows(
+    table: Table,
+    rows: Int32[Array, "n"],
+    gradients: Float[Array, "n F"],
+    current: Float[Array, "n F"] | None,
+    adam: RowAdam,
+    step: Int32[Array, ""],
+) -> Table:
+    """Applies gradients to own rows, in parts. Call it inside `shard_map`."""
+    size = min(PART, len(rows))
+    padding = len(table.records) + 1 + len(rows)
+    all_rows = _split(rows, size, padding + jnp.arange(-len(rows) % size, dtype=jnp.int32))
+    parts = all_rows, *jax.tree.map(lambda array: _split(array, size), (gradients, current))
+
+    def write_part(number: Array, table: Table) -> Table:
+        rows, gradients, current = jax.tree.map(lambda array: array[number], parts)
+        new = adam.update(records.read(table, rows), gradients, step, current)
+        return records.write(table, rows, new, step)
+
+    # Rows are ascending, and padding is last. Parts with only padding are skipped.
+    used = jnp.sum(all_rows[:, 0] < len(table.records))
+    return jax.lax.fori_loop(0, used, write_part, table)
 
 
 def shard_load(table: Table, plan: RowPlan) -> Float[Array, ""]:
