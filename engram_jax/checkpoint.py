@@ -176,13 +176,11 @@ class Checkpoints:
                     f"({damage or 'another process cannot read it'}): restoring the one before it.",
                     file=sys.stderr,
                 )
-        what = f" ({damage})" if damage else ""
+        why = f" ({damage})" if damage else ""
         if step is None:
-            raise InputError(
-                f"All checkpoints in {self.folder} are damaged{what}; start a new run."
-            )
+            raise InputError(f"All checkpoints in {self.folder} are damaged{why}; start a new run.")
         raise InputError(
-            f"The checkpoint of step {step} in {self.folder} is damaged{what}; restore another "
+            f"The checkpoint of step {step} in {self.folder} is damaged{why}; restore another "
             "step, or start a new run."
         )
 
