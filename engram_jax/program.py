@@ -73,8 +73,8 @@ class Program:
         graph: the decoder without its parameters; `nnx.merge(graph, params)` gives the decoder.
         roles: the role of every parameter (see `parameters`).
         optimizer: optimizer of the dense parameters, at learning rate 1. The training step
-            multiplies its updates by `RowAdam.learning_rate`, which is an argument. So another
-            schedule does not change the compiled program.
+            multiplies its updates by `RowAdam.learning_rate`, which is an argument, and no constant
+            of the compiled program.
     """
 
     config: Config

@@ -168,7 +168,7 @@ engram_jax/data/corpus.py < data/test_corpus.py data/test_packing.py
     + np.arange(len(self.hashes))
 engram_jax/data/sources.py < data/test_sources.py
   a file that was cut short passes as whole
-    - raise EOFError("the last frame does not end")
+    - raise EOFError("the last stream does not end")
     + return
 
 # Layers
@@ -273,7 +273,7 @@ engram_jax/loss.py < evaluation/test_held_out.py
     + targets = micro_batch.batch.tokens
 engram_jax/train_step.py < test_train_step.py
   a micro-batch is weighed by its own targets
-    - jnp.sum(losses * mask) / targets
+    - jnp.sum(losses * mask) / target_count
     + jnp.sum(losses * mask) / jnp.sum(mask)
   rows are not part of the norm that clips
     - optax.tree.norm(gradients.params, squared=True) + rows_square_norm
