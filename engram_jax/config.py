@@ -251,7 +251,7 @@ def _check_numbers(values: Any, name: str = "") -> None:
             _check_numbers(value, name)
     elif isinstance(values, float) and not math.isfinite(values):
         raise InputError(f"{name} is {values}; give a finite number.")
-    elif name.endswith(("eps", "epsilon")) and values < 2.0**-126:
+    elif name.endswith((".eps", "_epsilon")) and values < 2.0**-126:
         raise InputError(f"{name} is {values}, which is no positive number of float32; raise it.")
     elif isinstance(values, int) and abs(values) >= 2**63:
         raise InputError(f"{name} is {values}; give a number of at most 18 digits.")

@@ -183,6 +183,15 @@ def test_impossible_configurations_are_refused(
         replace(config, **{section: replace(getattr(config, section), **change)})
 
 
+def test_the_least_values_that_are_allowed() -> None:
+    Config(
+        optimizer=OptimizerConfig(
+            warmup_steps=0, final_fraction=0.0, weight_decay=0.0, eps=2.0**-126
+        ),
+        train=TrainConfig(steps=1, evaluate_every=0, checkpoint_every=0, seed=0),
+    )
+
+
 def test_row_updates_cannot_be_reversed() -> None:
     for factor in (-1.0, 0.0):
         with pytest.raises(InputError, match="factor is"):
