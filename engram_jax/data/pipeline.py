@@ -1,30 +1,21 @@
 """Batches with Grain: global batch n is a pure function of (sources, sizes, seed, n)."""
 
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from typing import Any
 
 import numpy as np
-from absl import flags
-from grain import DatasetIterator, MapDataset, MultiprocessingOptions, ReadOptions
-from grain.experimental import DatasetOptions, WithOptionsIterDataset
+from grain import DatasetIterator, MapDataset, ReadOptions
 
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.mixture import RowMixture
 from engram_jax.data.packing import Batch, PackedRows
+from engram_jax.data.workers import WorkerPool
 from engram_jax.errors import InputError
 
 # Grain's datasets need a length. No run has this many batches.
 _ENDLESS = 1 << 48
-
-# This threshold makes workers send arrays through a pipe, not through shared memory: shared memory
-# is leaked by a killed run, and containers often have only 64 MB of it.
-_NO_SHARED_MEMORY = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -92,9 +83,9 @@ class BatchIterator(Iterator[Batch]):
     iterator is exhausted.
     """
 
-    def __init__(self, batches: DatasetIterator[Batch]) -> None:
-        """Take over a Grain iterator."""
-        self._batches: DatasetIterator[Batch] | None = batches
+    def __init__(self, batches: DatasetIterator[Batch] | WorkerPool[Batch]) -> None:
+        """Take over an iterator."""
+        self._batches: DatasetIterator[Batch] | WorkerPool[Batch] | None = batches
 
     def __next__(self) -> Batch:
         """Return the next batch."""
@@ -171,30 +162,12 @@ def make_batches(
         raise InputError("first_batch, workers and prefetch must not be negative.")
     rows = mix_rows(corpora, weights, sequence_length, seed)
     builder = BatchBuilder(rows, batch_size, accumulation, planner, process_index, process_count)
-    numbers = MapDataset.range(first_batch, first_batch + _ENDLESS).map(builder)
     if not workers:
+        numbers = MapDataset.range(first_batch, first_batch + _ENDLESS).map(builder)
         reading = ReadOptions(num_threads=min(1, prefetch), prefetch_buffer_size=prefetch)
         return BatchIterator(iter(numbers.to_iter_dataset(reading)))
-    # Grain reads absl's flags, which raise an error unless they were parsed.
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    # Workers build complete batches, so their number does not change the content of a batch.
-    unbuffered = numbers.to_iter_dataset(ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    by_pipe = WithOptionsIterDataset(unbuffered, DatasetOptions(min_shm_size=_NO_SHARED_MEMORY))
-    ahead = MultiprocessingOptions(workers, max(1, -(-prefetch // workers)))
-    return BatchIterator(iter(by_pipe.mp_prefetch(ahead, worker_init_fn=_begin_worker)))
-
-
-def _begin_worker(worker: int, workers: int) -> None:
-    """Makes a worker process ignore Ctrl-C, and exit when its parent ends, even by SIGKILL."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent may still need batches
-
-    def watch() -> None:
-        if (parent := parent_process()) is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    # Not Grain's mp_prefetch: it waits for ever if a worker is killed while it sends a batch.
+    return BatchIterator(WorkerPool(builder, first_batch, workers, prefetch))
 
 
 def prefetch_to_device[Host, Device](

@@ -1,0 +1,141 @@
+"""Processes that build batches. A process that dies is replaced, and no batch is lost."""
+
+import multiprocessing
+import signal
+import sys
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+# A new process does not inherit the pipes of the others. So the death of a process closes its pipe,
+# and whoever reads from the pipe is told.
+_CONTEXT = multiprocessing.get_context("spawn")
+
+# A process that died this often, usually for lack of memory, is not replaced again.
+_MAX_DEATHS = 3
+
+
+class WorkerPool[Item](Iterator[Item]):
+    """The items build(first), build(first + 1), …, built ahead by several processes.
+
+    Call `close` at the end; otherwise the processes run until this object or Python ends.
+
+    Args:
+        build: a picklable function of a number.
+        first: number of the first item.
+        workers: number W of processes; the items number k·W + w are built by process w.
+        ahead: number of items that this process holds ready. Each worker holds another one.
+    """
+
+    def __init__(self, build: Callable[[int], Item], first: int, workers: int, ahead: int) -> None:
+        self._workers = [_Worker(build, index, workers) for index in range(workers)]
+        self._close = weakref.finalize(self, _close_all, self._workers)
+        self._number = first
+        self._ready: deque[Future[Item]] = deque()
+        for _ in range(max(1, ahead)):
+            self._request()
+
+    def _request(self) -> None:
+        self._ready.append(self._workers[self._number % len(self._workers)].request(self._number))
+        self._number += 1
+
+    def __next__(self) -> Item:
+        """Return the next item; raises what `build` raises."""
+        item = self._ready.popleft().result()
+        self._request()
+        return item
+
+    def close(self) -> None:
+        """End the processes and threads."""
+        self._close()
+
+
+def _close_all(workers: "Sequence[_Worker[Any]]") -> None:
+    for worker in workers:
+        worker.close()
+
+
+class _Worker[Item]:
+    """A process that sends build(n), build(n + W), … through a pipe, and a thread that reads it."""
+
+    def __init__(self, build: Callable[[int], Item], index: int, stride: int) -> None:
+        self._build, self._index, self._stride = build, index, stride
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._deaths = 0
+        self._closed = False
+        self._thread = ThreadPoolExecutor(1, f"batches-{index}")
+
+    def request(self, number: int) -> "Future[Item]":
+        """Read item `number`. Numbers must come in the order n, n + W, …"""
+        return self._thread.submit(self._receive, number)
+
+    def _receive(self, number: int) -> Item:
+        while not self._closed and self._deaths < _MAX_DEATHS:
+            if self._process is None:
+                self._start(number)
+            try:
+                error, item = self._pipe.recv()
+            except (OSError, EOFError):
+                self._note_death(number)
+                continue
+            if error is not None:
+                raise error
+            return item  # type: ignore[no-any-return]
+        if self._closed:
+            raise EOFError("the worker is closed")
+        return self._build(number)
+
+    def _start(self, number: int) -> None:
+        self._pipe, theirs = _CONTEXT.Pipe(duplex=False)
+        arguments = (theirs, self._build, number, self._stride)
+        self._process = _CONTEXT.Process(target=_send_items, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()  # now the process holds the only writing end
+
+    def _note_death(self, number: int) -> None:
+        process, self._process = self._process, None
+        self._pipe.close()
+        if self._closed or process is None:
+            return
+        process.join()
+        self._deaths += 1
+        next_builder = "this process" if self._deaths == _MAX_DEATHS else "a new one"
+        print(
+            f"Data worker {self._index} died (exit code {process.exitcode}; -9 often means that "
+            f"memory is full). Its batches, from number {number} on, are built by {next_builder}.",
+            file=sys.stderr,
+        )
+
+    def close(self) -> None:
+        self._closed = True
+        self._kill()
+        self._thread.shutdown(cancel_futures=True)
+        self._kill()  # the thread may have been starting another one
+
+    def _kill(self) -> None:
+        if (process := self._process) is not None:
+            process.kill()
+            process.join()
+
+
+def _send_items(pipe: Connection, build: Callable[[int], object], number: int, stride: int) -> None:
+    """Sends (None, item) for each item, or (error, None) and ends.
+
+    The process ends when its parent has closed the pipe or has ended. It ignores signals to the
+    process group, because the parent may still need items.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        while True:
+            pipe.send((None, build(number)))
+            number += stride
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        pipe.send((error, None))
