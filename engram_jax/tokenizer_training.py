@@ -24,7 +24,8 @@ from tqdm import tqdm
 from engram_jax.data.sources import read_documents
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.files import atomic_write
-from engram_jax.tokenizer import SentencePieceTokenizer, checked_text
+from engram_jax.tokenizer import checked_text
+from engram_jax.tokenizer_sentencepiece import SentencePieceTokenizer
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int = 8192) -> bytes:

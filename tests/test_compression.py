@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from engram_jax.compression import VocabularyProjection, normalize, project_vocabulary
 from engram_jax.errors import InputError
-from engram_jax.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from engram_jax.tokenizer import Tokenizer, load_tokenizer
+from engram_jax.tokenizer_sentencepiece import SentencePieceTokenizer
 from engram_jax.tokenizer_training import train_tokenizer
 
 default = load_tokenizer()

@@ -14,12 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engram_jax.errors import InputError
-from engram_jax.tokenizer import (
-    DEFAULT_MODEL,
-    JsonTokenizer,
-    SentencePieceTokenizer,
-    load_tokenizer,
-)
+from engram_jax.tokenizer import DEFAULT_MODEL, load_tokenizer
+from engram_jax.tokenizer_json import JsonTokenizer
+from engram_jax.tokenizer_sentencepiece import SentencePieceTokenizer
 
 default = SentencePieceTokenizer(DEFAULT_MODEL.read_bytes(), "default")
 
@@ -182,6 +179,83 @@ def test_json_ids_with_holes() -> None:
     tokenizer = JsonTokenizer(tokenizers.Tokenizer(model).to_str().encode(), "holes.json")
     assert tokenizer.vocab_size == 8
     assert (tokenizer.piece(5), tokenizer.decode([5]), tokenizer.piece(7)) == ("", "", "a")
+
+
+def make_json(model: object, *, added: list[str] = [], special: list[str] = []) -> bytes:  # noqa: B006
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.add_tokens(added)
+    tokenizer.add_special_tokens(special)
+    return tokenizer.to_str().encode()
+
+
+SPECIAL = ["<pad>", "<s>", "</s>"]
+CHARACTERS = [*"<>/abcdeop s", "<unk>"]
+PIECES = {name: index for index, name in enumerate([*SPECIAL, *CHARACTERS])}
+SCORES = [(name, -1.0) for name in [*SPECIAL, *CHARACTERS]]
+BPE = tokenizers.models.BPE
+UNIGRAM = tokenizers.models.Unigram(SCORES, unk_id=PIECES["<unk>"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        make_json(BPE(PIECES, [], unk_token="<unk>"), added=SPECIAL),
+        make_json(BPE(PIECES, [], unk_token="<unk>"), special=SPECIAL),
+        make_json(UNIGRAM),
+        make_json(UNIGRAM, special=SPECIAL),
+    ],
+    ids=["added but not special", "special", "in the vocabulary only", "in both"],
+)
+@given(st.lists(st.sampled_from([*SPECIAL, *"</s>", "a", "</"]), max_size=8).map("".join))
+def test_no_text_contains_a_special_id(content: bytes, text: str) -> None:
+    tokenizer = JsonTokenizer(content, "toy.json")
+    ids = tokenizer.encode(text).tolist()
+    assert not set(ids) & {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}
+    assert "".join(map(tokenizer.piece, ids)) == text
+
+
+def test_an_id_that_ordinary_text_has_is_no_special_id() -> None:
+    """Neither in a tokenizer.json file, nor a user-defined piece of a SentencePiece model."""
+    tokenizer = JsonTokenizer(make_json(UNIGRAM), "toy.json", eos_id=PIECES["a"])
+    with pytest.raises(InputError) as error:
+        tokenizer.encode_batch(["bob", "abe"])
+    one_sentence(error, "toy.json", "eos_id", "'a'", "--data.eos-id")
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat and the hat", "the rat sat on the mat"] * 5),
+        model_writer=file,
+        vocab_size=30,
+        hard_vocab_limit=False,
+        user_defined_symbols=["<end>"],
+        minloglevel=2,
+    )
+    named = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue()).piece_to_id("<end>")
+    model = SentencePieceTokenizer(file.getvalue(), "toy.model", pad_id=1, eos_id=named)
+    assert named not in model.encode("the cat<end>the <end><end>")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        BPE(PIECES, []),
+        tokenizers.models.Unigram(SCORES),
+        tokenizers.models.WordLevel({name: i for name, i in PIECES.items() if name != "<unk>"}),
+        tokenizers.models.WordPiece(PIECES, unk_token="missing"),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_characters_without_a_piece_are_not_dropped(model: object) -> None:
+    tokenizer = JsonTokenizer(make_json(model), "toy.json")
+    assert tokenizer.encode("a").tolist() == [PIECES["a"]]
+    with pytest.raises(InputError) as error:
+        tokenizer.encode_batch(["a", "a日"])
+    one_sentence(error, "toy.json", "byte pieces")
+
+
+def test_dropout_is_disabled() -> None:
+    pieces = PIECES | {"ab": len(PIECES)}
+    tokenizer = JsonTokenizer(make_json(BPE(pieces, [("a", "b")], dropout=0.9)), "toy.json")
+    assert tokenizer.encode("ab" * 50).tolist() == [pieces["ab"]] * 50
 
 
 def test_json_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

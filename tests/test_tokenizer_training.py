@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from engram_jax.errors import InputError
-from engram_jax.tokenizer import SentencePieceTokenizer, load_tokenizer
+from engram_jax.tokenizer import load_tokenizer
+from engram_jax.tokenizer_sentencepiece import SentencePieceTokenizer
 from engram_jax.tokenizer_training import main, train_tokenizer
 
 TEXTS = ["the cat and the hat", "the rat sat on the mat", "tab\tand ▅ block and ▁ mark"] * 5

@@ -84,7 +84,7 @@ class _Worker[Item]:
                 continue
             if error is not None:
                 raise error
-            return item  # type: ignore[no-any-return]
+            return item
         if self._closed:
             raise EOFError("the worker is closed")
         return self._build(number)

@@ -1,0 +1,180 @@
+"""`tokenizer.json` files as tokenizers."""
+
+import unicodedata
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from engram_jax.errors import InputError
+from engram_jax.tokenizer import (
+    checked_ids,
+    fingerprint,
+    keep_special_ids_out,
+    special_ids,
+)
+
+# Well-known names of special tokens. If a file has several, the first in this order is used.
+_PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<PAD>", "<｜▁pad▁｜>", "<|padding|>")
+_BOS_NAMES = (
+    *("<s>", "<bos>", "<|bos|>", "[BOS]", "<BOS>", "<｜begin▁of▁sentence｜>"),
+    *("<|begin_of_text|>", "<|startoftext|>"),
+)
+_EOS_NAMES = (
+    *("</s>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<｜end▁of▁sentence｜>"),
+    *("<|end_of_text|>", "<|endoftext|>"),
+)
+
+
+class JsonTokenizer:
+    """A `tokenizer.json` file, read with the package `tokenizers` (extra `hf`).
+
+    The name of a special token in a text is encoded as ordinary text, so a document cannot contain
+    a false document boundary. Truncation, padding and dropout of the file are disabled. Whether
+    encoding is lossless depends on the file; a byte-level BPE without a normalizer is.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        name: str,
+        *,
+        pad_id: int | None = None,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+    ) -> None:
+        """Build from the content of a file; ids not given here are found by well-known names.
+
+        Raises:
+            InputError: `tokenizers` is not installed; the content is not a tokenizer; or it has no
+                token with a well-known name for pad, bos or eos and no id is given.
+        """
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise InputError(
+                f"{name} needs the package tokenizers; run pip install engram-jax[hf]."
+            ) from error
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(model)
+        except Exception as error:  # `tokenizers` raises this very class
+            raise InputError(
+                f"{name} is not a tokenizer.json file of the package tokenizers ({error}); give "
+                "the tokenizer.json of a model."
+            ) from error
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        if isinstance(backend.model, tokenizers.models.BPE):
+            backend.model.dropout = None  # equal texts always get equal ids
+        self._drops = _may_drop(backend)
+        self._backend = backend
+        self._model = model
+        self.name = name
+        # Some ids may be unused. An unused id has an empty piece and decodes to nothing.
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._special = frozenset(
+            i for i, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+
+        def find(names: tuple[str, ...]) -> int:
+            found = (backend.token_to_id(name) for name in names)
+            return next((token_id for token_id in found if token_id is not None), -1)
+
+        own = find(_PAD_NAMES), find(_BOS_NAMES), find(_EOS_NAMES)
+        special = special_ids(name, self.vocab_size, (pad_id, bos_id, eos_id), own)
+        self.pad_id, self.bos_id, self.eos_id = special
+        self.fingerprint = fingerprint(model, special, own)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the file's content."""
+        rebuild = partial(JsonTokenizer, pad_id=self.pad_id, bos_id=self.bos_id, eos_id=self.eos_id)
+        return rebuild, (self._model, self.name)
+
+    def encode(self, text: str) -> Int32[np.ndarray, "T"]:
+        """Return the token ids of a text, without bos, eos or any other special token.
+
+        Raises:
+            InputError: the text has a surrogate, pieces that stand for pad, bos or eos, or
+                characters for which the file has no piece.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
+        """Return `encode` of each text, computed on several threads."""
+        return keep_special_ids_out(self, texts, self._encode_batch)
+
+    def _encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "_"]]:
+        # The fast call does not compute offsets, which tell what was dropped.
+        encode = self._backend.encode_batch if self._drops else self._backend.encode_batch_fast
+        try:
+            encodings = encode(texts, add_special_tokens=False)
+        except Exception as error:  # `tokenizers` raises this very class
+            raise InputError(
+                f"{self.name} cannot encode a text ({error}); give a tokenizer with a piece for "
+                "unknown characters, or with byte pieces."
+            ) from error
+        if self._drops:
+            for text, encoding in zip(texts, encodings, strict=True):
+                self._check_nothing_dropped(text, encoding.offsets)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def _check_nothing_dropped(self, text: str, offsets: list[tuple[int, int]]) -> None:
+        is_encoded = np.zeros(len(text), bool)
+        for start, end in offsets:
+            is_encoded[start:end] = True
+        dropped = (text[index] for index in np.flatnonzero(~is_encoded))
+        # A normalizer may drop spaces and control characters.
+        if (lost := next(filter(_is_visible, dropped), None)) is not None:
+            raise InputError(
+                f"{self.name} drops characters without a piece, such as {lost!r}; give a tokenizer "
+                "with a piece for unknown characters, or with byte pieces."
+            )
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of a sequence of token ids; special tokens become their names.
+
+        Raises:
+            InputError: an id is outside the vocabulary.
+        """
+        return self._backend.decode(checked_ids(ids, self), skip_special_tokens=False)
+
+    def decode_each(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Return the text of each id, decoded alone; special tokens become their names.
+
+        Raises:
+            InputError: an id is outside the vocabulary.
+        """
+        alone = [[token_id] for token_id in checked_ids(ids, self)]
+        return self._backend.decode_batch(alone, skip_special_tokens=False)
+
+    def piece(self, token_id: int) -> str:
+        """Return the raw vocabulary piece of an id ("" for an unused id)."""
+        return self._backend.id_to_token(checked_ids([token_id], self)[0]) or ""
+
+    def is_special(self, token_id: int) -> bool:
+        """Return whether the file marks an id as special."""
+        return token_id in self._special
+
+
+def _may_drop(backend: Any) -> bool:
+    """Whether a tokenizer leaves out characters for which it has no piece.
+
+    A BPE does, unless it has an unknown piece or a piece for each byte.
+    """
+    model = backend.model
+    has_bytes = "ByteLevel" in repr(backend.pre_tokenizer) or "ByteLevel" in repr(
+        backend.normalizer
+    )
+    return (
+        type(model).__name__ == "BPE"
+        and model.unk_token is None
+        and not model.byte_fallback
+        and not has_bytes
+    )
+
+
+def _is_visible(character: str) -> bool:
+    return unicodedata.category(character)[0] not in "CZ"
