@@ -42,16 +42,18 @@ def check_run_path(folder: Path) -> None:
 
 
 @contextmanager
-def hold_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+def hold_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Holds a lock on the file `path`. The end of the process releases it, too.
 
-    Some network file systems do not support locks. There, this does nothing.
+    Yields whether it holds the lock. Some network file systems do not support locks. There, this
+    does nothing, and yields False.
 
     Raises:
         BlockingIOError: another process holds the lock, and `wait` is False.
         InputError: the file cannot be written or locked.
     """
     with ExitStack() as stack:
+        is_locked = True
         try:
             file = stack.enter_context(path.open("w"))
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,7 +65,8 @@ def hold_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
                     f"Cannot write and lock {path} ({error.strerror}); choose another folder, or "
                     "give write permission."
                 ) from error
-        yield
+            is_locked = False
+        yield is_locked
 
 
 @contextmanager

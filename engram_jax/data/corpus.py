@@ -67,6 +67,21 @@ class Corpus:
             if (column.dtype, column.shape) != (dtype, (length,)):
                 raise ValueError(f"{name}.npy has {column.dtype}{list(column.shape)}")
 
+    def check_boundaries(self, bos_id: int, eos_id: int) -> None:
+        """Check that documents begin with bos and end with eos, for at most 4,096 of them.
+
+        Raises:
+            InputError: one does not, so `ids.bin` was overwritten.
+        """
+        documents = self.manifest.documents
+        sample = np.unique(np.linspace(0, documents - 1, min(documents, 4096)).astype(np.int64))
+        first, last = self.ids[self.offsets[sample]], self.ids[self.offsets[sample + 1] - 1]
+        if not (np.all(first == bos_id) and np.all(last == eos_id)):
+            raise InputError(
+                f"The documents in {self.folder / 'ids.bin'} do not begin with bos and end with "
+                f"eos, so the file was overwritten; delete {self.folder}, and run again."
+            )
+
     def __reduce__(self) -> tuple[type["Corpus"], tuple[Path, float]]:
         """Pickle as a path, so that worker processes map the same file."""
         return Corpus, (self.folder, self._held_out_share)

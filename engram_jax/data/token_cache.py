@@ -1,6 +1,7 @@
 """The cache of tokenized corpora: tokenized once, reused until text or tokenizer change."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -42,7 +43,10 @@ _CHUNK_BYTES = 1 << 20
 # this before its survey, the survey is not reused.
 _CLOCK_TICK_NS = 2_000_000_000
 
-# A build that has written nothing for this long is considered killed.
+# Bytes of a source's name in the name of its cache folder. File systems allow 255 for a name.
+_NAME_BYTES = 150
+
+# Where locks do not work, a build that has written nothing for this long is considered killed.
 _ABANDONED_SECONDS = 3600.0
 
 
@@ -79,15 +83,19 @@ def build_corpus(
         survey = _survey(path, cache)
         identity = (FORMAT, survey.fingerprint, tokenizer.fingerprint, tokenizer.vocab_size)
         specials = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-        folder = cache / f"{name}-{_digest(repr((*identity, *specials)).encode()).hex()}"
+        short = name.encode()[:_NAME_BYTES].decode(errors="ignore")
+        folder = cache / f"{short}-{_digest(repr((*identity, *specials)).encode()).hex()}"
         manifest = folder / "manifest.json"
         if not manifest.is_file():  # a complete corpus may be in a read-only folder
             # Each build writes its own folder, so the lock only avoids duplicate work.
             cache.mkdir(parents=True, exist_ok=True)
-            with hold_lock(folder.with_name(f"{folder.name}.lock")):
+            with hold_lock(folder.with_name(f"{folder.name}.lock")) as is_alone:
                 if not manifest.is_file():
+                    _remove_abandoned(folder, is_alone=is_alone)
                     _build(path, name, tokenizer, survey, folder)
-    return Corpus(folder, held_out)
+    corpus = Corpus(folder, held_out)
+    corpus.check_boundaries(tokenizer.bos_id, tokenizer.eos_id)
+    return corpus
 
 
 def _digest(content: bytes) -> bytes:
@@ -145,7 +153,6 @@ def _read_once(path: Path) -> Survey:
 
 
 def _build(path: Path, name: str, tokenizer: Tokenizer, survey: Survey, folder: Path) -> None:
-    _remove_abandoned(folder)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
     # English has 3.5 to 4.5 bytes of text per token. A document has three int64 columns.
     needed = survey.text_bytes // 4 * dtype.itemsize + 24 * survey.documents
@@ -243,10 +250,12 @@ def _chunks(path: Path) -> Iterator[list[str]]:
         yield texts
 
 
-def _remove_abandoned(folder: Path) -> None:
-    for partial in folder.parent.glob(f"{folder.name}.*.partial"):
+def _remove_abandoned(folder: Path, *, is_alone: bool) -> None:
+    """Removes what killed builds left. If this build is not alone, others may still write."""
+    for partial in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):
         written = max((file.stat().st_mtime for file in partial.glob("*")), default=0.0)
-        if time.time() - max(written, partial.stat().st_mtime) > _ABANDONED_SECONDS:
+        idle = time.time() - max(written, partial.stat().st_mtime)
+        if is_alone or idle > _ABANDONED_SECONDS:
             shutil.rmtree(partial, ignore_errors=True)
 
 

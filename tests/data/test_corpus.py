@@ -23,6 +23,10 @@ def texts_of(view):
     return [ByteTokenizer().decode(view.tokens(document)) for document in range(len(view))]
 
 
+def refuse_to_lock(*_):
+    raise OSError(errno.ENOTSUP, "no locks here")
+
+
 @pytest.fixture
 def no_clock_tick(monkeypatch):
     """A source counts as unchanged right after it was written."""
@@ -91,6 +95,25 @@ def test_a_damaged_survey_is_made_again(tmp_path, tokenizer, content):
     assert json.loads(record.read_text())["documents"] == len(TEXTS)
 
 
+def test_ids_that_were_overwritten_are_refused(tmp_path, tokenizer):
+    """Their size is that of the manifest."""
+    path = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    ids = build_corpus(path, tokenizer, tmp_path / "cache").folder / "ids.bin"
+    whole = ids.read_bytes()
+    for other in (bytes(len(whole)), whole[2:] + whole[:2], whole[: len(whole) // 2] * 2):
+        ids.write_bytes(other)
+        with pytest.raises(InputError, match=r"ids\.bin.*overwritten"):
+            build_corpus(path, tokenizer, tmp_path / "cache")
+
+
+def test_a_source_with_a_name_of_230_bytes(tmp_path, tokenizer):
+    name = "ü" * 115
+    corpus = build_corpus(
+        write_jsonl(tmp_path / f"{name}.jsonl", TEXTS), tokenizer, tmp_path / "cache", 0.0
+    )
+    assert corpus.name == name and texts_of(corpus.train) == TEXTS
+
+
 @pytest.mark.parametrize("name", ["offsets", "byte_lengths", "hashes"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "short", "typed"])
 def test_a_damaged_column_of_the_cache_is_named(tmp_path, tokenizer, name, damage):
@@ -148,7 +171,8 @@ def test_a_corpus_is_pickled_as_its_path(corpus_of):
     assert texts_of(view) == texts_of(corpus.held_out)
 
 
-def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeypatch):
+@pytest.mark.parametrize("locking", [True, False])
+def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeypatch, locking):
     class Killed(ByteTokenizer):
         def encode_batch(self, texts):
             if self.encoded:
@@ -162,8 +186,10 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeyp
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         build_corpus(path, Killed(), tmp_path / "cache")
     (partial,) = (tmp_path / "cache").glob("*.partial")
-    for file in [*partial.iterdir(), partial]:
-        os.utime(file, (time.time() - 7200,) * 2)
+    if not locking:  # then only its age tells that nobody writes it
+        monkeypatch.setattr(files.fcntl, "flock", refuse_to_lock)
+        for file in [*partial.iterdir(), partial]:
+            os.utime(file, (time.time() - 7200,) * 2)
     assert texts_of(build_corpus(path, tokenizer, tmp_path / "cache", 0.0).train) == TEXTS
     assert not partial.exists()
 
@@ -171,11 +197,7 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeyp
 @pytest.mark.parametrize("locking", [True, False])
 def test_two_builds_at_once_give_one_corpus(tmp_path, monkeypatch, locking):
     if not locking:
-
-        def refuse(*_):
-            raise OSError(errno.ENOTSUP, "no locks here")
-
-        monkeypatch.setattr(files.fcntl, "flock", refuse)
+        monkeypatch.setattr(files.fcntl, "flock", refuse_to_lock)
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     barrier = threading.Barrier(2)
     tokenizers = [ByteTokenizer(), ByteTokenizer()]
