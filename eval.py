@@ -7,6 +7,10 @@ suppressed, statistics of the memory, and a sampled continuation. Writes `eval.j
 
 import json
 import os
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

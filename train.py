@@ -8,6 +8,9 @@ values is an empty list (`--memory.layers`: no memory).
 import os
 import signal
 import sys
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +20,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax
 
 from engram_jax.command_line import parse
+from engram_jax.config import Config
 from engram_jax.costs.accounting import allocate
-from engram_jax.errors import InputError, one_sentence
-from engram_jax.processes import is_leader
+from engram_jax.errors import one_sentence
+from engram_jax.processes import end_together, is_leader, join_processes
 from engram_jax.run import Run
 from engram_jax.sampling import sample
 from engram_jax.trainer import Diverged, train
@@ -55,11 +59,8 @@ class TrainOptions:
     distributed: bool = False
 
 
-def main() -> None:
-    """Parses the command line, trains, and prints the next command."""
-    options, config = parse(TrainOptions, __doc__ or "")
-    if options.distributed:
-        _join_processes()
+def main(options: TrainOptions, config: Config) -> None:
+    """Trains, and prints the next command."""
     if options.allocation is not None:
         config = allocate(config, options.allocation)
     run = Run.start(
@@ -69,7 +70,10 @@ def main() -> None:
         start_step=options.start_step,
         reschedule=options.reschedule,
     )
-    state = train(run, profile=options.profile)
+    try:
+        state = train(run, profile=options.profile)
+    except Diverged as error:
+        sys.exit(f"error: {error}")
     stopped = state.step < config.train.steps
     if is_leader():
         print(f"{run.folder} has finished {int(state.step)} of {config.train.steps} steps.")
@@ -86,21 +90,10 @@ def main() -> None:
         print(f"Sample: {PROMPT}|{continuation}")
 
 
-def _join_processes() -> None:
-    try:
-        jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"--distributed finds no other processes to join ({error}): run this under SLURM or "
-            "MPI, or on every worker of a TPU slice; on one machine, leave the flag out."
-        ) from error
-
-
 if __name__ == "__main__":
-    try:
-        with one_sentence():
-            main()
-    except Diverged as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted.")
+    with one_sentence():
+        arguments = parse(TrainOptions, __doc__ or "")
+        if arguments[0].distributed:
+            join_processes()
+    with end_together(normal=[INTERRUPTED]), one_sentence():
+        main(*arguments)

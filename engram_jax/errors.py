@@ -23,8 +23,11 @@ class InputError(ValueError):
 def one_sentence() -> Iterator[None]:
     """On an error that the user can correct, ends the program with one sentence and status 2.
 
-    Output that the terminal's encoding does not have, such as ± in ASCII, is escaped.
+    Ctrl-C ends it with status 130. Output that the terminal's encoding does not have, such as ± in
+    ASCII, is escaped.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # so that imports end without traceback
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -32,6 +35,9 @@ def one_sentence() -> Iterator[None]:
         yield
     except InputError as error:
         problem = str(error)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing works
         sys.exit(128 + signal.SIGPIPE)

@@ -1,13 +1,120 @@
-"""The processes of a run: the leader process, and collective failure instead of a deadlock."""
+"""The processes of a run: joining, the leader process, and failing together."""
 
-from collections.abc import Iterator
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state  # its client has no public name
 from jax.experimental import multihost_utils
 
 from engram_jax.errors import InputError
+
+# A process that does not answer for this long is considered dead, and the others end. A process
+# waits this long for the others before it exits.
+_TIMEOUT_SECONDS = 50
+
+# Key of the number of a failed process, in the store of the coordination service.
+_FAILED = "engram_jax/failed"
+_POLL_SECONDS = 1.0
+
+# Errors of XLA if another process has ended.
+_LOST_CONNECTION = re.compile(
+    r"gloo|closed by peer|connection|heartbeat|UNAVAILABLE", re.IGNORECASE
+)
+
+
+def join_processes() -> None:
+    """Joins the other processes of a TPU slice, SLURM job or MPI job.
+
+    Raises:
+        InputError: there is nothing to join.
+    """
+    try:
+        jax.distributed.initialize(
+            heartbeat_timeout_seconds=_TIMEOUT_SECONDS, shutdown_timeout_seconds=_TIMEOUT_SECONDS
+        )
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"--distributed finds no other processes to join ({error}): run this under SLURM or "
+            "MPI, or on every worker of a TPU slice; on one machine, leave the flag out."
+        ) from error
+
+
+@contextmanager
+def end_together(normal: Sequence[int] = ()) -> Iterator[None]:
+    """A `with` block, after which a process that failed ends all processes.
+
+    Without it, the other processes would wait in their next collective operation, and this process
+    would wait for them. The others end within seconds, with one sentence and status 2. With one
+    process, this does nothing.
+
+    Args:
+        normal: exit statuses with which all processes end together anyway.
+    """
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    threading.Thread(target=_watch_others, daemon=True).start()
+    try:
+        yield
+    except SystemExit as ending:
+        if ending.code in (None, 0, *normal):
+            raise
+        _end_all(ending.code)
+    except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and _LOST_CONNECTION.search(str(error)):
+            time.sleep(3 * _POLL_SECONDS)  # the other process may have said that it failed
+            reason = str(error).splitlines()[0]
+            _end_all(f"error: Another process has ended ({reason}); see its output. {_RESUME}")
+        traceback.print_exc()
+        _end_all(1)
+
+
+_RESUME = "The same command resumes the run from its last checkpoint."
+
+
+def _watch_others() -> None:
+    """Ends this process if another one has failed."""
+    while True:
+        time.sleep(_POLL_SECONDS)
+        try:
+            failed = _store().key_value_try_get(_FAILED)
+        except jax.errors.JaxRuntimeError:  # no process has failed
+            continue
+        if int(failed) != jax.process_index():
+            _exit(f"error: Process {failed} failed, so this one ends; see its output. {_RESUME}")
+
+
+def _end_all(code: str | int | None) -> None:
+    """Tells the other processes to end, and ends this one."""
+    try:
+        _store().key_value_set(_FAILED, str(jax.process_index()), allow_overwrite=True)
+    finally:
+        _exit(code)
+
+
+def _store() -> Any:
+    """The key-value store of the coordination service, which is a part of process 0."""
+    return global_state.client
+
+
+def _exit(code: str | int | None) -> None:
+    """Ends the process without waiting for the others, as Python's normal exit does in JAX."""
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:  # without the store, the others would not learn the reason
+        time.sleep(4 * _POLL_SECONDS)
+    os._exit(code if isinstance(code, int) else 2)
 
 
 def is_leader() -> bool:
@@ -39,3 +146,17 @@ def collective(what: str) -> Iterator[None]:
         failure = error
     if not all_agree(failure is None):
         raise failure or InputError(f"Another process could not {what}; see its error.")
+
+
+def check_same_everywhere(numbers: Sequence[int], message: str) -> None:
+    """Checks that all processes give the same numbers. All processes must call this.
+
+    Raises:
+        InputError: they do not; on all processes, with this message.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = np.full(64, -1, np.int32)
+    mine[: len(numbers)] = numbers[-64:]
+    if not all_agree(bool(np.all(multihost_utils.broadcast_one_to_all(mine) == mine))):
+        raise InputError(message)

@@ -39,7 +39,7 @@ from engram_jax.identity import (
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table
 from engram_jax.platforms import default_workers, without_foreign_kernels
-from engram_jax.processes import collective, is_leader
+from engram_jax.processes import check_same_everywhere, collective, is_leader
 from engram_jax.program import Program, make_config_row_adam
 from engram_jax.sharding import MeshConfig, make_mesh, platform_of
 from engram_jax.tokenizer import Tokenizer, load_tokenizer
@@ -113,6 +113,11 @@ class Run:
                 raise InputError("--start-step chooses a checkpoint of --start-from; give both.")
             if start_from is not None and not done:
                 run.fitting(start_from).checkpoints.require(start_step)
+        check_same_everywhere(
+            done,
+            f"The processes see different checkpoints in {folder}; it must be one folder that all "
+            "of them share.",
+        )
         with collective(f"write to {folder}"):
             if is_leader() and not (folder / "config.json").exists():
                 folder.mkdir(parents=True, exist_ok=True)

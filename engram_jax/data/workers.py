@@ -92,9 +92,12 @@ class _Worker[Item]:
     def _start(self, number: int) -> None:
         self._pipe, theirs = _CONTEXT.Pipe(duplex=False)
         arguments = (theirs, self._build, number, self._stride)
-        self._process = _CONTEXT.Process(target=_send_items, args=arguments, daemon=True)
-        self._process.start()
+        process = _CONTEXT.Process(target=_send_items, args=arguments, daemon=True)
+        process.start()
         theirs.close()  # now the process holds the only writing end
+        self._process = process
+        if self._closed:  # by another thread
+            process.kill()
 
     def _note_death(self, number: int) -> None:
         process, self._process = self._process, None

@@ -80,3 +80,11 @@ def test_signals_to_the_process_group_do_not_end_workers() -> None:
     assert children() == before
     del pool  # ends the processes, too
     assert not children()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.5])
+def test_a_pool_is_closed_while_its_workers_start(seconds: float) -> None:
+    pool = WorkerPool(build, 0, workers=2, ahead=2)
+    time.sleep(seconds)
+    pool.close()
+    assert not children()
