@@ -1,12 +1,10 @@
 """A run: a folder with a configuration, a tokenizer, corpora, checkpoints, and the program.
 
-A run folder contains `config.json`, `hash.json` (if the model has memory), `texts.json`
-(fingerprints of the tokenized corpora), `metrics.jsonl`, TensorBoard event files, `checkpoints/`,
-and the results of evaluation.
+A run folder contains `config.json`, the tokenizer, `hash.json` (if the model has memory),
+`texts.json` (fingerprints of the tokenized corpora), `versions.json`, `metrics.jsonl`, TensorBoard
+event files, `checkpoints/`, and the results of evaluation.
 """
 
-import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +24,7 @@ from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
 from engram_jax.data.sources import resolve_source, source_name
 from engram_jax.data.token_cache import build_corpus
 from engram_jax.errors import InputError
-from engram_jax.files import atomic_write, check_run_path, hold_lock
+from engram_jax.files import check_run_path
 from engram_jax.hashing import NgramHash
 from engram_jax.identity import (
     check_fitting,
@@ -41,12 +39,10 @@ from engram_jax.memory.layout import Table
 from engram_jax.platforms import default_workers, without_foreign_kernels
 from engram_jax.processes import check_same_everywhere, collective, is_leader
 from engram_jax.program import Program, make_config_row_adam
+from engram_jax.run_folder import check_empty, load_run_tokenizer, lock_run, write_beginning
 from engram_jax.sharding import MeshConfig, make_mesh, platform_of
-from engram_jax.tokenizer import Tokenizer, load_tokenizer
+from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import TrainState, Weights
-
-# Names of files that a killed start can leave in the folder, before it writes config.json.
-_INCOMPLETE_START = re.compile(r"lock|(partial-\d+-|partial-)?(hash|texts|config)\.json")
 
 
 @dataclass(frozen=True)
@@ -121,38 +117,28 @@ class Run:
         with collective(f"write to {folder}"):
             if is_leader() and not (folder / "config.json").exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                with _locked(folder):
-                    run._write_beginning()
+                with lock_run(folder):
+                    write_beginning(
+                        *(folder, config, run.tokenizer, run.program.ngram_hash, run._texts())
+                    )
                 _warn_of_padding(config)
             elif is_leader() and reschedule:
-                with _locked(folder):
+                with lock_run(folder):
                     save_config(config, folder / "config.json")
         return run
-
-    def _write_beginning(self) -> None:
-        """Writes the files that define the run. The last one, config.json, marks them complete."""
-        if self.program.ngram_hash is not None:
-            self.program.ngram_hash.save(self.folder / "hash.json")
-        with atomic_write(self.folder / "texts.json") as partial:
-            partial.write_text(json.dumps(self._texts(), indent=1) + "\n")
-        save_config(self.config, self.folder / "config.json")
 
     @classmethod
     def _check_start(cls, config: Config, folder: Path, reschedule: bool) -> "Run":
         """Creates the run without writing to its folder, so that an error leaves no folder."""
         check_run_path(folder)
-        tokenizer, ngram_hash = _make_hash(config)
+        tokenizer, ngram_hash = _make_hash(config, folder)
         resumes = (folder / "config.json").exists()
         if resumes:
             check_same_run(config, folder, reschedule=reschedule)
             if ngram_hash is not None:
                 ngram_hash = stored_hash(ngram_hash, config, folder)
-        elif folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file; choose a folder for the run.")
-        elif folder.exists() and any(
-            not _INCOMPLETE_START.fullmatch(path.name) for path in folder.iterdir()
-        ):
-            raise InputError(f"{folder} is not empty and holds no run; choose another folder.")
+        else:
+            check_empty(folder)
         run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
         make_config_row_adam(config)  # an error in its betas is found here
         data = config.data
@@ -175,7 +161,7 @@ class Run:
         """
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
         config = without_foreign_kernels(load_config(folder / "config.json"), platform_of(mesh))
-        tokenizer = _load_tokenizer(config)
+        tokenizer = load_run_tokenizer(config, folder)
         ngram_hash = NgramHash.load(folder / "hash.json") if config.memory.layers else None
         return cls._assemble(folder, config, tokenizer, ngram_hash, mesh)
 
@@ -209,7 +195,7 @@ class Run:
         with ExitStack() as stack:
             with collective(f"train in {self.folder}"):
                 if is_leader():
-                    stack.enter_context(_locked(self.folder))
+                    stack.enter_context(lock_run(self.folder))
                 check_same_run(self.config, self.folder)  # another program may have replaced it
             yield
 
@@ -359,29 +345,9 @@ def _warn_of_padding(config: Config) -> None:
         )
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(hold_lock(folder / "lock", wait=False))
-        except BlockingIOError as error:
-            raise InputError(
-                f"Another process is training in {folder}; wait for it, or choose another --run "
-                "folder."
-            ) from error
-        yield
-
-
-def _load_tokenizer(config: Config) -> Tokenizer:
-    data = config.data
-    return load_tokenizer(
-        data.tokenizer, pad_id=data.pad_id, bos_id=data.bos_id, eos_id=data.eos_id
-    )
-
-
-def _make_hash(config: Config) -> tuple[Tokenizer, NgramHash | None]:
+def _make_hash(config: Config, folder: Path) -> tuple[Tokenizer, NgramHash | None]:
     """The tokenizer, and the hash if the model has memory."""
-    tokenizer = _load_tokenizer(config)
+    tokenizer = load_run_tokenizer(config, folder)
     if tokenizer.vocab_size > config.model.vocabulary:
         raise InputError(
             f"Tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces, but the model "

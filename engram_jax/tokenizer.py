@@ -19,10 +19,13 @@ class Tokenizer(Protocol):
     """Converts text to token ids and back.
 
     `fingerprint` is the first 16 hex digits of the SHA-256 of the model file and of special ids
-    that differ from the file's. Implementations can be pickled, for use in data workers.
+    that differ from the file's. `file` is the content of the model file, and `suffix` the ending of
+    its name. Implementations can be pickled, for use in data workers.
     """
 
     name: str
+    file: bytes
+    suffix: str
     vocab_size: int
     pad_id: int
     bos_id: int

@@ -36,6 +36,8 @@ class JsonTokenizer:
     encoding is lossless depends on the file; a byte-level BPE without a normalizer is.
     """
 
+    suffix = ".json"
+
     def __init__(
         self,
         model: bytes,
@@ -71,7 +73,7 @@ class JsonTokenizer:
             backend.model.dropout = None  # equal texts always get equal ids
         self._drops = _may_drop(backend)
         self._backend = backend
-        self._model = model
+        self.file = model
         self.name = name
         # Some ids may be unused. An unused id has an empty piece and decodes to nothing.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -91,7 +93,7 @@ class JsonTokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the file's content."""
         rebuild = partial(JsonTokenizer, pad_id=self.pad_id, bos_id=self.bos_id, eos_id=self.eos_id)
-        return rebuild, (self._model, self.name)
+        return rebuild, (self.file, self.name)
 
     def encode(self, text: str) -> Int32[np.ndarray, "T"]:
         """Return the token ids of a text, without bos, eos or any other special token.

@@ -38,6 +38,8 @@ class SentencePieceTokenizer:
     space, text is normalized, and missing characters become the unknown piece.
     """
 
+    suffix = ".model"
+
     def __init__(
         self,
         model: bytes,
@@ -60,7 +62,7 @@ class SentencePieceTokenizer:
         if processor is None or processor.vocab_size() == 0:
             raise InputError(f"{name} is not a SentencePiece model; give a .model file of one.")
         self._processor = processor
-        self._model = model
+        self.file = model
         self.name = name
         self.vocab_size = processor.vocab_size()
         own = processor.pad_id(), processor.bos_id(), processor.eos_id()
@@ -84,7 +86,7 @@ class SentencePieceTokenizer:
         rebuild = partial(
             SentencePieceTokenizer, pad_id=self.pad_id, bos_id=self.bos_id, eos_id=self.eos_id
         )
-        return rebuild, (self._model, self.name)
+        return rebuild, (self.file, self.name)
 
     def encode(self, text: str) -> Int32[np.ndarray, "T"]:
         """Return the token ids of a text, without bos, eos or any other control piece.

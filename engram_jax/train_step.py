@@ -86,7 +86,7 @@ def forward_backward(
     """
     rows = {layer: of_layer.values for layer, of_layer in read.items()}
     trainable = {} if program.config.memory.frozen else rows
-    target_count = batch.target_mask.sum()
+    target_count = jnp.maximum(batch.target_mask.sum(), 1.0)  # a batch may have no target
 
     def loss_share(
         params: Parameters, trainable: dict[int, Array], micro_batch: MicroBatch

@@ -34,6 +34,7 @@ from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.run import Run
 from engram_jax.sampling import sample
 from engram_jax.sharding import MeshConfig, make_mesh
+from engram_jax.tokenizer import DEFAULT_MODEL
 from engram_jax.trainer import train
 
 
@@ -367,6 +368,28 @@ def saved(trained: Run, tmp_path: Path) -> Run:
     """A copy of the trained run."""
     shutil.copytree(trained.folder, tmp_path / "run")
     return Run.open(tmp_path / "run")
+
+
+def test_a_run_is_read_and_resumed_without_the_files_it_was_made_from(
+    tiny: Config, tmp_path: Path
+) -> None:
+    """Its folder may have moved. A changed tokenizer file changes nothing, either."""
+    file = tmp_path / "mine.model"
+    shutil.copy(DEFAULT_MODEL, file)
+    config = vary(tiny, data={"tokenizer": str(file)})
+    fingerprint = Run.start(config, tmp_path / "run").tokenizer.fingerprint
+    versions = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert versions["jax"] == jax.__version__ and "engram-jax" in versions
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    for content in (b"no model", None):
+        file.unlink() if content is None else file.write_bytes(content)
+        assert Run.open(moved).tokenizer.fingerprint == fingerprint
+        assert Run.start(config, moved).tokenizer.fingerprint == fingerprint
+        with pytest.raises(InputError, match=r"mine\.model"):
+            Run.start(config, tmp_path / "new")
+    (moved / "tokenizer.model").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"tokenizer\.model"):
+        Run.open(moved)
 
 
 def test_a_hash_of_another_tokenizer_is_refused(tiny: Config, saved: Run) -> None:

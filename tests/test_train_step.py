@@ -101,6 +101,18 @@ def test_clipping_scales_parameters_and_merged_rows_by_their_common_norm(
 
 
 @pytest.mark.usefixtures("one_device")
+def test_a_batch_without_targets_has_no_loss_and_no_gradient(tiny: Config, tmp_path: Path) -> None:
+    run = Run.start(tiny, tmp_path / "run")
+    batch = first_batch(run)
+    batch = batch._replace(target_mask=0 * batch.target_mask)
+    with run.program.use_mesh():
+        state = run.program.initial_state()
+        state, metrics = make_train_step(run.program)(state, batch, run.program.row_adam)
+    assert metrics["loss"] == metrics["gradient_norm"] == 0
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.usefixtures("one_device")
 def test_a_step_writes_only_the_rows_that_its_tokens_hash_to(
     smooth: Config, tmp_path: Path
 ) -> None:
