@@ -1,8 +1,11 @@
-"""Evaluates a trained run, with and without its memory: `python eval.py RUN [--flag VALUE …]`.
+"""Evaluates a trained run, with and without its memory.
 
-Prints held-out loss, perplexity and bits per byte of every source, the loss with the memory
-suppressed, statistics of the memory, and a sampled continuation. Writes `eval.json`, a gate map
-(`gates.html`, `gates.png`) and a picture of the statistics (`memory.png`) into the run folder.
+    python eval.py RUN [--flag VALUE …]
+
+Prints held-out loss, perplexity and bits per byte of every source, the loss
+with the memory suppressed, statistics of the memory, and a sampled
+continuation. Writes `eval.json`, a gate map (`gates.html`, `gates.png`) and a
+picture of the statistics (`memory.png`) into the run folder.
 """
 
 import json
@@ -21,6 +24,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import tyro
 
+from engram_jax.command_line import parse_flags
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.sources import resolve_source
 from engram_jax.errors import InputError, one_sentence
@@ -83,7 +87,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         InputError: invalid options, or data that cannot be read.
     """
-    options = tyro.cli(EvalOptions, args=args, prog="eval.py", description=__doc__)
+    options = parse_flags(EvalOptions, args=args, prog="eval.py", description=__doc__ or "")
     options = replace(options, run=options.run.expanduser())
     _check(options)
     text = _given_text(options)

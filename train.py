@@ -1,8 +1,11 @@
-"""Trains or resumes a run: `python train.py [CONFIG] [--run FOLDER] [--SECTION.FIELD VALUE …]`.
+"""Trains or resumes a run.
 
-Common flags: --run, --data.sources, --train.steps, --data.batch-size, --model.width,
---model.layers, --memory.rows-per-head, --optimizer.learning-rate. A list flag without
-values is an empty list (`--memory.layers`: no memory).
+    python train.py [CONFIG] [--run FOLDER] [--SECTION.FIELD VALUE …]
+
+Common flags: --run, --data.sources, --train.steps, --data.batch-size,
+--model.width, --model.layers, --memory.rows-per-head, --optimizer.learning-rate.
+
+A list flag without values is an empty list (`--memory.layers`: no memory).
 """
 
 import os

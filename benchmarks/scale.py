@@ -53,7 +53,7 @@ def measure(name: str, topology: str) -> dict[str, Any]:
     code, config = read_version(), load_named_config(name)
     counted = account(config)
     program = Program.of_sizes(config, topology_mesh(topology, config.mesh))
-    costs = compile_costs(program)
+    costs = dict(compile_costs(program))
     step = costs["training step"]
     vocabulary = 0 if config.model.tie_embeddings else counted.vocabulary  # of the head
     return {

@@ -2,8 +2,12 @@
 
 import difflib
 import importlib
+import io
+import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -69,9 +73,9 @@ def parse[Options](
         program: the command that starts the program; default: the name of its file.
 
     Raises:
-        InputError: an unknown configuration or flag; the message lists the configurations, or the
-            flags of the same group.
-        SystemExit: invalid values, after a message that names them; or `--help`.
+        InputError: an unknown configuration or flag, and then the message lists the configurations
+            or the flags of the same group; or an invalid value.
+        SystemExit: `--help`.
     """
     words = list(sys.argv[1:] if args is None else args)
     name = words.pop(0) if words and not words[0].startswith("-") else "default"
@@ -83,8 +87,11 @@ def parse[Options](
             ("config", Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]),
         ],
     )
-    runs = "\n".join(f"  {name:<20}{line}" for name, line in named_configs().items())
-    parsed, unknown = tyro.cli(
+    runs = "\n".join(
+        textwrap.fill(line, 78, initial_indent=f"  {name:<20}", subsequent_indent=" " * 22)
+        for name, line in named_configs().items()
+    )
+    parsed, unknown = parse_flags(
         command,
         default=command(options(), config),
         args=words,
@@ -94,6 +101,7 @@ def parse[Options](
         config=(tyro.conf.AvoidSubcommands,),  # the named configuration decides a model's parts
     )
     if unknown:
+        _check_part(unknown[0], name, config)
         flags = [*_flags(parsed.options), *_flags(parsed.config)]
         near = difflib.get_close_matches(unknown[0], flags, n=3)
         raise InputError(
@@ -103,6 +111,47 @@ def parse[Options](
             f"{', '.join(_flags_near(unknown[0], flags))} (see --help)."
         )
     return parsed.options, parsed.config
+
+
+def parse_flags(options: Any, *, description: str, **settings: Any) -> Any:
+    """`tyro.cli`, with one sentence instead of a box if a value is invalid.
+
+    The description is printed after the flags, because Tyro would join its lines.
+
+    Raises:
+        InputError: an invalid value.
+        SystemExit: `--help`.
+    """
+    errors = io.StringIO()
+    try:
+        with redirect_stderr(errors):
+            return tyro.cli(options, description="", **settings)
+    except SystemExit as ending:
+        if not ending.code:
+            print(f"\n{description}")
+            raise
+    text = re.split(r"─{3,} ", errors.getvalue().partition("╮")[2])[0]
+    sentence = " ".join(re.sub(r"[│╰─╯]", " ", text).split())
+    # Tyro names a section by its place in the code.
+    sentence = re.sub(r"^Error parsing (config\.)?", "", sentence)
+    raise InputError(f"{sentence.rstrip('.')}. See --help.")
+
+
+def _check_part(flag: str, name: str, config: Config) -> None:
+    """Checks that an unknown flag is not of a part that the configuration does not have.
+
+    Raises:
+        InputError: it is of such a part.
+    """
+    part: Any = config
+    path = flag.removeprefix("--").replace("-", "_").split(".")
+    for count, field in enumerate(path[:-1], 1):
+        part = getattr(part, field, part)
+        if part is None:
+            raise InputError(
+                f"The configuration {name} has no {'.'.join(path[:count])}, so {flag} has no "
+                "effect; give the name of a configuration that has it first."
+            )
 
 
 def _flags_near(unknown: str, flags: Sequence[str]) -> list[str]:

@@ -70,17 +70,27 @@ def test_unknown_flag_lists_the_known(args: list[str], sentence: str, listed: li
     assert all(flag in message for flag in listed) and "--optimizer.b1" not in message
 
 
-def test_value_that_cannot_work_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        parse(Options, "", ["--data.held-out", "3"])
-    assert exit_info.value.code == 2
-    assert "held_out is 3.0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--data.held-out 3", "data: held_out is 3.0; it must be between 0 and 1. See --help."),
+        ("--train.steps x", r"--train.steps: invalid literal for int\(\) with base 10: 'x'."),
+        ("--memory.adam.form foo", "invalid choice 'foo' for argument '--memory.adam.form'. "),
+        ("--train.steps", "Missing value for argument '--train.steps'."),
+        ("--model.experts.routed 8", "The configuration default has no model.experts, so --model"),
+    ],
+)
+def test_an_invalid_value_is_one_sentence(words: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence) as refused:
+        parse(Options, "", words.split())
+    assert "\n" not in str(refused.value) and "│" not in str(refused.value)
 
 
 @pytest.mark.parametrize("program", ["train.py", "eval.py"])
 def test_help_explains_every_flag(program: str, capfd: pytest.CaptureFixture[str]) -> None:
     ended = run_program(capfd, program, "--help")
     assert ended.status == 0, ended.err
+    assert max(map(len, ended.out.splitlines())) <= 80
     flags = re.split(r"^│ (?=--)", ended.out, flags=re.MULTILINE)[1:]
     assert len(flags) >= 5
     for flag in flags:

@@ -270,12 +270,13 @@ def main(args: Sequence[str] | None = None) -> None:
             f"{counted.name:<18}{_short(counted.total):>9}{_short(counted.activated):>11}"
             f"{_short(counted.sparse):>9}{_short(counted.memory):>9}"
             f"{_short(counted.hyper_connections):>9}{counted.allocation:>8.1%}"
-            f"{experts.routed if experts else 0:>9}{_short(counted.forward_flops):>10}"
-            f"{_short(counted.training_flops):>10}{_short(counted.state_bytes):>9}"
+            f"{experts.routed if experts else 0:>9}{_giga(counted.forward_flops):>10}"
+            f"{_giga(counted.training_flops):>10}{_giga(counted.state_bytes):>9}"
             f"{counted.chips:>7}"
         )
     print(
-        "\nParameters; floating-point operations per token; bytes of state per chip.\n"
+        "\nParameters in millions (M) or billions (B); forward and training in GFLOP per token;\n"
+        "state in GB per chip.\n"
         "As in the paper, total includes one vocabulary matrix and activated none; neither includes"
         " mHC."
     )
@@ -284,6 +285,10 @@ def main(args: Sequence[str] | None = None) -> None:
 def _short(number: int | float) -> str:
     """A number in millions or billions."""
     return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _giga(number: int | float) -> str:
+    return f"{number / 1e9:.3g}" if number < 1e9 else f"{number / 1e9:.3f}"
 
 
 def _as_plain(counted: Account) -> Mapping[str, Any]:

@@ -14,6 +14,8 @@ Needs libtpu (`pip install -e '.[tpu]'`).
 import math
 import os
 import re
+import signal
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -120,19 +122,18 @@ def topology_mesh(topology: str, config: MeshConfig) -> jax.sharding.Mesh:
     return make_mesh(config, devices)
 
 
-def compile_costs(program: Program) -> dict[str, Cost]:
-    """Compiles the five programs for a mesh (see the module's docstring)."""
+def compile_costs(program: Program) -> Iterator[tuple[str, Cost]]:
+    """Compiles the five programs for a mesh (see the module's docstring), one after another."""
     state, batch = program.abstract_state(), abstract_batch(program)
     row_adam = program.abstract_row_adam()
-    costs: dict[str, Cost] = {}
     with program.use_mesh():
         key = jax.eval_shape(jax.random.key, 0)
-        costs["first state"] = compile_cost(program.initializer(), key)
+        yield "first state", compile_cost(program.initializer(), key)
         for layer in list(state.tables)[:1]:
             table, plan = state.tables[layer], batch.plan.rows[layer]
             slots = jax.tree.map(_without_first_axis, batch.plan.slots[layer])
             look_up = jax.jit(_look_up(program))
-            costs["lookup"] = compile_cost(look_up, table, plan, slots, row_adam, state.step)
+            yield "lookup", compile_cost(look_up, table, plan, slots, row_adam, state.step)
             gradient = jax.ShapeDtypeStruct(
                 (*plan.places.shape, table.layout.width),
                 jnp.float32,
@@ -141,11 +142,10 @@ def compile_costs(program: Program) -> dict[str, Cost]:
             update = jax.jit(_update(program), donate_argnums=0)
             read = jax.eval_shape(lookup.read_rows, table, plan, row_adam, state.step)
             arguments = table, plan, gradient, read, row_adam, state.step
-            costs["row update"] = compile_cost(update, *arguments)
+            yield "row update", compile_cost(update, *arguments)
         optimize = jax.jit(_optimize(program), donate_argnums=(0, 1))
-        costs["optimizer"] = compile_cost(optimize, state.params, state.optimizer, state.params)
-        costs["training step"] = compile_cost(make_train_step(program), state, batch, row_adam)
-    return costs
+        yield "optimizer", compile_cost(optimize, state.params, state.optimizer, state.params)
+        yield "training step", compile_cost(make_train_step(program), state, batch, row_adam)
 
 
 def compile_cost(jitted: Any, *arguments: Any) -> Cost:
@@ -325,20 +325,26 @@ class Options:
 
 def main() -> None:
     """Parses the command line, compiles, prints a table and the collectives."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C need not wait for the compiler
     jax.config.update("jax_platforms", "cpu")  # do not occupy a TPU of this host
     name = "python -m engram_jax.ahead_of_time"
     options, config = parse(Options, __doc__ or "", program=name)
     mesh = topology_mesh(options.topology, config.mesh)
     program = Program.of_sizes(config, mesh)
     print(f"{config.name} on {mesh.size} chips ({options.topology}), MB per chip and step")
-    print(f"{'':<14}{'arguments':>12}{'temporaries':>13}{'sent':>10}{'compiled in':>13}")
-    costs = compile_costs(program)
-    for name, cost in costs.items():
+    print(
+        f"{'':<14}{'arguments':>12}{'temporaries':>13}{'sent':>10}{'compiled in':>13}", flush=True
+    )
+    print("Compiling; the training step of a large model takes minutes.", file=sys.stderr)
+    for name, cost in compile_costs(program):
         figures = [f"{value / 1e6:,.2f}" for value in (cost.arguments, cost.temporaries, cost.sent)]
-        print(f"{name:<14}{figures[0]:>12}{figures[1]:>13}{figures[2]:>10}{cost.seconds:>11.1f} s")
+        print(
+            f"{name:<14}{figures[0]:>12}{figures[1]:>13}{figures[2]:>10}{cost.seconds:>11.1f} s",
+            flush=True,
+        )
     print("\nCollectives of the training step (number of equal ones first):")
     counts: dict[Collective, int] = defaultdict(int)
-    for part in costs["training step"].collectives:
+    for part in cost.collectives:
         counts[part] += 1
     for part, count in counts.items():
         trips = f"{part.trips} times" if part.trips else "unknown number of times"

@@ -135,7 +135,7 @@ def test_on_v5p_a_step_does_not_grow_with_the_table(mesh: jax.sharding.Mesh, wid
 def test_the_whole_step_of_the_default_run_compiles() -> None:
     config = load_named_config("default")
     program = Program.of_sizes(config, topology_mesh(TOPOLOGY, config.mesh))
-    costs = compile_costs(program)
+    costs = dict(compile_costs(program))
     assert set(costs) == {"first state", "lookup", "row update", "optimizer", "training step"}
     step = costs["training step"]
     assert step.temporaries > costs["lookup"].temporaries > 0
