@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from engram_jax.errors import InputError
 from engram_jax.layers.attention import Attention, AttentionConfig
 from engram_jax.layers.embedding import look_up
-from engram_jax.layers.engram import Engram, EngramConfig
+from engram_jax.layers.engram import Engram, EngramConfig, MemoryHealth, inspect_health
 from engram_jax.layers.feed_forward import FeedForward
 from engram_jax.layers.hyper_connections import (
     HyperConnection,
@@ -126,11 +126,13 @@ class BlockReport(NamedTuple):
         gate: Engram's gates.
         load: how many tokens chose each expert.
         mixing_error: largest error of a column sum of H_res.
+        health: signs of an inert memory.
     """
 
     gate: Float[Array, "B T M"] | None
     load: Array | None
     mixing_error: Float[Array, ""] | None
+    health: MemoryHealth | None
 
 
 class Report(NamedTuple):
@@ -140,11 +142,13 @@ class Report(NamedTuple):
         gates: gates of the Engram layers, by layer id.
         loads: how many tokens chose each expert, by the id of a layer with experts.
         mixing_error: largest error of a column sum of any H_res; None without hyper-connections.
+        health: signs of an inert memory, by layer id.
     """
 
     gates: Gates
     loads: dict[int, Array]
     mixing_error: Float[Array, ""] | None
+    health: dict[int, MemoryHealth]
 
 
 class Block(nnx.Module):
@@ -200,9 +204,10 @@ class Block(nnx.Module):
         token_mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T M D"], BlockReport]:
         """Returns the new residual stream and diagnostics. Without memory, Engram adds nothing."""
-        gate = load = mappings = later = None
+        gate = load = mappings = later = health = None
         if memory is not None and not self.single_fusion:
             fused, gate = self.engram(x, memory, segments, token_mask)
+            health = inspect_health(x, fused, gate)
             x += fused
 
         if hasattr(self, "attention_connection"):
@@ -210,6 +215,7 @@ class Block(nnx.Module):
         h = read(x, mappings)
         if memory is not None and self.single_fusion:
             fused, gate = self.engram(h[:, :, None], memory, segments, token_mask)
+            health = inspect_health(h[:, :, None], fused, gate)
             added = fused[:, :, 0]
             y = added + self.attention(self.attention_norm(h + added), segments, positions)
         else:
@@ -228,7 +234,7 @@ class Block(nnx.Module):
         error = None
         if mappings is not None and later is not None:
             error = jnp.maximum(column_error(mappings.mix), column_error(later.mix))
-        return x, BlockReport(gate, load, error)
+        return x, BlockReport(gate, load, error, health)
 
 
 def run_block(
@@ -332,6 +338,7 @@ class Decoder(nnx.Module):
             gates={i: report.gate for i, report in enumerate(reports) if report.gate is not None},
             loads={i: report.load for i, report in enumerate(reports) if report.load is not None},
             mixing_error=jnp.max(jnp.stack(errors)) if errors else None,
+            health={i: report.health for i, report in enumerate(reports) if report.health},
         )
 
     def _run_blocks(

@@ -6,7 +6,7 @@ The layer takes the concatenated rows as an argument. It does not depend on wher
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,35 @@ class EngramConfig:
     def __post_init__(self) -> None:
         if min(self.kernel, self.dilation) < 1:
             raise InputError("engram.kernel and engram.dilation must be at least 1.")
+
+
+class MemoryHealth(NamedTuple):
+    """Signs of an inert memory, over all tokens and branches.
+
+    Attributes:
+        open: share of the gates above 0.95.
+        closed: share of the gates below 0.05.
+        strength: RMS of what the layer adds, relative to the RMS of the residual stream that it is
+            added to.
+    """
+
+    open: Float[Array, "*steps"]
+    closed: Float[Array, "*steps"]
+    strength: Float[Array, "*steps"]
+
+
+def inspect_health(
+    hidden: Float[Array, "B T M D"], added: Float[Array, "B T M D"], gates: Float[Array, "B T M"]
+) -> MemoryHealth:
+    """The health of a layer that adds `added` to `hidden`."""
+
+    def mean_square(stream: Array) -> Array:
+        return jnp.mean(jnp.square(stream.astype(jnp.float32)))
+
+    ratio = mean_square(added) / jnp.maximum(mean_square(hidden), 1e-30)
+    return jax.lax.stop_gradient(
+        MemoryHealth(jnp.mean(gates > 0.95), jnp.mean(gates < 0.05), jnp.sqrt(ratio))
+    )
 
 
 class Engram(nnx.Module):
