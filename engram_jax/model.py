@@ -26,7 +26,7 @@ from engram_jax.layers.hyper_connections import (
 from engram_jax.layers.latent_attention import LatentAttention, LatentAttentionConfig
 from engram_jax.layers.mixture_of_experts import ExpertsConfig, MixtureOfExperts
 from engram_jax.layers.norms import RMSNorm
-from engram_jax.layers.over_encoding import OverEncoding
+from engram_jax.layers.over_encoding import AddedRows, OverEncoding
 from engram_jax.parameters import VocabularyMatrix
 from engram_jax.sharding import gather_parameters, split_axes
 
@@ -109,12 +109,14 @@ class MemorySites:
         layers: zero-based ids of the blocks that begin with an Engram layer.
         over_encoding: the memory of layer 0 is averaged with the input embedding, and no block has
             an Engram layer.
+        added: instead, it is added to the input embedding.
         width: memory width E.
         orders: number of n-gram orders, N−1.
     """
 
     layers: tuple[int, ...] = ()
     over_encoding: bool = False
+    added: bool = False
     width: int = 0
     orders: int = 0
 
@@ -286,13 +288,15 @@ class Decoder(nnx.Module):
                 init(rngs.params(), (config.vocabulary, config.width)), role=VocabularyMatrix()
             )
         if sites.over_encoding:
-            self.over_encoding = OverEncoding(
+            self.over_encoding: OverEncoding | AddedRows = OverEncoding(
                 config.width,
                 sites.width,
                 sites.orders,
                 dtype=jnp.dtype(config.dtype),
                 rngs=nnx.Rngs(params=rngs.memory()),
             )
+        elif sites.added:
+            self.over_encoding = AddedRows(config.width)
         self.config = config
 
     def __call__(

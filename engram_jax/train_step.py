@@ -189,8 +189,9 @@ def step_metrics(
         metrics["expert_load_mean"] = jnp.mean(largest)
     if report.mixing_error is not None:
         metrics["mixing_error"] = jnp.max(report.mixing_error)
-    for layer, health in report.health.items():
-        metrics[f"gates_open_{layer}"] = jnp.mean(health.open)
-        metrics[f"gates_closed_{layer}"] = jnp.mean(health.closed)
-        metrics[f"memory_strength_{layer}"] = jnp.mean(health.strength)
+    for layer, by_micro_batch in report.health.items():
+        health = jax.tree.map(jnp.mean, by_micro_batch)
+        metrics[f"gates_open_{layer}"] = health.open
+        metrics[f"gates_closed_{layer}"] = health.closed
+        metrics[f"memory_strength_{layer}"] = health.strength
     return metrics

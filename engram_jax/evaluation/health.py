@@ -26,14 +26,13 @@ class HealthStudy:
             self._batches[layer].append(health)
 
     def report(self) -> dict[int, dict[str, float]]:
-        """Means over the batches, by layer id: "open", "closed", "strength" (`MemoryHealth`)."""
-        return {
-            layer: {
-                name: float(np.mean([getattr(health, name) for health in batches]))
-                for name in MemoryHealth._fields
-            }
-            for layer, batches in self._batches.items()
-        }
+        """Over all batches, by layer id: "open", "closed" and "strength" of `MemoryHealth`."""
+        reports = {}
+        for layer, batches in self._batches.items():
+            health = MemoryHealth(*np.mean(batches, axis=0))
+            named = {"open": health.open, "closed": health.closed, "strength": health.strength}
+            reports[layer] = {name: float(value) for name, value in named.items()}
+        return reports
 
 
 def warn_of_inert(health: dict[int, dict[str, float]]) -> list[str]:
