@@ -35,6 +35,17 @@ class HealthStudy:
         return reports
 
 
+def format_health(health: dict[int, dict[str, float]]) -> str:
+    """A table with a line per memory layer, and the warnings."""
+    lines = [f"{'layer':>5}  {'gates > 0.95':>12}  {'< 0.05':>6}  {'added / stream (RMS)':>20}"]
+    for layer, of_layer in health.items():
+        lines.append(
+            f"{layer:>5}  {of_layer['open']:>12.1%}  {of_layer['closed']:>6.1%}  "
+            f"{of_layer['strength']:>20.3f}"
+        )
+    return "\n".join([*lines, *(f"Warning: {line}" for line in warn_of_inert(health))])
+
+
 def warn_of_inert(health: dict[int, dict[str, float]]) -> list[str]:
     """One sentence for every layer whose memory adds almost nothing."""
     return [
