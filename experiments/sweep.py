@@ -39,6 +39,7 @@ from configs.small import Kind, small_config
 from engram_jax.command_line import load_named_config
 from engram_jax.config import Config, MemoryConfig
 from engram_jax.costs.accounting import account
+from engram_jax.data.corpus import Corpus
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.evaluation.health import HealthStudy, warn_of_inert
 from engram_jax.evaluation.held_out import Scorer, evaluate_held_out, make_scorer, pool
@@ -373,7 +374,7 @@ def measure(run: Run, weights: Weights) -> dict[str, Any]:
     - health: by layer id (`HealthStudy`).
     """
     corpora = run.corpora()
-    prose = [corpus for corpus in corpora if corpus.name in PROSE] or corpora
+    prose = prose_of(corpora)
     rest = [corpus for corpus in corpora if corpus not in prose]
     program, study = run.program, HealthStudy()
     scorer = make_scorer(program)
@@ -396,6 +397,11 @@ def measure(run: Run, weights: Weights) -> dict[str, Any]:
         if health := study.report():
             figures["health"] = health
     return figures
+
+
+def prose_of(corpora: Sequence[Corpus]) -> list[Corpus]:
+    """The corpora of prose; all, if there is none."""
+    return [corpus for corpus in corpora if corpus.name in PROSE] or list(corpora)
 
 
 @cache
