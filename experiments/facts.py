@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,7 @@ def _training_texts(facts: Sequence[Fact], held_out: float) -> Iterator[str]:
         texts = [f"{opening} {fact.sentence()}" for opening in _OPENINGS]
         train = [text for text in texts if not _is_held_out(text, held_out)]
         if fact.times:
-            assert len(train) >= fact.times
-            yield from train[: fact.times]
+            yield from islice(cycle(train), fact.times)
         else:
             yield from [text for text in texts if _is_held_out(text, held_out)][:1]
 

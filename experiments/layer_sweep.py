@@ -23,9 +23,10 @@ def arms(family: Family) -> Sequence[Arm]:
     """Memory in every layer alone, and in two pairs, each with half of the rows."""
     config = family("engram")
     last = config.model.layers - 1
-    sites = [(layer,) for layer in range(last + 1)]
+    sites: list[tuple[int, ...]] = [(layer,) for layer in range(last + 1)]
+    pairs = dict.fromkeys((1, site) for site in (1 + last // 2, last) if site > 1)
     found = [Arm(BASELINE, without_memory(config))]
-    for layers in [*sites, (1, 1 + last // 2), (1, last)]:
+    for layers in [*sites, *pairs]:
         rows = tuple(of_order // len(layers) for of_order in config.memory.rows_per_head)
         memory = replace(config.memory, layers=layers, rows_per_head=rows)
         title = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} and {layers[1]}"

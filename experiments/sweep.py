@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -473,6 +474,8 @@ def draw_points(axes: Axes, x: Floats, values: Sequence[Floats], color: str, lab
 def main(experiment: Experiment) -> None:
     """Parses the command line, runs the experiment, and prints its table."""
     with one_sentence():
+        # Outside of training, where the trainer handles it: ends the helpers, too.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         options = tyro.cli(Options, prog=f"experiments.{experiment.name}")
         run_experiment(experiment, options)
         print(options.path(experiment).with_suffix(".md").read_text("utf-8"))

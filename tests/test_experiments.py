@@ -1,5 +1,6 @@
 """Every experiment in its smallest form: two steps of tiny models, from nothing to the plot."""
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -8,7 +9,8 @@ import pytest
 from tiny_runs import on_devices, vary
 
 from engram_jax.checkpoint import Checkpoints
-from experiments import memory_law
+from engram_jax.layers.mixture_of_experts import ExpertsConfig
+from experiments import facts, memory_law
 from experiments.sweep import Options, run_experiment
 
 
@@ -25,7 +27,7 @@ def family(tiny):
     """The tiny model as Engram, OverEncoding, or without memory."""
     kinds = {
         "dense": {"layers": ()},
-        "engram": {},
+        "engram": {"rows_per_head": (100, 100)},
         "over_encoding": {"layers": (0,), "fusion": "over_encoding"},
     }
     return lambda kind: vary(tiny, memory=kinds[kind])
@@ -39,6 +41,51 @@ def options(tmp_path):
 def without_times(path):
     records = json.loads(path.read_text())["runs"]
     return [{name: part for name, part in of.items() if name != "measured"} for of in records]
+
+
+SMALLEST = {
+    "memory_law": ("no memory", "Engram, rows × 1", "OverEncoding, rows × 0.1"),
+    "controls": ("Engram", "no memory", "no memory, equal time"),
+    "ablations": ("Engram", "no gate"),
+    "allocation": ("ρ 0.75",),
+    "layer_sweep": ("no memory", "layer 1"),
+    "where_it_helps": ("no memory", "Engram"),
+    "facts": ("no memory", "Engram"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One folder for all experiments, so that equal runs are trained once."""
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_smallest_form_from_nothing_to_the_plot(name, family, folder, monkeypatch):
+    monkeypatch.setattr(facts, "FOLDER", folder / "text")
+    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    if name == "allocation":  # it is between experts and table rows
+        experts = ExpertsConfig(routed=10, shared=1, active=2, width=16)
+        engram = vary(family("engram"), model={"experts": experts})
+        family = {"engram": engram}.get
+    options = Options(
+        steps=2,
+        seeds=2 if name == "memory_law" else 1,
+        only=SMALLEST[name],
+        runs=folder / "runs",
+        results=folder / "results",
+    )
+    results = run_experiment(experiment, options, family)
+    assert set(results.labels()) == set(SMALLEST[name])
+    path = options.path(experiment)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    table = path.with_suffix(".md").read_text()
+    assert all(f"| {label} |" in table for label in SMALLEST[name])
+
+    for suffix in (".png", ".md"):
+        path.with_suffix(suffix).unlink()
+    run_experiment(experiment, replace(options, plot_only=True, runs=folder / "none"))
+    assert path.with_suffix(".md").read_text() == table and path.with_suffix(".png").exists()
 
 
 LAW = ("no memory", "Engram, rows × 1", "OverEncoding, rows × 0.1")
