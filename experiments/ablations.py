@@ -15,7 +15,8 @@ from dataclasses import replace
 from functools import partial
 
 from engram_jax.config import Config
-from experiments.sweep import Arm, Experiment, Family, draw_differences, main
+from experiments.report import draw_differences
+from experiments.sweep import Arm, Experiment, Family, main
 
 BASELINE = "Engram"
 

@@ -16,11 +16,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from engram_jax.costs.accounting import account, allocate
+from experiments.report import draw_points
 from experiments.results import Results
-from experiments.sweep import Arm, Experiment, Family, draw_points, main
+from experiments.sweep import Arm, Experiment, Family, main
 
-# Time of a step relative to that of ρ = 0.75, by ρ: the ratio of tokens/s of `2m` on two CPU cores.
-TIMES = {0.25: 1.0, 0.4: 1.0, 0.6: 1.0, 0.75: 1.0, 0.9: 1.0, 1.0: 1.0}
+SHARES = (0.25, 0.4, 0.6, 0.75, 0.9, 1.0)
 OWN = 0.75  # the family's own allocation
 BASELINE = f"ρ {OWN}"
 
@@ -30,7 +30,7 @@ def arms(family: Family) -> Sequence[Arm]:
     config = family("engram")
     own = account(config)
     found, timed = [], []
-    for share, time in TIMES.items():
+    for share in SHARES:
         allocated = config if share == OWN else allocate(config, share)
         counted = account(allocated)
         for name, most in (("total", 0.005), ("activated", 0.015), ("training_flops", 0.01)):
@@ -38,7 +38,8 @@ def arms(family: Family) -> Sequence[Arm]:
             assert abs(ratio - 1) < most, f"ρ {share}: {name} is {ratio:.3f} of that of ρ {OWN}"
         found.append(Arm(f"ρ {share}", allocated))
         if share != OWN:
-            timed.append(Arm(f"ρ {share}, equal time", allocated, steps=1 / time))
+            both = f"ρ {share}", BASELINE
+            timed.append(Arm(f"ρ {share}, equal time", allocated, same_time=both))
     return [*found, *timed]
 
 
@@ -49,7 +50,7 @@ def draw(results: Results, figure: Figure) -> str:
         ("", "#3b6fd4", "equal steps and FLOPs"),
         (", equal time", "#f4544a", "equal wall-clock time"),
     ):
-        labels = [f"ρ {share}" if share == OWN else f"ρ {share}{suffix}" for share in TIMES]
+        labels = [f"ρ {share}" if share == OWN else f"ρ {share}{suffix}" for share in SHARES]
         present = [label for label in labels if results.of(label)]
         shares = np.array([float(label.split()[1].rstrip(",")) for label in present])
         losses = [results.values(label, "loss", "prose") for label in present]

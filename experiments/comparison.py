@@ -11,11 +11,9 @@ Cost: 4 configurations × 3 seeds, five minutes each on two CPU cores.
 from collections.abc import Sequence
 from functools import partial
 
-from experiments.sweep import Arm, Experiment, Family, draw_differences, main
+from experiments.report import draw_differences
+from experiments.sweep import Arm, Experiment, Family, main
 
-# Time of a step of the default model relative to its dense twin, on two CPU cores
-# (`python -m benchmarks.throughput`).
-WALL_CLOCK = 1.137
 BASELINE = "dense"
 
 
@@ -23,7 +21,7 @@ def arms(family: Family) -> Sequence[Arm]:
     """Every kind of model of the size."""
     dense, engram = family("dense"), family("engram")
     if engram.model.experts is None:
-        other = Arm("dense, equal time", dense, steps=WALL_CLOCK)
+        other = Arm("dense, equal time", dense, same_time=(BASELINE, "Engram"))
     else:
         other = Arm("mixture of experts", family("moe"))
     over_encoding = Arm("OverEncoding", family("over_encoding"))

@@ -26,8 +26,10 @@ from engram_jax.evaluation.held_out import evaluate_held_out, make_scorer
 from engram_jax.files import atomic_write
 from engram_jax.run import Run
 from engram_jax.train_state import Weights
+from experiments.report import draw_points
 from experiments.results import Results, mean_and_error
-from experiments.sweep import Arm, Experiment, Family, draw_points, main, without_memory
+from experiments.settings import without_memory
+from experiments.sweep import Arm, Experiment, Family, main
 
 FOLDER = Path("runs/experiments/facts_text")
 TIMES = (0, 1, 4, 16)

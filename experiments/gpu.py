@@ -12,11 +12,11 @@ import time
 
 import tyro
 
-from experiments.allocation import TIMES
+from experiments.allocation import SHARES
 
-# Without the allocation's runs for equal time, because their numbers of steps are for a CPU.
+# Without the allocation's runs for equal time, because processes that share a GPU slow each other.
 COMMANDS = {
-    "allocation": ["--only", *(f"ρ {share}" for share in TIMES)],
+    "allocation": ["--only", *(f"ρ {share}" for share in SHARES)],
     "memory_law": [],
 }
 

@@ -13,8 +13,10 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.report import draw_points
 from experiments.results import Results
-from experiments.sweep import Arm, Experiment, Family, draw_points, main, without_memory
+from experiments.settings import without_memory
+from experiments.sweep import Arm, Experiment, Family, main
 
 BASELINE = "no memory"
 

@@ -14,8 +14,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs.small import Kind
+from experiments.report import draw_points
 from experiments.results import Results, mean_and_error
-from experiments.sweep import Arm, Experiment, Family, draw_points, main, without_memory
+from experiments.settings import without_memory
+from experiments.sweep import Arm, Experiment, Family, main
 
 FACTORS = (0.1, 0.32, 1, 3.2, 10)  # rows of a head, relative to those of `engram_2m`, 9,216
 KINDS: dict[Kind, str] = {"engram": "Engram", "over_encoding": "OverEncoding"}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from engram_jax.config import TrainConfig
 from engram_jax.errors import InputError
 from engram_jax.files import atomic_write
 
@@ -94,15 +95,15 @@ class Results:
             baseline: the label that the others are compared with, paired by seed.
         """
         lines = [
-            "| | seeds | parameters | held-out loss | difference, paired by seed "
+            "| | seeds | steps | parameters | held-out loss | difference, paired by seed "
             "| memory dropped | gates > 0.95, < 0.05 | added / stream | tokens/s |",
-            "|---|---|---|---|---|---|---|---|---|",
+            f"{'|---' * 10}|",
         ]
         for label in self.labels():
             runs = self.of(label)
             difference = self.differences(label, baseline, "loss", "prose")
             cells = [
-                str(len(runs)),
+                f"{len(runs)} | {steps_of(runs[0])}",
                 f"{runs[0]['account']['total'] / 1e6:.2f} M",
                 mean_and_error(self.values(label, "loss", "prose")),
                 "" if label == baseline else mean_and_error(difference, "+"),
@@ -119,6 +120,11 @@ class Results:
             "are means over layers and held-out tokens.",
         ]
         return "\n".join(lines)
+
+
+def steps_of(record: Record) -> int:
+    """The number of training steps of a run."""
+    return int(record["settings"].get("train.steps", TrainConfig().steps))
 
 
 def mean_and_error(values: Floats, sign: str = "") -> str:

@@ -14,7 +14,8 @@ from functools import partial
 from typing import get_args
 
 from engram_jax.memory.row_adam import RowAdamForm
-from experiments.sweep import Arm, Experiment, Family, draw_differences, main
+from experiments.report import draw_differences
+from experiments.sweep import Arm, Experiment, Family, main
 
 FORMS: tuple[RowAdamForm, ...] = get_args(RowAdamForm.__value__)
 FACTORS = (1.0, 2.5, 5.0, 10.0)

@@ -27,8 +27,11 @@ from engram_jax.hashing import HashSpec, NgramHash
 from engram_jax.run import Run
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import Weights
+from experiments.measure import prose_of
+from experiments.report import STYLE
 from experiments.results import Floats, Results, standard_error
-from experiments.sweep import STYLE, Arm, Experiment, Family, main, prose_of, without_memory
+from experiments.settings import without_memory
+from experiments.sweep import Arm, Experiment, Family, main
 from experiments.token_classes import CLASSES, classify
 
 BLOCKS = 20  # of documents
