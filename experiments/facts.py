@@ -72,10 +72,14 @@ class Fact:
 
 def make_facts() -> list[Fact]:
     """All facts; always the same."""
-    generator = np.random.default_rng(0)
+    generator, used = np.random.default_rng(0), set[str]()
 
     def name() -> str:
-        return "".join(str(generator.choice(letters)) for letters in _SYLLABLES).capitalize()
+        while True:
+            drawn = "".join(str(generator.choice(letters)) for letters in _SYLLABLES).capitalize()
+            if drawn not in used:
+                used.add(drawn)
+                return drawn
 
     facts = []
     for number in range(FACTS * len(TIMES)):

@@ -208,6 +208,7 @@ def test_a_key_depends_on_what_differs_from_the_defaults_and_changes_results(tin
     assert measured != key(tiny)
 
 
+@pytest.mark.slow
 def test_controls_ablations_and_allocation_keep_what_they_promise():
     def counted(module):
         arms = module.EXPERIMENT.arms(partial(small_config, size="2m"))
