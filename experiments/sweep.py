@@ -93,7 +93,8 @@ class Options:
     """What to run.
 
     Attributes:
-        size: size of the small family; "default" is the default model, for `comparison` alone.
+        size: size of the small family; "default" is the default model, for `comparison` and
+            `row_optimizers`.
         steps: optimizer steps of 2,048 tokens; by default 500, and 1,000 for the default model.
         seeds: runs of every configuration, with seeds 0, 1, …
         jobs: processes that train at the same time.

@@ -17,7 +17,7 @@ from engram_jax.data.token_cache import build_corpus
 from engram_jax.errors import InputError
 from engram_jax.layers.mixture_of_experts import ExpertsConfig
 from engram_jax.tokenizer import load_tokenizer
-from experiments import facts, memory_law
+from experiments import allocation, facts, memory_law
 from experiments.results import Results
 from experiments.settings import settings, without_memory
 from experiments.sweep import Arm, Options, Task, run_experiment
@@ -68,6 +68,23 @@ SMALLEST = {
 def folder(tmp_path_factory):
     """One folder for all experiments, so that equal runs are trained once."""
     return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SMALLEST, "comparison", "row_optimizers"])
+def test_every_arm_trains(name, family, folder, monkeypatch):
+    """Allocations of such a small model are not of equal size, so `allocate` is left out."""
+    monkeypatch.setattr(facts, "FOLDER", folder / "text")
+    monkeypatch.setattr(facts, "FACTS", 3)
+    monkeypatch.setattr(allocation, "allocate", lambda config, share: config)
+    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    options = Options(steps=2, seeds=1, runs=folder / "runs", results=folder / "every arm")
+    deeper = {kind: vary(family(kind), model={"layers": 4}) for kind in ("engram", "over_encoding")}
+    deeper["dense"] = vary(family("dense"), model={"layers": 4})
+    arms = experiment.arms(deeper.__getitem__)
+    results = run_experiment(experiment, options, deeper.__getitem__)
+    # There are no speeds of two steps, so arms of equal time cannot be trained.
+    assert results.labels() == [arm.label for arm in arms if arm.same_time is None]
 
 
 @pytest.mark.parametrize("name", SMALLEST)
