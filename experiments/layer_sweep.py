@@ -50,7 +50,7 @@ def draw(results: Results, figure: Figure) -> str:
     axes.set_xticks(ids)
     axes.set_xlabel("layer id")
     axes.set_ylabel("held-out loss, nats per token of prose")
-    axes.legend(frameon=False)
+    axes.legend(edgecolor="none")
     return ""
 
 

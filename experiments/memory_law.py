@@ -41,6 +41,8 @@ def draw(results: Results, figure: Figure) -> str:
     axes, remarks = figure.subplots(), []
     for title, color in zip(KINDS.values(), ("#3b6fd4", "#f4544a"), strict=True):
         labels = [label for label in results.labels() if label.startswith(title)]
+        if not labels:
+            continue
         rows = np.array([results.of(label)[0]["account"]["rows"] for label in labels])
         losses = [results.values(label, "loss", "prose") for label in labels]
         draw_points(axes, rows, losses, color, title)

@@ -109,7 +109,7 @@ class Results:
                 "" if label == baseline else mean_and_error(difference, "+"),
                 mean_and_error(self.values(label, "dropped"), "+") if "dropped" in runs[0] else "",
                 *_health_cells(runs),
-                f"{np.median(self.values(label, 'measured', 'tokens_per_second')):,.0f}",
+                _speed(self.values(label, "measured", "tokens_per_second")),
             ]
             lines.append(f"| {label} | {' | '.join(cells)} |")
         lines += [
@@ -138,6 +138,11 @@ def mean_and_error(values: Floats, sign: str = "") -> str:
 def standard_error(values: Floats) -> float:
     """Standard error of the mean; NaN for one value."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def _speed(tokens_per_second: Floats) -> str:
+    known = tokens_per_second[np.isfinite(tokens_per_second)]
+    return f"{np.median(known):,.0f}" if len(known) else ""
 
 
 def _health_cells(runs: Iterable[Record]) -> list[str]:

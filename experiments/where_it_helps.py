@@ -103,7 +103,7 @@ def _text(piece: str) -> str:
 def _seen(number: int) -> str:
     """The name of a bin of `frequency_bins`."""
     least = 2**number // 2
-    return f"seen {least} times" if number < 2 else f"seen {least}–{2 * least - 1} times"
+    return ("never seen", "seen once")[number] if number < 2 else f"seen {least}–{2 * least - 1} ×"
 
 
 def draw(results: Results, figure: Figure) -> str:

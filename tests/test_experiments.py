@@ -17,7 +17,7 @@ from engram_jax.data.token_cache import build_corpus
 from engram_jax.errors import InputError
 from engram_jax.layers.mixture_of_experts import ExpertsConfig
 from engram_jax.tokenizer import load_tokenizer
-from experiments import allocation, facts, memory_law
+from experiments import allocation, facts, memory_law, row_optimizers
 from experiments.results import Results
 from experiments.settings import settings, without_memory
 from experiments.sweep import Arm, Options, Task, run_experiment
@@ -77,6 +77,8 @@ def test_every_arm_trains(name, family, folder, monkeypatch):
     monkeypatch.setattr(facts, "FOLDER", folder / "text")
     monkeypatch.setattr(facts, "FACTS", 3)
     monkeypatch.setattr(allocation, "allocate", lambda config, share: config)
+    monkeypatch.setattr(memory_law, "FACTORS", (1,))
+    monkeypatch.setattr(row_optimizers, "FACTORS", (10.0,))
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
     options = Options(steps=2, seeds=1, runs=folder / "runs", results=folder / "every arm")
     deeper = {kind: vary(family(kind), model={"layers": 4}) for kind in ("engram", "over_encoding")}
