@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from engram_jax.costs.accounting import account, allocate
-from experiments.report import draw_points
+from experiments.report import draw_points, time_taken
 from experiments.results import Results
 from experiments.sweep import Arm, Experiment, Family, main
 
@@ -44,7 +44,7 @@ def arms(family: Family) -> Sequence[Arm]:
 
 
 def draw(results: Results, figure: Figure) -> str:
-    """Loss against ρ, for equal steps and for equal time."""
+    """Loss against ρ, for equal steps and for equal time; returns the times."""
     axes = figure.subplots()
     for suffix, color, title in (
         ("", "#3b6fd4", "equal steps and FLOPs"),
@@ -59,7 +59,8 @@ def draw(results: Results, figure: Figure) -> str:
     axes.set_xlabel("ρ, the experts' share of the sparse parameters")
     axes.set_ylabel("held-out loss, nats per token of prose")
     axes.legend(frameon=False)
-    return ""
+    timed = [label for label in results.labels() if label.endswith("equal time")]
+    return "\n".join(time_taken(results, label, BASELINE) for label in timed)
 
 
 EXPERIMENT = Experiment("allocation", arms, BASELINE, draw)

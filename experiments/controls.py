@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from engram_jax.config import Config
 from engram_jax.costs.accounting import account
-from experiments.report import draw_differences
+from experiments.report import draw_differences, time_taken
 from experiments.results import Results, mean_and_error
 from experiments.settings import without_memory
 from experiments.sweep import Arm, Experiment, Family, main
@@ -70,10 +70,11 @@ def widen(config: Config, flops: float) -> Config:
 
 
 def draw(results: Results, figure: Figure) -> str:
-    """The differences to Engram; returns the loss with another hash."""
+    """The differences to Engram; returns the loss with another hash, and the time of the twin."""
     draw_differences(results, figure, BASELINE)
     increase = results.values(BASELINE, "other_hash")
-    return f"- {BASELINE}, rows looked up with another hash: {mean_and_error(increase, '+')}."
+    hashed = f"- {BASELINE}, rows looked up with another hash: {mean_and_error(increase, '+')}."
+    return f"{hashed}\n{time_taken(results, 'no memory, equal time', BASELINE)}"
 
 
 EXPERIMENT = Experiment("controls", arms, BASELINE, draw)

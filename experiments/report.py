@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from engram_jax.errors import InputError
 from engram_jax.files import atomic_write
-from experiments.results import Floats, Results, standard_error
+from experiments.results import Floats, Results, standard_error, steps_of
 
 STYLE: dict[str, Any] = {"fmt": "o", "capsize": 3, "markersize": 6}
 
@@ -62,6 +62,22 @@ def draw_differences(results: Results, figure: Figure, baseline: str) -> str:
     axes.invert_yaxis()
     axes.set_xlabel(f"held-out loss minus that of “{baseline}”, nats per token of prose")
     return ""
+
+
+def time_taken(results: Results, label: str, other: str) -> str:
+    """A line for below the table: the training time of a label relative to that of another."""
+    speed = "measured", "tokens_per_second"
+    seconds = [
+        steps_of(results.of(each)[0]) / np.median(results.values(each, *speed))
+        for each in (label, other)
+        if results.of(each)
+    ]
+    if len(seconds) < 2:
+        return ""
+    steps, ratio = steps_of(results.of(label)[0]), seconds[0] / seconds[1]
+    return (
+        f"- {label}: its {steps} steps took {ratio:.2f} of the time of {other} (tokens/s, medians)."
+    )
 
 
 def draw_points(axes: Axes, x: Floats, values: Sequence[Floats], color: str, label: str) -> None:

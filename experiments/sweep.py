@@ -309,7 +309,7 @@ class _Worker:
         """The record of an equal run of any experiment, with this task's label."""
         for path in sorted(self._options.results.glob("*.json")):
             for record in Results.read(path).records:
-                if record["key"] == task.key(config):
+                if record.get("key") == task.key(config):
                     return record | {"label": task.arm.label}
         return None
 
