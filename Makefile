@@ -29,7 +29,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --dur
 
 .PHONY: help
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 .PHONY: train
 train: $(VENV)/.installed  ## set up, then train the default run (ARGS="dense --train.steps 10" for another)
@@ -54,6 +54,10 @@ test-all: lint typecheck  ## like test, with the slow tests
 .PHONY: gpu
 gpu: $(VENV)/.installed-dev  ## on one GPU, 12 minutes: tests, kernels compared with XLA, tokens/s
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+.PHONY: gpu-experiments
+gpu-experiments: $(VENV)/.installed  ## on one GPU, 14 minutes: allocation and memory law of the small family's 10m
+	$(BIN)/python -m experiments.gpu $(ARGS)
 
 .PHONY: faults
 faults: $(VENV)/.installed-dev  ## put faults into copies of the tree, and check that tests find them

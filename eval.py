@@ -29,7 +29,8 @@ from engram_jax.data.corpus import Corpus
 from engram_jax.data.sources import resolve_source
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.evaluation.gate_map import read_gates, write_html, write_png
-from engram_jax.evaluation.held_out import make_scorer
+from engram_jax.evaluation.health import HealthStudy, format_health
+from engram_jax.evaluation.held_out import ScoredBatch, Scorer, Suppress, make_scorer
 from engram_jax.evaluation.memory_report import (
     MemoryStudy,
     format_memory,
@@ -123,10 +124,7 @@ def main(args: Sequence[str] | None = None) -> None:
         written += [options.run / "gates.html", options.run / "gates.png"]
         means = {str(layer): gates.mean() for layer, gates in gate_map.gates.items()}
         results["gates"] = {"text": text, "mean": means}
-    report = evaluate(
-        run.program, scorer, weights, corpora, max_tokens=options.max_tokens, watch=study
-    )
-    results["held_out"], printed = to_json(report), format_report(report)
+    printed = _score(options, run, weights, corpora, scorer, study, results)
     if study:
         found = study.report()
         printed += f"\n\n{format_memory(found)}"
@@ -175,6 +173,34 @@ def _study(run: Run, weights: Weights) -> MemoryStudy:
         raise InputError(
             f"{error} Or skip the statistics of the memory: --no-statistics."
         ) from error
+
+
+def _score(
+    options: EvalOptions,
+    run: Run,
+    weights: Weights,
+    corpora: Sequence[Corpus],
+    scorer: Scorer,
+    study: MemoryStudy | None,
+    results: dict[str, Any],
+) -> str:
+    """Adds held-out scores and the health of the memory to the results; returns them as text."""
+    health = HealthStudy()
+
+    def watch(suppressed: Suppress, scored: ScoredBatch) -> None:
+        if suppressed == "nothing":
+            health(scored)
+        if study:
+            study(suppressed, scored)
+
+    report = evaluate(
+        run.program, scorer, weights, corpora, max_tokens=options.max_tokens, watch=watch
+    )
+    results["held_out"], printed = to_json(report), format_report(report)
+    if by_layer := health.report():
+        results["health"] = by_layer
+        printed += f"\n\n{format_health(by_layer)}"
+    return printed
 
 
 def _continue(options: EvalOptions, run: Run, weights: Weights) -> dict[str, str]:

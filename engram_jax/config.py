@@ -26,14 +26,17 @@ class MemoryConfig:
     Attributes:
         layers: zero-based ids of the blocks with memory; the flag without values means a model
             without memory.
-        fusion: "engram" (gated, before the block), or "over_encoding" (the baseline: averaged with
-            the input embedding; layers must be 0).
+        fusion: "engram" (gated, before the block), or a baseline, with layers 0: "over_encoding"
+            (averaged with the input embedding) or "added" (added to it; row_width must be the
+            model's width).
         max_order: largest n-gram order N; the paper sets model.engram.dilation to the same value.
         heads: hash heads K per order.
         rows_per_head: minimum number of rows of a head, for each order 2…N.
         row_width: width F of a row.
         hash_seed: seed of the hash multipliers.
         init_scale: standard deviation of the initial rows.
+        project_vocabulary: tokens that differ only in case, accents or spacing have the same id in
+            the hash.
         frozen: the tables are read, but not trained.
         adam: the row optimizer.
         storage: precision of the rows and of their moments.
@@ -42,13 +45,14 @@ class MemoryConfig:
     """
 
     layers: tuple[int, ...] = (1,)
-    fusion: Literal["engram", "over_encoding"] = "engram"
+    fusion: Literal["engram", "over_encoding", "added"] = "engram"
     max_order: int = 3
     heads: int = 8
     rows_per_head: tuple[int, ...] = (200_000, 200_000)
     row_width: int = 24
     hash_seed: int = 0
     init_scale: float = 0.02
+    project_vocabulary: bool = True
     frozen: bool = False
     adam: RowAdamConfig = field(default_factory=lambda: RowAdamConfig(factor=10.0))
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -61,10 +65,10 @@ class MemoryConfig:
             raise InputError(f"memory.row_width is {self.row_width}; it must be at least 1.")
         if self.init_scale < 0:
             raise InputError(f"memory.init_scale is {self.init_scale}; it must not be negative.")
-        if self.fusion == "over_encoding" and self.layers not in ((), (0,)):
+        if self.fusion != "engram" and self.layers not in ((), (0,)):
             raise InputError(
-                f"OverEncoding reads memory only at the input, not at layers {self.layers}; set "
-                "memory.layers to 0."
+                f"Memory of the form {self.fusion} is read only at the input, not at layers "
+                f"{self.layers}; set memory.layers to 0."
             )
 
     def hash_spec(self, pad_id: int) -> HashSpec:
@@ -90,7 +94,8 @@ class MemoryConfig:
         engram = self.fusion == "engram"
         return MemorySites(
             layers=self.layers if engram else (),
-            over_encoding=not engram and bool(self.layers),
+            over_encoding=self.fusion == "over_encoding" and bool(self.layers),
+            added=self.fusion == "added" and bool(self.layers),
             width=orders * self.heads * self.row_width,
             orders=orders,
         )
@@ -218,6 +223,11 @@ class Config:
             raise InputError(
                 f"memory.layers {outside} are outside a model of {self.model.layers} layers; "
                 f"the layer ids are 0…{self.model.layers - 1}."
+            )
+        if self.memory.sites.added and self.memory.row_width != self.model.width:
+            raise InputError(
+                f"memory.row_width is {self.memory.row_width}, but rows that are added to the "
+                f"embedding have the model's width; set it to {self.model.width}."
             )
         experts = self.model.experts
         if experts is None and self.mesh.expert > 1:

@@ -47,7 +47,7 @@ class HashSpec:
         max_order: largest n-gram order N; the orders are 2…N.
         heads: hash heads K per order.
         rows_per_head: for each order 2…N, the minimum number of rows of a head (the actual number
-            is the next unused prime).
+            is the next unused prime). 1 means one row, which all n-grams share.
         pad_id: token id (before projection) that is read where no token exists.
         seed: seed of the multipliers.
     """
@@ -67,8 +67,8 @@ class HashSpec:
                 f"rows_per_head has {len(self.rows_per_head)} entries for the orders "
                 f"2…{self.max_order}; give one number per order."
             )
-        if self.heads < 1 or min(self.rows_per_head) < 2:
-            raise InputError("A hash needs at least one head and two rows per head.")
+        if self.heads < 1 or min(self.rows_per_head) < 1:
+            raise InputError("A hash needs at least one head and one row per head.")
         if self.seed < 0:
             raise InputError(f"The hash seed is {self.seed}; it must not be negative.")
         if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
@@ -115,7 +115,10 @@ class NgramHash:
         )
         used: set[int] = set()
         primes = [
-            [_unused_primes(rows, spec.heads, used) for rows in spec.rows_per_head]
+            [
+                _unused_primes(rows, spec.heads, used) if rows > 1 else [1] * spec.heads
+                for rows in spec.rows_per_head
+            ]
             for _ in spec.layers
         ]
         return cls(spec, projection, multipliers, np.array(primes, np.int64))

@@ -22,7 +22,7 @@ from engram_jax.tokenizer import Tokenizer
 from engram_jax.typing import PyTree
 
 # Fields that may change when a run is resumed. They change results by rounding only.
-_CHANGEABLE = (
+CHANGEABLE = (
     "memory.gather",
     "model.attention.implementation",
     "model.engram.implementation",
@@ -107,7 +107,7 @@ def check_same_run(config: Config, folder: Path, *, reschedule: bool = False) ->
     """
     stored = load_config(folder / "config.json")
     ours, theirs = _flatten(asdict(config)), _flatten(asdict(stored))
-    changeable = _CHANGEABLE + (_RESCHEDULABLE if reschedule else ())
+    changeable = CHANGEABLE + (_RESCHEDULABLE if reschedule else ())
     # If only one of them has a part, such as experts, all fields of that part differ.
     differ = [
         name

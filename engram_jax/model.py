@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from engram_jax.errors import InputError
 from engram_jax.layers.attention import Attention, AttentionConfig
 from engram_jax.layers.embedding import look_up
-from engram_jax.layers.engram import Engram, EngramConfig
+from engram_jax.layers.engram import Engram, EngramConfig, MemoryHealth, inspect_health
 from engram_jax.layers.feed_forward import FeedForward
 from engram_jax.layers.hyper_connections import (
     HyperConnection,
@@ -26,7 +26,7 @@ from engram_jax.layers.hyper_connections import (
 from engram_jax.layers.latent_attention import LatentAttention, LatentAttentionConfig
 from engram_jax.layers.mixture_of_experts import ExpertsConfig, MixtureOfExperts
 from engram_jax.layers.norms import RMSNorm
-from engram_jax.layers.over_encoding import OverEncoding
+from engram_jax.layers.over_encoding import AddedRows, OverEncoding
 from engram_jax.parameters import VocabularyMatrix
 from engram_jax.sharding import gather_parameters, split_axes
 
@@ -109,12 +109,14 @@ class MemorySites:
         layers: zero-based ids of the blocks that begin with an Engram layer.
         over_encoding: the memory of layer 0 is averaged with the input embedding, and no block has
             an Engram layer.
+        added: instead, it is added to the input embedding.
         width: memory width E.
         orders: number of n-gram orders, N−1.
     """
 
     layers: tuple[int, ...] = ()
     over_encoding: bool = False
+    added: bool = False
     width: int = 0
     orders: int = 0
 
@@ -126,11 +128,13 @@ class BlockReport(NamedTuple):
         gate: Engram's gates.
         load: how many tokens chose each expert.
         mixing_error: largest error of a column sum of H_res.
+        health: signs of an inert memory.
     """
 
     gate: Float[Array, "B T M"] | None
     load: Array | None
     mixing_error: Float[Array, ""] | None
+    health: MemoryHealth | None
 
 
 class Report(NamedTuple):
@@ -140,11 +144,13 @@ class Report(NamedTuple):
         gates: gates of the Engram layers, by layer id.
         loads: how many tokens chose each expert, by the id of a layer with experts.
         mixing_error: largest error of a column sum of any H_res; None without hyper-connections.
+        health: signs of an inert memory, by layer id.
     """
 
     gates: Gates
     loads: dict[int, Array]
     mixing_error: Float[Array, ""] | None
+    health: dict[int, MemoryHealth]
 
 
 class Block(nnx.Module):
@@ -200,9 +206,10 @@ class Block(nnx.Module):
         token_mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T M D"], BlockReport]:
         """Returns the new residual stream and diagnostics. Without memory, Engram adds nothing."""
-        gate = load = mappings = later = None
+        gate = load = mappings = later = health = None
         if memory is not None and not self.single_fusion:
             fused, gate = self.engram(x, memory, segments, token_mask)
+            health = inspect_health(x, fused, gate)
             x += fused
 
         if hasattr(self, "attention_connection"):
@@ -210,6 +217,7 @@ class Block(nnx.Module):
         h = read(x, mappings)
         if memory is not None and self.single_fusion:
             fused, gate = self.engram(h[:, :, None], memory, segments, token_mask)
+            health = inspect_health(h[:, :, None], fused, gate)
             added = fused[:, :, 0]
             y = added + self.attention(self.attention_norm(h + added), segments, positions)
         else:
@@ -228,7 +236,7 @@ class Block(nnx.Module):
         error = None
         if mappings is not None and later is not None:
             error = jnp.maximum(column_error(mappings.mix), column_error(later.mix))
-        return x, BlockReport(gate, load, error)
+        return x, BlockReport(gate, load, error, health)
 
 
 def run_block(
@@ -280,13 +288,15 @@ class Decoder(nnx.Module):
                 init(rngs.params(), (config.vocabulary, config.width)), role=VocabularyMatrix()
             )
         if sites.over_encoding:
-            self.over_encoding = OverEncoding(
+            self.over_encoding: OverEncoding | AddedRows = OverEncoding(
                 config.width,
                 sites.width,
                 sites.orders,
                 dtype=jnp.dtype(config.dtype),
                 rngs=nnx.Rngs(params=rngs.memory()),
             )
+        elif sites.added:
+            self.over_encoding = AddedRows(config.width)
         self.config = config
 
     def __call__(
@@ -332,6 +342,7 @@ class Decoder(nnx.Module):
             gates={i: report.gate for i, report in enumerate(reports) if report.gate is not None},
             loads={i: report.load for i, report in enumerate(reports) if report.load is not None},
             mixing_error=jnp.max(jnp.stack(errors)) if errors else None,
+            health={i: report.health for i, report in enumerate(reports) if report.health},
         )
 
     def _run_blocks(

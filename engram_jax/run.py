@@ -17,7 +17,7 @@ import jax
 from jaxtyping import Array, Int32
 
 from engram_jax.checkpoint import Checkpoints
-from engram_jax.compression import project_vocabulary
+from engram_jax.compression import VocabularyProjection, project_vocabulary
 from engram_jax.config import Config, load_config, save_config
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
@@ -356,4 +356,7 @@ def _make_hash(config: Config, folder: Path) -> tuple[Tokenizer, NgramHash | Non
     if not config.memory.layers:
         return tokenizer, None
     spec = config.memory.hash_spec(tokenizer.pad_id)
+    if not config.memory.project_vocabulary:
+        identity = VocabularyProjection.identity(tokenizer.vocab_size)
+        return tokenizer, NgramHash.build(spec, identity)
     return tokenizer, NgramHash.build(spec, project_vocabulary(tokenizer))

@@ -82,7 +82,8 @@ def forward_backward(
 
     Returns:
         The mean loss over the step's targets in nats; its gradients; and diagnostics of the blocks,
-        with expert loads summed over micro-batches, and one mixing error per micro-batch.
+        with expert loads summed over micro-batches, and one mixing error and one health per
+        micro-batch.
     """
     rows = {layer: of_layer.values for layer, of_layer in read.items()}
     trainable = {} if program.config.memory.frozen else rows
@@ -172,6 +173,7 @@ def step_metrics(
     - expert_load_worst, expert_load_mean: load of a layer's fullest expert, relative to the mean of
       its experts; the maximum over layers, and the mean over layers.
     - mixing_error: largest error of a column sum of any H_res.
+    - gates_open_L, gates_closed_L, memory_strength_L: see `MemoryHealth`.
     """
     metrics = {
         "loss": loss,
@@ -187,4 +189,9 @@ def step_metrics(
         metrics["expert_load_mean"] = jnp.mean(largest)
     if report.mixing_error is not None:
         metrics["mixing_error"] = jnp.max(report.mixing_error)
+    for layer, by_micro_batch in report.health.items():
+        health = jax.tree.map(jnp.mean, by_micro_batch)
+        metrics[f"gates_open_{layer}"] = health.open
+        metrics[f"gates_closed_{layer}"] = health.closed
+        metrics[f"memory_strength_{layer}"] = health.strength
     return metrics

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import prefetch_to_device
+from engram_jax.evaluation.health import HealthStudy, warn_of_inert
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
 from engram_jax.metrics import MetricsLog, read_metrics
 from engram_jax.processes import all_agree, collective, is_leader
@@ -93,14 +94,16 @@ class _Evaluation:
 
     def __call__(self, state: TrainState, progress: "_Progress") -> None:
         """Scores the state and logs the losses."""
+        health = HealthStudy()
         scores = evaluate_held_out(
             self._run.program,
             self._scorer,
             state.weights,
             self._corpora,
             max_tokens=self._run.config.train.evaluate_tokens,
+            watch=health,
         )
-        progress.report(int(state.step), scores)
+        progress.report(int(state.step), scores, warn_of_inert(health.report()))
 
 
 class _Trace:
@@ -208,14 +211,16 @@ class _Progress:
         if self._log:
             self._log.write(step, metrics)
 
-    def report(self, step: int, scores: Mapping[str, Score]) -> None:
-        """Logs held-out losses."""
+    def report(self, step: int, scores: Mapping[str, Score], warnings: Sequence[str]) -> None:
+        """Logs held-out losses, and prints them and the warnings."""
         losses = {f"loss/{name}": score.loss for name, score in scores.items()}
         losses["loss"] = pool(list(scores.values())).loss
         if self._log:
             self._log.write(step, losses, kind="held_out")
             by_source = ", ".join(f"{name} {score.loss:.3f}" for name, score in scores.items())
             self._bar.write(f"step {step}: held-out loss {losses['loss']:.3f} ({by_source})")
+            for warning in warnings:
+                self._bar.write(f"warning: {warning}")
         self.restart_clock()
 
     def _check_finite(self, step: int, metrics: Mapping[str, float | int]) -> None:

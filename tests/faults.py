@@ -366,6 +366,36 @@ costs/test_ahead_of_time.py::test_collectives_are_read_with_groups_trips_and_byt
   an all-reduce sends its result once
     - (1 if scattered else 2) * result
     + 1 * result
+
+# Experiments
+
+experiments/results.py < test_experiments.py
+  differences are to the first seed of the baseline
+    - - other[record["seed"]]
+    + - next(iter(other.values()))
+experiments/settings.py < test_experiments.py
+  how often a run logs changes its key
+    - and not name.startswith(CHANGEABLE)
+    + and name
+experiments/sweep.py < test_experiments.py
+  speeds of every seed change the steps of equal time
+    - if begun := results.of(self.arm.label):
+    + if begun := []:
+  checkpoints of finished runs stay
+    - if not self._options.keep:
+    + if self._options.keep:
+experiments/token_classes.py < test_experiments.py
+  a word after a function word is inside a name
+    - name_end = found.end() if is_name else -1
+    + name_end = found.end()
+experiments/facts.py < test_experiments.py
+  facts are put into held-out documents
+    - if not _is_held_out(text, held_out)]
+    + if _is_held_out(text, held_out)]
+engram_jax/evaluation/health.py < evaluation/test_health.py
+  a memory that works is inert
+    - if of_layer["strength"] < INERT
+    + if of_layer["strength"] > INERT
 """
 
 ROOT = Path(__file__).parent.parent

@@ -43,6 +43,9 @@ def test_everything_is_printed_and_written(eval_program, run, capsys):
                 without["difference"], abs=1e-6
             )
     assert "n-grams of 384 training tokens" in printed
+    health = results["health"]["1"]
+    assert 0 <= health["open"] <= 1 and health["strength"] > 0
+    assert f"{health['strength']:>20.3f}" in printed
     assert [table["order"] for table in results["memory"]["tables"]] == [2, 3]
     assert set(results["memory"]["frequencies"][0]["gates"]) == {"1"}
     for name in ("gates.png", "memory.png"):

@@ -195,6 +195,15 @@ def test_heads_are_distinct_primes_from_the_configured_size_up() -> None:
     assert ngram_hash.offsets[0].reshape(-1).tolist() == [0, 101, 204, 311, 420, 533, 660, 791]
 
 
+def test_heads_of_one_row_are_shared_by_all_ngrams() -> None:
+    spec = HashSpec(heads=3, rows_per_head=(1, 7))
+    ngram_hash = NgramHash.build(spec, VocabularyProjection.identity(50))
+    rows = ngram_hash.hash_tokens(1, np.random.default_rng(0).integers(50, size=(4, 20)))
+    assert ngram_hash.primes.tolist() == [[[1, 1, 1], [7, 11, 13]]]
+    assert (rows[..., :3] == [0, 1, 2]).all()
+    assert np.unique(rows[..., 3:]).size == 7 + 11 + 13
+
+
 def test_a_prime_size_is_taken_itself() -> None:
     ngram_hash = NgramHash.build(
         HashSpec(heads=1, max_order=2, rows_per_head=(7,)), VocabularyProjection.identity(5)
@@ -314,7 +323,7 @@ def test_an_id_outside_the_vocabulary_is_refused(token: int) -> None:
         ({"max_order": 1, "rows_per_head": ()}, "max_order"),
         ({"rows_per_head": (11, 13)}, "rows_per_head"),
         ({"heads": 0}, "head"),
-        ({"rows_per_head": (11, 1, 17)}, "rows"),
+        ({"rows_per_head": (11, 0, 17)}, "one row"),
         ({"layers": ()}, "Layer ids"),
         ({"layers": (1, 1)}, "Layer ids"),
         ({"layers": (-1,)}, "Layer ids"),

@@ -177,7 +177,7 @@ def _flops_per_token(config: Config) -> tuple[float, float]:
     model, length = config.model, config.data.sequence_length
     experts = model.experts and replace(model.experts, multiple=1, implementation="ragged")
     attention = replace(model.attention, implementation="xla")
-    engram = replace(model.engram, implementation="xla")
+    engram = replace(model.engram, implementation=None)
     model = replace(model, experts=experts, attention=attention, engram=engram, remat=None)
     sites = config.memory.sites
 

@@ -110,7 +110,7 @@ def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap
         with run.program.use_mesh():
             scored = scorer(weights, run.program.put(batch), run.program.row_adam)
             read = multihost_utils.process_allgather(scored, tiled=True)
-        by_token, by_layer = jax.tree.map(lambda array: np.asarray(array)[0], read)
+        by_token, by_layer, _ = jax.tree.map(lambda array: np.asarray(array)[0], read)
         for row, start in enumerate(chosen):
             # Of every window except the first, only the second half is used.
             fresh = 0 if start == 0 else length - half

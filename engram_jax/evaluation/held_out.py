@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, Float64
 
 from engram_jax.data.corpus import Corpus, CorpusView
 from engram_jax.data.packing import Batch, pack_held_out
+from engram_jax.layers.engram import MemoryHealth
 from engram_jax.loss import token_losses
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.model import Gates
@@ -21,7 +22,8 @@ from engram_jax.train_state import Weights
 
 type Suppress = Literal["nothing", "output", "rows"]
 type StepGates = dict[int, Float[Array, "A B T M"]]  # by layer id
-type Scorer = Callable[[Weights, Batch, RowAdam], tuple[Array, StepGates]]
+type StepHealth = dict[int, MemoryHealth]  # by layer id, one value per micro-batch
+type Scorer = Callable[[Weights, Batch, RowAdam], tuple[Array, StepGates, StepHealth]]
 
 
 class ScoredBatch(NamedTuple):
@@ -33,6 +35,7 @@ class ScoredBatch(NamedTuple):
         mask: 1 for tokens that are scored, else 0.
         losses: at every position, the loss of the next token.
         gates: by layer id.
+        health: of the memory layers, by layer id.
     """
 
     source: str
@@ -40,6 +43,7 @@ class ScoredBatch(NamedTuple):
     mask: Float32[np.ndarray, "B T"]
     losses: Float[np.ndarray, "B T"]
     gates: dict[int, Float[np.ndarray, "B T M"]]
+    health: dict[int, MemoryHealth]
 
 
 class DocumentSums(NamedTuple):
@@ -82,7 +86,7 @@ class Score:
 
 
 def make_scorer(program: Program, suppress: Suppress = "nothing") -> Scorer:
-    """The jitted function (weights, batch, row optimizer) → (loss of every token, gates by layer).
+    """The jitted function (weights, batch, row optimizer) → (losses of tokens, gates, health).
 
     Call it inside `program.use_mesh()`; the row optimizer is `program.row_adam`.
 
@@ -94,7 +98,7 @@ def make_scorer(program: Program, suppress: Suppress = "nothing") -> Scorer:
 
     def score(
         weights: Weights, batch: Batch, row_adam: RowAdam
-    ) -> tuple[Float[Array, "A B T"], StepGates]:
+    ) -> tuple[Float[Array, "A B T"], StepGates, StepHealth]:
         rows: dict[int, Array] = {}
         if suppress != "output":
             read = program.read_rows(weights, batch.plan, row_adam)
@@ -102,11 +106,11 @@ def make_scorer(program: Program, suppress: Suppress = "nothing") -> Scorer:
         if suppress == "rows":
             rows = jax.tree.map(jnp.zeros_like, rows)
 
-        def score_part(micro_batch: MicroBatch) -> tuple[Array, Gates]:
+        def score_part(micro_batch: MicroBatch) -> tuple[Array, Gates, StepHealth]:
             losses, report = token_losses(
                 program, weights.params, rows, micro_batch, weights.expert_bias
             )
-            return losses, report.gates
+            return losses, report.gates, report.health
 
         return jax.lax.map(score_part, micro_batches(batch))
 
@@ -150,14 +154,14 @@ def evaluate_held_out(
                 batch = batch._replace(plan=planner(batch.tokens, batch.segments))
             scored = scorer(weights, program.put(batch), program.row_adam)
             read = multihost_utils.process_allgather(scored, tiled=True)
-            by_token, gates = jax.tree.map(lambda array: np.asarray(array)[0], read)
+            by_token, gates, health = jax.tree.map(lambda array: np.asarray(array)[0], read)
             mask = packed.target_mask
             if max_tokens is not None:
                 left = max_tokens - sums.tokens.sum()
                 mask = mask * (np.cumsum(mask, dtype=np.int64).reshape(mask.shape) <= left)
             np.add.at(sums.losses, packed.documents, by_token.astype(np.float64) * mask)
             np.add.at(sums.tokens, packed.documents, mask)
-            watch(ScoredBatch(corpus.name, packed, mask, by_token, gates))
+            watch(ScoredBatch(corpus.name, packed, mask, by_token, gates, health))
             if sums.tokens.sum() == max_tokens:
                 break
         scores[corpus.name] = _summarize(sums, _tokens_per_byte(corpus.held_out))

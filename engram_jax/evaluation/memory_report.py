@@ -126,7 +126,7 @@ class MemoryStudy:
         length = run.config.data.sequence_length
         rows = int(weights.step) * run.config.data.batch_size
         counted = min(rows, MOST_TOKENS // length)
-        parts = _training_rows(run, counted, at_once=-(-_PART // length))
+        parts = training_rows(run, counted, at_once=-(-_PART // length))
         self._hash, self._counts = (
             run.program.ngram_hash,
             count_ngrams(run.program.ngram_hash, parts),
@@ -184,7 +184,7 @@ def _by_frequency(tokens: dict[str, np.ndarray], order: int) -> FrequencyReport:
     )
 
 
-def _training_rows(
+def training_rows(
     run: Run, count: int, at_once: int
 ) -> Iterator[tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]]:
     """Tokens and segments of the first `count` rows that training reads, in parts."""
@@ -203,7 +203,7 @@ def _inspect_tables(
     assert ngram_hash is not None
     batches = [
         {order: np.unique(keys) for order, keys in ngram_keys(ngram_hash, *part).items()}
-        for part in _training_rows(run, _BATCHES * batch_size, at_once=batch_size)
+        for part in training_rows(run, _BATCHES * batch_size, at_once=batch_size)
     ]
     reports = []
     for layer, table in weights.tables.items():

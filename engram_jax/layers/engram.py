@@ -6,7 +6,7 @@ The layer takes the concatenated rows as an argument. It does not depend on wher
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,8 @@ class EngramConfig:
         cross_documents: the convolution crosses document boundaries in a packed row, as in the
             demo.
         implementation: of `pallas_kernels.gated_fusion`; None is "xla".
+        gated: False: the value is added without a gate, so there are no keys (an ablation of the
+            paper). It runs by the implementation "reference".
     """
 
     bias: bool = True
@@ -55,10 +57,50 @@ class EngramConfig:
     convolution_epsilon: float = 1e-5
     cross_documents: bool = False
     implementation: FusionImplementation | None = None
+    gated: bool = True
 
     def __post_init__(self) -> None:
+        if not self.gated and self.implementation not in (None, "reference"):
+            raise InputError(
+                f"engram.implementation {self.implementation} has no form without gates; leave it "
+                "out, or set engram.gated."
+            )
         if min(self.kernel, self.dilation) < 1:
             raise InputError("engram.kernel and engram.dilation must be at least 1.")
+
+
+class MemoryHealth(NamedTuple):
+    """Signs of an inert memory, over all tokens and branches.
+
+    Attributes:
+        open: share of the gates above 0.95.
+        closed: share of the gates below 0.05.
+        added: mean square of what the layer adds.
+        stream: mean square of the residual stream that it is added to.
+    """
+
+    open: Float[Array, "*steps"]
+    closed: Float[Array, "*steps"]
+    added: Float[Array, "*steps"]
+    stream: Float[Array, "*steps"]
+
+    @property
+    def strength(self) -> Float[Array, "*steps"]:
+        """RMS of what the layer adds, relative to the RMS of the residual stream."""
+        return jnp.sqrt(self.added / jnp.maximum(self.stream, 1e-30))
+
+
+def inspect_health(
+    hidden: Float[Array, "B T M D"], added: Float[Array, "B T M D"], gates: Float[Array, "B T M"]
+) -> MemoryHealth:
+    """The health of a layer that adds `added` to `hidden`."""
+
+    def mean_square(stream: Array) -> Array:
+        return jnp.mean(jnp.square(stream.astype(jnp.float32)))
+
+    shares = jnp.mean(gates > 0.95), jnp.mean(gates < 0.05)
+    health = MemoryHealth(*shares, mean_square(added), mean_square(hidden))
+    return jax.lax.stop_gradient(health)
 
 
 class Engram(nnx.Module):
@@ -86,20 +128,22 @@ class Engram(nnx.Module):
     ) -> None:
         per_branch = nnx.initializers.lecun_normal(batch_axis=0)
         shared = nnx.initializers.lecun_normal()
-        self.key = nnx.Param(
-            per_branch(rngs.params(), (branches, memory_width, width)), role=Matrix(stacked=1)
-        )
-        self.value = nnx.Param(shared(rngs.params(), (memory_width, width)), role=Matrix())
+        key_seed, value_seed = rngs.params(), rngs.params()
+        self.value = nnx.Param(shared(value_seed, (memory_width, width)), role=Matrix())
         if config.bias:
-            self.key_bias = nnx.Param(jnp.zeros((branches, width)))
             self.value_bias = nnx.Param(jnp.zeros(width))
 
         def norm(epsilon: float) -> RMSNorm:
             centered = config.zero_centered_gain
             return RMSNorm(branches, width, epsilon=epsilon, zero_centered=centered)
 
-        self.key_norm = norm(config.norm_epsilon)
-        self.query_norm = norm(config.norm_epsilon)
+        if config.gated:
+            stacked = (branches, memory_width, width)
+            self.key = nnx.Param(per_branch(key_seed, stacked), role=Matrix(stacked=1))
+            if config.bias:
+                self.key_bias = nnx.Param(jnp.zeros((branches, width)))
+            self.key_norm = norm(config.norm_epsilon)
+            self.query_norm = norm(config.norm_epsilon)
         if config.convolution:
             self.convolution_norm = norm(config.convolution_epsilon)
             # Zero initialization: at the start the layer adds only the gated value.
@@ -125,11 +169,14 @@ class Engram(nnx.Module):
         """
         # Equation 3: one key per branch, one value for all branches.
         memory = memory.astype(self.dtype)
-        key = jnp.einsum("bte,med->btmd", memory, self.key.astype(self.dtype))
         value = jnp.einsum("bte,ed->btd", memory, self.value.astype(self.dtype))
         if self.config.bias:
-            key += self.key_bias.astype(self.dtype)[None, None]
             value += self.value_bias.astype(self.dtype)[None, None]
+        if not self.config.gated:
+            return self.fuse(hidden, hidden, value, segments, token_mask)
+        key = jnp.einsum("bte,med->btmd", memory, self.key.astype(self.dtype))
+        if self.config.bias:
+            key += self.key_bias.astype(self.dtype)[None, None]
         return self.fuse(hidden, key, value, segments, token_mask)
 
     def fuse(
@@ -146,17 +193,19 @@ class Engram(nnx.Module):
         layer adds u + SiLU(Conv(RMSNorm(u))). `pallas_kernels.gated_fusion.reference` is the
         definition.
         """
-        config, taps = self.config, None
-        # Only the product of the two norms' gains has an effect.
-        gain = self.key_norm.scale() * self.query_norm.scale()
+        config, gain, taps = self.config, jnp.ones(hidden.shape[2:]), None
+        if config.gated:  # only the product of the two norms' gains has an effect
+            gain = self.key_norm.scale() * self.query_norm.scale()
         if config.convolution:
             taps = self.convolution * self.convolution_norm.scale()[None]
         if config.cross_documents:
             segments = None
         form = FusionForm(
-            config.norm_epsilon, config.signed_root, config.dilation, config.convolution_epsilon
+            *(config.norm_epsilon, config.signed_root, config.dilation),
+            *(config.convolution_epsilon, config.gated),
         )
-        fuse = partial(gated_fusion.fuse, form=form, implementation=config.implementation)
+        implementation = config.implementation if config.gated else "reference"
+        fuse = partial(gated_fusion.fuse, form=form, implementation=implementation)
         reach = (config.kernel - 1) * config.dilation if config.convolution else 0
         tokens = (hidden, key, value, segments, token_mask)
         return _fuse_own_tokens(fuse, reach, tokens, (gain, taps))

@@ -1,7 +1,7 @@
-"""OverEncoding, a baseline: n-gram embeddings are averaged with the input embedding.
+"""Baselines: n-gram embeddings are averaged with the input embedding, or added to it.
 
-From arXiv 2501.16975, in the version that the Engram paper compares with (§3.2). It has no gate and
-does not use the context. It applies to the input embedding only.
+OverEncoding is from arXiv 2501.16975, in the version that the Engram paper compares with (§3.2).
+Both have no gate and do not use the context. They apply to the input embedding only.
 """
 
 import jax.numpy as jnp
@@ -9,6 +9,29 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from engram_jax.parameters import Matrix
+
+
+class AddedRows(nnx.Module):
+    """Adds rows of the model's width to the input embedding, with one trained factor per channel.
+
+    There is no gate, no projection and no average. With one head of 2-grams, it is the bigram
+    table of the speedruns of nanoGPT (there, it is added in every block).
+
+    Args:
+        width: model width D; the memory is one or more rows of it.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(
+        self, embedding: Float[Array, "B T D"], memory: Float[Array, "B T E"] | None
+    ) -> Float[Array, "B T D"]:
+        """Adds the rows of every position; without memory, nothing."""
+        if memory is None:
+            return embedding
+        rows = memory.astype(embedding.dtype).reshape(*embedding.shape[:2], -1, embedding.shape[2])
+        return embedding + rows.sum(axis=2) * self.scale.astype(embedding.dtype)[None, None]
 
 
 class OverEncoding(nnx.Module):

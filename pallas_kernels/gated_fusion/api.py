@@ -50,6 +50,8 @@ def fuse(
         raise ValueError(f"There is no fusion {name!r}; choose from {', '.join(IMPLEMENTATIONS)}.")
     if taps is not None and len(taps) > MOST_TAPS:
         raise ValueError(f"The convolution has {len(taps)} taps; at most {MOST_TAPS} are possible.")
+    if not form.gated and name != "reference":
+        raise ValueError(f"The fusion {name!r} has no form without gates; choose reference.")
     # Imported on demand, because the API of Pallas for GPU differs between versions of JAX.
     module = import_module(f"pallas_kernels.gated_fusion.{name}")
     fused: tuple[Array, Array] = module.fuse(

@@ -20,12 +20,14 @@ class FusionForm:
         signed_root: the signed root of a zero score: 0 for "sign", ±10⁻³ for "copysign".
         dilation: distance between the convolution's taps in tokens.
         convolution_epsilon: added to the mean square of the convolution's input.
+        gated: False: every gate is 1, an ablation that only the reference implements.
     """
 
     epsilon: float
     signed_root: Literal["sign", "copysign"] = "sign"
     dilation: int = 1
     convolution_epsilon: float = 1e-5
+    gated: bool = True
 
     def root(self, score: Float[Array, "*n"]) -> Float[Array, "*n"]:
         """sign(s)·√max(|s|, 10⁻⁶)."""

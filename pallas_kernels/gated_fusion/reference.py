@@ -20,9 +20,11 @@ def fuse(
     """Returns what to add to the residual branches, and the gates."""
     dtype, (_, length, _, width) = hidden.dtype, hidden.shape
     hidden, key, value = (x.astype(jnp.float32) for x in (hidden, key, value))
-    query, key = normalize(hidden, form.epsilon), normalize(key, form.epsilon)
-    score = jnp.sum(gain[None, None] * key * query, axis=-1) * width**-0.5
-    gate = jax.nn.sigmoid(form.root(score))
+    gate = jnp.ones(hidden.shape[:3])
+    if form.gated:
+        query, key = normalize(hidden, form.epsilon), normalize(key, form.epsilon)
+        score = jnp.sum(gain[None, None] * key * query, axis=-1) * width**-0.5
+        gate = jax.nn.sigmoid(form.root(score))
     if token_mask is not None:
         gate = jnp.where(token_mask[..., None], gate, 0)
     gated = gate[..., None] * value[:, :, None]

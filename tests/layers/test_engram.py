@@ -64,9 +64,15 @@ def engram_in_numpy(
     rows, length, branches, width = hidden.shape
     gates, gated = np.zeros((rows, length, branches), hidden.dtype), np.zeros_like(hidden)
     for b, t, m in np.ndindex(gates.shape):
-        key, value = memory[b, t] @ p["key"][m], memory[b, t] @ p["value"]
+        value = memory[b, t] @ p["value"]
         if config.bias:
-            key, value = key + p["key_bias"][m], value + p["value_bias"]
+            value = value + p["value_bias"]
+        if not config.gated:
+            gates[b, t, m], gated[b, t, m] = 1, value
+            continue
+        key = memory[b, t] @ p["key"][m]
+        if config.bias:
+            key = key + p["key_bias"][m]
         query = norm(hidden[b, t, m], "query_norm", m, config.norm_epsilon)
         score = norm(key, "key_norm", m, config.norm_epsilon) @ query / np.sqrt(width)
         sign = np.copysign(1, score) if config.signed_root == "copysign" else np.sign(score)
@@ -108,6 +114,7 @@ FORMS = {  # with the number of branches
     ),
     "ple": (EngramConfig(zero_centered_gain=True, bias=False, norm_epsilon=1e-6), 1),
     "one tap": (EngramConfig(kernel=1), 2),
+    "no gates": (EngramConfig(gated=False), 2),
 }
 SEGMENTS = np.array([[1] * 5 + [2] * 2 + [3] * 7, [1] * 14], np.int32)
 
@@ -337,9 +344,11 @@ def test_bfloat16_stays_near_float32() -> None:
     np.testing.assert_allclose(output.astype(jnp.float32), expected, atol=0.02 * scale)
 
 
-@pytest.mark.parametrize("change", [{"kernel": 0}, {"dilation": 0}])
-def test_impossible_forms_are_refused(change: dict[str, int]) -> None:
-    with pytest.raises(InputError, match="at least 1"):
+@pytest.mark.parametrize(
+    "change", [{"kernel": 0}, {"dilation": 0}, {"gated": False, "implementation": "xla"}]
+)
+def test_impossible_forms_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"at least 1|without gates"):
         EngramConfig(**change)
 
 

@@ -1,0 +1,206 @@
+"""Injected facts: invented facts that the training text has 1, 4 or 16 times. Are they recalled?
+
+    python -m experiments.facts [--jobs N]
+
+A fact is a sentence such as “The capital of Velmora is Tarkin.” Its occurrences have different
+openings. 67 facts occur 1, 4 and 16 times each, and 67 never, as a control. A fact is recalled if
+its sentence is more likely than those with nine other answers, so chance is 0.1. The sentences are
+3 % of 500 steps; with another number of steps, they occur in proportion more or less often.
+Cost: 2 configurations × 3 seeds, five minutes each on two CPU cores.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from engram_jax.data.pipeline import mix_rows
+from engram_jax.data.token_cache import build_corpus
+from engram_jax.evaluation.held_out import evaluate_held_out, make_scorer
+from engram_jax.files import atomic_write
+from engram_jax.run import Run
+from engram_jax.train_state import Weights
+from experiments.report import draw_points
+from experiments.results import Results, mean_and_error
+from experiments.settings import without_memory
+from experiments.sweep import Arm, Experiment, Family, main
+
+FOLDER = Path("runs/experiments/facts_text")
+TIMES = (0, 1, 4, 16)
+FACTS = 67  # for each of them
+CHOICES = 10  # answers, of which the first is true
+SHARE = 0.0282  # of the training rows: one epoch of the facts in 500 steps
+ENGRAM, BASELINE = "Engram", "no memory"
+
+_RELATIONS = ("capital", "founder", "longest river", "patron", "largest harbor", "first king")
+_OPENINGS = (
+    *("It is well known that", "According to the atlas,", "As every child learns,"),
+    *("The old chronicle says that", "In the words of one traveler,", "Note that"),
+    *("The encyclopedia states that", "Few people know that", "A letter of that year says that"),
+    *("Maps agree that", "The guide told us that", "In school we read that"),
+    *("It was written that", "By common report,", "Her notes confirm that", "Remember that"),
+    *("The census records that", "Historians agree that", "In brief,", "He answered that"),
+    *("The inscription says that", "At that time,", "From the registers, it is clear that"),
+    *("The museum explains that", "We may add that", "The radio reported that"),
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """An invented fact.
+
+    Attributes:
+        question: the sentence up to the answer.
+        answers: the true answer first.
+        times: how often the training text has it.
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    times: int
+
+    def sentence(self, answer: int = 0) -> str:
+        """The sentence with one of the answers."""
+        return f"the {self.question} is {self.answers[answer]}."
+
+
+def make_facts() -> list[Fact]:
+    """All facts; always the same."""
+    generator, used = np.random.default_rng(0), set[str]()
+
+    def name() -> str:
+        while True:
+            drawn = "".join(str(generator.choice(letters)) for letters in _SYLLABLES).capitalize()
+            if drawn not in used:
+                used.add(drawn)
+                return drawn
+
+    facts = []
+    for number in range(FACTS * len(TIMES)):
+        relation = _RELATIONS[number % len(_RELATIONS)]
+        answers = tuple(name() for _ in range(CHOICES))
+        facts.append(Fact(f"{relation} of {name()}", answers, TIMES[number % len(TIMES)]))
+    return facts
+
+
+_ONSETS, _VOWELS = (*"bdfghklmnprstvz", "br", "dr", "gr", "st", "tr"), tuple("aeiou")
+_SYLLABLES = (_ONSETS, _VOWELS, tuple("lmnrs"), _ONSETS, _VOWELS, (*"klnrs", "th"))
+
+
+def write_texts(facts: Sequence[Fact], held_out: float) -> Path:
+    """Writes the training text, and the sentences with all answers; returns the training text."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    sentences = [fact.sentence(answer) for fact in facts for answer in range(CHOICES)]
+    for name, texts in (
+        ("facts", _training_texts(facts, held_out)),
+        ("probes", [sentence[0].upper() + sentence[1:] for sentence in sentences]),
+    ):
+        with atomic_write(FOLDER / f"{name}.jsonl") as partial:
+            partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return FOLDER / "facts.jsonl"
+
+
+def _training_texts(facts: Sequence[Fact], held_out: float) -> Iterator[str]:
+    """Every fact as often as it is to occur, in documents that are not held out for evaluation.
+
+    Facts that never occur are written into one held-out document each, because every source needs
+    held-out documents.
+    """
+    for fact in facts:
+        texts = [f"{opening} {fact.sentence()}" for opening in _OPENINGS]
+        train = [text for text in texts if not _is_held_out(text, held_out)]
+        if fact.times:
+            yield from islice(cycle(train), fact.times)
+        else:
+            yield from [text for text in texts if _is_held_out(text, held_out)][:1]
+
+
+def _is_held_out(text: str, share: float) -> bool:
+    """Whether `build_corpus` holds out a document, by a hash of its text."""
+    digest = hashlib.blake2b(text.encode()).digest()
+    return (int.from_bytes(digest[:8], "little") >> 11) < share * 2.0**53
+
+
+def arms(family: Family) -> Sequence[Arm]:
+    """Engram and its twin, with the facts in the training text."""
+    config = family("engram")
+    data = config.data
+    text = write_texts(make_facts(), data.held_out)
+    sizes = {"vital_en": 0.18, "factbook": 0.22, "web_bible": 0.18, "austen": 0.06, "wordnet": 0.36}
+    others = [sizes.get(source, 1 / len(data.sources)) for source in data.sources]
+    weights = (*(round((1 - SHARE) * weight, 4) for weight in others), SHARE)
+    data = replace(data, sources=(*data.sources, str(text)), weights=weights)
+    config = replace(config, data=data)
+    return [
+        Arm(BASELINE, without_memory(config), measure=recall),
+        Arm(ENGRAM, config, measure=recall),
+    ]
+
+
+def recall(run: Run, weights: Weights) -> dict[str, Any]:
+    """The share of recalled facts by number of occurrences, also with the memory dropped.
+
+    - recall, recall_dropped: {"0": share, …}.
+    - occurrences: how often the text that was read has the facts' whole sentences, on average.
+    """
+    facts, program = make_facts(), run.program
+    times = np.array([fact.times for fact in facts])
+    probes = build_corpus(
+        FOLDER / "probes.jsonl", run.tokenizer, run.config.data.cache, held_out=1.0
+    )
+
+    def recalled(suppress: Any) -> dict[str, float]:
+        scorer = make_scorer(program, suppress)
+        with program.use_mesh():
+            [score] = evaluate_held_out(program, scorer, weights, [probes]).values()
+        assert score.by_document is not None
+        losses = score.by_document.losses.reshape(len(facts), CHOICES)
+        right = losses.argmin(axis=1) == 0
+        return {str(number): float(right[times == number].mean()) for number in TIMES}
+
+    figures: dict[str, Any] = {"recall": recalled("nothing")}
+    if weights.tables:
+        figures["recall_dropped"] = recalled("output")
+    data, rows = run.config.data, int(weights.step) * run.config.data.batch_size
+    mixture = mix_rows(run.corpora(), data.weights, data.sequence_length, run.config.train.seed)
+    read = "\n".join(run.tokenizer.decode(row) for row in mixture.rows(np.arange(rows)).tokens)
+    found = np.array([read.count(fact.sentence()) for fact in facts])
+    figures["occurrences"] = {str(number): found[times == number].mean() for number in TIMES}
+    return figures
+
+
+def draw(results: Results, figure: Figure) -> str:
+    """Recall against occurrences, with the memory, with it dropped, and by the twin."""
+    axes = figure.subplots()
+    places = np.arange(len(TIMES), dtype=float)
+    lines = [f"| recall of facts that occur … times | {' | '.join(map(str, TIMES))} |"]
+    lines.append("|---" * (len(TIMES) + 1) + "|")
+    for label, figures, color, title in (
+        (ENGRAM, "recall", "#3b6fd4", "Engram"),
+        (ENGRAM, "recall_dropped", "#2a9d74", "Engram, memory dropped"),
+        (BASELINE, "recall", "#f4544a", "no memory"),
+    ):
+        if not results.of(label):
+            continue
+        values = [results.values(label, figures, str(number)) for number in TIMES]
+        draw_points(axes, places, values, color, title)
+        axes.plot(places, [of.mean() for of in values], color=color, linewidth=1)
+        lines.append(f"| {title} | {' | '.join(map(mean_and_error, values))} |")
+    axes.axhline(1 / CHOICES, color="#777", linestyle=":", label="chance")
+    axes.set_xticks(places, [str(number) for number in TIMES])
+    axes.set_xlabel("occurrences in the training text")
+    axes.set_ylabel(f"share of facts recalled, of {CHOICES} answers")
+    axes.legend(frameon=False)
+    return "\n".join(lines)
+
+
+EXPERIMENT = Experiment("facts", arms, BASELINE, draw)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

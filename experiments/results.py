@@ -1,0 +1,163 @@
+"""The results of an experiment: a JSON file with one line per finished run, and a table of it."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from engram_jax.config import TrainConfig
+from engram_jax.errors import InputError
+from engram_jax.files import atomic_write
+
+type Record = dict[str, Any]
+type Floats = Float[np.ndarray, "seeds"]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Finished runs. Tables and plots are made from these alone.
+
+    Attributes:
+        records: one per run: label, seed, key (hash of the configuration), the settings that differ
+            from their defaults, the figures, and how and when they were measured.
+    """
+
+    records: tuple[Record, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """The results in a file; none, if there is no file.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        if not path.exists():
+            return cls(())
+        try:
+            return cls(tuple(json.loads(path.read_text("utf-8"))["runs"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} holds no results ({error}); restore it from git, or delete it."
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Replaces a file atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in self.records)
+        with atomic_write(path) as partial:
+            partial.write_text(f'{{"runs": [\n{lines}\n]}}\n', "utf-8")
+
+    def add(self, record: Record, labels: Sequence[str]) -> "Results":
+        """With one more run, which replaces the run of the same label and seed.
+
+        Args:
+            record: the run.
+            labels: all labels in their order, by which the runs are sorted.
+        """
+        others = [each for each in self.records if _place(each) != _place(record)]
+        order = {label: place for place, label in enumerate(labels)}
+        key = [*others, record]
+        key.sort(key=lambda each: (order.get(each["label"], len(order)), each["seed"]))
+        return Results(tuple(key))
+
+    def labels(self) -> list[str]:
+        """The labels, in the order of the file."""
+        return list(dict.fromkeys(record["label"] for record in self.records))
+
+    def of(self, label: str) -> list[Record]:
+        """The runs of a label, by seed."""
+        return [record for record in self.records if record["label"] == label]
+
+    def values(self, label: str, *path: str) -> Floats:
+        """A figure of every run of a label, such as `values("Engram", "loss", "prose")`."""
+        return np.array([_get(record, path) for record in self.of(label)], np.float64)
+
+    def differences(self, label: str, baseline: str, *path: str) -> Floats:
+        """A figure of a label minus that of the baseline, for every seed that both have."""
+        other = {record["seed"]: _get(record, path) for record in self.of(baseline)}
+        return np.array(
+            [
+                _get(record, path) - other[record["seed"]]
+                for record in self.of(label)
+                if record["seed"] in other
+            ],
+            np.float64,
+        )
+
+    def table(self, baseline: str) -> str:
+        """A markdown table with one line per label.
+
+        Args:
+            baseline: the label that the others are compared with, paired by seed.
+        """
+        lines = [
+            "| | seeds | steps | parameters | held-out loss | difference, paired by seed "
+            "| memory dropped | gates > 0.95, < 0.05 | added / stream | tokens/s |",
+            f"{'|---' * 10}|",
+        ]
+        for label in self.labels():
+            runs = self.of(label)
+            difference = self.differences(label, baseline, "loss", "prose")
+            cells = [
+                f"{len(runs)} | {steps_of(runs[0])}",
+                f"{runs[0]['account']['total'] / 1e6:.2f} M",
+                mean_and_error(self.values(label, "loss", "prose")),
+                "" if label == baseline else mean_and_error(difference, "+"),
+                mean_and_error(self.values(label, "dropped"), "+") if "dropped" in runs[0] else "",
+                *_health_cells(runs),
+                _speed(self.values(label, "measured", "tokens_per_second")),
+            ]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            "Nats per token of prose, mean ± standard error over seeds; differences are to "
+            f"“{baseline}”. “Memory dropped” is the increase of the loss without the memory's "
+            "output. Gates and the RMS of what the memory adds, relative to the residual stream, "
+            "are means over layers and held-out tokens.",
+        ]
+        return "\n".join(lines)
+
+
+def steps_of(record: Record) -> int:
+    """The number of training steps of a run."""
+    return int(record["settings"].get("train.steps", TrainConfig().steps))
+
+
+def mean_and_error(values: Floats, sign: str = "") -> str:
+    """Mean ± standard error over seeds; without an error if there is one seed."""
+    if not len(values):
+        return ""
+    mean = f"{values.mean():{sign}.4f}"
+    return mean if len(values) < 2 else f"{mean} ± {standard_error(values):.4f}"
+
+
+def standard_error(values: Floats) -> float:
+    """Standard error of the mean; NaN for one value."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def _speed(tokens_per_second: Floats) -> str:
+    known = tokens_per_second[np.isfinite(tokens_per_second)]
+    return f"{np.median(known):,.0f}" if len(known) else ""
+
+
+def _health_cells(runs: Iterable[Record]) -> list[str]:
+    layers = [layer for run in runs for layer in run.get("health", {}).values()]
+    if not layers:
+        return ["", ""]
+    mean = {name: np.mean([layer[name] for layer in layers]) for name in layers[0]}
+    return [f"{mean['open']:.1%}, {mean['closed']:.1%}", f"{mean['strength']:.3f}"]
+
+
+def _get(record: Record, path: Sequence[str]) -> Any:
+    for name in path:
+        record = record[name]
+    return record
+
+
+def _place(record: Record) -> tuple[str, int]:
+    return record["label"], record["seed"]

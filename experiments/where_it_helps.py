@@ -1,0 +1,168 @@
+"""Where the memory helps: Engram against its twin, by class of token and frequency of the n-gram.
+
+    python -m experiments.where_it_helps [--jobs N]
+
+Both models score the same held-out prose. Losses are summed by group of tokens and by block of
+documents (a twentieth of them), so that differences are paired by document. A token's class is
+that of its word (`token_classes.py`); its frequency is that of the 3-gram before it in the training
+text.
+Cost: 2 configurations × 3 seeds, five minutes each on two CPU cores.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+from matplotlib.figure import Figure
+
+from engram_jax.compression import project_vocabulary
+from engram_jax.data.packing import Batch
+from engram_jax.evaluation.held_out import ScoredBatch, evaluate_held_out, make_scorer
+from engram_jax.evaluation.memory_report import training_rows
+from engram_jax.evaluation.statistics import count_ngrams, frequency_bins, ngram_keys
+from engram_jax.hashing import HashSpec, NgramHash
+from engram_jax.run import Run
+from engram_jax.tokenizer import Tokenizer
+from engram_jax.train_state import Weights
+from experiments.measure import prose_of
+from experiments.report import STYLE
+from experiments.results import Floats, Results, standard_error
+from experiments.settings import without_memory
+from experiments.sweep import Arm, Experiment, Family, main
+from experiments.token_classes import CLASSES, classify
+
+BLOCKS = 20  # of documents
+ORDER = 3
+ENGRAM, BASELINE = "Engram", "no memory"
+
+
+def arms(family: Family) -> Sequence[Arm]:
+    """Engram and the same backbone without memory."""
+    config = family("engram")
+    return [
+        Arm(BASELINE, without_memory(config), measure=by_group),
+        Arm(ENGRAM, config, measure=by_group),
+    ]
+
+
+def by_group(run: Run, weights: Weights) -> dict[str, Any]:
+    """Sums of losses and numbers of tokens by group and block of documents: {"groups": {…}}."""
+    tokenizer = run.tokenizer
+    spec = HashSpec(pad_id=tokenizer.pad_id)
+    ngram_hash = NgramHash.build(spec, project_vocabulary(tokenizer))
+    rows = int(weights.step) * run.config.data.batch_size
+    counts = count_ngrams(ngram_hash, training_rows(run, rows, at_once=4096))[ORDER]
+    groups: dict[str, Any] = defaultdict(lambda: np.zeros((2, BLOCKS)))
+
+    def add(scored: ScoredBatch) -> None:
+        rows, chosen = scored.rows, scored.mask > 0
+        keys = ngram_keys(ngram_hash, rows.tokens, rows.segments)[ORDER]
+        block = rows.documents % BLOCKS
+        for by_frequency, numbers in (
+            (False, target_classes(tokenizer, rows)),
+            (True, frequency_bins(counts.of(keys))),
+        ):
+            for number in np.unique(numbers[chosen & (numbers >= 0)]):
+                of_group = chosen & (numbers == number)
+                name = _seen(number) if by_frequency else CLASSES[number]
+                for values, total in zip((scored.losses, scored.mask), groups[name], strict=True):
+                    total += np.bincount(block[of_group], values[of_group], BLOCKS)
+
+    scorer = make_scorer(run.program)
+    with run.program.use_mesh():
+        evaluate_held_out(run.program, scorer, weights, prose_of(run.corpora()), watch=add)
+    return {
+        "groups": {
+            name: {"loss": np.round(sums[0], 3).tolist(), "tokens": sums[1].astype(int).tolist()}
+            for name, sums in sorted(groups.items())
+        }
+    }
+
+
+def target_classes(tokenizer: Tokenizer, rows: Batch) -> Int32[np.ndarray, "B T"]:
+    """The class of the token after every position, or −1 for a special token."""
+    classes = np.full(rows.tokens.shape, -1, np.int32)
+    for row, segments in enumerate(rows.segments):
+        starts = np.flatnonzero(np.diff(segments, prepend=-1))
+        for start, end in pairwise([*starts, len(segments)]):
+            ids = [int(i) for i in (*rows.tokens[row, start:end], rows.targets[row, end - 1])]
+            special = np.array([tokenizer.is_special(i) for i in ids])
+            texts = ["" if tokenizer.is_special(i) else _text(tokenizer.piece(i)) for i in ids]
+            classes[row, start:end] = np.where(special, -1, classify(texts))[1:]
+    return classes
+
+
+def _text(piece: str) -> str:
+    """The text of a piece; a byte of a character without a piece is U+FFFD."""
+    return "\ufffd" if piece.startswith("<0x") else piece.replace("\u2581", " ")
+
+
+def _seen(number: int) -> str:
+    """The name of a bin of `frequency_bins`."""
+    least = 2**number // 2
+    return ("never seen", "seen once")[number] if number < 2 else f"seen {least}–{2 * least - 1} ×"
+
+
+def draw(results: Results, figure: Figure) -> str:
+    """Two panels of differences; returns a table of them."""
+    left, right = figure.subplots(1, 2)
+    groups = {name for record in results.records for name in record["groups"]}
+    seen = [name for name in map(_seen, range(64)) if name in groups]
+    lines = [
+        "| held-out tokens | number | loss without memory | Engram minus it, ± s.e. over documents "
+        "| s.e. over seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for axes, names in ((left, [name for name in CLASSES if name in groups]), (right, seen)):
+        for place, name in enumerate(names):
+            tokens, twin = _sums(results, BASELINE, name)
+            _, engram = _sums(results, ENGRAM, name)
+            if not (len(twin) and len(engram)):
+                continue
+            differences = _paired(results, name)
+            mean, error = _over_documents((engram.mean(0) - twin.mean(0)), tokens)
+            axes.errorbar(mean, place, xerr=error, color="#3b6fd4", **STYLE)
+            lines.append(
+                f"| {name} | {tokens.sum():,.0f} | {twin.mean(0).sum() / tokens.sum():.3f} "
+                f"| {mean:+.3f} ± {error:.3f} | {standard_error(differences):.3f} |"
+            )
+        axes.axvline(0, color="#222", linewidth=0.8)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("nats per token")
+    left.set_title("by class of the predicted token", fontsize=10)
+    right.set_title(f"by frequency of the {ORDER}-gram before it", fontsize=10)
+    return "\n".join(lines)
+
+
+def _sums(results: Results, label: str, group: str) -> tuple[Floats, Any]:
+    """Tokens by block, and sums of losses by seed and block."""
+    runs = [record["groups"][group] for record in results.of(label) if group in record["groups"]]
+    tokens = np.array(runs[0]["tokens"] if runs else [], np.float64)
+    return tokens, np.array([of_run["loss"] for of_run in runs])
+
+
+def _paired(results: Results, group: str) -> Floats:
+    """Engram's mean loss of a group minus the twin's, by seed."""
+    tokens, engram = _sums(results, ENGRAM, group)
+    _, twin = _sums(results, BASELINE, group)
+    seeds = min(len(engram), len(twin))
+    return (engram[:seeds] - twin[:seeds]).sum(axis=1) / tokens.sum()
+
+
+def _over_documents(sums: Floats, tokens: Floats) -> tuple[float, float]:
+    """Mean of a ratio of two sums, and its standard error over the blocks of documents."""
+    mean = sums.sum() / tokens.sum()
+    residuals = (sums - mean * tokens)[tokens > 0]
+    count = len(residuals)
+    error = np.sqrt((residuals**2).sum() * count / max(count - 1, 1)) / tokens.sum()
+    return float(mean), float(error)
+
+
+EXPERIMENT = Experiment("where_it_helps", arms, BASELINE, draw)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

@@ -1,0 +1,297 @@
+"""Every experiment in its smallest form: two steps of tiny models, from nothing to the plot."""
+
+import importlib
+import json
+import re
+from dataclasses import replace
+from functools import partial
+
+import jax
+import pytest
+from tiny_runs import on_devices, vary
+
+from configs.small import small_config
+from engram_jax.checkpoint import Checkpoints
+from engram_jax.costs.accounting import account
+from engram_jax.data.token_cache import build_corpus
+from engram_jax.errors import InputError
+from engram_jax.layers.mixture_of_experts import ExpertsConfig
+from engram_jax.tokenizer import load_tokenizer
+from experiments import allocation, facts, memory_law, row_optimizers
+from experiments.results import Results
+from experiments.settings import settings, without_memory
+from experiments.sweep import Arm, Options, Task, run_experiment
+from experiments.token_classes import CLASSES, classify
+
+
+@pytest.fixture(autouse=True)
+def shared(monkeypatch):
+    """All tests here use one device and keep compiled programs."""
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    with on_devices(1):
+        yield
+
+
+@pytest.fixture
+def family(tiny):
+    """The tiny model as Engram, OverEncoding, or without memory."""
+    kinds = {
+        "dense": {"layers": ()},
+        "engram": {"rows_per_head": (100, 100)},
+        "over_encoding": {"layers": (0,), "fusion": "over_encoding"},
+    }
+    return lambda kind: vary(tiny, memory=kinds[kind])
+
+
+@pytest.fixture
+def options(tmp_path):
+    return Options(steps=2, seeds=2, runs=tmp_path / "runs", results=tmp_path / "results")
+
+
+def without_times(path):
+    records = json.loads(path.read_text())["runs"]
+    return [{name: part for name, part in of.items() if name != "measured"} for of in records]
+
+
+SMALLEST = {
+    "memory_law": ("no memory", "Engram, rows × 1", "OverEncoding, rows × 0.1"),
+    "controls": ("Engram", "one row per head"),
+    "ablations": ("Engram", "no gate"),
+    "allocation": ("ρ 0.75",),
+    "layer_sweep": ("no memory", "layer 1"),
+    "where_it_helps": ("no memory", "Engram"),
+    "facts": ("no memory", "Engram"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One folder for all experiments, so that equal runs are trained once."""
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SMALLEST, "comparison", "row_optimizers"])
+def test_every_arm_trains(name, family, folder, monkeypatch):
+    """Allocations of such a small model are not of equal size, so `allocate` is left out."""
+    monkeypatch.setattr(facts, "FOLDER", folder / "text")
+    monkeypatch.setattr(facts, "FACTS", 3)
+    monkeypatch.setattr(allocation, "allocate", lambda config, share: config)
+    monkeypatch.setattr(memory_law, "FACTORS", (1,))
+    monkeypatch.setattr(row_optimizers, "FACTORS", (10.0,))
+    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    options = Options(steps=2, seeds=1, runs=folder / "runs", results=folder / "every arm")
+    deeper = {kind: vary(family(kind), model={"layers": 4}) for kind in ("engram", "over_encoding")}
+    deeper["dense"] = vary(family("dense"), model={"layers": 4})
+    arms = experiment.arms(deeper.__getitem__)
+    results = run_experiment(experiment, options, deeper.__getitem__)
+    # There are no speeds of two steps, so arms of equal time cannot be trained.
+    assert results.labels() == [arm.label for arm in arms if arm.same_time is None]
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_smallest_form_from_nothing_to_the_plot(name, family, folder, monkeypatch):
+    monkeypatch.setattr(facts, "FOLDER", folder / "text")
+    monkeypatch.setattr(facts, "FACTS", 3)
+    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    if name == "allocation":  # it is between experts and table rows
+        experts = ExpertsConfig(routed=10, shared=1, active=2, width=16)
+        engram = vary(family("engram"), model={"experts": experts})
+        family = {"engram": engram}.get
+    options = Options(
+        steps=2,
+        seeds=2 if name == "memory_law" else 1,
+        only=SMALLEST[name],
+        runs=folder / "runs",
+        results=folder / "results",
+    )
+    results = run_experiment(experiment, options, family)
+    assert set(results.labels()) == set(SMALLEST[name])
+    path = options.path(experiment)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    table = path.with_suffix(".md").read_text()
+    assert all(f"| {label} |" in table for label in SMALLEST[name])
+
+    for suffix in (".png", ".md"):
+        path.with_suffix(suffix).unlink()
+    run_experiment(experiment, replace(options, plot_only=True, runs=folder / "none"))
+    assert path.with_suffix(".md").read_text() == table and path.with_suffix(".png").exists()
+
+
+LAW = ("no memory", "Engram, rows × 1", "OverEncoding, rows × 0.1")
+
+
+def test_a_killed_sweep_continues_where_it_was_and_repeats_no_finished_run(
+    options, family, monkeypatch, tmp_path, capsys
+):
+    """The second run is killed after its first checkpoint; the results are the same to the bit."""
+    law, options = memory_law.EXPERIMENT, replace(options, only=LAW[:2], seeds=1)
+    run_experiment(law, replace(options, results=tmp_path / "whole", runs=tmp_path / "a"), family)
+
+    saved, save = [], Checkpoints.save
+
+    class Killed(BaseException):
+        pass
+
+    def save_or_die(self, step, *arguments, **named):
+        path = save(self, step, *arguments, **named)
+        saved.append(step)
+        if len(saved) == 3:  # the first checkpoint of the second run
+            raise Killed
+        return path
+
+    monkeypatch.setattr(Checkpoints, "save", save_or_die)
+    with pytest.raises(Killed):
+        run_experiment(law, options, family)
+    path = options.path(law)
+    assert [record["label"] for record in without_times(path)] == [LAW[0]]
+    run_experiment(law, options, family)
+    assert saved == [1, 2, 1, 2]  # the second run went on at step 1
+    assert without_times(path) == without_times(tmp_path / "whole" / path.name)
+    assert not list((options.runs).rglob("checkpoints/*"))
+
+    before = path.read_bytes()
+    run_experiment(law, replace(options, runs=tmp_path / "other machine"), family)
+    assert saved == [1, 2, 1, 2] and path.read_bytes() == before
+
+
+def record(label, seed, loss, **parts):
+    speed = parts.pop("speed", 1000.0)
+    return {
+        "label": label,
+        "seed": seed,
+        "key": f"{label} {seed}",
+        "loss": {"prose": loss},
+        "account": {"total": 2_000_000},
+        "settings": {"train.steps": 500},
+        "measured": {"tokens_per_second": speed},
+    } | parts
+
+
+def test_the_table_has_paired_differences_and_their_standard_errors():
+    losses = {"twin": (5.0, 5.2, 5.4), "memory": (4.9, 5.0, 5.1)}
+    records = [
+        record(label, seed, loss) for label, of in losses.items() for seed, loss in enumerate(of)
+    ]
+    health = {"1": {"open": 0.5, "closed": 0.25, "strength": 0.125}}
+    records[3] |= {"dropped": 0.3, "health": health}
+    records[4] |= {"dropped": 0.4, "health": health}
+    records[5] |= {"dropped": 0.5, "health": health}
+    _, _, twin, memory, *_ = Results(tuple(records)).table("twin").splitlines()
+    assert twin == ("| twin | 3 | 500 | 2.00 M | 5.2000 ± 0.1155 |  |  |  |  | 1,000 |")
+    # Differences −0.1, −0.2, −0.3: standard deviation 0.1, over √3.
+    assert memory == (
+        "| memory | 3 | 500 | 2.00 M | 5.0000 ± 0.0577 | -0.2000 ± 0.0577 | +0.4000 ± 0.0577 "
+        "| 50.0%, 25.0% | 0.125 | 1,000 |"
+    )
+
+
+def test_only_common_seeds_are_compared_and_a_label_and_seed_are_there_once(tmp_path):
+    results = Results(())
+    for label, seed, loss in (("b", 1, 3.0), ("a", 1, 1.0), ("b", 0, 2.0), ("b", 1, 4.0)):
+        results = results.add(record(label, seed, loss), ["a", "b"])
+    results.write(tmp_path / "r.json")
+    results = Results.read(tmp_path / "r.json")
+    assert [(of["label"], of["seed"]) for of in results.records] == [("a", 1), ("b", 0), ("b", 1)]
+    assert results.differences("b", "a", "loss", "prose").tolist() == [3.0]
+    (tmp_path / "r.json").write_text("{")
+    with pytest.raises(InputError, match=r"r\.json holds no results"):
+        Results.read(tmp_path / "r.json")
+
+
+def test_an_arm_of_equal_time_gets_the_steps_of_the_first_seeds_speeds(family):
+    twin = Arm("twin, equal time", family("dense"), same_time=("twin", "memory"))
+    task = Task(twin, seed=1, steps=500)
+    results = Results((record("twin", 0, 5.0, speed=1200.0),))
+    assert task.config(results) is None
+    results = results.add(record("memory", 0, 5.0, speed=1000.0), [])
+    assert task.config(results).train.steps == 600
+    # Speeds of a later seed do not change it, and neither do new speeds once it has begun.
+    begun = record("twin, equal time", 0, 5.0) | {"settings": {"train.steps": 610}}
+    results = results.add(begun, []).add(record("memory", 1, 5.0, speed=1.0), [])
+    assert task.config(results).train.steps == 610
+
+
+def test_a_key_depends_on_what_differs_from_the_defaults_and_changes_results(tiny):
+    changed = vary(tiny, train={"log_every": 7, "keep_checkpoints": 5}, data={"workers": 2})
+    assert settings(changed) == settings(replace(tiny, name="other")) == settings(tiny)
+    names = settings(tiny).keys()
+    assert {"model.width", "memory.heads", "train.seed"} <= names
+    assert not names & {"memory.max_order", "model.engram.gated", "name", "train.log_every"}
+    without = without_memory(vary(tiny, memory={"heads": 4}))
+    assert settings(without) == settings(without_memory(tiny))
+    key = Task(Arm("", tiny), 0, 2).key
+    other = vary(tiny, model={"engram": replace(tiny.model.engram, gated=False)})
+    assert key(tiny) == key(changed) != key(other)
+    measured = Task(Arm("", tiny, measure=facts.recall), 0, 2).key(tiny)
+    assert measured != key(tiny)
+
+
+@pytest.mark.slow
+def test_controls_ablations_and_allocation_keep_what_they_promise():
+    def counted(module):
+        arms = module.EXPERIMENT.arms(partial(small_config, size="2m"))
+        return {arm.label: account(arm.config) for arm in arms}
+
+    controls = counted(experiments_of("controls"))
+    flops = {label: of.training_flops for label, of in controls.items()}
+    assert flops["no memory, equal FLOPs"] == pytest.approx(flops["Engram"], rel=1e-3)
+    assert controls["one row per head"].memory == 16 * 10
+    rival = controls["bigram table, no gate"].memory
+    assert rival == pytest.approx(controls["Engram"].memory, rel=1e-3)
+    assert flops["bigram table, no gate"] == flops["no memory"]
+    ablations = counted(experiments_of("ablations"))
+    for of in ablations.values():
+        assert of.memory == pytest.approx(ablations["Engram"].memory, rel=0.02)
+    shares = counted(experiments_of("allocation"))  # equal sizes are asserted in it
+    for label, of in shares.items():
+        assert of.allocation == pytest.approx(float(label.split()[1].rstrip(",")), abs=0.02)
+
+
+def experiments_of(name):
+    return importlib.import_module(f"experiments.{name}")
+
+
+def test_a_mistyped_label_is_refused(options, family):
+    with pytest.raises(InputError, match="choose from no memory, Engram"):
+        run_experiment(memory_law.EXPERIMENT, replace(options, only=("Engram",)), family)
+    with pytest.raises(InputError, match="run the experiment first"):
+        run_experiment(memory_law.EXPERIMENT, replace(options, plot_only=True), family)
+
+
+def test_facts_occur_as_often_as_they_say_and_are_not_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(facts, "FOLDER", tmp_path / "text")
+    invented = facts.make_facts()
+    assert len({fact.question for fact in invented}) == len(invented) == 4 * 67
+    assert all(len(set(fact.answers)) == facts.CHOICES for fact in invented)
+    path = facts.write_texts(invented, held_out=0.05)
+    corpus = build_corpus(path, load_tokenizer("default"), tmp_path / "cache", held_out=0.05)
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert len(set(texts)) == len(texts)
+    read = "\n".join(texts[number] for number in corpus.train.indices)
+    assert all(read.count(fact.sentence()) == fact.times for fact in invented)
+    assert len(corpus.held_out)
+
+
+def test_classes_of_tokens():
+    text = "The city of New York has 1,200 parks; the New City, in York."
+    texts = re.findall(r" ?\w+|[^\w ]", text)
+    named = dict(enumerate(CLASSES[kind] for kind in classify(texts)))
+    expected = {
+        "The": "function word",
+        " city": "first mention",
+        " New": "first mention",
+        " York": "inside a name",
+        " 1": "number",
+        ",": "number",  # of 1,200
+        " parks": "first mention",
+        ";": "punctuation",
+    }
+    for token, kind in expected.items():
+        assert named[texts.index(token)] == kind, token
+    assert [named[place] for place in (-4 + len(texts), -2 + len(texts))] == [
+        "punctuation",
+        "repeated in context",
+    ]
+    assert named[len(texts) - 6] == "repeated in context"  # New, after "the"
+    assert named[len(texts) - 5] == "inside a name"  # City
