@@ -3,7 +3,8 @@
     python train.py [CONFIG] [--run FOLDER] [--SECTION.FIELD VALUE …]
 
 Common flags: --run, --data.sources, --train.steps, --data.batch-size,
---model.width, --model.layers, --memory.rows-per-head, --optimizer.learning-rate.
+--model.width, --model.layers, --memory.rows-per-head,
+--optimizer.learning-rate.
 
 A list flag without values is an empty list (`--memory.layers`: no memory).
 """
