@@ -179,6 +179,14 @@ class CorpusView:
         """Total number of tokens."""
         return int(self.lengths.sum())
 
+    def by_hash(self) -> "CorpusView":
+        """Return the same documents in the order of their texts' hashes.
+
+        The first ones are a random sample, which depends only on the texts.
+        """
+        order = np.argsort(self.corpus.hashes[self.indices], kind="stable")
+        return CorpusView(self.corpus, self._side, self.indices[order])
+
     def tokens(self, document: int | np.integer) -> Int32[np.ndarray, "length"]:
         """Return the token ids of one document, bos and eos included."""
         start, length = int(self.starts[document]), int(self.lengths[document])

@@ -133,7 +133,8 @@ def evaluate_held_out(
         scorer: from `make_scorer`.
         weights: parameters and tables.
         corpora: corpora whose held-out documents are scored.
-        max_tokens: number of tokens to score per corpus, from its first document on; None: all.
+        max_tokens: number of tokens to score per corpus, in a random order of its documents that is
+            the same for all models; None: all.
         watch: called after every batch.
 
     Returns:
@@ -146,9 +147,9 @@ def evaluate_held_out(
     rows = data.batch_size // program.config.train.accumulation
     scores = {}
     for corpus in corpora:
-        documents = len(corpus.held_out)
-        sums = DocumentSums(np.zeros(documents), np.zeros(documents))
-        for packed in pack_held_out(corpus.held_out, data.sequence_length, rows):
+        view = corpus.held_out if max_tokens is None else corpus.held_out.by_hash()
+        sums = DocumentSums(np.zeros(len(view)), np.zeros(len(view)))
+        for packed in pack_held_out(view, data.sequence_length, rows):
             batch = _own_rows(packed._replace(documents=None).map(lambda field: field[None]))
             if planner:
                 batch = batch._replace(plan=planner(batch.tokens, batch.segments))
