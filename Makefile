@@ -63,6 +63,10 @@ gpu-experiments: $(VENV)/.installed  ## on one GPU, 14 minutes: allocation and m
 faults: $(VENV)/.installed-dev  ## put faults into copies of the tree, and check that tests find them
 	$(BIN)/python tests/faults.py $(ARGS)
 
+.PHONY: soak
+soak: $(VENV)/.installed-dev  ## 20 minutes of kills, full disks, damaged files and odd inputs
+	$(BIN)/python tests/soak.py $(ARGS)
+
 .PHONY: lint
 lint: $(VENV)/.installed-dev  ## ruff: check lint and format, without changes
 	$(BIN)/ruff check .

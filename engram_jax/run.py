@@ -121,7 +121,7 @@ class Run:
                     write_beginning(
                         *(folder, config, run.tokenizer, run.program.ngram_hash, run._texts())
                     )
-                _warn_of_padding(config)
+                _warn(config)
             elif is_leader() and reschedule:
                 with lock_run(folder):
                     save_config(config, folder / "config.json")
@@ -334,13 +334,20 @@ class Run:
         )
 
 
-def _warn_of_padding(config: Config) -> None:
-    layout = config.memory.layout
+def _warn(config: Config) -> None:
+    """Warns of settings that work, but are probably not intended."""
+    layout, warm_up, steps = config.memory.layout, config.optimizer.warmup_steps, config.train.steps
     if config.memory.layers and layout.padding > 0.25:
         narrower, wider = layout.better_widths()
         print(
             f"{layout.padding:.0%} of every table row is padding at memory.row_width "
             f"{layout.width}; {narrower} or {wider} use the memory better.",
+            file=sys.stderr,
+        )
+    if warm_up >= steps:
+        print(
+            f"The learning rate only rises in this run, because optimizer.warmup_steps is {warm_up}"
+            f" and train.steps is {steps}.",
             file=sys.stderr,
         )
 

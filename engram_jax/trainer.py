@@ -194,10 +194,11 @@ class _Progress:
         self._pending = None
         metrics = {name: array.item() for name, array in jax.device_get(arrays).items()}
         self._check_finite(step, metrics)
-        self._bar.update()
         config = self._run.config
         if self._clock is None:
             self._clock = step, time.perf_counter()
+            self._bar.unpause()  # neither compiling nor evaluating counts in the time left
+        self._bar.update()
         if not is_due(step, config.train.log_every, config.train.steps):
             return
         first, since = self._clock
