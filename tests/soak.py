@@ -1,4 +1,4 @@
-"""Trains a tiny run again and again while the world is odd, and checks what docs/reliability.md says.
+"""Trains a tiny run in odd circumstances, and checks what docs/reliability.md promises.
 
     make soak ARGS="--minutes 60 --seed 7"
 
@@ -28,7 +28,8 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parents[1]
-TINY = shlex.split("""--train.steps 12 --train.log-every 1 --train.checkpoint-every 3 --train.evaluate-every 6
+TINY = shlex.split("""
+--train.steps 12 --train.log-every 1 --train.checkpoint-every 3 --train.evaluate-every 6
 --train.evaluate-tokens 256 --optimizer.warmup-steps 3 --model.width 32 --model.layers 2
 --model.feed-forward 32 --model.attention.heads 2 --model.attention.kv-heads 1
 --model.attention.head-width 16 --memory.rows-per-head 2000 2000 --memory.heads 2
