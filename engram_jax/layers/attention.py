@@ -2,9 +2,10 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from engram_jax.errors import InputError
 from engram_jax.layers.positions import rotate
+from engram_jax.layers.slots import Slots
 from engram_jax.parameters import Matrix
 from engram_jax.sharding import platform_of
 
@@ -52,6 +54,18 @@ class AttentionConfig:
             raise InputError(f"head_width {self.head_width} is odd; rotary embedding needs pairs.")
 
 
+class KeyValues(NamedTuple):
+    """What a decoder caches of every position.
+
+    Attributes:
+        key: rotated keys.
+        value: values.
+    """
+
+    key: Float[Array, "B slots J P"]
+    value: Float[Array, "B slots J P"]
+
+
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions, within documents.
 
@@ -88,12 +102,47 @@ class Attention(nnx.Module):
             segments: document number of every position.
             positions: position within the document.
         """
+        query, key, value = self._project(x, positions)
+        mixed = attend(query, key, value, segments, self.config.implementation)
+        return jnp.einsum("btqp,qpd->btd", mixed, self.out.astype(self.dtype))
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int32[Array, "B T"],
+        cache: KeyValues,
+        slots: Slots,
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
+        """Like a call, for positions that follow cached ones; also returns the new cache.
+
+        Args:
+            x: normalized hidden states of the new positions.
+            positions: their positions within their documents.
+            cache: keys and values of the positions before them.
+            slots: their slots.
+        """
+        query, key, value = self._project(x, positions)
+        cache = KeyValues(slots.write(cache.key, key), slots.write(cache.value, value))
+
+        def read(number: Int32[Array, ""] | int) -> tuple[Array, Array]:
+            return slots.block_of(cache.key, number), slots.block_of(cache.value, number)
+
+        mixed = attend_cached(query, read, slots, self.config.head_width**-0.5)
+        return jnp.einsum("btqp,qpd->btd", mixed, self.out.astype(self.dtype)), cache
+
+    def empty_cache(self, batch: int, capacity: int) -> KeyValues:
+        """A cache of this many slots for every sequence."""
+        shape = (batch, capacity, self.config.kv_heads, self.config.head_width)
+        return KeyValues(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+    def _project(
+        self, x: Float[Array, "B T D"], positions: Int32[Array, "B T"]
+    ) -> tuple[Float[Array, "B T Q P"], Float[Array, "B T J P"], Float[Array, "B T J P"]]:
+        """Rotated queries, rotated keys, and values."""
         theta, dtype = self.config.theta, self.dtype
         query = rotate(jnp.einsum("btd,dqp->btqp", x, self.query.astype(dtype)), positions, theta)
         key = rotate(jnp.einsum("btd,djp->btjp", x, self.key.astype(dtype)), positions, theta)
-        value = jnp.einsum("btd,djp->btjp", x, self.value.astype(dtype))
-        mixed = attend(query, key, value, segments, self.config.implementation)
-        return jnp.einsum("btqp,qpd->btd", mixed, self.out.astype(dtype))
+        return query, key, jnp.einsum("btd,djp->btjp", x, self.value.astype(dtype))
 
 
 def attend(
@@ -145,6 +194,55 @@ def attend(
             attend_own, in_specs=specs, out_specs=specs[0], check_vma=chosen == "xla"
         )
     return attend_own(*inputs)
+
+
+def attend_cached(
+    query: Float[Array, "B T Q P"],
+    read: Callable[[Int32[Array, ""] | int], tuple[Array, Array]],
+    slots: Slots,
+    scale: float,
+) -> Float[Array, "B T Q O"]:
+    """softmax(scale·q·k)·v over the cached positions that each new position sees.
+
+    It visits blocks of slots up to the longest sequence's, with a running maximum m and a running
+    sum of exp(score − m). A block that a sequence does not need leaves its numbers as they are, bit
+    for bit. So a sequence's result does not depend on the lengths of the others.
+
+    Args:
+        query: queries of the new positions.
+        read: gives the keys [B, block, J, P] and values [B, block, J, O] of a block of slots,
+            including those of the new positions.
+        slots: slots of the new positions.
+        scale: factor on the scores.
+    """
+    key, value = jax.eval_shape(read, 0)
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def add_block(
+        number: Int32[Array, ""] | int, running: tuple[Array, Array, Array]
+    ) -> tuple[Array, Array, Array]:
+        mixed, largest, total = running
+        key, value = read(number)
+        scores = scale * product("btjgp,bsjp->bjgts", grouped, key)
+        scores = jnp.where(slots.seen(number)[:, None, None], scores, -jnp.inf)
+        new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
+        weights = jnp.exp(scores - new_largest[..., None])
+        kept = jnp.exp(largest - new_largest)
+        mixed = kept[..., None] * mixed
+        mixed += product("bjgts,bsjo->bjgto", weights.astype(value.dtype), value)
+        return mixed, new_largest, kept * total + jnp.sum(weights, axis=-1)
+
+    batch, length, kv_heads, group, _ = grouped.shape
+    rows = (batch, kv_heads, group, length)
+    least = jnp.full(rows, jnp.finfo(jnp.float32).min)
+    running = (jnp.zeros((*rows, value.shape[3])), least, jnp.zeros(rows))
+    if slots.capacity == slots.block:
+        mixed, _, total = add_block(0, running)
+    else:
+        mixed, _, total = jax.lax.fori_loop(0, slots.blocks, add_block, running)
+    mixed = (mixed / total[..., None]).astype(value.dtype)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(*query.shape[:3], -1)
 
 
 def _attend_xla(

@@ -3,3 +3,5 @@
 from pallas_kernels.gated_fusion.api import FusionImplementation as FusionImplementation
 from pallas_kernels.gated_fusion.api import fuse as fuse
 from pallas_kernels.gated_fusion.form import FusionForm as FusionForm
+from pallas_kernels.gated_fusion.form import OlderTokens as OlderTokens
+from pallas_kernels.gated_fusion.xla import extend as extend

@@ -1,7 +1,7 @@
 """Options of the fusion, and which taps of the convolution read which tokens."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,20 @@ class FusionForm:
     def distances(self, kernel: int) -> tuple[int, ...]:
         """How many tokens back each tap of a kernel reads."""
         return tuple((kernel - 1 - tap) * self.dilation for tap in range(kernel))
+
+
+class OlderTokens(NamedTuple):
+    """What the convolution reads of the tokens before those of a call.
+
+    Attributes:
+        value: the memory's value v.
+        scale: c, such that the input of the convolution is c·v.
+        segments: document numbers; a number that no document has where there is no token.
+    """
+
+    value: Float[Array, "B older D"]
+    scale: Float[Array, "B older M"]
+    segments: Int32[Array, "B older"]
 
 
 def normalize(x: Float[Array, "*n D"], epsilon: float) -> Float[Array, "*n D"]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.gated_fusion.form import FusionForm, no_gradients, tap_reads
+from pallas_kernels.gated_fusion.form import FusionForm, OlderTokens, no_gradients, tap_reads
 
 type Residuals = tuple[Any, ...]  # the arguments except the form, and the gates
 
@@ -32,14 +32,40 @@ def fuse(
     """Returns what to add to the residual branches, and the gates."""
     dtype = hidden.dtype
     hidden, key, value = (x.astype(jnp.float32) for x in (hidden, key, value))
-    gate = jax.nn.sigmoid(form.root(_score(hidden, key, gain, form)[0]))
-    if token_mask is not None:
-        gate = jnp.where(token_mask[..., None], gate, 0)
+    gate = _gate(hidden, key, gain, token_mask, form)
     out = gate[..., None] * value[:, :, None]
     if taps is not None:
         scale, _ = _scale(gate, value, form)
         out += jax.nn.silu(_convolve(value, scale, taps, segments, form))
     return out.astype(dtype), gate
+
+
+def extend(
+    hidden: Float[Array, "B T M D"],
+    key: Float[Array, "B T M D"],
+    value: Float[Array, "B T D"],
+    gain: Float[Array, "M D"],
+    taps: Float[Array, "kernel M D"],
+    older: OlderTokens,
+    segments: Int32[Array, "B T"],
+    token_mask: Bool[Array, "B T"] | None,
+    form: FusionForm,
+) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"], Float[Array, "B T M"]]:
+    """`fuse` of tokens that follow others. Also returns their c, for the tokens after them.
+
+    Args: those of `fuse`, and the tokens that the convolution can read before the first one.
+    """
+    dtype, length = hidden.dtype, hidden.shape[1]
+    hidden, key, value = (x.astype(jnp.float32) for x in (hidden, key, value))
+    gate = _gate(hidden, key, gain, token_mask, form)
+    scale, _ = _scale(gate, value, form)
+    values, scales, of_segments = (
+        jnp.concatenate([before.astype(now.dtype), now], axis=1)
+        for before, now in zip(older, (value, scale, segments), strict=True)
+    )
+    mixed = _convolve(values, scales, taps, of_segments, form)[:, -length:]
+    out = gate[..., None] * value[:, :, None] + jax.nn.silu(mixed)
+    return out.astype(dtype), gate, scale
 
 
 def _forward(*arguments: Any) -> tuple[tuple[Array, Array], Residuals]:
@@ -96,6 +122,18 @@ def _backward(
 
 
 fuse.defvjp(_forward, _backward)
+
+
+def _gate(
+    hidden: Float[Array, "B T M D"],
+    key: Float[Array, "B T M D"],
+    gain: Float[Array, "M D"],
+    token_mask: Bool[Array, "B T"] | None,
+    form: FusionForm,
+) -> Float[Array, "B T M"]:
+    """The gates; 0 where masked."""
+    gate = jax.nn.sigmoid(form.root(_score(hidden, key, gain, form)[0]))
+    return gate if token_mask is None else jnp.where(token_mask[..., None], gate, 0)
 
 
 def _score(
