@@ -1,0 +1,101 @@
+"""The step of decoding: hash the new tokens, read their rows, run the cached decoder."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from engram_jax.decoding.state import DecodeState
+from engram_jax.decoding.weights import WEIGHT_SPECS, DecodeWeights
+from engram_jax.hashing_device import hash_tokens, stored_places
+from engram_jax.memory.lookup import read_places
+from engram_jax.model import Memory
+from engram_jax.program import Program
+from engram_jax.sharding import TOKEN_AXES
+
+BY_SEQUENCE = jax.P(TOKEN_AXES)  # everything that begins with B
+
+
+def extend(
+    program: Program,
+    weights: DecodeWeights,
+    state: DecodeState,
+    tokens: Int32[Array, "B T"],
+    count: Int32[Array, "B"],
+    logits: Literal["all", "last"] = "last",
+) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], DecodeState]:
+    """Appends tokens to sequences of one document each; see `Decoder.extend`.
+
+    Call it inside `on_all_devices`.
+
+    Args:
+        program: the program.
+        weights: its prepared weights.
+        state: the sequences.
+        tokens: the new tokens.
+        count: how many of the T tokens each sequence has.
+        logits: those of "all" new positions, or of each sequence's "last".
+    """
+    segments = jnp.ones_like(tokens)
+    positions = state.length[:, None] + jnp.arange(tokens.shape[1])[None]
+    return nnx.merge(program.graph, weights.params).extend(
+        *(state, tokens, _read_memory(program, weights, state, tokens, segments)),
+        *(segments, positions, weights.head),
+        count=count,
+        expert_bias=weights.expert_bias,
+        logits=logits,
+    )
+
+
+def _read_memory(
+    program: Program,
+    weights: DecodeWeights,
+    state: DecodeState,
+    tokens: Int32[Array, "B T"],
+    segments: Int32[Array, "B T"],
+) -> Memory:
+    """The memory vectors of tokens to append, by layer id."""
+    if weights.hash is None or program.ngram_hash is None:
+        return {}
+    spec = program.ngram_hash.spec
+    context = state.ngram_context(tokens, segments, spec.max_order - 1)
+    rows = hash_tokens(weights.hash, *context)[:, :, spec.max_order - 1 :]
+    return {
+        layer: read_places(
+            *(weights.tables[layer], places, weights.row_adam, weights.step),
+            program.config.memory.gather,
+        )
+        for layer, places in zip(spec.layers, stored_places(weights.hash, rows), strict=True)
+    }
+
+
+def on_all_devices(
+    function: Callable[..., Any], by_sequence: Sequence[bool], *, donate: Sequence[int] = ()
+) -> Callable[..., Any]:
+    """Jits a function of prepared weights and other arguments; each device has its own sequences.
+
+    All results are by sequence. Call the result inside `program.use_mesh()`.
+
+    Args:
+        function: its first argument is a `DecodeWeights`.
+        by_sequence: for every further argument, whether its arrays begin with B; the others are
+            complete on every device.
+        donate: numbers of the arguments that are donated.
+    """
+    specs = [BY_SEQUENCE if split else jax.P() for split in by_sequence]
+    # check_vma is off, because kernels do not declare that their results vary over every mesh axis.
+    return partial(
+        jax.jit(
+            jax.shard_map(
+                function,
+                in_specs=(WEIGHT_SPECS, *specs),
+                out_specs=BY_SEQUENCE,
+                check_vma=False,
+            ),
+            donate_argnums=donate,
+        )
+    )

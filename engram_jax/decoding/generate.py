@@ -1,0 +1,338 @@
+"""Generation: prompts in, text out, in batches, by one compiled loop."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32
+
+from engram_jax.decoding.extend import BY_SEQUENCE, extend, on_all_devices
+from engram_jax.decoding.sampling import DrawSettings, draw
+from engram_jax.decoding.state import DecodeState
+from engram_jax.decoding.text import Continuation, GrowingText
+from engram_jax.decoding.weights import DecodeWeights, prepare
+from engram_jax.errors import InputError
+from engram_jax.program import Program
+from engram_jax.sharding import TOKEN_AXES
+from engram_jax.tokenizer import Tokenizer
+from engram_jax.train_state import Weights
+
+BURST = 16  # tokens of a sequence between two looks of the host
+LEAST_CAPACITY = 256
+MOST_SEQUENCES = 64  # in a batch, per device
+_PROMPT_TOKENS = 2048  # of all sequences of a device, in a call
+_PROMPT_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How prompts are continued.
+
+    Attributes:
+        tokens: maximum number of tokens to add.
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_k: draw from this many most likely tokens; None: from all.
+        top_p: draw from the fewest tokens that have this probability together.
+        min_p: draw from tokens with at least this probability, relative to the most likely one.
+        stop: strings that end a continuation.
+        seed: of the first prompt; prompt n has seed + n.
+        capacity: maximum number of tokens of prompt and continuation; None: as many as needed.
+    """
+
+    tokens: int = 100
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise InputError(f"--tokens is {self.tokens}; ask for at least 1.")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"--temperature is {self.temperature}; it must be 0 or more.")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"--top-k is {self.top_k}; it must be at least 1.")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p is {self.top_p}; it must be above 0 and at most 1.")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"--min-p is {self.min_p}; it must be from 0 to 1.")
+        if "" in self.stop:
+            raise InputError("--stop has an empty string; leave it out.")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed is {self.seed}; it must be from 0 to 2³² − 1.")
+        if self.capacity is not None and self.capacity < 2:
+            raise InputError(f"--capacity is {self.capacity}; it must be at least 2.")
+
+
+class Drawing(NamedTuple):
+    """What a burst of the loop changes, besides the state.
+
+    Attributes:
+        logits: of every sequence's next token.
+        drawn: number of tokens drawn so far.
+        done: whether a sequence has ended.
+    """
+
+    logits: Float[Array, "B V"]
+    drawn: Int32[Array, "B"]
+    done: Bool[Array, "B"]
+
+
+class Limits(NamedTuple):
+    """Constants of the loop, as runtime values: the ids that can be drawn are below `pieces`."""
+
+    pieces: Int32[Any, ""]
+    end_id: Int32[Any, ""]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens and seconds of a generation, without compilation."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def make_prefill(program: Program) -> Callable[..., tuple[DecodeState, Float[Array, "B V"]]]:
+    """The jitted function that appends a chunk of the prompts.
+
+    Its arguments are prepared weights, state, tokens [B, T], their counts [B], and the logits after
+    the chunks before, which are kept for sequences without further tokens.
+    """
+
+    def prefill(
+        weights: DecodeWeights, state: DecodeState, tokens: Array, count: Array, before: Array
+    ) -> tuple[DecodeState, Array]:
+        logits, state = extend(program, weights, state, tokens, count)
+        return state, jnp.where(count[:, None] > 0, logits, before)
+
+    return on_all_devices(prefill, [True] * 4, donate=(1, 4))
+
+
+def make_burst(program: Program) -> Callable[..., tuple[DecodeState, Drawing, Array, Array]]:
+    """The jitted loop: draws up to `BURST` tokens of every sequence, until all have ended.
+
+    Its arguments are prepared weights, state, drawing, settings, maximum number of tokens [B], and
+    limits. It returns state, drawing, tokens [B, BURST] (−1: none) and their log-probabilities.
+    """
+
+    def burst(
+        weights: DecodeWeights,
+        state: DecodeState,
+        drawing: Drawing,
+        settings: DrawSettings,
+        most: Array,
+        limits: Limits,
+    ) -> tuple[DecodeState, Drawing, Array, Array]:
+        def is_going(carry: Any) -> Array:
+            return (carry[0] < BURST) & carry[1]
+
+        def step(carry: Any) -> Any:
+            number, _, state, (logits, drawn, done), tokens, log_probabilities = carry
+            token, log_probability = draw(logits, limits.pieces, settings, drawn)
+            tokens = tokens.at[:, number].set(jnp.where(done, -1, token))
+            log_probabilities = log_probabilities.at[:, number].set(log_probability)
+            drawn = jnp.where(done, drawn, drawn + 1)
+            done |= (token == limits.end_id) | (drawn >= most)
+            count = jnp.where(done, 0, 1)
+            logits, state = extend(program, weights, state, token[:, None], count)
+            drawing = Drawing(logits, drawn, done)
+            return number + 1, _any(~done), state, drawing, tokens, log_probabilities
+
+        shape = (len(most), BURST)
+        carry = (
+            *(jnp.int32(0), _any(~drawing.done), state, drawing),
+            *(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape)),
+        )
+        return jax.lax.while_loop(is_going, step, carry)[2:]
+
+    return on_all_devices(burst, [True] * 4 + [False], donate=(1, 2))
+
+
+def _any(flags: Bool[Array, "B"]) -> Bool[Array, ""]:
+    """Whether a flag is set on any device. Devices that left the loop earlier would not answer."""
+    return jax.lax.pmax(jnp.any(flags).astype(jnp.int32), TOKEN_AXES) > 0
+
+
+class Generator:
+    """Continues prompts with the weights of a run, which are prepared once.
+
+    Programs are compiled for a batch size and a capacity, which are powers of two. Another prompt,
+    setting or seed compiles nothing. In a batch of one shape, a sequence's text does not depend on
+    the others, bit for bit; between shapes, logits differ by rounding.
+
+    Args:
+        program: the program.
+        tokenizer: the tokenizer.
+        weights: parameters and tables, which must not be donated meanwhile.
+        memory: use the memory; without it, memory layers add nothing.
+    """
+
+    def __init__(
+        self, program: Program, tokenizer: Tokenizer, weights: Weights, *, memory: bool = True
+    ) -> None:
+        self.program = program
+        self.tokenizer = tokenizer
+        self.weights = prepare(program, weights, memory=memory)
+        self.speed = Speed()
+        self._prefill, self._burst = make_prefill(program), make_burst(program)
+        self._by_sequence = jax.NamedSharding(program.mesh, BY_SEQUENCE)
+        self._empty = jax.jit(
+            self._make_empty, static_argnums=(0, 1), out_shardings=self._by_sequence
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        settings: Settings | None = None,
+        *,
+        show: Callable[[int, str], object] = lambda number, text: None,
+    ) -> list[Continuation]:
+        """Continues every prompt, as the start of a document.
+
+        Args:
+            prompts: the texts; "" generates a complete document.
+            settings: how they are continued.
+            show: called with the number of a prompt and the new part of its continuation, after
+                every burst. It never gets a part of a character, or of a stop string.
+
+        Raises:
+            InputError: a prompt is not valid Unicode or too long, or top_k is too large.
+        """
+        settings = settings or Settings()
+        pieces, sequences = self.tokenizer.vocab_size, MOST_SEQUENCES * self.program.mesh.size
+        if settings.top_k is not None and settings.top_k > pieces:
+            raise InputError(f"--top-k is {settings.top_k}; the tokenizer has {pieces} tokens.")
+        encoded = [
+            [self.tokenizer.bos_id, *ids.tolist()] for ids in self.tokenizer.encode_batch(prompts)
+        ]
+        capacity = self._capacity(encoded, settings)
+        texts = [
+            GrowingText(
+                *(self.tokenizer, ids, settings.stop, self.tokenizer.eos_id),
+                limit=min(settings.tokens, capacity - len(ids)),
+            )
+            for ids in encoded
+        ]
+        slots = LEAST_CAPACITY * _power_of_two(-(-capacity // LEAST_CAPACITY))
+        self.speed = Speed()
+        for first in range(0, len(texts), sequences):
+            self._continue(texts[first : first + sequences], first, settings, slots, show)
+        return [text.finish() for text in texts]
+
+    def _capacity(self, prompts: Sequence[list[int]], settings: Settings) -> int:
+        """Number of slots; says so if they exceed the length of the training rows."""
+        longest = max(map(len, prompts), default=0)
+        needed = settings.capacity or longest + settings.tokens
+        if longest >= needed:
+            number = max(range(len(prompts)), key=lambda n: len(prompts[n]))
+            raise InputError(
+                f"Prompt {number + 1} has {longest:,} tokens, and --capacity is {needed:,}, which "
+                "leaves no room to continue it; raise --capacity, or shorten the prompt."
+            )
+        trained = self.program.config.data.sequence_length
+        used = min(needed, longest + settings.tokens)
+        if used > trained:
+            print(
+                f"Up to {used:,} tokens are used, and the model was trained on rows of "
+                f"{trained:,}: text beyond that is likely to be worse.",
+                file=sys.stderr,
+            )
+        return needed
+
+    def _continue(
+        self,
+        texts: list[GrowingText],
+        first: int,
+        settings: Settings,
+        capacity: int,
+        show: Callable[[int, str], object],
+    ) -> None:
+        """Continues one batch, which begins with prompt number `first`."""
+        count, devices = len(texts), self.program.mesh.size
+        batch = devices * _power_of_two(-(-count // devices))
+        put = partial(self._put, batch)
+        with self.program.use_mesh():
+            state, logits = self._read_prompts(texts, batch, capacity)
+            ways = DrawSettings(
+                temperature=put([settings.temperature] * count, np.float32),
+                top_k=put([settings.top_k or 2**31 - 1] * count, np.int32),
+                top_p=put([settings.top_p] * count, np.float32),
+                min_p=put([settings.min_p] * count, np.float32),
+                seed=put((settings.seed + first + np.arange(count)) % 2**32, np.uint32),
+            )
+            most = put([text.limit for text in texts], np.int32)
+            limits = Limits(np.int32(self.tokenizer.vocab_size), np.int32(self.tokenizer.eos_id))
+            drawing = Drawing(logits, put([0] * count, np.int32), put([False] * count, bool))
+            begin = time.perf_counter()
+            while any(text.reason is None for text in texts):
+                done = put([text.reason is not None for text in texts], bool, fill=True)
+                state, drawing, *new = self._burst(
+                    self.weights, state, drawing._replace(done=done), ways, most, limits
+                )
+                tokens, log_probabilities = jax.device_get(new)
+                for number, text in enumerate(texts):
+                    if text.reason is None:
+                        drawn = tokens[number] >= 0
+                        found = tokens[number][drawn], log_probabilities[number][drawn]
+                        show(first + number, text.add(*(part.tolist() for part in found)))
+        self._count(seconds=time.perf_counter() - begin, tokens=sum(len(t.tokens) for t in texts))
+
+    def _read_prompts(
+        self, texts: list[GrowingText], batch: int, capacity: int
+    ) -> tuple[DecodeState, Array]:
+        """A state with the prompts of a batch, and the logits after them."""
+        begin = time.perf_counter()
+        state, logits = self._empty(batch, capacity)
+        per_device = batch // self.program.mesh.size
+        chunk = min(_PROMPT_CHUNK, max(_PROMPT_TOKENS // per_device, 1))
+        longest = max(len(text.prompt) for text in texts)
+        tokens = np.zeros((batch, -(-longest // chunk) * chunk), np.int32)
+        lengths = np.ones(batch, np.int32)  # an empty place has one token
+        for number, text in enumerate(texts):
+            tokens[number, : len(text.prompt)] = text.prompt
+            lengths[number] = len(text.prompt)
+        for first in range(0, longest, chunk):
+            part = tokens[:, first : first + chunk], np.clip(lengths - first, 0, chunk)
+            inputs = jax.device_put(part, self._by_sequence)
+            state, logits = self._prefill(self.weights, state, *inputs, logits)
+        jax.block_until_ready(logits)
+        self._count(
+            prompt_tokens=int(lengths[: len(texts)].sum()),
+            prompt_seconds=time.perf_counter() - begin,
+        )
+        return state, logits
+
+    def _make_empty(self, batch: int, capacity: int) -> tuple[DecodeState, Array]:
+        """A state without tokens, and logits to be replaced."""
+        decoder = nnx.merge(self.program.graph, self.weights.params)
+        logits = jnp.zeros((batch, self.weights.head.shape[1]))
+        return decoder.empty_state(batch, capacity), logits
+
+    def _put(self, batch: int, values: Any, dtype: Any, *, fill: Any = 0) -> Array:
+        """One number per sequence, on the devices; empty places get `fill`."""
+        filled = np.full(batch, fill, dtype)
+        filled[: len(values)] = values
+        return jax.device_put(filled, self._by_sequence)
+
+    def _count(self, **more: float) -> None:
+        now = {name: getattr(self.speed, name) + value for name, value in more.items()}
+        self.speed = replace(self.speed, **now)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not below a number."""
+    return 1 << (number - 1).bit_length()
