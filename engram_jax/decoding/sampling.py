@@ -1,8 +1,11 @@
-"""How a token is drawn: temperature, top-k, top-p and min-p, with one uniform number per token.
+"""How a token is drawn: temperature, top-k, top-p and min-p, without sorting.
 
-All settings are runtime values of every sequence, so no setting needs another program. Candidates
-are chosen by a threshold on their weight exp(logit/temperature − maximum), which is found by
-bisection. (Sorting 64 × 8,192 logits takes 108 ms on a CPU.)
+All settings are runtime values of every sequence, so no setting needs another program. A token is
+drawn from all of them, and accepted if it is a candidate. To know that, it is enough to sum over
+the more likely tokens. If it is no candidate, then less likely tokens are none either, so the next
+draw is from the more likely ones. Accepted tokens have exactly the distribution of the candidates,
+usually after one to three draws. (Sorting 64 × 8,192 logits takes 108 ms on a CPU, and a bisection
+for the least likely candidate 4 ms.)
 """
 
 from typing import Any, NamedTuple
@@ -21,9 +24,9 @@ class DrawSettings(NamedTuple):
 
     Attributes:
         temperature: divisor of the logits; 0 takes the most likely token.
-        top_k: number of candidates; all ids or more: all.
-        top_p: the candidates are the fewest that have this probability together.
-        min_p: smallest probability of a candidate, relative to the most likely one.
+        top_k: candidates are this many most likely tokens.
+        top_p: candidates are the fewest tokens that have this probability together.
+        min_p: smallest probability of a candidate, relative to the most likely token.
         seed: of the sequence's uniform numbers.
     """
 
@@ -43,10 +46,10 @@ def draw(
     """Draws every sequence's next token.
 
     Args:
-        logits: of the next token, finite.
+        logits: of the next token.
         pieces: only ids below this are drawn. (A model may have more ids than its tokenizer.)
         settings: settings of every sequence.
-        number: how many tokens were drawn before, which selects the uniform number.
+        number: how many tokens were drawn before, which selects the uniform numbers.
 
     Returns:
         The tokens, and their log-probabilities at temperature 1, without any selection of
@@ -61,13 +64,39 @@ def draw(
     is_greedy = settings.temperature == 0
     divisor = jnp.where(is_greedy, 1, settings.temperature)[:, None, None]
     weights = jnp.exp((arranged - largest) / divisor)
-    weights = _choose(weights, settings)
-    uniform = jax.vmap(lambda seed, n: jax.random.uniform(jax.random.fold_in(_key(seed), n)))
-    place = _invert(weights, uniform(settings.seed, number))
-    drawn = jnp.where(is_greedy, likely[:, 0, 0], place)
+    keys = jax.vmap(jax.random.fold_in)(jax.vmap(_key)(settings.seed), number)
+    drawn = jnp.where(is_greedy, likely[:, 0, 0], _draw_candidates(weights, settings, keys))
     normalizer = largest + jnp.log(_over_ids(jnp.sum, jnp.exp(arranged - largest)))
     chosen = jnp.take_along_axis(logits, drawn[:, None], axis=1)[:, 0]
     return drawn, chosen - normalizer[:, 0, 0]
+
+
+def _draw_candidates(
+    weights: Float[Array, "B groups lanes"], settings: DrawSettings, keys: Array
+) -> Int32[Array, "B"]:
+    """Draws until every sequence has a candidate; `weights` are relative to the largest, 1."""
+    needed = settings.top_p * _over_ids(jnp.sum, weights)[:, 0, 0]
+    needed = jnp.where(settings.top_p < 1, needed, jnp.inf)  # a sum of all but one can round to it
+
+    def is_going(carry: Any) -> Bool[Array, ""]:
+        return ~jnp.all(carry[3])
+
+    def attempt(carry: Any) -> Any:
+        number, least, drawn, accepted = carry
+        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number)))(keys)
+        place, weight = _invert(jnp.where(weights > least, weights, 0), uniform)
+        is_larger = weights > weight
+        count = _over_ids(jnp.sum, is_larger.astype(jnp.int32))[:, 0, 0]
+        together = _over_ids(jnp.sum, jnp.where(is_larger, weights, 0))[:, 0, 0]
+        is_candidate = (count < settings.top_k) & ((together < needed) | (count == 0))
+        is_candidate &= weight[:, 0, 0] >= settings.min_p
+        drawn = jnp.where(accepted, drawn, place)
+        least = jnp.where(accepted[:, None, None], least, weight)
+        return number + 1, least, drawn, accepted | is_candidate
+
+    batch = len(weights)
+    start = jnp.int32(0), jnp.full((batch, 1, 1), -1.0), jnp.zeros(batch, jnp.int32)
+    return jax.lax.while_loop(is_going, attempt, (*start, settings.temperature == 0))[2]
 
 
 def _key(seed: UInt32[Array, ""]) -> Array:
@@ -85,70 +114,16 @@ def _over_ids(reduce: Any, x: Array) -> Array:
     return reduce(reduce(x, axis=1, keepdims=True), axis=2, keepdims=True)
 
 
-def _choose(
-    weights: Float[Array, "B groups lanes"], settings: DrawSettings
-) -> Float[Array, "B groups lanes"]:
-    """The weights, with zeros for ids that are no candidates: by top-k, then top-p, then min-p."""
-
-    def keep_largest(weights: Array, amounts: Array, needed: Array) -> Array:
-        least = _threshold(weights, amounts, needed[:, None, None])
-        return jnp.where(_bits(weights) >= least, weights, 0)
-
-    def keep_k(weights: Array) -> Array:
-        ones = jnp.ones(weights.shape, jnp.int32)
-        return keep_largest(weights, ones, settings.top_k)
-
-    def keep_p(weights: Array) -> Array:
-        total = _over_ids(jnp.sum, weights)[:, 0, 0]
-        kept = keep_largest(weights, weights, settings.top_p * total)
-        return jnp.where((settings.top_p < 1)[:, None, None], kept, weights)
-
-    size = weights.shape[1] * weights.shape[2]
-    weights = jax.lax.cond(jnp.any(settings.top_k < size), keep_k, lambda same: same, weights)
-    weights = jax.lax.cond(jnp.any(settings.top_p < 1), keep_p, lambda same: same, weights)
-    return jnp.where(weights >= settings.min_p[:, None, None], weights, 0)
-
-
-def _bits(weights: Float[Array, "*n"]) -> Int32[Array, "*n"]:
-    """Integers in the order of the weights, which are from 0 to 1."""
-    return jax.lax.bitcast_convert_type(weights, jnp.int32)
-
-
-def _threshold(
-    weights: Float[Array, "B groups lanes"], amounts: Array, needed: Array
-) -> Int32[Array, "B 1 1"]:
-    """The largest t such that the amounts of weights ≥ t sum to `needed`; 0 if all do not.
-
-    Weights and t are compared as integers. So the bisection ends at adjacent numbers, and the
-    result is exact. It ends earlier where a sum equals `needed`.
-    """
-    bits = _bits(weights)
-
-    def is_open(bounds: tuple[Array, Array]) -> Bool[Array, ""]:
-        return jnp.any(bounds[1] - bounds[0] > 1)
-
-    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low + high) // 2
-        found = _over_ids(jnp.sum, jnp.where(bits >= middle, amounts, 0))
-        low = jnp.where(found >= needed, middle, low)
-        high = jnp.where(found == needed, middle + 1, jnp.where(found > needed, high, middle))
-        return low, jnp.maximum(high, low + 1)
-
-    low = jnp.zeros((len(bits), 1, 1), jnp.int32)
-    high = jnp.full_like(low, _bits(jnp.float32(1)) + 1)
-    return jax.lax.while_loop(is_open, halve, (low, high))[0]
-
-
 def _invert(
     weights: Float[Array, "B groups lanes"], uniform: Float[Array, "B"]
-) -> Int32[Array, "B"]:
-    """The id at a quantile of the distribution; ids are in the order of lanes, then groups."""
+) -> tuple[Int32[Array, "B"], Float[Array, "B 1 1"]]:
+    """The id at a quantile of a distribution, with ids in the order of lanes, and its weight."""
     by_lane = jnp.sum(weights, axis=1)
     lane, rest = _locate(by_lane, uniform * jnp.sum(by_lane, axis=1))
     in_lane = jnp.take_along_axis(weights, lane[:, None, None], axis=2)[:, :, 0]
     group, _ = _locate(in_lane, rest)
-    return group * LANES + lane
+    weight = jnp.take_along_axis(in_lane, group[:, None], axis=1)
+    return group * LANES + lane, weight[:, None]
 
 
 def _locate(
