@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from engram_jax.layers.block import BlockCache
-from engram_jax.layers.slots import Slots, read_before, write
+from engram_jax.layers.slots import Slots, read_slots, write
 
 
 @no_type_check  # at run time: as a pytree it also holds shapes and shardings
@@ -71,11 +71,11 @@ class DecodeState:
             segments: their document numbers, at least 0.
             orders: number of orders N − 1.
         """
-        exists = self.length[:, None] >= orders - jnp.arange(orders)[None]
-        before = read_before(self.segments, self.length, orders)
+        slots = self.length[:, None] - orders + jnp.arange(orders)[None]
+        before = jnp.where(slots >= 0, read_slots(self.segments, slots), -1)
         return (
-            jnp.concatenate([read_before(self.tokens, self.length, orders), tokens], axis=1),
-            jnp.concatenate([jnp.where(exists, before, -1), segments], axis=1),
+            jnp.concatenate([read_slots(self.tokens, slots), tokens], axis=1),
+            jnp.concatenate([before, segments], axis=1),
         )
 
     def rewind(self, count: Int32[Array, "B"]) -> "DecodeState":

@@ -19,7 +19,7 @@ from engram_jax.layers.slots import Slots
 from engram_jax.parameters import Matrix
 from engram_jax.sharding import in_explicit_mesh
 from pallas_kernels import gated_fusion
-from pallas_kernels.gated_fusion import FusionForm, FusionImplementation, OlderTokens
+from pallas_kernels.gated_fusion import FusedTokens, FusionForm, FusionImplementation
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -160,16 +160,15 @@ class Engram(nnx.Module):
             return *self.fuse(hidden, key, value, None, token_mask), None
         gain, taps, form = self._fusion()
         assert taps is not None
-        reach, now = self._reach, jnp.take_along_axis(slots.segments, slots.new, 1, mode="clip")
-        before = slots.segments_before(reach)
+        gate, scale = gated_fusion.gate_new(hidden, key, value, gain, token_mask, form)
+        # Reading what was just written lets XLA write in place. Otherwise it copies the cache.
+        cache = GatedValues(*map(slots.write, cache, (value, scale)))
+        values, scales = (slots.window(part, self._reach) for part in cache)
+        segments = slots.segments_of_window(self._reach)
         if self.config.cross_documents:
-            before, now = jnp.minimum(before, 0), jnp.zeros_like(now)
-        values, scales = (slots.before(part, reach) for part in cache)
-        older = OlderTokens(values, scales, before)
-        added, gate, scale = gated_fusion.extend(
-            hidden, key, value, gain, taps, older, now, token_mask, form
-        )
-        return added, gate, GatedValues(*map(slots.write, cache, (value, scale)))
+            segments = jnp.minimum(segments, 0)
+        added = gated_fusion.fuse_new(gate, taps, FusedTokens(values, scales, segments), form)
+        return added.astype(hidden.dtype), gate, cache
 
     def empty_cache(self, batch: int, capacity: int) -> GatedValues | None:
         """A cache of this many slots for every sequence; None without a convolution."""

@@ -172,8 +172,10 @@ class LatentAttention(nnx.Module):
         def read(number: Int32[Array, ""] | int) -> tuple[Array, Array]:
             latent = Latent(*(slots.block_of(part, number) for part in cache))
             if not absorbs:
-                return self._keys_and_values(latent)
-            return jnp.concatenate(latent, axis=-1)[:, :, None], latent.content[:, :, None]
+                key, value = self._keys_and_values(latent)
+                return key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
+            key = jnp.concatenate(latent, axis=-1)
+            return key.swapaxes(1, 2)[:, None], latent.content[:, None]
 
         query = jnp.concatenate([query, rotary_query], axis=-1)
         mixed = attend_cached(query, read, slots, self.config.softmax_scale)

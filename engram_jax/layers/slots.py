@@ -42,16 +42,19 @@ class Slots(NamedTuple):
         return (used + self.block - 1) // self.block
 
     def write(
-        self, cache: Shaped[Array, "B slots *rest"], values: Shaped[Array, "B T *rest"]
-    ) -> Shaped[Array, "B slots *rest"]:
-        """Writes the values of the new positions."""
-        return write(cache, self.new, values)
+        self,
+        cache: Shaped[Array, "B *cached"],
+        values: Shaped[Array, "B T *rest"],
+        axis: int = 1,
+    ) -> Shaped[Array, "B *cached"]:
+        """Writes the values of the new positions; `axis` is the axis of the slots."""
+        return write(cache, self.new, values, axis)
 
     def block_of(
-        self, cache: Shaped[Array, "B slots *rest"], number: Int32[Array, ""] | int
-    ) -> Shaped[Array, "B block *rest"]:
-        """The values of a block of slots."""
-        return jax.lax.dynamic_slice_in_dim(cache, number * self.block, self.block, axis=1)
+        self, cache: Shaped[Array, "B *cached"], number: Int32[Array, ""] | int, axis: int = 1
+    ) -> Shaped[Array, "B *block"]:
+        """The values of a block of slots; `axis` is the axis of the slots."""
+        return jax.lax.dynamic_slice_in_dim(cache, number * self.block, self.block, axis)
 
     def seen(self, number: Int32[Array, ""] | int) -> Bool[Array, "B T block"]:
         """Which slots of a block each new position sees: up to its own, in its document."""
@@ -60,31 +63,39 @@ class Slots(NamedTuple):
         earlier = there[None, None] <= self.new[:, :, None]
         return earlier & (self.block_of(self.segments, number)[:, None] == own[:, :, None])
 
-    def before(
-        self, cache: Shaped[Array, "B slots *rest"], count: int
-    ) -> Shaped[Array, "B {count} *rest"]:
-        """The values of the `count` slots before the new ones; undefined before the first slot."""
-        return read_before(cache, self.first, count)
+    def window(
+        self, cache: Shaped[Array, "B slots *rest"], reach: int
+    ) -> Shaped[Array, "B window *rest"]:
+        """The values of the new slots and of the `reach` slots before them.
 
-    def segments_before(self, count: int) -> Int32[Array, "B {count}"]:
-        """Document numbers of the `count` slots before the new ones; −1 before the first slot."""
-        exists = self.first[:, None] >= count - jnp.arange(count)[None]
-        return jnp.where(exists, self.before(self.segments, count), -1)
+        Undefined before the first slot and beyond the last one.
+        """
+        return read_slots(cache, self._in_window(reach))
+
+    def segments_of_window(self, reach: int) -> Int32[Array, "B window"]:
+        """Document numbers of these slots; −1 before the first slot."""
+        return jnp.where(self._in_window(reach) >= 0, self.window(self.segments, reach), -1)
+
+    def _in_window(self, reach: int) -> Int32[Array, "B window"]:
+        length = reach + self.new.shape[1]
+        return self.first[:, None] - reach + jnp.arange(length)[None]
 
 
 def write(
-    cache: Shaped[Array, "B slots *rest"],
+    cache: Shaped[Array, "B *cached"],
     slots: Int32[Array, "B T"],
     values: Shaped[Array, "B T *rest"],
-) -> Shaped[Array, "B slots *rest"]:
+    axis: int = 1,
+) -> Shaped[Array, "B *cached"]:
     """Writes values at their slots. (A slice update would overwrite the last slots when full.)"""
     rows = jnp.arange(len(cache))[:, None]
-    return cache.at[rows, slots].set(values.astype(cache.dtype), mode="drop", unique_indices=True)
+    places = (rows, *[slice(None)] * (axis - 1), slots)
+    return cache.at[places].set(values.astype(cache.dtype), mode="drop", unique_indices=True)
 
 
-def read_before(
-    cache: Shaped[Array, "B slots *rest"], first: Int32[Array, "B"], count: int
-) -> Shaped[Array, "B {count} *rest"]:
-    """The values of the `count` slots before slot `first`; undefined before the first slot."""
-    slots = jnp.maximum(first[:, None] - count + jnp.arange(count)[None], 0)
-    return cache.at[jnp.arange(len(cache))[:, None], slots].get(mode="clip")
+def read_slots(
+    cache: Shaped[Array, "B slots *rest"], slots: Int32[Array, "B n"]
+) -> Shaped[Array, "B n *rest"]:
+    """The values of slots; undefined where there is no such slot."""
+    rows = jnp.arange(len(cache))[:, None]
+    return cache.at[rows, jnp.maximum(slots, 0)].get(mode="clip")

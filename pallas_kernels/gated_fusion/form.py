@@ -44,8 +44,8 @@ class FusionForm:
         return tuple((kernel - 1 - tap) * self.dilation for tap in range(kernel))
 
 
-class OlderTokens(NamedTuple):
-    """What the convolution reads of the tokens before those of a call.
+class FusedTokens(NamedTuple):
+    """What the convolution reads of tokens.
 
     Attributes:
         value: the memory's value v.
@@ -53,9 +53,9 @@ class OlderTokens(NamedTuple):
         segments: document numbers; a number that no document has where there is no token.
     """
 
-    value: Float[Array, "B older D"]
-    scale: Float[Array, "B older M"]
-    segments: Int32[Array, "B older"]
+    value: Float[Array, "B T D"]
+    scale: Float[Array, "B T M"]
+    segments: Int32[Array, "B T"]
 
 
 def normalize(x: Float[Array, "*n D"], epsilon: float) -> Float[Array, "*n D"]:

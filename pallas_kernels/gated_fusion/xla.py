@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.gated_fusion.form import FusionForm, OlderTokens, no_gradients, tap_reads
+from pallas_kernels.gated_fusion.form import FusedTokens, FusionForm, no_gradients, tap_reads
 
 type Residuals = tuple[Any, ...]  # the arguments except the form, and the gates
 
@@ -40,32 +40,37 @@ def fuse(
     return out.astype(dtype), gate
 
 
-def extend(
+def gate_new(
     hidden: Float[Array, "B T M D"],
     key: Float[Array, "B T M D"],
     value: Float[Array, "B T D"],
     gain: Float[Array, "M D"],
-    taps: Float[Array, "kernel M D"],
-    older: OlderTokens,
-    segments: Int32[Array, "B T"],
     token_mask: Bool[Array, "B T"] | None,
     form: FusionForm,
-) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"], Float[Array, "B T M"]]:
-    """`fuse` of tokens that follow others. Also returns their c, for the tokens after them.
-
-    Args: those of `fuse`, and the tokens that the convolution can read before the first one.
-    """
-    dtype, length = hidden.dtype, hidden.shape[1]
+) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"]]:
+    """The gates of tokens that follow others, and c, such that c·v enters the convolution."""
     hidden, key, value = (x.astype(jnp.float32) for x in (hidden, key, value))
     gate = _gate(hidden, key, gain, token_mask, form)
-    scale, _ = _scale(gate, value, form)
-    values, scales, of_segments = (
-        jnp.concatenate([before.astype(now.dtype), now], axis=1)
-        for before, now in zip(older, (value, scale, segments), strict=True)
-    )
-    mixed = _convolve(values, scales, taps, of_segments, form)[:, -length:]
-    out = gate[..., None] * value[:, :, None] + jax.nn.silu(mixed)
-    return out.astype(dtype), gate, scale
+    return gate, _scale(gate, value, form)[0]
+
+
+def fuse_new(
+    gate: Float[Array, "B T M"],
+    taps: Float[Array, "kernel M D"],
+    window: FusedTokens,
+    form: FusionForm,
+) -> Float[Array, "B T M D"]:
+    """What `fuse` adds for tokens that follow others, in float32.
+
+    Args:
+        gate: from `gate_new`.
+        taps: as in `fuse`.
+        window: the new tokens, and before them those that the convolution can read.
+        form: the constants.
+    """
+    value, length = window.value.astype(jnp.float32), gate.shape[1]
+    mixed = _convolve(value, window.scale, taps, window.segments, form)[:, -length:]
+    return gate[..., None] * value[:, -length:, None] + jax.nn.silu(mixed)
 
 
 def _forward(*arguments: Any) -> tuple[tuple[Array, Array], Residuals]:
