@@ -19,6 +19,7 @@ import tyro
 
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.sources import resolve_source
+from engram_jax.decoding.generate import Generator, Settings
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.evaluation.gate_map import read_gates, write_html, write_png
 from engram_jax.evaluation.held_out import make_scorer
@@ -31,7 +32,6 @@ from engram_jax.evaluation.memory_report import (
 from engram_jax.evaluation.report import evaluate, format_report, to_json
 from engram_jax.files import atomic_write
 from engram_jax.run import Run
-from engram_jax.sampling import check_drawing, sample
 from engram_jax.train_state import Weights
 
 MAP_TOKENS = 1024  # maximum number of tokens of a gate map, to keep the page readable
@@ -81,10 +81,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     options = tyro.cli(EvalOptions, args=args, prog="eval.py", description=__doc__)
     options = replace(options, run=options.run.expanduser())
-    _check(options)
+    settings = _check(options)
     text = _given_text(options)
     run = Run.open(options.run)
-    check_drawing(options.temperature, options.top_k, run.tokenizer.vocab_size)
     has_gates = bool(run.config.memory.sites.layers)
     if text and not has_gates:
         raise InputError(
@@ -105,8 +104,10 @@ def main(args: Sequence[str] | None = None) -> None:
     # Scores of a part of the text do not replace those of all of it.
     name = "eval.json" if options.max_tokens is None else "eval_part.json"
     written = [options.run / name]
-    if options.sample_tokens:
-        results["sample"] = _continue(options, run, weights)
+    if settings:
+        generator = Generator(run.program, run.tokenizer, weights)
+        continuation = generator.generate([options.prompt], settings)[0].text
+        results["sample"] = {"prompt": options.prompt, "continuation": continuation}
     if has_gates:
         text = _shorten(run, text or _opening(run, corpora[0]))
         gate_map = read_gates(run, scorer, weights, text)
@@ -133,13 +134,22 @@ def main(args: Sequence[str] | None = None) -> None:
     print(f"\nWritten: {', '.join(map(str, written))}")
 
 
-def _check(options: EvalOptions) -> None:
+def _check(options: EvalOptions) -> Settings | None:
+    """The settings of the sampled continuation; None: none is asked for."""
     if not options.run.is_dir():
         raise InputError(f"There is no run folder {options.run}; train.py creates runs/NAME.")
     if options.max_tokens is not None and options.max_tokens < 1:
         raise InputError(f"--max-tokens is {options.max_tokens}; score at least 1 token.")
     if options.sample_tokens < 0:
         raise InputError(f"--sample-tokens is {options.sample_tokens}; it must be 0 or more.")
+    if not options.sample_tokens:
+        return None
+    return Settings(
+        tokens=options.sample_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
 
 
 def _given_text(options: EvalOptions) -> str | None:
@@ -167,20 +177,6 @@ def _study(run: Run, weights: Weights) -> MemoryStudy:
         raise InputError(
             f"{error} Or skip the statistics of the memory: --no-statistics."
         ) from error
-
-
-def _continue(options: EvalOptions, run: Run, weights: Weights) -> dict[str, str]:
-    """The prompt and its sampled continuation."""
-    continuation = sample(
-        run,
-        weights,
-        options.prompt,
-        tokens=options.sample_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
-    )
-    return {"prompt": options.prompt, "continuation": continuation}
 
 
 def _opening(run: Run, corpus: Corpus) -> str:

@@ -18,10 +18,10 @@ import jax
 
 from engram_jax.command_line import parse
 from engram_jax.costs.accounting import allocate
+from engram_jax.decoding.generate import Generator, Settings
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.processes import is_leader
 from engram_jax.run import Run
-from engram_jax.sampling import sample
 from engram_jax.trainer import Diverged, train
 
 PROMPT = "The city is the capital of"
@@ -82,8 +82,9 @@ def main() -> None:
     if stopped:
         sys.exit(INTERRUPTED)
     if jax.process_count() == 1:
-        continuation = sample(run, state.weights, PROMPT, tokens=40, temperature=0.7, top_k=40)
-        print(f"Sample: {PROMPT}|{continuation}")
+        generator = Generator(run.program, run.tokenizer, state.weights)
+        settings = Settings(tokens=40, temperature=0.7, top_k=40)
+        print(f"Sample: {PROMPT}|{generator.generate([PROMPT], settings)[0].text}")
 
 
 def _join_processes() -> None:

@@ -1,7 +1,6 @@
 """The step of decoding: hash the new tokens, read their rows, run the cached decoder."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -75,7 +74,7 @@ def _read_memory(
 
 def on_all_devices(
     function: Callable[..., Any], by_sequence: Sequence[bool], *, donate: Sequence[int] = ()
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
     """Jits a function of prepared weights and other arguments; each device has its own sequences.
 
     All results are by sequence. Call the result inside `program.use_mesh()`.
@@ -88,14 +87,7 @@ def on_all_devices(
     """
     specs = [BY_SEQUENCE if split else jax.P() for split in by_sequence]
     # check_vma is off, because kernels do not declare that their results vary over every mesh axis.
-    return partial(
-        jax.jit(
-            jax.shard_map(
-                function,
-                in_specs=(WEIGHT_SPECS, *specs),
-                out_specs=BY_SEQUENCE,
-                check_vma=False,
-            ),
-            donate_argnums=donate,
-        )
+    mapped = jax.shard_map(
+        function, in_specs=(WEIGHT_SPECS, *specs), out_specs=BY_SEQUENCE, check_vma=False
     )
+    return jax.jit(mapped, donate_argnums=donate)

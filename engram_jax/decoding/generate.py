@@ -4,32 +4,27 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array
 
-from engram_jax.decoding.extend import BY_SEQUENCE, extend, on_all_devices
-from engram_jax.decoding.sampling import DrawSettings, draw
+from engram_jax.decoding.extend import BY_SEQUENCE
+from engram_jax.decoding.programs import Drawing, Limits, ProgramCache, Programs
+from engram_jax.decoding.sampling import DrawSettings
 from engram_jax.decoding.state import DecodeState
 from engram_jax.decoding.text import Continuation, GrowingText
-from engram_jax.decoding.weights import DecodeWeights, prepare
+from engram_jax.decoding.weights import prepare
 from engram_jax.errors import InputError
 from engram_jax.program import Program
-from engram_jax.sharding import TOKEN_AXES
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import Weights
 
-BURST = 16  # tokens of a sequence between two looks of the host
-LEAST_CAPACITY = 256
+LEAST_CAPACITY, MOST_CAPACITY = 256, 2**17
 MOST_SEQUENCES = 64  # in a batch, per device
-_PROMPT_TOKENS = 2048  # of all sequences of a device, in a call
-_PROMPT_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -75,27 +70,6 @@ class Settings:
             raise InputError(f"--capacity is {self.capacity}; it must be at least 2.")
 
 
-class Drawing(NamedTuple):
-    """What a burst of the loop changes, besides the state.
-
-    Attributes:
-        logits: of every sequence's next token.
-        drawn: number of tokens drawn so far.
-        done: whether a sequence has ended.
-    """
-
-    logits: Float[Array, "B V"]
-    drawn: Int32[Array, "B"]
-    done: Bool[Array, "B"]
-
-
-class Limits(NamedTuple):
-    """Constants of the loop, as runtime values: the ids that can be drawn are below `pieces`."""
-
-    pieces: Int32[Any, ""]
-    end_id: Int32[Any, ""]
-
-
 @dataclass(frozen=True)
 class Speed:
     """Tokens and seconds of a generation, without compilation."""
@@ -105,66 +79,19 @@ class Speed:
     tokens: int = 0
     seconds: float = 0.0
 
+    @property
+    def prompt_rate(self) -> float:
+        """Tokens of prompts per second."""
+        return self.prompt_tokens / max(self.prompt_seconds, 1e-9)
 
-def make_prefill(program: Program) -> Callable[..., tuple[DecodeState, Float[Array, "B V"]]]:
-    """The jitted function that appends a chunk of the prompts.
+    @property
+    def rate(self) -> float:
+        """Tokens of continuations per second."""
+        return self.tokens / max(self.seconds, 1e-9)
 
-    Its arguments are prepared weights, state, tokens [B, T], their counts [B], and the logits after
-    the chunks before, which are kept for sequences without further tokens.
-    """
-
-    def prefill(
-        weights: DecodeWeights, state: DecodeState, tokens: Array, count: Array, before: Array
-    ) -> tuple[DecodeState, Array]:
-        logits, state = extend(program, weights, state, tokens, count)
-        return state, jnp.where(count[:, None] > 0, logits, before)
-
-    return on_all_devices(prefill, [True] * 4, donate=(1, 4))
-
-
-def make_burst(program: Program) -> Callable[..., tuple[DecodeState, Drawing, Array, Array]]:
-    """The jitted loop: draws up to `BURST` tokens of every sequence, until all have ended.
-
-    Its arguments are prepared weights, state, drawing, settings, maximum number of tokens [B], and
-    limits. It returns state, drawing, tokens [B, BURST] (−1: none) and their log-probabilities.
-    """
-
-    def burst(
-        weights: DecodeWeights,
-        state: DecodeState,
-        drawing: Drawing,
-        settings: DrawSettings,
-        most: Array,
-        limits: Limits,
-    ) -> tuple[DecodeState, Drawing, Array, Array]:
-        def is_going(carry: Any) -> Array:
-            return (carry[0] < BURST) & carry[1]
-
-        def step(carry: Any) -> Any:
-            number, _, state, (logits, drawn, done), tokens, log_probabilities = carry
-            token, log_probability = draw(logits, limits.pieces, settings, drawn)
-            tokens = tokens.at[:, number].set(jnp.where(done, -1, token))
-            log_probabilities = log_probabilities.at[:, number].set(log_probability)
-            drawn = jnp.where(done, drawn, drawn + 1)
-            done |= (token == limits.end_id) | (drawn >= most)
-            count = jnp.where(done, 0, 1)
-            logits, state = extend(program, weights, state, token[:, None], count)
-            drawing = Drawing(logits, drawn, done)
-            return number + 1, _any(~done), state, drawing, tokens, log_probabilities
-
-        shape = (len(most), BURST)
-        carry = (
-            *(jnp.int32(0), _any(~drawing.done), state, drawing),
-            *(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape)),
-        )
-        return jax.lax.while_loop(is_going, step, carry)[2:]
-
-    return on_all_devices(burst, [True] * 4 + [False], donate=(1, 2))
-
-
-def _any(flags: Bool[Array, "B"]) -> Bool[Array, ""]:
-    """Whether a flag is set on any device. Devices that left the loop earlier would not answer."""
-    return jax.lax.pmax(jnp.any(flags).astype(jnp.int32), TOKEN_AXES) > 0
+    def __add__(self, other: "Speed") -> "Speed":
+        mine, theirs = asdict(self), asdict(other)
+        return Speed(**{name: value + theirs[name] for name, value in mine.items()})
 
 
 class Generator:
@@ -188,11 +115,8 @@ class Generator:
         self.tokenizer = tokenizer
         self.weights = prepare(program, weights, memory=memory)
         self.speed = Speed()
-        self._prefill, self._burst = make_prefill(program), make_burst(program)
+        self._programs = ProgramCache(program)
         self._by_sequence = jax.NamedSharding(program.mesh, BY_SEQUENCE)
-        self._empty = jax.jit(
-            self._make_empty, static_argnums=(0, 1), out_shardings=self._by_sequence
-        )
 
     def generate(
         self,
@@ -216,9 +140,7 @@ class Generator:
         pieces, sequences = self.tokenizer.vocab_size, MOST_SEQUENCES * self.program.mesh.size
         if settings.top_k is not None and settings.top_k > pieces:
             raise InputError(f"--top-k is {settings.top_k}; the tokenizer has {pieces} tokens.")
-        encoded = [
-            [self.tokenizer.bos_id, *ids.tolist()] for ids in self.tokenizer.encode_batch(prompts)
-        ]
+        encoded = [self._encode(number, prompt) for number, prompt in enumerate(prompts, 1)]
         capacity = self._capacity(encoded, settings)
         texts = [
             GrowingText(
@@ -233,6 +155,12 @@ class Generator:
             self._continue(texts[first : first + sequences], first, settings, slots, show)
         return [text.finish() for text in texts]
 
+    def _encode(self, number: int, prompt: str) -> list[int]:
+        try:
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
+        except InputError as error:
+            raise InputError(f"Prompt {number} is not valid: {error}") from error
+
     def _capacity(self, prompts: Sequence[list[int]], settings: Settings) -> int:
         """Number of slots; says so if they exceed the length of the training rows."""
         longest = max(map(len, prompts), default=0)
@@ -242,6 +170,11 @@ class Generator:
             raise InputError(
                 f"Prompt {number + 1} has {longest:,} tokens, and --capacity is {needed:,}, which "
                 "leaves no room to continue it; raise --capacity, or shorten the prompt."
+            )
+        if needed > MOST_CAPACITY:
+            raise InputError(
+                f"{needed:,} tokens of prompt and continuation are more than {MOST_CAPACITY:,}; "
+                "lower --tokens or --capacity."
             )
         trained = self.program.config.data.sequence_length
         used = min(needed, longest + settings.tokens)
@@ -266,7 +199,8 @@ class Generator:
         batch = devices * _power_of_two(-(-count // devices))
         put = partial(self._put, batch)
         with self.program.use_mesh():
-            state, logits = self._read_prompts(texts, batch, capacity)
+            programs = self._programs.get(self.weights, batch, capacity)
+            state, logits = self._read_prompts(programs, texts, batch)
             ways = DrawSettings(
                 temperature=put([settings.temperature] * count, np.float32),
                 top_k=put([settings.top_k or 2**31 - 1] * count, np.int32),
@@ -280,7 +214,7 @@ class Generator:
             begin = time.perf_counter()
             while any(text.reason is None for text in texts):
                 done = put([text.reason is not None for text in texts], bool, fill=True)
-                state, drawing, *new = self._burst(
+                state, drawing, *new = programs.burst(
                     self.weights, state, drawing._replace(done=done), ways, most, limits
                 )
                 tokens, log_probabilities = jax.device_get(new)
@@ -289,17 +223,16 @@ class Generator:
                         drawn = tokens[number] >= 0
                         found = tokens[number][drawn], log_probabilities[number][drawn]
                         show(first + number, text.add(*(part.tolist() for part in found)))
-        self._count(seconds=time.perf_counter() - begin, tokens=sum(len(t.tokens) for t in texts))
+        tokens_of_all = sum(len(text.tokens) for text in texts)
+        self.speed += Speed(tokens=tokens_of_all, seconds=time.perf_counter() - begin)
 
     def _read_prompts(
-        self, texts: list[GrowingText], batch: int, capacity: int
+        self, programs: Programs, texts: list[GrowingText], batch: int
     ) -> tuple[DecodeState, Array]:
         """A state with the prompts of a batch, and the logits after them."""
         begin = time.perf_counter()
-        state, logits = self._empty(batch, capacity)
-        per_device = batch // self.program.mesh.size
-        chunk = min(_PROMPT_CHUNK, max(_PROMPT_TOKENS // per_device, 1))
-        longest = max(len(text.prompt) for text in texts)
+        state, logits = programs.empty()
+        chunk, longest = programs.chunk, max(len(text.prompt) for text in texts)
         tokens = np.zeros((batch, -(-longest // chunk) * chunk), np.int32)
         lengths = np.ones(batch, np.int32)  # an empty place has one token
         for number, text in enumerate(texts):
@@ -308,29 +241,17 @@ class Generator:
         for first in range(0, longest, chunk):
             part = tokens[:, first : first + chunk], np.clip(lengths - first, 0, chunk)
             inputs = jax.device_put(part, self._by_sequence)
-            state, logits = self._prefill(self.weights, state, *inputs, logits)
+            state, logits = programs.prefill(self.weights, state, *inputs, logits)
         jax.block_until_ready(logits)
-        self._count(
-            prompt_tokens=int(lengths[: len(texts)].sum()),
-            prompt_seconds=time.perf_counter() - begin,
-        )
+        seconds = time.perf_counter() - begin
+        self.speed += Speed(int(lengths[: len(texts)].sum()), seconds)
         return state, logits
-
-    def _make_empty(self, batch: int, capacity: int) -> tuple[DecodeState, Array]:
-        """A state without tokens, and logits to be replaced."""
-        decoder = nnx.merge(self.program.graph, self.weights.params)
-        logits = jnp.zeros((batch, self.weights.head.shape[1]))
-        return decoder.empty_state(batch, capacity), logits
 
     def _put(self, batch: int, values: Any, dtype: Any, *, fill: Any = 0) -> Array:
         """One number per sequence, on the devices; empty places get `fill`."""
         filled = np.full(batch, fill, dtype)
         filled[: len(values)] = values
         return jax.device_put(filled, self._by_sequence)
-
-    def _count(self, **more: float) -> None:
-        now = {name: getattr(self.speed, name) + value for name, value in more.items()}
-        self.speed = replace(self.speed, **now)
 
 
 def _power_of_two(number: int) -> int:

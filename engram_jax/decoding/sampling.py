@@ -103,7 +103,7 @@ def _key(seed: UInt32[Array, ""]) -> Array:
     return jax.random.wrap_key_data(jnp.stack([jnp.uint32(0), seed]), impl="threefry2x32")
 
 
-def _arrange(x: Array, fill: float) -> Array:
+def _arrange(x: Array, fill: float | int) -> Array:
     """[B, V] as [B, groups, LANES], filled up."""
     padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)), constant_values=fill)
     return padded.reshape(len(x), -1, LANES)

@@ -104,7 +104,7 @@ class Attention(nnx.Module):
         """
         query, key, value = self._project(x, positions)
         mixed = attend(query, key, value, segments, self.config.implementation)
-        return jnp.einsum("btqp,qpd->btd", mixed, self.out.astype(self.dtype))
+        return self._combine(mixed)
 
     def extend(
         self,
@@ -128,7 +128,7 @@ class Attention(nnx.Module):
             return slots.block_of(cache.key, number, 3), slots.block_of(cache.value, number, 2)
 
         mixed = attend_cached(query, read, slots, self.config.head_width**-0.5)
-        return jnp.einsum("btqp,qpd->btd", mixed, self.out.astype(self.dtype)), cache
+        return self._combine(mixed), cache
 
     def empty_cache(self, batch: int, capacity: int) -> KeyValues:
         """A cache of this many slots for every sequence."""
@@ -144,6 +144,11 @@ class Attention(nnx.Module):
         query = rotate(jnp.einsum("btd,dqp->btqp", x, self.query.astype(dtype)), positions, theta)
         key = rotate(jnp.einsum("btd,djp->btjp", x, self.key.astype(dtype)), positions, theta)
         return query, key, jnp.einsum("btd,djp->btjp", x, self.value.astype(dtype))
+
+    def _combine(self, mixed: Float[Array, "B T Q P"]) -> Float[Array, "B T D"]:
+        """The output of all heads. (An einsum over two axes would transpose the matrix.)"""
+        out = self.out.astype(self.dtype)
+        return mixed.reshape(*mixed.shape[:2], -1) @ out.reshape(-1, out.shape[-1])
 
 
 def attend(

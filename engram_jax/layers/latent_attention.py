@@ -141,7 +141,7 @@ class LatentAttention(nnx.Module):
         key, value = self._keys_and_values(self.compress(x, positions))
         config = self.config
         mixed = attend(query, key, value, segments, config.implementation, config.softmax_scale)
-        return jnp.einsum("btqo,qod->btd", mixed, self.out.astype(self.dtype))
+        return self._combine(mixed)
 
     def extend(
         self,
@@ -181,7 +181,7 @@ class LatentAttention(nnx.Module):
         mixed = attend_cached(query, read, slots, self.config.softmax_scale)
         if absorbs:
             mixed = jnp.einsum("btqy,yqo->btqo", mixed, self.value_up.astype(dtype))
-        return jnp.einsum("btqo,qod->btd", mixed, self.out.astype(dtype)), cache
+        return self._combine(mixed), cache
 
     def _absorbs(self, length: int) -> bool:
         """Whether T new positions need fewer products with latents than with keys and values.
@@ -208,6 +208,11 @@ class LatentAttention(nnx.Module):
         content, rotary_key = jnp.split(both, [self.config.latent_width], axis=-1)
         rotated = rotate(rotary_key[:, :, None], positions, self.config.theta, self.config.yarn)
         return Latent(self.latent_norm(content), rotated[:, :, 0])
+
+    def _combine(self, mixed: Float[Array, "B T Q O"]) -> Float[Array, "B T D"]:
+        """The output of all heads. (An einsum over two axes would transpose the matrix.)"""
+        out = self.out.astype(self.dtype)
+        return mixed.reshape(*mixed.shape[:2], -1) @ out.reshape(-1, out.shape[-1])
 
     def _keys_and_values(
         self, latent: Latent
