@@ -101,7 +101,7 @@ def test_statistics_need_the_text_of_the_training(eval_program, run, tmp_path, m
         (["--step", "7"], "no checkpoint of step 7"),
         (["--max-tokens", "0"], "--max-tokens is 0"),
         (["--sample-tokens", "-1"], "--sample-tokens is -1"),
-        (["--top-k", "0"], "top_k is 0"),
+        (["--top-k", "0"], "--top-k is 0"),
         (["--temperature", "nan"], "temperature is nan"),
     ],
 )

@@ -63,12 +63,14 @@ def _read_memory(
     spec = program.ngram_hash.spec
     context = state.ngram_context(tokens, segments, spec.max_order - 1)
     rows = hash_tokens(weights.hash, *context)[:, :, spec.max_order - 1 :]
+    # Without the barrier, XLA hashes again for every element that is read.
+    all_places = jax.lax.optimization_barrier(stored_places(weights.hash, rows))
     return {
         layer: read_places(
             *(weights.tables[layer], places, weights.row_adam, weights.step),
             program.config.memory.gather,
         )
-        for layer, places in zip(spec.layers, stored_places(weights.hash, rows), strict=True)
+        for layer, places in zip(spec.layers, all_places, strict=True)
     }
 
 

@@ -115,8 +115,8 @@ class Generator:
         self.tokenizer = tokenizer
         self.weights = prepare(program, weights, memory=memory)
         self.speed = Speed()
-        self._programs = ProgramCache(program)
-        self._by_sequence = jax.NamedSharding(program.mesh, BY_SEQUENCE)
+        self.programs = ProgramCache(program)
+        self.by_sequence = jax.NamedSharding(program.mesh, BY_SEQUENCE)
 
     def generate(
         self,
@@ -140,7 +140,7 @@ class Generator:
         pieces, sequences = self.tokenizer.vocab_size, MOST_SEQUENCES * self.program.mesh.size
         if settings.top_k is not None and settings.top_k > pieces:
             raise InputError(f"--top-k is {settings.top_k}; the tokenizer has {pieces} tokens.")
-        encoded = [self._encode(number, prompt) for number, prompt in enumerate(prompts, 1)]
+        encoded = [self.encode(number, prompt) for number, prompt in enumerate(prompts, 1)]
         capacity = self._capacity(encoded, settings)
         texts = [
             GrowingText(
@@ -149,13 +149,14 @@ class Generator:
             )
             for ids in encoded
         ]
-        slots = LEAST_CAPACITY * _power_of_two(-(-capacity // LEAST_CAPACITY))
+        slots = padded_capacity(capacity)
         self.speed = Speed()
         for first in range(0, len(texts), sequences):
             self._continue(texts[first : first + sequences], first, settings, slots, show)
         return [text.finish() for text in texts]
 
-    def _encode(self, number: int, prompt: str) -> list[int]:
+    def encode(self, number: int, prompt: str) -> list[int]:
+        """The tokens of prompt `number`, as the start of a document."""
         try:
             return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
         except InputError as error:
@@ -170,11 +171,6 @@ class Generator:
             raise InputError(
                 f"Prompt {number + 1} has {longest:,} tokens, and --capacity is {needed:,}, which "
                 "leaves no room to continue it; raise --capacity, or shorten the prompt."
-            )
-        if needed > MOST_CAPACITY:
-            raise InputError(
-                f"{needed:,} tokens of prompt and continuation are more than {MOST_CAPACITY:,}; "
-                "lower --tokens or --capacity."
             )
         trained = self.program.config.data.sequence_length
         used = min(needed, longest + settings.tokens)
@@ -195,11 +191,11 @@ class Generator:
         show: Callable[[int, str], object],
     ) -> None:
         """Continues one batch, which begins with prompt number `first`."""
-        count, devices = len(texts), self.program.mesh.size
-        batch = devices * _power_of_two(-(-count // devices))
+        count = len(texts)
+        batch = padded_batch(count, self.program.mesh.size)
         put = partial(self._put, batch)
         with self.program.use_mesh():
-            programs = self._programs.get(self.weights, batch, capacity)
+            programs = self.programs.get(self.weights, batch, capacity)
             state, logits = self._read_prompts(programs, texts, batch)
             ways = DrawSettings(
                 temperature=put([settings.temperature] * count, np.float32),
@@ -240,7 +236,7 @@ class Generator:
             lengths[number] = len(text.prompt)
         for first in range(0, longest, chunk):
             part = tokens[:, first : first + chunk], np.clip(lengths - first, 0, chunk)
-            inputs = jax.device_put(part, self._by_sequence)
+            inputs = jax.device_put(part, self.by_sequence)
             state, logits = programs.prefill(self.weights, state, *inputs, logits)
         jax.block_until_ready(logits)
         seconds = time.perf_counter() - begin
@@ -251,7 +247,26 @@ class Generator:
         """One number per sequence, on the devices; empty places get `fill`."""
         filled = np.full(batch, fill, dtype)
         filled[: len(values)] = values
-        return jax.device_put(filled, self._by_sequence)
+        return jax.device_put(filled, self.by_sequence)
+
+
+def padded_batch(sequences: int, devices: int) -> int:
+    """The number of sequences of the compiled programs: a power of two per device."""
+    return devices * _power_of_two(-(-sequences // devices))
+
+
+def padded_capacity(tokens: int) -> int:
+    """The number of slots of the compiled programs.
+
+    Raises:
+        InputError: these are too many tokens.
+    """
+    if tokens > MOST_CAPACITY:
+        raise InputError(
+            f"{tokens:,} tokens of prompt and continuation are more than {MOST_CAPACITY:,}; lower "
+            "--tokens or --capacity, or shorten the text."
+        )
+    return LEAST_CAPACITY * _power_of_two(-(-tokens // LEAST_CAPACITY))
 
 
 def _power_of_two(number: int) -> int:

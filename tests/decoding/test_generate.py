@@ -36,9 +36,9 @@ def engram(untrained):
     return run, weights, Generator(run.program, run.tokenizer, weights)
 
 
-def continue_greedily(run: Run, weights, prompt: str, tokens: int) -> list[int]:
+def continue_greedily(run: Run, decode, prompt: str, tokens: int) -> list[int]:
     """Greedy tokens of plain forward passes, up to the end of the document."""
-    tokenizer, decode = run.tokenizer, plain_pass(run, weights)
+    tokenizer = run.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     found: list[int] = []
     while len(found) < tokens and tokenizer.eos_id not in found:
@@ -51,8 +51,9 @@ def continue_greedily(run: Run, weights, prompt: str, tokens: int) -> list[int]:
 
 def test_greedy_texts_are_those_of_plain_passes(model) -> None:
     run, weights, generator = model
+    decode = plain_pass(run, weights)
     for prompt, found in zip(PROMPTS, generator.generate(PROMPTS, GREEDY), strict=True):
-        assert found.tokens == continue_greedily(run, weights, prompt, 6)
+        assert found.tokens == continue_greedily(run, decode, prompt, 6)
         assert found.reason in ("length", "end") and len(found.log_probabilities) > 0
         whole = run.tokenizer.decode([*run.tokenizer.encode(prompt).tolist(), *found.tokens])
         assert whole == prompt + found.text
@@ -151,9 +152,8 @@ def test_without_memory_it_is_the_model_without_tables(engram) -> None:
     run, weights, generator = engram
     without = Generator(run.program, run.tokenizer, weights, memory=False)
     found = without.generate(PROMPTS, GREEDY)
-    expected = [
-        continue_greedily(run, replace(weights, tables={}), prompt, 6) for prompt in PROMPTS
-    ]
+    decode = plain_pass(run, replace(weights, tables={}))
+    expected = [continue_greedily(run, decode, prompt, 6) for prompt in PROMPTS]
     assert [one.tokens for one in found] == expected
     assert found != generator.generate(PROMPTS, GREEDY)
 
@@ -168,7 +168,7 @@ def test_generating_writes_nothing(engram) -> None:
 def test_bytes_of_the_state_are_those_of_the_accounting(model) -> None:
     run, _, generator = model
     with run.program.use_mesh():
-        programs = generator._programs.get(generator.weights, 8, 256)
+        programs = generator.programs.get(generator.weights, 8, 256)
         state, _ = programs.empty()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert size == decode_state_bytes(run.config, sequences=8, slots=256)
