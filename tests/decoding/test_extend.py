@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from lively import enliven
 
+from engram_jax.command_line import load_named_config
 from engram_jax.decoder_config import DecoderConfig, MemorySites
 from engram_jax.layers import slots
 from engram_jax.layers.attention import AttentionConfig
@@ -91,7 +92,8 @@ class Text:
         since = np.where(starts, np.arange(LENGTH)[None], 0)
         self.positions = np.int32(np.arange(LENGTH)[None] - np.maximum.accumulate(since, axis=1))
         self.alive = generator.random((2, LENGTH)) > 0.1
-        tokens = generator.integers(0, 50, (2, LENGTH), dtype=np.int32)
+        ids = decoder.config.vocabulary
+        tokens = generator.integers(0, ids, (2, LENGTH), dtype=np.int32)
         self.tokens = np.where(self.alive, tokens, -1)
         layers = sites.layers or ((0,) if sites.over_encoding else ())
         shape = (2, LENGTH, sites.width)
@@ -186,6 +188,17 @@ def test_every_form(name: str) -> None:
     decoder = make(config, sites)
     text = Text(decoder, sites)
     assert_near(run_in_chunks(decoder, text, 9, offset=4), text.whole(decoder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["default", "over_encoding", "dense_2m", "moe_2m", "engram_2m"])
+def test_the_shipped_models(name: str) -> None:
+    config = load_named_config(name)
+    decoder = make(config.model, config.memory.sites)
+    text = Text(decoder, config.memory.sites)
+    expected = text.whole(decoder)
+    for chunk in (1, 7, LENGTH):
+        assert_near(run_in_chunks(decoder, text, chunk), expected)
 
 
 def test_any_number_of_tokens_can_be_taken_back() -> None:
