@@ -70,18 +70,32 @@ def hash_tokens(
 ) -> Int32[Array, "L B T H"]:
     """Table rows of every position, of all layers: bit-equal to `NgramHash.hash_tokens`.
 
-    To hash only a part of T, include the N − 1 tokens before it.
-
     Args:
         constants: of the hash.
         tokens: token ids inside the vocabulary; `DEAD` (−1) marks image placeholders.
-        segments: document number of every position.
+        segments: document number of every position, at least 0.
+    """
+    before = ((0, 0), (constants.multipliers.shape[2] - 1, 0))
+    return hash_after(
+        constants, jnp.pad(tokens, before), jnp.pad(segments, before, constant_values=-1)
+    )
+
+
+def hash_after(
+    constants: HashConstants,
+    tokens: Int32[Array, "B n"],
+    segments: Int32[Array, "B n"],
+) -> Int32[Array, "L B T H"]:
+    """`hash_tokens` of T positions, given the N − 1 positions before them.
+
+    Args:
+        constants: of the hash.
+        tokens: token ids of all positions; any id where there is no token.
+        segments: document numbers; −1 where there is no token.
     """
     mix = _mixes(constants.multipliers, _look_back(constants, tokens, segments))
     axes = (slice(None), None, None)  # B and T, after L
-    shift, divisor, reciprocal, offset = (
-        part[*axes] for part in (constants.shift, *constants[4:7])
-    )
+    shift, divisor, reciprocal, offset = (part[*axes] for part in constants[3:7])
     upper, lower = (word[..., None] for word in mix)
     # mix · 2ˢ in three words. A prime is at most 2³⁰, so s is from 2 to 30. A product is below 2⁶³.
     back = 32 - shift
@@ -100,23 +114,23 @@ def stored_places(
 
 
 def _look_back(
-    constants: HashConstants, tokens: Int32[Array, "B T"], segments: Int32[Array, "B T"]
+    constants: HashConstants, tokens: Int32[Array, "B n"], segments: Int32[Array, "B n"]
 ) -> list[UInt32[Array, "B T"]]:
-    """Projected ids x, x₋₁, … x₋₍ₙ₋₁₎ of every position, as in `NgramHash.look_back`."""
+    """Projected ids x, x₋₁, … x₋₍ₙ₋₁₎ of the last T positions, as in `NgramHash.look_back`."""
     dead = tokens == DEAD
     ids = jnp.where(dead, constants.pad, constants.lookup[jnp.where(dead, 0, tokens)])
-    window, alive = [ids], ~dead
-    for back in range(1, constants.multipliers.shape[2]):
+    orders = constants.multipliers.shape[2] - 1
+
+    def older(x: Shaped[Array, "B n"], back: int) -> Shaped[Array, "B T"]:
+        return x[:, orders - back : x.shape[1] - back]
+
+    window, alive = [older(ids, 0)], ~older(dead, 0)
+    for back in range(1, orders + 1):
         # A position sees an older one only if none after it, up to and including itself, is dead.
-        alive &= ~_older(dead, back, True)
-        visible = alive & (_older(segments, back, 0) == segments)
-        window.append(jnp.where(visible, _older(ids, back, 0), constants.pad))
+        alive &= ~older(dead, back)
+        visible = alive & (older(segments, back) == older(segments, 0))
+        window.append(jnp.where(visible, older(ids, back), constants.pad))
     return [ids.astype(jnp.uint32) for ids in window]
-
-
-def _older(x: Shaped[Array, "B T"], back: int, fill: Any) -> Shaped[Array, "B T"]:
-    """x of the position `back` before each position; `fill` before the start of the row."""
-    return jnp.pad(x, ((0, 0), (back, 0)), constant_values=fill)[:, : x.shape[1]]
 
 
 def _mixes(multipliers: UInt32[Array, "2 L N"], window: Sequence[UInt32[Array, "B T"]]) -> Words:

@@ -18,6 +18,7 @@ from engram_jax.layers.block import Block, BlockReport, run_block
 from engram_jax.layers.embedding import look_up
 from engram_jax.layers.norms import RMSNorm
 from engram_jax.layers.over_encoding import OverEncoding
+from engram_jax.layers.slots import Slots
 from engram_jax.parameters import VocabularyMatrix
 from engram_jax.sharding import gather_parameters, split_axes
 
@@ -131,10 +132,8 @@ class Decoder(nnx.Module):
     def extend(
         self,
         state: DecodeState,
-        tokens: Int32[Array, "B T"],
+        slots: Slots,
         memory: Memory,
-        segments: Int32[Array, "B T"],
-        positions: Int32[Array, "B T"],
         head: Float[Array, "D V"],
         *,
         count: Int32[Array, "B"] | None = None,
@@ -142,25 +141,23 @@ class Decoder(nnx.Module):
         token_mask: Bool[Array, "B T"] | None = None,
         logits: Literal["all", "last"] = "all",
     ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], DecodeState]:
-        """Like a call, for tokens that follow those of a state; also returns the new state.
+        """Like a call, for tokens that were appended to a state; also returns the new state.
 
         Any split of a text into calls gives the logits of one forward pass, up to rounding. The
         parameters are those of `decoding.weights.prepare`: gathered, and cast to the dtype of the
         computation. Blocks are not run as a loop, which would copy their parameters at every call.
 
         Args:
-            state: the state. Donate it, so that it is updated in place.
-            tokens: the new token ids.
+            state: the state, from `DecodeState.append`. Donate it, so that it is updated in place.
+            slots: the slots of the new tokens, from the same.
             memory: their memory vectors by layer id; a layer that is missing here adds nothing.
-            segments: document number of every new position.
-            positions: position within the document.
             head: the transposed output head.
             count: how many of the T tokens each sequence has; None: all. The others are ignored.
             expert_bias: biases that balance the experts, by layer id.
             token_mask: False at image placeholders.
             logits: those of "all" new positions, or of each sequence's "last".
         """
-        state, slots = state.append(tokens, segments, positions)
+        tokens, positions = slots.window(state.tokens, 0), slots.window(state.positions, 0)
         if count is None:
             count = jnp.full_like(state.length, tokens.shape[1])
         over_encoding = self.over_encoding if hasattr(self, "over_encoding") else None

@@ -355,7 +355,7 @@ engram_jax/evaluation/statistics.py < evaluation/test_statistics.py
     + self.times[at[known]] = times[known]
 engram_jax/hashing_device.py < test_hashing_device.py
   on the device, n-grams reach over a dead position
-    - alive &= ~_older(dead, back, True)
+    - alive &= ~older(dead, back)
     + alive &= True
   a carry of the division is lost
     - carry = (quotient_lower < lower)
@@ -364,6 +364,9 @@ engram_jax/layers/slots.py < decoding/test_extend.py
   cached attention reaches into the document before
     - return earlier & (self.block_of(self.segments, number)[:, None] == own[:, :, None])
     + return earlier & (self.block_of(self.segments, number)[:, None] <= own[:, :, None])
+  before the first slot, the hash and the convolution see the first slot
+    - jnp.where(self._in_window(reach) >= 0, self.window(self.segments, reach), -1)
+    + self.window(self.segments, reach)
   a full state overwrites its last slots
     - mode="drop"
     + mode="clip"
@@ -371,10 +374,6 @@ engram_jax/layers/attention.py < decoding/test_extend.py
   the sum of a block is not scaled to the new maximum
     - kept * total + jnp.sum
     + total + jnp.sum
-engram_jax/decoding/state.py < decoding/test_generate.py
-  the hash sees tokens of the sequence before
-    - jnp.where(slots >= 0, read_slots(self.segments, slots), -1)
-    + read_slots(self.segments, slots)
 engram_jax/decoding/sampling.py < decoding/test_sampling.py
   a candidate may be followed by as many more likely ones as there are
     - (count < settings.top_k)

@@ -26,6 +26,7 @@ from tiny_runs import (
 from engram_jax import files, platforms, program
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config, save_config
+from engram_jax.decoding.generate import Generator, Settings
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.attention import AttentionConfig

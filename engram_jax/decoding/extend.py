@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int32
 
 from engram_jax.decoding.state import DecodeState
 from engram_jax.decoding.weights import WEIGHT_SPECS, DecodeWeights
-from engram_jax.hashing_device import hash_tokens, stored_places
+from engram_jax.hashing_device import hash_after, stored_places
+from engram_jax.layers.slots import Slots
 from engram_jax.memory.lookup import read_places
 from engram_jax.model import Memory
 from engram_jax.program import Program
@@ -39,11 +40,10 @@ def extend(
         count: how many of the T tokens each sequence has.
         logits: those of "all" new positions, or of each sequence's "last".
     """
-    segments = jnp.ones_like(tokens)
     positions = state.length[:, None] + jnp.arange(tokens.shape[1])[None]
+    state, slots = state.append(tokens, jnp.ones_like(tokens), positions)
     return nnx.merge(program.graph, weights.params).extend(
-        *(state, tokens, _read_memory(program, weights, state, tokens, segments)),
-        *(segments, positions, weights.head),
+        *(state, slots, _read_memory(program, weights, state, slots), weights.head),
         count=count,
         expert_bias=weights.expert_bias,
         logits=logits,
@@ -51,18 +51,15 @@ def extend(
 
 
 def _read_memory(
-    program: Program,
-    weights: DecodeWeights,
-    state: DecodeState,
-    tokens: Int32[Array, "B T"],
-    segments: Int32[Array, "B T"],
+    program: Program, weights: DecodeWeights, state: DecodeState, slots: Slots
 ) -> Memory:
-    """The memory vectors of tokens to append, by layer id."""
+    """The memory vectors of appended tokens, by layer id."""
     if weights.hash is None or program.ngram_hash is None:
         return {}
     spec = program.ngram_hash.spec
-    context = state.ngram_context(tokens, segments, spec.max_order - 1)
-    rows = hash_tokens(weights.hash, *context)[:, :, spec.max_order - 1 :]
+    orders = spec.max_order - 1
+    tokens, segments = slots.window(state.tokens, orders), slots.segments_of_window(orders)
+    rows = hash_after(weights.hash, tokens, segments)
     # Without the barrier, XLA hashes again for every element that is read.
     all_places = jax.lax.optimization_barrier(stored_places(weights.hash, rows))
     return {

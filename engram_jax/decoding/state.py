@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from engram_jax.layers.block import BlockCache
-from engram_jax.layers.slots import Slots, read_slots, write
+from engram_jax.layers.slots import Slots, write
 
 
 @no_type_check  # at run time: as a pytree it also holds shapes and shardings
@@ -58,25 +58,6 @@ class DecodeState:
         written = [write(cache, new, values) for cache, values in ids]
         state = replace(self, tokens=written[0], segments=written[1], positions=written[2])
         return state, Slots(self.length, written[1], new)
-
-    def ngram_context(
-        self, tokens: Int32[Array, "B T"], segments: Int32[Array, "B T"], orders: int
-    ) -> tuple[Int32[Array, "B context"], Int32[Array, "B context"]]:
-        """New tokens and their segments after the N − 1 tokens before them, for the hash.
-
-        Where there is no token, the segment is −1.
-
-        Args:
-            tokens: tokens to append.
-            segments: their document numbers, at least 0.
-            orders: number of orders N − 1.
-        """
-        slots = self.length[:, None] - orders + jnp.arange(orders)[None]
-        before = jnp.where(slots >= 0, read_slots(self.segments, slots), -1)
-        return (
-            jnp.concatenate([read_slots(self.tokens, slots), tokens], axis=1),
-            jnp.concatenate([before, segments], axis=1),
-        )
 
     def rewind(self, count: Int32[Array, "B"]) -> "DecodeState":
         """Removes the last `count` tokens of every sequence."""

@@ -70,7 +70,8 @@ class Slots(NamedTuple):
 
         Undefined before the first slot and beyond the last one.
         """
-        return read_slots(cache, self._in_window(reach))
+        slots = jnp.maximum(self._in_window(reach), 0)
+        return cache.at[jnp.arange(len(cache))[:, None], slots].get(mode="clip")
 
     def segments_of_window(self, reach: int) -> Int32[Array, "B window"]:
         """Document numbers of these slots; −1 before the first slot."""
@@ -91,11 +92,3 @@ def write(
     rows = jnp.arange(len(cache))[:, None]
     places = (rows, *[slice(None)] * (axis - 1), slots)
     return cache.at[places].set(values.astype(cache.dtype), mode="drop", unique_indices=True)
-
-
-def read_slots(
-    cache: Shaped[Array, "B slots *rest"], slots: Int32[Array, "B n"]
-) -> Shaped[Array, "B n *rest"]:
-    """The values of slots; undefined where there is no such slot."""
-    rows = jnp.arange(len(cache))[:, None]
-    return cache.at[rows, jnp.maximum(slots, 0)].get(mode="clip")

@@ -136,8 +136,9 @@ def make_extend(decoder: Decoder, logits: str = "all"):
     @partial(jax.jit, donate_argnums=0)
     def extend(state, part, count, bias):
         decoder = nnx.merge(graph, params)
+        state, slots = state.append(part["tokens"], part["segments"], part["positions"])
         return decoder.extend(
-            *(state, part["tokens"], part["memory"], part["segments"], part["positions"]),
+            *(state, slots, part["memory"]),
             head[...].astype(decoder.config.dtype).T,
             count=count,
             expert_bias=bias,
