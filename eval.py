@@ -5,7 +5,9 @@
 Prints held-out loss, perplexity and bits per byte of every source, the loss
 with the memory suppressed, statistics of the memory, and a sampled
 continuation. Writes `eval.json`, a gate map (`gates.html`, `gates.png`) and a
-picture of the statistics (`memory.png`) into the run folder.
+picture of the statistics (`memory.png`) into the run folder. A partial
+evaluation (--sources, --step, --max-tokens, --no-statistics) writes
+`eval_part.json` and so on.
 """
 
 import json
@@ -27,6 +29,7 @@ import tyro
 from engram_jax.command_line import parse_flags
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.sources import resolve_source
+from engram_jax.decoding.generate import Generator, Settings
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.evaluation.gate_map import read_gates, write_html, write_png
 from engram_jax.evaluation.health import HealthStudy, format_health
@@ -40,7 +43,6 @@ from engram_jax.evaluation.memory_report import (
 from engram_jax.evaluation.report import evaluate, format_report, to_json
 from engram_jax.files import atomic_write
 from engram_jax.run import Run
-from engram_jax.sampling import check_drawing, sample
 from engram_jax.train_state import Weights
 
 MAP_TOKENS = 1024  # maximum number of tokens of a gate map, to keep the page readable
@@ -56,9 +58,9 @@ class EvalOptions:
         step: step of the checkpoint; by default, the newest.
         sources: shipped corpora or paths whose held-out documents are scored; by default, those of
             the run.
-        max_tokens: number of held-out tokens to score per source; by default, all. With a number,
-            the results are written to `eval_part.json`.
+        max_tokens: number of held-out tokens to score per source; by default, all.
         statistics: also report statistics of the memory; this reads the training text.
+        output: folder to write to; by default, the run folder.
         text: text of the gate map; by default, the start of a held-out document.
         text_file: file with the text of the gate map (UTF-8).
         prompt: text to continue.
@@ -73,6 +75,7 @@ class EvalOptions:
     sources: tuple[str, ...] = ()
     max_tokens: int | None = None
     statistics: bool = True
+    output: Path | None = None
     text: str | None = None
     text_file: Path | None = None
     prompt: str = "The city of"
@@ -90,10 +93,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     options = parse_flags(EvalOptions, args=args, prog="eval.py", description=__doc__ or "")
     options = replace(options, run=options.run.expanduser())
-    _check(options)
+    settings = _check(options)
     text = _given_text(options)
     run = Run.open(options.run)
-    check_drawing(options.temperature, options.top_k, run.tokenizer.vocab_size)
     has_gates = bool(run.config.memory.sites.layers)
     if text and not has_gates:
         raise InputError(
@@ -111,17 +113,17 @@ def main(args: Sequence[str] | None = None) -> None:
     study = _study(run, weights) if weights.tables and options.statistics else None
     scorer = make_scorer(run.program)
     results: dict[str, Any] = {"run": run.config.name, "step": step}
-    # Scores of a part of the text do not replace those of all of it.
-    name = "eval.json" if options.max_tokens is None else "eval_part.json"
-    written = [options.run / name]
-    if options.sample_tokens:
-        results["sample"] = _continue(options, run, weights)
+    written = [_output(options, "eval.json")]
+    if settings:
+        generator = Generator(run.program, run.tokenizer, weights)
+        continuation = generator.generate([options.prompt], settings)[0].text
+        results["sample"] = {"prompt": options.prompt, "continuation": continuation}
     if has_gates:
         text = _shorten(run, text or _opening(run, corpora[0]))
         gate_map = read_gates(run, scorer, weights, text)
-        write_html(gate_map, options.run / "gates.html")
-        write_png(gate_map, options.run / "gates.png")
-        written += [options.run / "gates.html", options.run / "gates.png"]
+        written += [_output(options, "gates.html"), _output(options, "gates.png")]
+        write_html(gate_map, written[1])
+        write_png(gate_map, written[2])
         means = {str(layer): gates.mean() for layer, gates in gate_map.gates.items()}
         results["gates"] = {"text": text, "mean": means}
     printed = _score(options, run, weights, corpora, scorer, study, results)
@@ -129,8 +131,8 @@ def main(args: Sequence[str] | None = None) -> None:
         found = study.report()
         printed += f"\n\n{format_memory(found)}"
         results["memory"] = memory_json(found)
-        write_memory_png(found, options.run / "memory.png")
-        written.append(options.run / "memory.png")
+        written.append(_output(options, "memory.png"))
+        write_memory_png(found, written[-1])
     with atomic_write(written[0]) as partial:
         partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
     print(printed)
@@ -139,13 +141,32 @@ def main(args: Sequence[str] | None = None) -> None:
     print(f"\nWritten: {', '.join(map(str, written))}")
 
 
-def _check(options: EvalOptions) -> None:
+def _output(options: EvalOptions, name: str) -> Path:
+    """The file to write; a partial evaluation does not replace a complete one."""
+    parts = options.sources, options.step is not None, options.max_tokens, not options.statistics
+    stem, suffix = name.split(".")
+    return (options.output or options.run) / f"{stem}{'_part' if any(parts) else ''}.{suffix}"
+
+
+def _check(options: EvalOptions) -> Settings | None:
+    """The settings of the sampled continuation; None: none is asked for."""
     if not options.run.is_dir():
         raise InputError(f"There is no run folder {options.run}; train.py creates runs/NAME.")
+    output = options.output or options.run
+    if not (output.is_dir() and os.access(output, os.W_OK)):
+        raise InputError(f"Cannot write to {output}; give a folder with --output.")
     if options.max_tokens is not None and options.max_tokens < 1:
         raise InputError(f"--max-tokens is {options.max_tokens}; score at least 1 token.")
     if options.sample_tokens < 0:
         raise InputError(f"--sample-tokens is {options.sample_tokens}; it must be 0 or more.")
+    if not options.sample_tokens:
+        return None
+    return Settings(
+        tokens=options.sample_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
 
 
 def _given_text(options: EvalOptions) -> str | None:
@@ -201,20 +222,6 @@ def _score(
         results["health"] = by_layer
         printed += f"\n\n{format_health(by_layer)}"
     return printed
-
-
-def _continue(options: EvalOptions, run: Run, weights: Weights) -> dict[str, str]:
-    """The prompt and its sampled continuation."""
-    continuation = sample(
-        run,
-        weights,
-        options.prompt,
-        tokens=options.sample_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
-    )
-    return {"prompt": options.prompt, "continuation": continuation}
 
 
 def _opening(run: Run, corpus: Corpus) -> str:

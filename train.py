@@ -26,10 +26,10 @@ import jax
 from engram_jax.command_line import parse
 from engram_jax.config import Config
 from engram_jax.costs.accounting import allocate
+from engram_jax.decoding.generate import Generator, Settings
 from engram_jax.errors import one_sentence
 from engram_jax.processes import end_together, is_leader, join_processes
 from engram_jax.run import Run
-from engram_jax.sampling import sample
 from engram_jax.trainer import Diverged, train
 
 PROMPT = "The city is the capital of"
@@ -90,8 +90,9 @@ def main(options: TrainOptions, config: Config) -> None:
     if stopped:
         sys.exit(INTERRUPTED)
     if jax.process_count() == 1:
-        continuation = sample(run, state.weights, PROMPT, tokens=40, temperature=0.7, top_k=40)
-        print(f"Sample: {PROMPT}|{continuation}")
+        generator = Generator(run.program, run.tokenizer, state.weights)
+        settings = Settings(tokens=40, temperature=0.7, top_k=40)
+        print(f"Sample: {PROMPT}|{generator.generate([PROMPT], settings)[0].text}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
 from engram_jax.data.sources import resolve_source, source_name
 from engram_jax.data.token_cache import build_corpus
+from engram_jax.decoding.generate import Generator, Settings
+from engram_jax.decoding.text import Continuation
 from engram_jax.errors import InputError
 from engram_jax.files import check_run_path
 from engram_jax.hashing import NgramHash
@@ -312,6 +314,15 @@ class Run:
                 layer: lookup.settle(table, before, step, keep_moments=keep)
                 for layer, table in tables.items()
             }
+
+    @cached_property
+    def generator(self) -> Generator:
+        """Continues prompts with the weights of the newest checkpoint."""
+        return Generator(self.program, self.tokenizer, self.restore_weights())
+
+    def generate(self, prompts: Sequence[str], **settings: Any) -> list[Continuation]:
+        """Continues prompts with the newest checkpoint; arguments are those of `Settings`."""
+        return self.generator.generate(prompts, Settings(**settings))
 
     def fitting(self, folder: Path) -> "Run":
         """Opens the run in another folder, after checking that this run can use its weights.

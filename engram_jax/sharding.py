@@ -96,6 +96,12 @@ def make_abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
     return jax.sharding.AbstractMesh(sizes, TOKEN_AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
+def in_explicit_mesh() -> bool:
+    """Whether arrays have explicit shardings here: in a mesh, and not inside `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and all(kind is AxisType.Explicit for kind in mesh.axis_types)
+
+
 def platform_of(mesh: AnyMesh) -> str:
     """The platform of a mesh's devices, such as "cpu" or "tpu"; without devices, the default.
 

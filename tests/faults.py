@@ -353,10 +353,38 @@ engram_jax/evaluation/statistics.py < evaluation/test_statistics.py
   an n-gram is counted as often as in the last part
     - self.times[at[known]] += times[known]
     + self.times[at[known]] = times[known]
-engram_jax/sampling.py < test_sampling.py
-  a long prompt loses its end
-    - ids[-run.config.data.sequence_length :]
-    + ids[: run.config.data.sequence_length]
+engram_jax/hashing_device.py < test_hashing_device.py
+  on the device, n-grams reach over a dead position
+    - alive &= ~older(dead, back)
+    + alive &= True
+  a carry of the division is lost
+    - carry = (quotient_lower < lower)
+    + carry = (quotient_lower < 0 * lower)
+engram_jax/layers/slots.py < decoding/test_extend.py
+  cached attention reaches into the document before
+    - return earlier & (self.block_of(self.segments, number)[:, None] == own[:, :, None])
+    + return earlier & (self.block_of(self.segments, number)[:, None] <= own[:, :, None])
+  before the first slot, the hash and the convolution see the first slot
+    - jnp.where(self._in_window(reach) >= 0, self.window(self.segments, reach), -1)
+    + self.window(self.segments, reach)
+  a full state overwrites its last slots
+    - mode="drop"
+    + mode="clip"
+engram_jax/layers/attention.py < decoding/test_extend.py
+  the sum of a block is not scaled to the new maximum
+    - kept * total + jnp.sum
+    + total + jnp.sum
+engram_jax/decoding/sampling.py < decoding/test_sampling.py
+  a candidate may be followed by as many more likely ones as there are
+    - (count < settings.top_k)
+    + (count <= settings.top_k)
+  the next draw is from all tokens
+    - jnp.where(weights > least, weights, 0)
+    + jnp.where(weights > -1, weights, 0)
+engram_jax/decoding/text.py < decoding/test_text.py
+  a split character is shown
+    - self._text.rstrip(_INCOMPLETE)
+    + self._text
 engram_jax/costs/accounting.py < costs/test_accounting.py
   a product counts its multiplications alone
     - return 2 * math.prod(left)

@@ -13,10 +13,10 @@ from lively import enliven
 from tiny_runs import assert_identical, losses, on_devices, vary, with_backbone
 
 from engram_jax.config import Config
+from engram_jax.decoding.generate import Generator, Settings
 from engram_jax.metrics import read_metrics
 from engram_jax.parameters import Plain
 from engram_jax.run import Run
-from engram_jax.sampling import sample
 from engram_jax.train_step import make_train_step
 from engram_jax.trainer import train
 from engram_jax.typing import PyTree
@@ -123,7 +123,8 @@ def test_a_mesh_with_dealt_experts_gives_the_losses_of_one_device(
     weights = again.restore_weights()
     for layer, bias in weights.expert_bias.items():
         np.testing.assert_array_equal(bias, biases[layer])
-    assert isinstance(sample(again, weights, "the", tokens=3, temperature=0.0), str)
+    generator = Generator(again.program, again.tokenizer, weights)
+    assert generator.generate(["the"], Settings(tokens=3))[0].tokens
 
 
 def relative_errors(

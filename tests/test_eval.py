@@ -55,14 +55,18 @@ def test_everything_is_printed_and_written(eval_program, run, capsys):
 
 def test_sources_and_texts_can_be_chosen(eval_program, run, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("in Wales " * 600)
+    before = sorted(run.folder.iterdir())
     eval_program(
         [
             *(str(run.folder), "--sources", run.config.data.sources[1], "--sample-tokens", "0"),
             *("--text-file", str(tmp_path / "text.txt"), "--max-tokens", "50", "--step", "2"),
-            "--no-statistics",
+            *("--no-statistics", "--output", str(tmp_path)),
         ]
     )
-    results = json.loads((run.folder / "eval_part.json").read_text(encoding="utf-8"))
+    assert sorted(run.folder.iterdir()) == before
+    names = {"eval_part.json", "gates_part.html", "gates_part.png", "text.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    results = json.loads((tmp_path / "eval_part.json").read_text(encoding="utf-8"))
     assert set(results["held_out"]) == {"second", POOLED}
     assert "sample" not in results and "memory" not in results
     assert "the first 1,024 of the text's" in capsys.readouterr().out
@@ -104,7 +108,8 @@ def test_statistics_need_the_text_of_the_training(eval_program, run, tmp_path, m
         (["--step", "7"], "no checkpoint of step 7"),
         (["--max-tokens", "0"], "--max-tokens is 0"),
         (["--sample-tokens", "-1"], "--sample-tokens is -1"),
-        (["--top-k", "0"], "top_k is 0"),
+        (["--output", "missing"], "Cannot write to missing"),
+        (["--top-k", "0"], "--top-k is 0"),
         (["--temperature", "nan"], "temperature is nan"),
     ],
 )

@@ -26,13 +26,13 @@ from tiny_runs import (
 from engram_jax import files, platforms, program
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config, save_config
+from engram_jax.decoding.generate import Generator, Settings
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.engram import EngramConfig
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.run import Run
-from engram_jax.sampling import sample
 from engram_jax.sharding import MeshConfig, make_mesh
 from engram_jax.tokenizer import DEFAULT_MODEL
 from engram_jax.trainer import train
@@ -301,7 +301,8 @@ def test_one_row_on_one_device(config: Config, tmp_path: Path, heads: int, kv_he
     Run.start(replace(config, model=replace(config.model, attention=attention)), tmp_path / "run")
     run = Run.open(tmp_path / "run")
     assert run.program.mesh.size == 1
-    sample(run, run.program.initial_state().weights, "Alexander", tokens=1)
+    generator = Generator(run.program, run.tokenizer, run.program.initial_state().weights)
+    assert generator.generate(["Alexander"], Settings(tokens=1))[0].tokens
 
 
 def test_rows_that_do_not_divide_over_the_devices_are_refused(tiny: Config, tmp_path: Path) -> None:
@@ -355,12 +356,10 @@ def test_a_model_may_have_ids_to_spare(tiny: Config, tmp_path: Path) -> None:
     sizes = np.r_[np.ones(8192), 2e6 * np.ones(4), -2e6 * np.ones(4)].astype(np.float32)
     head = 0 * weights.params["head"] + sizes[:, None]
     weights = replace(weights, params=weights.params | {"head": head})
-    drawn = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(run.tokenizer), "decode", lambda _, ids: drawn.extend(ids) or "")
-        for heat in (0.0, 1.0):
-            sample(run, weights, "the", tokens=5, temperature=heat)
-    assert len(drawn) > 4 and max(drawn) < 8192
+    generator = Generator(run.program, run.tokenizer, weights)
+    for heat in (0.0, 1.0):
+        drawn = generator.generate(["the"], Settings(tokens=5, temperature=heat))[0].tokens
+        assert drawn and max(drawn) < 8192
 
 
 @pytest.fixture

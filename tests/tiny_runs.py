@@ -18,9 +18,10 @@ from jaxtyping import Int32
 from lively import enliven
 
 from engram_jax import run as run_module
-from engram_jax import sampling, train_step, trainer
+from engram_jax import train_step, trainer
 from engram_jax.compression import VocabularyProjection, project_vocabulary
 from engram_jax.config import Config, DataConfig, MemoryConfig, TrainConfig
+from engram_jax.decoding import generate
 from engram_jax.evaluation import held_out, report
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.hyper_connections import HyperConnectionsConfig
@@ -154,7 +155,7 @@ def share_programs() -> None:
     for name, modules in (
         ("make_train_step", (train_step, trainer)),
         ("make_scorer", (held_out, report, trainer)),
-        ("_make_next_token", (sampling,)),
+        ("ProgramCache", (generate,)),
     ):
         shared = share(getattr(modules[0], name))
         for module in modules:

@@ -25,6 +25,7 @@ from jaxtyping import Array
 from engram_jax.command_line import parse
 from engram_jax.config import Config
 from engram_jax.errors import InputError
+from engram_jax.layers.latent_attention import LatentAttentionConfig
 from engram_jax.model import Decoder
 from engram_jax.parameters import Connection, Matrix, VocabularyMatrix
 from engram_jax.program import Program
@@ -170,6 +171,30 @@ def allocate(config: Config, share: float) -> Config:
         return replace(pure, model=replace(model, feed_forward=wider))
     memory = replace(memory, rows_per_head=(rows,) * len(memory.rows_per_head))
     return replace(config, model=model, memory=memory)
+
+
+def decode_state_bytes(config: Config, *, sequences: int, slots: int) -> int:
+    """Bytes of the state of decoding on one device.
+
+    Per slot: keys and values, or a latent and a rotary key, of every layer; the values of an Engram
+    layer with a convolution, and one number per branch; token id, document and position.
+
+    Args:
+        config: the configuration.
+        sequences: number of sequences B.
+        slots: slots of each of them.
+    """
+    model, number = config.model, jnp.dtype(config.model.dtype).itemsize
+    attention = model.attention
+    if isinstance(attention, LatentAttentionConfig):
+        of_layer = attention.latent_width + attention.rotary_width
+    else:
+        of_layer = 2 * attention.kv_heads * attention.head_width
+    of_slot = 3 * 4 + model.layers * of_layer * number
+    if model.engram.convolution:
+        branches = 1 if model.single_fusion else model.branches
+        of_slot += len(config.memory.sites.layers) * (model.width * number + branches * 4)
+    return sequences * (slots * of_slot + 4)
 
 
 def _flops_per_token(config: Config) -> tuple[float, float]:

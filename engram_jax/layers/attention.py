@@ -2,9 +2,10 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from engram_jax.errors import InputError
 from engram_jax.layers.positions import rotate
+from engram_jax.layers.slots import Slots
 from engram_jax.parameters import Matrix
 from engram_jax.sharding import platform_of
 
@@ -52,6 +54,18 @@ class AttentionConfig:
             raise InputError(f"head_width {self.head_width} is odd; rotary embedding needs pairs.")
 
 
+class KeyValues(NamedTuple):
+    """What a decoder caches of every position, in the order in which one query reads it fastest.
+
+    Attributes:
+        key: rotated keys.
+        value: values.
+    """
+
+    key: Float[Array, "B J P slots"]
+    value: Float[Array, "B J slots P"]
+
+
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions, within documents.
 
@@ -88,12 +102,53 @@ class Attention(nnx.Module):
             segments: document number of every position.
             positions: position within the document.
         """
+        query, key, value = self._project(x, positions)
+        mixed = attend(query, key, value, segments, self.config.implementation)
+        return self._combine(mixed)
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int32[Array, "B T"],
+        cache: KeyValues,
+        slots: Slots,
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
+        """Like a call, for positions that follow cached ones; also returns the new cache.
+
+        Args:
+            x: normalized hidden states of the new positions.
+            positions: their positions within their documents.
+            cache: keys and values of the positions before them.
+            slots: their slots.
+        """
+        query, key, value = self._project(x, positions)
+        cache = KeyValues(slots.write(cache.key, key, 3), slots.write(cache.value, value, 2))
+
+        def read(number: Int32[Array, ""] | int) -> tuple[Array, Array]:
+            return slots.block_of(cache.key, number, 3), slots.block_of(cache.value, number, 2)
+
+        mixed = attend_cached(query, read, slots, self.config.head_width**-0.5)
+        return self._combine(mixed), cache
+
+    def empty_cache(self, batch: int, capacity: int) -> KeyValues:
+        """A cache of this many slots for every sequence."""
+        heads, width = self.config.kv_heads, self.config.head_width
+        key = jnp.zeros((batch, heads, width, capacity), self.dtype)
+        return KeyValues(key, key.swapaxes(2, 3))
+
+    def _project(
+        self, x: Float[Array, "B T D"], positions: Int32[Array, "B T"]
+    ) -> tuple[Float[Array, "B T Q P"], Float[Array, "B T J P"], Float[Array, "B T J P"]]:
+        """Rotated queries, rotated keys, and values."""
         theta, dtype = self.config.theta, self.dtype
         query = rotate(jnp.einsum("btd,dqp->btqp", x, self.query.astype(dtype)), positions, theta)
         key = rotate(jnp.einsum("btd,djp->btjp", x, self.key.astype(dtype)), positions, theta)
-        value = jnp.einsum("btd,djp->btjp", x, self.value.astype(dtype))
-        mixed = attend(query, key, value, segments, self.config.implementation)
-        return jnp.einsum("btqp,qpd->btd", mixed, self.out.astype(dtype))
+        return query, key, jnp.einsum("btd,djp->btjp", x, self.value.astype(dtype))
+
+    def _combine(self, mixed: Float[Array, "B T Q P"]) -> Float[Array, "B T D"]:
+        """The output of all heads. (An einsum over two axes would transpose the matrix.)"""
+        out = self.out.astype(self.dtype)
+        return mixed.reshape(*mixed.shape[:2], -1) @ out.reshape(-1, out.shape[-1])
 
 
 def attend(
@@ -145,6 +200,80 @@ def attend(
             attend_own, in_specs=specs, out_specs=specs[0], check_vma=chosen == "xla"
         )
     return attend_own(*inputs)
+
+
+def attend_cached(
+    query: Float[Array, "B T Q P"],
+    read: Callable[[Int32[Array, ""] | int], tuple[Array, Array]],
+    slots: Slots,
+    scale: float,
+) -> Float[Array, "B T Q O"]:
+    """softmax(scale·q·k)·v over the cached positions that each new position sees.
+
+    It visits blocks of slots up to the longest sequence's, with a running maximum m and a running
+    sum of exp(score − m). A block that a sequence does not need leaves its numbers as they are, bit
+    for bit. So a sequence's result does not depend on the lengths of the others.
+
+    Args:
+        query: queries of the new positions.
+        read: gives the keys [B, J, P, block] and values [B, J, block, O] of a block of slots,
+            including those of the new positions.
+        slots: slots of the new positions.
+        scale: factor on the scores.
+    """
+    key, value = jax.eval_shape(read, 0)
+    grouped = query.reshape(*query.shape[:2], key.shape[1], -1, query.shape[3])
+    grouped = grouped.transpose(0, 2, 3, 1, 4)  # B J G T P
+    multiply = _multiply_few if _is_few(grouped) else _multiply
+
+    def add_block(
+        number: Int32[Array, ""] | int, running: tuple[Array, Array, Array]
+    ) -> tuple[Array, Array, Array]:
+        mixed, largest, total = running
+        key, value = read(number)
+        scores = scale * multiply(grouped, key)
+        scores = jnp.where(slots.seen(number)[:, None, None], scores, -jnp.inf)
+        new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
+        weights = jnp.exp(scores - new_largest[..., None])
+        kept = jnp.exp(largest - new_largest)
+        mixed = kept[..., None] * mixed
+        mixed += multiply(weights.astype(value.dtype), value)
+        return mixed, new_largest, kept * total + jnp.sum(weights, axis=-1)
+
+    rows = grouped.shape[:4]
+    least = jnp.full(rows, jnp.finfo(jnp.float32).min)
+    running = (jnp.zeros((*rows, value.shape[3])), least, jnp.zeros(rows))
+    if slots.capacity == slots.block:
+        mixed, _, total = add_block(0, running)
+    else:
+        mixed, _, total = jax.lax.fori_loop(0, slots.blocks, add_block, running)
+    mixed = (mixed / total[..., None]).astype(value.dtype)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(*query.shape[:3], -1)
+
+
+def _is_few(grouped: Float[Array, "B J G T P"]) -> bool:
+    """Whether so few queries share a key on a CPU that XLA's matrix product is slow.
+
+    For one query of each of 6 heads, 2 key/value heads and 256 slots, it takes 1.4 ms for 64
+    sequences, and `_multiply_few` 0.25 ms.
+    """
+    queries = grouped.shape[2] * grouped.shape[3]
+    return queries <= 8 and platform_of(jax.sharding.get_abstract_mesh()) == "cpu"
+
+
+def _multiply(
+    x: Float[Array, "B J G T n"], y: Float[Array, "B J n m"]
+) -> Float[Array, "B J G T m"]:
+    """x · y for every key/value head, in float32."""
+    return jnp.einsum("bjgtn,bjnm->bjgtm", x, y, preferred_element_type=jnp.float32)
+
+
+def _multiply_few(
+    x: Float[Array, "B J G T n"], y: Float[Array, "B J n m"]
+) -> Float[Array, "B J G T m"]:
+    """`_multiply` as a sum of products, which XLA vectorizes over m."""
+    products = x[..., None].astype(jnp.float32) * y[:, :, None, None].astype(jnp.float32)
+    return jnp.sum(products, axis=4)
 
 
 def _attend_xla(

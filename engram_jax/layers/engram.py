@@ -11,14 +11,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int32
 
 from engram_jax.errors import InputError
 from engram_jax.layers.norms import RMSNorm
+from engram_jax.layers.slots import Slots
 from engram_jax.parameters import Matrix
+from engram_jax.sharding import in_explicit_mesh
 from pallas_kernels import gated_fusion
-from pallas_kernels.gated_fusion import FusionForm, FusionImplementation
+from pallas_kernels.gated_fusion import FusedTokens, FusionForm, FusionImplementation
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -103,6 +104,18 @@ def inspect_health(
     return jax.lax.stop_gradient(health)
 
 
+class GatedValues(NamedTuple):
+    """What a decoder caches of every position, for the convolution, whose input is c·v.
+
+    Attributes:
+        value: the memory's value v, which all branches share.
+        scale: c = α / √(α²·mean(v²) + ε).
+    """
+
+    value: Float[Array, "B slots D"]
+    scale: Float[Array, "B slots M"]
+
+
 class Engram(nnx.Module):
     """Context-aware gating of the memory, and a short convolution over the gated value.
 
@@ -149,6 +162,7 @@ class Engram(nnx.Module):
             # Zero initialization: at the start the layer adds only the gated value.
             self.convolution = nnx.Param(jnp.zeros((config.kernel, branches, width)))
         self.config = config
+        self.shape = branches, width
         self.dtype = dtype
 
     def __call__(
@@ -167,22 +181,68 @@ class Engram(nnx.Module):
                 document.
             token_mask: False at image placeholders, where the gate is 0.
         """
-        # Equation 3: one key per branch, one value for all branches.
+        return self.fuse(hidden, *self._project(memory), segments, token_mask)
+
+    def extend(
+        self,
+        hidden: Float[Array, "B T M D"],
+        memory: Float[Array, "B T E"],
+        cache: GatedValues | None,
+        slots: Slots,
+        token_mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"], GatedValues | None]:
+        """Like a call, for positions that follow cached ones; also returns the new cache.
+
+        Args:
+            hidden: the residual branches of the new positions.
+            memory: their memory vectors.
+            cache: of the positions before them; None without a convolution.
+            slots: their slots.
+            token_mask: False at image placeholders, where the gate is 0.
+        """
+        key, value = self._project(memory)
+        if cache is None:
+            return *self.fuse(hidden, key, value, None, token_mask), None
+        gain, taps, form = self._fusion()
+        assert taps is not None
+        key = hidden if key is None else key
+        gate, scale = gated_fusion.gate_new(hidden, key, value, gain, token_mask, form)
+        # Reading what was just written lets XLA write in place. Otherwise it copies the cache.
+        cache = GatedValues(*map(slots.write, cache, (value, scale)))
+        values, scales = (slots.window(part, self._reach) for part in cache)
+        segments = slots.segments_of_window(self._reach)
+        if self.config.cross_documents:
+            segments = jnp.minimum(segments, 0)
+        added = gated_fusion.fuse_new(gate, taps, FusedTokens(values, scales, segments), form)
+        return added.astype(hidden.dtype), gate, cache
+
+    def empty_cache(self, batch: int, capacity: int) -> GatedValues | None:
+        """A cache of this many slots for every sequence; None without a convolution."""
+        if not self.config.convolution:
+            return None
+        branches, width = self.shape
+        values = jnp.zeros((batch, capacity, width), self.dtype)
+        return GatedValues(values, jnp.zeros((batch, capacity, branches)))
+
+    def _project(
+        self, memory: Float[Array, "B T E"]
+    ) -> tuple[Float[Array, "B T M D"] | None, Float[Array, "B T D"]]:
+        """Equation 3: one key per branch, one value for all branches; no keys without gates."""
         memory = memory.astype(self.dtype)
         value = jnp.einsum("bte,ed->btd", memory, self.value.astype(self.dtype))
         if self.config.bias:
             value += self.value_bias.astype(self.dtype)[None, None]
         if not self.config.gated:
-            return self.fuse(hidden, hidden, value, segments, token_mask)
+            return None, value
         key = jnp.einsum("bte,med->btmd", memory, self.key.astype(self.dtype))
         if self.config.bias:
             key += self.key_bias.astype(self.dtype)[None, None]
-        return self.fuse(hidden, key, value, segments, token_mask)
+        return key, value
 
     def fuse(
         self,
         hidden: Float[Array, "B T M D"],
-        key: Float[Array, "B T M D"],
+        key: Float[Array, "B T M D"] | None,
         value: Float[Array, "B T D"],
         segments: Int32[Array, "B T"] | None = None,
         token_mask: Bool[Array, "B T"] | None = None,
@@ -193,22 +253,35 @@ class Engram(nnx.Module):
         layer adds u + SiLU(Conv(RMSNorm(u))). `pallas_kernels.gated_fusion.reference` is the
         definition.
         """
-        config, gain, taps = self.config, jnp.ones(hidden.shape[2:]), None
+        config = self.config
+        gain, taps, form = self._fusion()
+        if config.cross_documents:
+            segments = None
+        implementation = config.implementation if config.gated else "reference"
+        fuse = partial(gated_fusion.fuse, form=form, implementation=implementation)
+        tokens = (hidden, hidden if key is None else key, value, segments, token_mask)
+        return _fuse_own_tokens(fuse, self._reach, tokens, (gain, taps))
+
+    def _fusion(
+        self,
+    ) -> tuple[Float[Array, "M D"], Float[Array, "kernel M D"] | None, FusionForm]:
+        """Gain, taps and constants of the fusion."""
+        config, gain, taps = self.config, jnp.ones(self.shape), None
         if config.gated:  # only the product of the two norms' gains has an effect
             gain = self.key_norm.scale() * self.query_norm.scale()
         if config.convolution:
             taps = self.convolution * self.convolution_norm.scale()[None]
-        if config.cross_documents:
-            segments = None
         form = FusionForm(
             *(config.norm_epsilon, config.signed_root, config.dilation),
             *(config.convolution_epsilon, config.gated),
         )
-        implementation = config.implementation if config.gated else "reference"
-        fuse = partial(gated_fusion.fuse, form=form, implementation=implementation)
-        reach = (config.kernel - 1) * config.dilation if config.convolution else 0
-        tokens = (hidden, key, value, segments, token_mask)
-        return _fuse_own_tokens(fuse, reach, tokens, (gain, taps))
+        return gain, taps, form
+
+    @property
+    def _reach(self) -> int:
+        """How many tokens the convolution looks back."""
+        config = self.config
+        return (config.kernel - 1) * config.dilation if config.convolution else 0
 
 
 def _fuse_own_tokens(
@@ -256,8 +329,7 @@ def _fuse_own_tokens(
         added, gate = fuse(hidden, key, value, *parameters, segments, token_mask)
         return added[:, halo:], gate[:, halo:]
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind is not AxisType.Explicit for kind in mesh.axis_types):
+    if not in_explicit_mesh():
         return fuse_own(tokens, parameters)
     specs = jax.tree.map(lambda part: jax.typeof(part).sharding.spec, tokens)
     if any(axis is not None for axis in specs[0][2:]):

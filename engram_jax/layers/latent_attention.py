@@ -8,18 +8,17 @@ caches only c and one rotated key, which all heads share:
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from engram_jax.errors import InputError
-from engram_jax.layers.attention import Implementation, attend
+from engram_jax.layers.attention import Implementation, attend, attend_cached
 from engram_jax.layers.norms import RMSNorm
 from engram_jax.layers.positions import YarnConfig, rotate
+from engram_jax.layers.slots import Slots
 from engram_jax.parameters import Matrix
 
 
@@ -75,7 +74,7 @@ class LatentAttentionConfig:
 
 
 class Latent(NamedTuple):
-    """What attention caches of every position.
+    """What a decoder caches of every position.
 
     Attributes:
         content: the normalized latent, from which keys and values are computed.
@@ -138,19 +137,68 @@ class LatentAttention(nnx.Module):
             segments: document number of every position.
             positions: position within the document.
         """
-        latent = self.compress(x, positions)
         query = jnp.concatenate(self._queries(x, positions), axis=-1)
-        key = jnp.einsum("bty,yqp->btqp", latent.content, self.key_up.astype(self.dtype))
-        shared = (*key.shape[:-1], self.config.rotary_width)
-        rotary_key = jnp.broadcast_to(latent.rotary_key[:, :, None], shared)
-        key = jnp.concatenate([key, rotary_key], axis=-1)
-        value = jnp.einsum("bty,yqo->btqo", latent.content, self.value_up.astype(self.dtype))
+        key, value = self._keys_and_values(self.compress(x, positions))
         config = self.config
         mixed = attend(query, key, value, segments, config.implementation, config.softmax_scale)
-        return jnp.einsum("btqo,qod->btd", mixed, self.out.astype(self.dtype))
+        return self._combine(mixed)
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int32[Array, "B T"],
+        cache: Latent,
+        slots: Slots,
+    ) -> tuple[Float[Array, "B T D"], Latent]:
+        """Like a call, for positions that follow cached ones; also returns the new cache.
+
+        For few new positions, the keys and values of cached positions are not computed. Instead,
+        queries are multiplied by key_up, and the weighted sum of latents by value_up: then the
+        latent with the rotary key is the key of the only key/value head, and the latent its value.
+
+        Args:
+            x: normalized hidden states of the new positions.
+            positions: their positions within their documents.
+            cache: latents of the positions before them.
+            slots: their slots.
+        """
+        dtype = self.dtype
+        cache = Latent(*map(slots.write, cache, self.compress(x, positions)))
+        query, rotary_query = self._queries(x, positions)
+        absorbs = self._absorbs(x.shape[1])
+        if absorbs:
+            query = jnp.einsum("btqp,yqp->btqy", query, self.key_up.astype(dtype))
+
+        def read(number: Int32[Array, ""] | int) -> tuple[Array, Array]:
+            latent = Latent(*(slots.block_of(part, number) for part in cache))
+            if not absorbs:
+                key, value = self._keys_and_values(latent)
+                return key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
+            key = jnp.concatenate(latent, axis=-1)
+            return key.swapaxes(1, 2)[:, None], latent.content[:, None]
+
+        query = jnp.concatenate([query, rotary_query], axis=-1)
+        mixed = attend_cached(query, read, slots, self.config.softmax_scale)
+        if absorbs:
+            mixed = jnp.einsum("btqy,yqo->btqo", mixed, self.value_up.astype(dtype))
+        return self._combine(mixed), cache
+
+    def _absorbs(self, length: int) -> bool:
+        """Whether T new positions need fewer products with latents than with keys and values.
+
+        Per head and cached position, these are T·(2Y + Z) and T·(P + Z + O) + Y·(P + O).
+        """
+        config = self.config
+        head = config.head_width + config.value_width
+        return length * (2 * config.latent_width - head) <= config.latent_width * head
+
+    def empty_cache(self, batch: int, capacity: int) -> Latent:
+        """A cache of this many slots for every sequence."""
+        widths = self.config.latent_width, self.config.rotary_width
+        return Latent(*(jnp.zeros((batch, capacity, width), self.dtype) for width in widths))
 
     def compress(self, x: Float[Array, "B T D"], positions: Int32[Array, "B T"]) -> Latent:
-        """The latents of hidden states, to be cached for later positions.
+        """The latents of hidden states.
 
         Args:
             x: normalized hidden states.
@@ -161,35 +209,20 @@ class LatentAttention(nnx.Module):
         rotated = rotate(rotary_key[:, :, None], positions, self.config.theta, self.config.yarn)
         return Latent(self.latent_norm(content), rotated[:, :, 0])
 
-    def attend_cached(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int32[Array, "B T"],
-        cache: Latent,
-        seen: Bool[Array, "B T cached"],
-    ) -> Float[Array, "B T D"]:
-        """Attends to cached latents, without computing their keys and values.
+    def _combine(self, mixed: Float[Array, "B T Q O"]) -> Float[Array, "B T D"]:
+        """The output of all heads. (An einsum over two axes would transpose the matrix.)"""
+        out = self.out.astype(self.dtype)
+        return mixed.reshape(*mixed.shape[:2], -1) @ out.reshape(-1, out.shape[-1])
 
-        The queries are multiplied by key_up instead, and the weighted sum of latents by value_up.
-        This is cheaper for a few new positions, but more expensive for a complete row.
-
-        Args:
-            x: normalized hidden states of the new positions.
-            positions: their positions within their documents.
-            cache: latents of [B, cached] positions, which include the new ones.
-            seen: which cached positions each new position attends to; at least one.
-        """
-        dtype = self.dtype
-        query, rotary_query = self._queries(x, positions)
-        query = jnp.einsum("btqp,yqp->btqy", query, self.key_up.astype(dtype))
-        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-        scores = product("btqy,bsy->bqts", query, cache.content)
-        scores += product("btqz,bsz->bqts", rotary_query, cache.rotary_key)
-        scores = jnp.where(seen[:, None], scores * self.config.softmax_scale, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-        mixed = jnp.einsum("bqts,bsy->btqy", weights, cache.content)
-        mixed = jnp.einsum("btqy,yqo->btqo", mixed, self.value_up.astype(dtype))
-        return jnp.einsum("btqo,qod->btd", mixed, self.out.astype(dtype))
+    def _keys_and_values(
+        self, latent: Latent
+    ) -> tuple[Float[Array, "B T Q key"], Float[Array, "B T Q O"]]:
+        """Every head's key and value of latents."""
+        key = jnp.einsum("bty,yqp->btqp", latent.content, self.key_up.astype(self.dtype))
+        shared = (*key.shape[:-1], self.config.rotary_width)
+        rotary_key = jnp.broadcast_to(latent.rotary_key[:, :, None], shared)
+        value = jnp.einsum("bty,yqo->btqo", latent.content, self.value_up.astype(self.dtype))
+        return jnp.concatenate([key, rotary_key], axis=-1), value
 
     def _queries(
         self, x: Float[Array, "B T D"], positions: Int32[Array, "B T"]

@@ -25,7 +25,7 @@ from engram_jax.layers.expert_rounds import count, mix_experts, rank_pairs, sum_
 from engram_jax.layers.feed_forward import FeedForward
 from engram_jax.layers.grouped_matmul import GroupedImplementation, block_size
 from engram_jax.parameters import Matrix
-from engram_jax.sharding import spec_axes, split_axes
+from engram_jax.sharding import in_explicit_mesh, spec_axes, split_axes
 
 # Capacity of one round, relative to a device's number of pairs when all experts have equal load.
 _CAPACITY_FACTOR = 1.25
@@ -116,8 +116,8 @@ class MixtureOfExperts(nnx.Module):
         Raises:
             InputError: the mesh axis "expert" does not divide the number of stored experts.
         """
-        mesh = jax.sharding.get_abstract_mesh()
-        shards = mesh.shape.get("expert", 1)
+        mesh, is_split = jax.sharding.get_abstract_mesh(), in_explicit_mesh()
+        shards = mesh.shape.get("expert", 1) if is_split else 1
         if self.config.stored % shards:
             raise InputError(
                 f"{self.config.stored} stored experts cannot be split evenly over {shards} "
@@ -125,7 +125,7 @@ class MixtureOfExperts(nnx.Module):
             )
         stacks = tuple(w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
         apply = partial(_apply, config=self.config)
-        if not mesh.empty:
+        if is_split:
             spec = jax.typeof(x).sharding.spec
             name = "expert" if "expert" in mesh.shape else None
             stack_spec = jax.P(name, reduced=set(split_axes(x)) - {name})

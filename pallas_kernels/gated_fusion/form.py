@@ -1,7 +1,7 @@
 """Options of the fusion, and which taps of the convolution read which tokens."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ class FusionForm:
         signed_root: the signed root of a zero score: 0 for "sign", ±10⁻³ for "copysign".
         dilation: distance between the convolution's taps in tokens.
         convolution_epsilon: added to the mean square of the convolution's input.
-        gated: False: every gate is 1, an ablation that only the reference implements.
+        gated: False: every gate is 1, an ablation. Of the training passes, only the reference has
+            this form.
     """
 
     epsilon: float
@@ -44,6 +45,20 @@ class FusionForm:
     def distances(self, kernel: int) -> tuple[int, ...]:
         """How many tokens back each tap of a kernel reads."""
         return tuple((kernel - 1 - tap) * self.dilation for tap in range(kernel))
+
+
+class FusedTokens(NamedTuple):
+    """What the convolution reads of tokens.
+
+    Attributes:
+        value: the memory's value v.
+        scale: c, such that the input of the convolution is c·v.
+        segments: document numbers; a number that no document has where there is no token.
+    """
+
+    value: Float[Array, "B T D"]
+    scale: Float[Array, "B T M"]
+    segments: Int32[Array, "B T"]
 
 
 def normalize(x: Float[Array, "*n D"], epsilon: float) -> Float[Array, "*n D"]:

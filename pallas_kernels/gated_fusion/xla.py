@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.gated_fusion.form import FusionForm, no_gradients, tap_reads
+from pallas_kernels.gated_fusion.form import FusedTokens, FusionForm, no_gradients, tap_reads
 
 type Residuals = tuple[Any, ...]  # the arguments except the form, and the gates
 
@@ -32,14 +32,45 @@ def fuse(
     """Returns what to add to the residual branches, and the gates."""
     dtype = hidden.dtype
     hidden, key, value = (x.astype(jnp.float32) for x in (hidden, key, value))
-    gate = jax.nn.sigmoid(form.root(_score(hidden, key, gain, form)[0]))
-    if token_mask is not None:
-        gate = jnp.where(token_mask[..., None], gate, 0)
+    gate = _gate(hidden, key, gain, token_mask, form)
     out = gate[..., None] * value[:, :, None]
     if taps is not None:
         scale, _ = _scale(gate, value, form)
         out += jax.nn.silu(_convolve(value, scale, taps, segments, form))
     return out.astype(dtype), gate
+
+
+def gate_new(
+    hidden: Float[Array, "B T M D"],
+    key: Float[Array, "B T M D"],
+    value: Float[Array, "B T D"],
+    gain: Float[Array, "M D"],
+    token_mask: Bool[Array, "B T"] | None,
+    form: FusionForm,
+) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"]]:
+    """The gates of tokens that follow others, and c, such that c·v enters the convolution."""
+    hidden, key, value = (x.astype(jnp.float32) for x in (hidden, key, value))
+    gate = _gate(hidden, key, gain, token_mask, form)
+    return gate, _scale(gate, value, form)[0]
+
+
+def fuse_new(
+    gate: Float[Array, "B T M"],
+    taps: Float[Array, "kernel M D"],
+    window: FusedTokens,
+    form: FusionForm,
+) -> Float[Array, "B T M D"]:
+    """What `fuse` adds for tokens that follow others, in float32.
+
+    Args:
+        gate: from `gate_new`.
+        taps: as in `fuse`.
+        window: the new tokens, and before them those that the convolution can read.
+        form: the constants.
+    """
+    value, length = window.value.astype(jnp.float32), gate.shape[1]
+    mixed = _convolve(value, window.scale, taps, window.segments, form)[:, -length:]
+    return gate[..., None] * value[:, -length:, None] + jax.nn.silu(mixed)
 
 
 def _forward(*arguments: Any) -> tuple[tuple[Array, Array], Residuals]:
@@ -96,6 +127,20 @@ def _backward(
 
 
 fuse.defvjp(_forward, _backward)
+
+
+def _gate(
+    hidden: Float[Array, "B T M D"],
+    key: Float[Array, "B T M D"],
+    gain: Float[Array, "M D"],
+    token_mask: Bool[Array, "B T"] | None,
+    form: FusionForm,
+) -> Float[Array, "B T M"]:
+    """The gates; 0 where masked."""
+    gate = jnp.ones(hidden.shape[:3])
+    if form.gated:
+        gate = jax.nn.sigmoid(form.root(_score(hidden, key, gain, form)[0]))
+    return gate if token_mask is None else jnp.where(token_mask[..., None], gate, 0)
 
 
 def _score(

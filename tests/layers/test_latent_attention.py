@@ -12,6 +12,7 @@ from jax import Array
 from engram_jax.errors import InputError
 from engram_jax.layers.latent_attention import Latent, LatentAttention, LatentAttentionConfig
 from engram_jax.layers.positions import YarnConfig, frequencies
+from engram_jax.layers.slots import Slots
 from engram_jax.parameters import Matrix, roles
 from engram_jax.sharding import BATCH_ABT, MeshConfig, make_mesh
 
@@ -184,20 +185,22 @@ def test_no_gradient_from_the_future_or_another_document() -> None:
 def test_new_positions_read_a_cache_as_the_whole_row(
     config: LatentAttentionConfig, begin: int, end: int
 ) -> None:
-    """The cache is filled in two calls. Its entries after the new positions are not used."""
+    """Few positions are attended to by their latents, many by their keys and values."""
     layer, x = make_layer(config), draw()
-    whole = apply(layer, x, jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS))
-    positions = jnp.asarray(POSITIONS)
-    before = layer.compress(x[:, :begin], positions[:, :begin])
-    new = layer.compress(x[:, begin:end], positions[:, begin:end])
-    unfilled = Latent(jnp.full((2, 3, 10), 9.0), jnp.full((2, 3, 4), 9.0))
-    cache = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), before, new, unfilled)
-    seen = np.zeros((2, end - begin, end + 3), bool)
-    for b, t, s in np.ndindex(2, end - begin, end):
-        seen[b, t, s] = s <= begin + t and SEGMENTS[b, s] == SEGMENTS[b, begin + t]
-    found = jax.jit(layer.attend_cached)(
-        x[:, begin:end], positions[:, begin:end], cache, jnp.asarray(seen)
-    )
+    positions, segments = jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS)
+    whole = apply(layer, x, segments, positions)
+
+    def extend(cache: Latent, begin: int, end: int) -> tuple[Array, Latent]:
+        first = jnp.full(2, begin, jnp.int32)
+        slots = Slots(first, segments, first[:, None] + jnp.arange(end - begin)[None])
+        return layer.extend(x[:, begin:end], positions[:, begin:end], cache, slots)
+
+    unfilled = jax.tree.map(lambda part: part + 9, layer.empty_cache(2, 16))
+    extend = jax.jit(extend, static_argnums=(1, 2))
+    assert layer._absorbs(end - begin) != layer._absorbs(100)
+    before, cache = extend(unfilled, 0, begin)
+    found, _ = extend(cache, begin, end)
+    np.testing.assert_allclose(before, whole[:, :begin], atol=1e-5)
     np.testing.assert_allclose(found, whole[:, begin:end], atol=1e-5)
 
 
@@ -238,27 +241,20 @@ def test_eight_devices_attend_as_one() -> None:
     lengths = 3 + np.arange(8)[:, None]
     segments = (np.arange(16)[None] // lengths).astype(np.int32)
     positions = (np.arange(16)[None] % lengths).astype(np.int32)
-    seen = segments[:, None] == segments[:, -1:, None]
     graph, state = nnx.split(layer)
 
     @jax.jit
-    def run(
-        state: nnx.State, x: Array, segments: Array, positions: Array, seen: Array
-    ) -> tuple[Array, Array]:
-        layer = nnx.merge(graph, state)
-        cache = layer.compress(x, positions)
-        last = layer.attend_cached(x[:, -1:], positions[:, -1:], cache, seen)
-        return layer(x, segments, positions), last
+    def run(state: nnx.State, x: Array, segments: Array, positions: Array) -> Array:
+        return nnx.merge(graph, state)(x, segments, positions)
 
-    inputs = (x, segments, positions, seen)
+    inputs = (x, segments, positions)
     expected = run(state, *inputs)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
     with jax.set_mesh(mesh):
         rows, whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P(BATCH_ABT[1]), jax.P()))
         found = run(jax.device_put(state, whole), *jax.device_put(inputs, rows))
-    for ours, reference in zip(found, expected, strict=True):
-        assert ours.sharding.spec[0] == BATCH_ABT[1]
-        np.testing.assert_allclose(ours, reference, atol=1e-5)
+    assert found.sharding.spec[0] == BATCH_ABT[1]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

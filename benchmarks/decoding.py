@@ -1,0 +1,316 @@
+"""Speed of decoding, each figure as a ratio to a baseline that is measured in turn with it.
+
+    python -m benchmarks.decoding [--rounds N] [--large-width N]
+
+- tokens/s of one sequence, and of the path before there was a cache: a forward pass over a window,
+  planned on the host, for every token;
+- bytes of weights read per second, and of a copy, by a model that does not fit in the caches;
+- a step of the default model and of its dense twin;
+- prompt tokens/s, and tokens/s of the forward pass of training on the same shape;
+- a step with each option of drawing, and without;
+- hashing on the device, and a step.
+
+Parameters are random: no figure depends on them, except how often a draw is repeated. The logits of
+the comparison of options are as peaked as a trained model's. Prints medians and quartiles.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from engram_jax.command_line import load_named_config
+from engram_jax.compression import project_vocabulary
+from engram_jax.config import Config
+from engram_jax.data.packing import Batch
+from engram_jax.decoding.programs import BURST, Drawing, Limits, ProgramCache
+from engram_jax.decoding.sampling import DrawSettings, draw
+from engram_jax.decoding.weights import prepare
+from engram_jax.errors import one_sentence
+from engram_jax.hashing import NgramHash
+from engram_jax.hashing_device import hash_tokens, stored_places
+from engram_jax.layers.attention import AttentionConfig
+from engram_jax.program import Program, micro_batches
+from engram_jax.sharding import make_mesh
+from engram_jax.tokenizer import load_tokenizer
+from engram_jax.train_state import Weights
+
+BURSTS = 8  # of the loop, in one measurement
+
+type Timed = Callable[[], float]  # seconds of one repetition
+
+
+@dataclass
+class Model:
+    """A configuration with random weights."""
+
+    config: Config
+
+    def __post_init__(self) -> None:
+        tokenizer = load_tokenizer()
+        ngram_hash = None
+        if self.config.memory.layers:
+            spec = self.config.memory.hash_spec(tokenizer.pad_id)
+            ngram_hash = NgramHash.build(spec, project_vocabulary(tokenizer))
+        self.program = Program.build(self.config, ngram_hash, make_mesh(self.config.mesh))
+        self.weights: Weights = self.program.initial_state().weights
+        self.prepared = prepare(self.program, self.weights)
+        self.programs = ProgramCache(self.program)
+
+    def burst(self, batch: int, length: int = 32, **ways: float) -> Timed:
+        """Seconds of a step of the compiled loop, from a length of the sequences on."""
+        settings = {"temperature": 1.0, "top_k": 2**31 - 1, "top_p": 1.0, "min_p": 0.0} | ways
+        with self.program.use_mesh():
+            programs = self.programs.get(self.prepared, batch, 256)
+            state, logits = programs.empty()
+            sharding = logits.sharding
+
+            def by_sequence(value: Any, dtype: Any) -> jax.Array:
+                return jax.device_put(np.full(batch, value, dtype), sharding)
+
+            drawing = Drawing(logits, by_sequence(0, np.int32), by_sequence(False, bool))
+            draw_settings = DrawSettings(
+                by_sequence(settings["temperature"], np.float32),
+                by_sequence(settings["top_k"], np.int32),
+                by_sequence(settings["top_p"], np.float32),
+                by_sequence(settings["min_p"], np.float32),
+                by_sequence(7, np.uint32),
+            )
+            most, limits = by_sequence(10**9, np.int32), Limits(np.int32(8192), np.int32(-1))
+        held = [state, drawing]
+
+        def run() -> float:
+            with self.program.use_mesh():
+                state, drawing = replace(held[0], length=by_sequence(length, np.int32)), held[1]
+                begin = perf_counter()
+                for _ in range(BURSTS):
+                    state, drawing, tokens, _ = programs.burst(
+                        self.prepared, state, drawing, draw_settings, most, limits
+                    )
+                    tokens.block_until_ready()
+                held[:] = state, drawing
+            return (perf_counter() - begin) / (BURSTS * BURST)
+
+        return run
+
+    def prefill(self, batch: int, length: int) -> Timed:
+        """Seconds to read prompts of a length, in chunks."""
+        tokens = np.random.default_rng(0).integers(0, 8192, (batch, length), dtype=np.int32)
+        with self.program.use_mesh():
+            programs = self.programs.get(self.prepared, batch, max(length, 256))
+            held = list(programs.empty())
+            sharding, chunk = held[1].sharding, programs.chunk
+
+        def run() -> float:
+            with self.program.use_mesh():
+                begin = perf_counter()
+                zeros = jax.device_put(np.zeros(batch, np.int32), sharding)
+                state, logits = replace(held[0], length=zeros), held[1]
+                for first in range(0, length, chunk):
+                    part = tokens[:, first : first + chunk], np.full(batch, chunk, np.int32)
+                    inputs = jax.device_put(part, sharding)
+                    state, logits = programs.prefill(self.prepared, state, *inputs, logits)
+                logits.block_until_ready()
+                held[:] = state, logits
+            return perf_counter() - begin
+
+        return run
+
+    def forward(self, batch: int, length: int) -> Timed:
+        """Seconds of the forward pass of training on one packed batch, whose plan is ready."""
+        program, weights = self.program, self.weights
+        tokens = np.random.default_rng(0).integers(0, 8192, (1, batch, length), dtype=np.int32)
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape).copy()
+        ones = np.ones(tokens.shape, np.int32)
+        planner = program.planner()
+        plan = planner(tokens, ones) if planner else None
+        mask = np.ones(tokens.shape, np.float32)
+        packed = Batch(tokens, tokens, mask, ones, positions, plan=plan)
+
+        @jax.jit
+        def logits_of(weights: Weights, batch: Batch, row_adam: Any) -> jax.Array:
+            read = program.read_rows(weights, batch.plan, row_adam)
+            rows = {layer: of_layer.values for layer, of_layer in read.items()}
+            only = jax.tree.map(lambda array: array[0], micro_batches(batch))
+            return program.forward(weights.params, rows, only, weights.expert_bias)[0]
+
+        with program.use_mesh():
+            put = program.put(packed)
+
+        def run() -> float:
+            with program.use_mesh():
+                begin = perf_counter()
+                logits_of(weights, put, program.row_adam).block_until_ready()
+            return perf_counter() - begin
+
+        return run
+
+    def before(self) -> Timed:
+        """Seconds of a token without a cache: a plan on the host, and a pass over a window."""
+        program, weights = self.program, self.weights
+        length = program.config.data.sequence_length
+        shape = (1, program.mesh.size, length)
+        ids = np.random.default_rng(0).integers(0, 8192, shape, dtype=np.int32)
+        ones, planner = np.ones(shape, np.int32), program.planner()
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape).copy()
+
+        @jax.jit
+        def next_token(weights: Weights, batch: Batch, row_adam: Any, key: jax.Array) -> jax.Array:
+            read = program.read_rows(weights, batch.plan, row_adam)
+            rows = {layer: of_layer.values for layer, of_layer in read.items()}
+            only = jax.tree.map(lambda array: array[0], micro_batches(batch))
+            logits, _ = program.forward(weights.params, rows, only, weights.expert_bias)
+            return jax.random.categorical(key, jax.sharding.reshard(logits, jax.P())[0, -1])
+
+        def run() -> float:
+            with program.use_mesh():
+                begin = perf_counter()
+                plan = planner(ids, ones) if planner else None
+                mask = np.zeros(shape, np.float32)
+                batch = program.put(Batch(ids, ids, mask, ones, positions, plan=plan))
+                int(next_token(weights, batch, program.row_adam, jax.random.key(0)))
+            return perf_counter() - begin
+
+        return run
+
+    def hash(self, batch: int) -> Timed:
+        """Seconds to hash the next token of every sequence, from a loop of 1,000."""
+        constants = self.prepared.hash
+        assert constants is not None
+        orders = len(self.config.memory.rows_per_head)
+
+        @jax.jit
+        def repeat(tokens: jax.Array) -> jax.Array:
+            def body(_: Any, tokens: jax.Array) -> jax.Array:
+                places = stored_places(constants, hash_tokens(constants, tokens, 0 * tokens))
+                return (tokens + jnp.sum(places[0, :, -1], axis=1, keepdims=True)) % 8192
+
+            return jax.lax.fori_loop(0, 1000, body, tokens)
+
+        def run() -> float:
+            with self.program.use_mesh():
+                tokens = jnp.ones((batch, orders + 1), jnp.int32)
+                begin = perf_counter()
+                repeat(tokens).block_until_ready()
+            return (perf_counter() - begin) / 1000
+
+        return run
+
+
+def draws(logits: jax.Array, **ways: float) -> Timed:
+    """Seconds to draw a token of every sequence."""
+    settings = {"temperature": 1.0, "top_k": 2**31 - 1, "top_p": 1.0, "min_p": 0.0} | ways
+    batch, types = len(logits), (np.float32, np.int32, np.float32, np.float32)
+    parts = [np.full(batch, v, t) for v, t in zip(settings.values(), types, strict=True)]
+    draw_settings = DrawSettings._make([*parts, np.arange(batch, dtype=np.uint32)])
+    number = np.zeros(batch, np.int32)
+
+    def run() -> float:
+        number[:] += 1
+        begin = perf_counter()
+        jax.block_until_ready(_draw(logits, np.int32(logits.shape[1]), draw_settings, number))
+        return perf_counter() - begin
+
+    return run
+
+
+_draw = jax.jit(draw)
+
+
+def copy(size: int) -> Timed:
+    """Seconds to copy an array of this many bytes, by one thread per core, to used memory."""
+    parts = os.cpu_count() or 1
+    source, target = (np.ones(size // 4 // parts * parts, np.float32) for _ in range(2))
+    pairs = list(zip(np.split(target, parts), np.split(source, parts), strict=True))
+    threads = ThreadPoolExecutor(parts)
+
+    def run() -> float:
+        begin = perf_counter()
+        list(threads.map(lambda pair: np.copyto(*pair), pairs))
+        return perf_counter() - begin
+
+    return run
+
+
+def measure(rounds: int, **timed: Timed) -> dict[str, np.ndarray]:
+    """Seconds of each, measured in turn; the first round is not counted."""
+    seconds = [[run() for run in timed.values()] for _ in range(rounds + 1)][1:]
+    return dict(zip(timed, np.array(seconds).T, strict=True))
+
+
+def show(name: str, values: np.ndarray, unit: str, bar: str = "") -> None:
+    """Prints the median and the quartiles."""
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    line = f"{name:<56}{middle:>10,.3f} {unit} (quartiles {low:,.3f} … {high:,.3f})"
+    print(f"{line}{'  bar: ' + bar if bar else ''}", flush=True)
+
+
+def large_config(width: int) -> Config:
+    """A dense model whose weights do not fit in the caches."""
+    config = load_named_config("dense")
+    attention = AttentionConfig(heads=width // 64, kv_heads=width // 64, head_width=64)
+    model = replace(
+        config.model, width=width, layers=8, attention=attention, feed_forward=8 * width // 3
+    )
+    return replace(config, model=model)
+
+
+def main(rounds: int = 15, large_width: int = 1024) -> None:
+    """Measures and prints.
+
+    Args:
+        rounds: repetitions of every measurement.
+        large_width: width of the model that is compared with the copy bandwidth.
+    """
+    engram, dense = Model(load_named_config("default")), Model(load_named_config("dense"))
+    measured = measure(rounds, before=engram.before(), step=engram.burst(1))
+    show("default, one sequence: tokens/s", 1 / measured["step"], "tokens/s")
+    show("  without a cache", 1 / measured["before"], "tokens/s")
+    show("  ratio", measured["before"] / measured["step"], "×", "≥ 20")
+    for batch in (1, 8, 64):
+        timed = {"engram": engram.burst(batch), "dense": dense.burst(batch)}
+        measured = measure(rounds, **timed)
+        show(f"a step of {batch} sequences", 1e3 * measured["engram"], "ms")
+        bar = "≤ 1.15" if batch < 64 else ""
+        show("  relative to the dense twin", measured["engram"] / measured["dense"], "×", bar)
+        hashing = measure(rounds, hash=engram.hash(batch))["hash"]
+        show("  share of hashing", 100 * hashing / np.median(measured["engram"]), "%", "≤ 1")
+    for batch, length in ((8, 256), (1, 2048)):
+        timed = {"ours": engram.prefill(batch, length), "theirs": engram.forward(batch, length)}
+        measured = measure(rounds, **timed)
+        show(f"prompts of {batch} × {length}", batch * length / measured["ours"], "tokens/s")
+        ratio = measured["theirs"] / measured["ours"]
+        show("  relative to the forward pass of training", ratio, "×", "≥ 0.8")
+    options: dict[str, dict[str, float]] = {
+        "greedy": {"temperature": 0.0},
+        "top_k": {"top_k": 50},
+        "top_p": {"top_p": 0.9},
+        "min_p": {"min_p": 0.05},
+    }
+    step = engram.burst(64)
+    logits = 3 * jax.random.normal(jax.random.key(0), (64, 8192))
+    timed = {name: draws(logits, **ways) for name, ways in options.items()}
+    measured = measure(rounds, step=step, plain=draws(logits), **timed)
+    for name in options:
+        added = measured[name] - measured["plain"]
+        show(f"64 sequences: {name} adds", 100 * added / measured["step"], "% of a step", "≤ 25")
+    del engram, dense
+    large = Model(large_config(large_width))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(large.prepared.params["blocks"]))
+    size += large.prepared.head.nbytes
+    measured = measure(rounds, step=large.burst(1), copy=copy(size))
+    show(f"{size / 1e6:.0f} MB of weights, one sequence", size / measured["step"] / 1e9, "GB/s")
+    show("  copy, read and write", 2 * size / measured["copy"] / 1e9, "GB/s")
+    show("  ratio", measured["copy"] / measured["step"] / 2, "×", "≥ 0.5")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        tyro.cli(main)

@@ -1,0 +1,1 @@
+"""Cached generation and scoring: state, weights, the loop, and how a token is drawn."""

@@ -1,0 +1,84 @@
+"""The weights of decoding: prepared once, so that a step reads every one of them once."""
+
+from dataclasses import dataclass
+from typing import no_type_check
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from engram_jax.hashing_device import HashConstants
+from engram_jax.memory.layout import Table
+from engram_jax.memory.row_adam import RowAdam
+from engram_jax.parameters import Plain, Role
+from engram_jax.program import Program
+from engram_jax.sharding import REPLICATED, TABLE_RW
+from engram_jax.train_state import Weights
+from engram_jax.typing import Parameters
+
+
+@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeWeights:
+    """What decoding reads.
+
+    Attributes:
+        params: dense parameters, complete on every device; all except `Plain` ones are cast to the
+            dtype of the computation. An untied head is empty here.
+        head: the transposed output head. (On a CPU, x @ headᵀ takes 2 to 4 times as long.)
+        tables: memory tables by layer id, as in training; their values do not include pending
+            updates, which reading applies to its copy.
+        step: number of finished optimizer steps.
+        expert_bias: biases that balance the experts, by layer id.
+        row_adam: the row optimizer, which computes pending updates.
+        hash: constants of the hash; None without memory.
+    """
+
+    params: Parameters
+    head: Float[Array, "D V"]
+    tables: dict[int, Table]
+    step: Int32[Array, ""]
+    expert_bias: dict[int, Float[Array, "X"]]
+    row_adam: RowAdam
+    hash: HashConstants | None
+
+
+def prepare(program: Program, weights: Weights, *, memory: bool = True) -> DecodeWeights:
+    """Prepares a run's weights. The tables are not copied.
+
+    Args:
+        program: the program.
+        weights: parameters and tables.
+        memory: keep the memory; without it, memory layers add nothing.
+    """
+    model = program.config.model
+
+    def cast(leaf: Array, role: Role) -> Array:
+        value = jax.sharding.reshard(leaf, jax.P())
+        return value if isinstance(role, Plain) else value.astype(model.dtype)
+
+    def prepare_params(params: Parameters) -> tuple[Parameters, Array]:
+        whole: Parameters = jax.tree.map(cast, params, program.roles)
+        head = whole["embedding" if model.tie_embeddings else "head"]
+        return whole if model.tie_embeddings else whole | {"head": head[:0]}, head.T
+
+    has_memory = memory and program.ngram_hash is not None
+    with program.use_mesh():
+        params, head = jax.jit(prepare_params)(weights.params)
+        constants = None
+        if has_memory:
+            constants = HashConstants.of(program.ngram_hash)  # type: ignore[arg-type]
+            constants = jax.device_put(constants, jax.NamedSharding(program.mesh, REPLICATED))
+        return DecodeWeights(
+            params=params,
+            head=head,
+            tables=weights.tables if has_memory else {},
+            step=weights.step,
+            expert_bias=weights.expert_bias,
+            row_adam=program.row_adam,
+            hash=constants,
+        )
+
+
+# Partition specs: tables are split, the rest is complete on every device.
+WEIGHT_SPECS = DecodeWeights(*(REPLICATED,) * 2, TABLE_RW, *(REPLICATED,) * 4)  # type: ignore[arg-type]

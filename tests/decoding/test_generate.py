@@ -1,0 +1,220 @@
+"""Generation: the texts of plain passes, in batches, on one device and on eight."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+from tiny_runs import assert_identical, plain_pass
+
+from engram_jax.costs.accounting import decode_state_bytes
+from engram_jax.decoding.generate import Generator, Settings
+from engram_jax.errors import InputError
+from engram_jax.run import Run
+
+PROMPTS = ["Alexander the Great", "", "born in Wales and on café", "東京", "the"]
+GREEDY = Settings(tokens=6, temperature=0.0)
+
+
+@pytest.fixture(
+    scope="module",
+    params=["engram", pytest.param("over_encoding", marks=pytest.mark.slow), "dense"],
+)
+def model(request, untrained):
+    run = Run.open(untrained(request.param).folder)  # on one device
+    weights = run.restore_weights()
+    return run, weights, Generator(run.program, run.tokenizer, weights)
+
+
+@pytest.fixture(scope="module")
+def engram(untrained):
+    run = Run.open(untrained("engram").folder)
+    weights = run.restore_weights()
+    return run, weights, Generator(run.program, run.tokenizer, weights)
+
+
+def continue_greedily(run: Run, decode, prompt: str, tokens: int) -> list[int]:
+    """Greedy tokens of plain forward passes, up to the end of the document."""
+    tokenizer = run.tokenizer
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
+    found: list[int] = []
+    while len(found) < tokens and tokenizer.eos_id not in found:
+        window = np.array([[*ids, *found] + [0] * (24 - len(ids) - len(found))], np.int32)
+        positions = np.arange(24, dtype=np.int32)[None]
+        logits, _ = decode(window, np.ones_like(window), positions)
+        found.append(int(np.argmax(logits[0, len(ids) + len(found) - 1])))
+    return [token for token in found if token != tokenizer.eos_id]
+
+
+def test_greedy_texts_are_those_of_plain_passes(model) -> None:
+    run, weights, generator = model
+    decode = plain_pass(run, weights)
+    for prompt, found in zip(PROMPTS, generator.generate(PROMPTS, GREEDY), strict=True):
+        assert found.tokens == continue_greedily(run, decode, prompt, 6)
+        assert found.reason in ("length", "end") and len(found.log_probabilities) > 0
+        whole = run.tokenizer.decode([*run.tokenizer.encode(prompt).tolist(), *found.tokens])
+        assert whole == prompt + found.text
+
+
+def test_a_text_does_not_depend_on_its_company(engram) -> None:
+    """Bit for bit, in a batch of one shape; seeds follow the place in the batch."""
+    generator, hot = engram[2], Settings(tokens=12, seed=5, top_p=0.9)
+    together = generator.generate([*PROMPTS, "on", "in", "and"], hot)
+    others = generator.generate([*PROMPTS[:2], "Great " * 200, *PROMPTS[3:], "a", "b", "c"], hot)
+    for number in (0, 1, 3, 4):
+        assert others[number] == together[number]
+    assert others[2] != together[2]
+
+
+@contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """The names of what is compiled meanwhile."""
+    names: list[str] = []
+
+    def listen(event: str, *_: object, **__: object) -> None:
+        if "compile" in event:
+            names.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_no_prompt_and_no_setting_compiles_anything(engram) -> None:
+    generator = engram[2]
+    generator.generate(PROMPTS, GREEDY)
+    with counted_compilations() as compiled:
+        for settings in (
+            replace(GREEDY, tokens=3),
+            Settings(tokens=40, temperature=0.5, seed=8),
+            Settings(tokens=5, top_k=7, top_p=0.5, min_p=0.1, stop=("and",)),
+        ):
+            generator.generate(["Alexander was born on the"] * 6, settings)
+        generator.generate(["in Wales and " * 40] * 8, GREEDY)
+    assert not compiled
+    with counted_compilations() as compiled:
+        jax.jit(lambda x: x + 1)(1.5)
+    assert compiled
+
+
+def test_seeds_and_stop_strings(engram) -> None:
+    generator, hot = engram[2], Settings(tokens=30, seed=3)
+    first = generator.generate(["Alexander"], hot)[0]
+    assert generator.generate(["Alexander"], hot)[0] == first
+    assert generator.generate(["Alexander"], replace(hot, seed=4))[0] != first
+    assert generator.generate(["the", "Alexander"], replace(hot, seed=2))[1].tokens[:3]
+    middle = first.text[len(first.text) // 2 :][:3]
+    stopped = generator.generate(["Alexander"], replace(hot, stop=(middle,)))[0]
+    assert stopped.reason == "stop" and stopped.text == first.text[: first.text.index(middle)]
+    assert stopped.tokens == first.tokens[: len(stopped.tokens)]
+
+
+def test_shown_parts_make_the_text(engram) -> None:
+    shown: dict[int, str] = {}
+
+    def show(number: int, text: str) -> None:
+        shown[number] = shown.get(number, "") + text
+
+    found = engram[2].generate(PROMPTS, Settings(tokens=40), show=show)
+    assert [shown[number] for number in range(len(PROMPTS))] == [one.text for one in found]
+
+
+def test_the_capacity_ends_a_text(engram) -> None:
+    generator = engram[2]
+    prompt = engram[0].tokenizer.encode("Alexander the Great")
+    found = generator.generate(
+        ["Alexander the Great"], Settings(tokens=100, temperature=0.0, capacity=len(prompt) + 5)
+    )[0]
+    assert len(found.tokens) <= 4 and found.reason in ("length", "end")
+
+
+def test_it_stops_at_the_end_of_the_document(engram) -> None:
+    """With an output head that always predicts eos."""
+    run, weights, _ = engram
+    params = jax.tree.map(lambda leaf: leaf, weights.params)
+    embedding = 0 * params["embedding"] + 1
+    params["embedding"] = embedding.at[run.tokenizer.eos_id].set(2)
+    reasons = []
+    for sign in (1, -1):  # the final norm of equal entries is ±1
+        signed = params | {"norm": jax.tree.map(lambda leaf, s=sign: s * leaf, params["norm"])}
+        generator = Generator(run.program, run.tokenizer, replace(weights, params=signed))
+        found = generator.generate([""], replace(GREEDY, tokens=9))[0]
+        reasons.append((found.reason, found.text))
+    assert ("end", "") in reasons
+
+
+def test_without_memory_it_is_the_model_without_tables(engram) -> None:
+    run, weights, generator = engram
+    without = Generator(run.program, run.tokenizer, weights, memory=False)
+    found = without.generate(PROMPTS, GREEDY)
+    decode = plain_pass(run, replace(weights, tables={}))
+    expected = [continue_greedily(run, decode, prompt, 6) for prompt in PROMPTS]
+    assert [one.tokens for one in found] == expected
+    assert found != generator.generate(PROMPTS, GREEDY)
+
+
+def test_generating_writes_nothing(engram) -> None:
+    _, weights, generator = engram
+    before = jax.device_get(weights)
+    generator.generate(PROMPTS, Settings(tokens=3))
+    assert_identical(before, jax.device_get(weights))
+
+
+def test_bytes_of_the_state_are_those_of_the_accounting(model) -> None:
+    run, _, generator = model
+    with run.program.use_mesh():
+        programs = generator.programs.get(generator.weights, 8, 256)
+        state, _ = programs.empty()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert size == decode_state_bytes(run.config, sequences=8, slots=256)
+
+
+def test_eight_devices_generate_the_texts_of_one(engram, untrained) -> None:
+    """With the tables split over the devices, and sequences that end at different steps."""
+    run, settings = untrained("engram"), replace(GREEDY, tokens=10)
+    assert run.program.mesh.size == 8
+    generator = Generator(run.program, run.tokenizer, run.restore_weights())
+    expected = engram[2].generate(PROMPTS, settings)
+    for ours, theirs in zip(generator.generate(PROMPTS, settings), expected, strict=True):
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(ours.log_probabilities, theirs.log_probabilities, atol=1e-4)
+
+
+def test_text_beyond_the_trained_length_is_announced(engram, capsys) -> None:
+    engram[2].generate(["the"], replace(GREEDY, tokens=23))
+    assert "trained on rows of 24" in capsys.readouterr().err
+    engram[2].generate(["the"], replace(GREEDY, tokens=10))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"tokens": 0}, "--tokens is 0"),
+        ({"temperature": -1.0}, "--temperature is -1"),
+        ({"temperature": float("nan")}, "--temperature is nan"),
+        ({"top_k": 0}, "--top-k is 0"),
+        ({"top_k": 8193}, "--top-k is 8193"),
+        ({"top_p": 0.0}, "--top-p is 0"),
+        ({"top_p": 1.5}, "--top-p is 1.5"),
+        ({"top_p": float("nan")}, "--top-p is nan"),
+        ({"min_p": 2.0}, "--min-p is 2"),
+        ({"stop": ("a", "")}, "--stop"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"capacity": 2}, "Prompt 1 has .* --capacity is 2"),
+        ({"tokens": 10**9}, "--tokens"),
+    ],
+)
+def test_settings_out_of_range_are_refused(engram, wrong, named) -> None:
+    with pytest.raises(InputError, match=named):
+        engram[2].generate(["Alexander"], Settings(**wrong))
+
+
+def test_a_prompt_with_half_a_surrogate_pair_is_refused(engram) -> None:
+    with pytest.raises(InputError, match=r"Prompt 2 is not valid: .* surrogate"):
+        engram[2].generate(["the", "\ud800"], GREEDY)

@@ -1,0 +1,103 @@
+"""Log-likelihoods of continuations are those of plain passes and of the evaluation."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import plain_pass
+
+from engram_jax.data.packing import pack_held_out
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.score import Likelihood, TextScorer
+from engram_jax.errors import InputError
+from engram_jax.evaluation.held_out import make_scorer
+from engram_jax.run import Run
+
+PAIRS = [
+    ("Alexander the", " Great was born"),
+    ("", "Wales and café"),
+    ("in", " Wales"),
+    ("born in Wales and on", ""),
+    ("the Gr", "eat was"),  # a token has characters of both
+    ("東京 ", "on the"),
+]
+
+
+@pytest.fixture(scope="module")
+def scored(untrained):
+    run = Run.open(untrained("engram").folder)
+    weights = run.restore_weights()
+    return run, weights, TextScorer(Generator(run.program, run.tokenizer, weights))
+
+
+def score_plainly(run: Run, decode, context: str, continuation: str) -> Likelihood:
+    tokenizer = run.tokenizer
+    before, whole = (
+        [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
+        for text in (context, context + continuation)
+    )
+    begin = next(
+        (n for n, ids in enumerate(zip(before, whole, strict=False)) if ids[0] != ids[1]),
+        min(len(before), len(whole)),
+    )
+    window = np.array([whole + [0] * (24 - len(whole))], np.int32)
+    positions = np.arange(24, dtype=np.int32)[None]
+    logits, _ = decode(window, np.ones_like(window), positions)
+    chances = np.asarray(jax.nn.log_softmax(logits[0]))
+    numbers = range(begin, len(whole))
+    return Likelihood(
+        float(sum(chances[n - 1, whole[n]] for n in numbers)),
+        len(numbers),
+        all(int(chances[n - 1].argmax()) == whole[n] for n in numbers),
+    )
+
+
+def test_likelihoods_are_those_of_plain_passes(scored) -> None:
+    run, weights, scorer = scored
+    decode = plain_pass(run, weights)
+    for pair, found in zip(PAIRS, scorer.score(PAIRS), strict=True):
+        expected = score_plainly(run, decode, *pair)
+        assert (found.tokens, found.is_greedy) == (expected.tokens, expected.is_greedy)
+        assert found.log_probability == pytest.approx(expected.log_probability, abs=1e-4)
+    assert scorer.score([PAIRS[3]])[0] == Likelihood(0.0, 0, True)
+
+
+def test_a_greedy_continuation_is_known_as_one(scored) -> None:
+    run, _, scorer = scored
+    found = scorer.generator.generate(["the"], None)[0]
+    greedy = run.generate(["the"], tokens=5, temperature=0.0)[0]
+    pairs = [("the", greedy.text), ("the", found.text[:30])]
+    if run.tokenizer.encode("the" + greedy.text).tolist()[1:] == greedy.tokens:
+        first, second = scorer.score(pairs)
+        assert first.is_greedy and not second.is_greedy
+        assert first.log_probability == pytest.approx(sum(greedy.log_probabilities), abs=1e-3)
+
+
+def test_documents_have_the_losses_of_the_evaluation(scored) -> None:
+    """Documents that are alone in their rows, with their ends."""
+    run, weights, scorer = scored
+    view = run.corpora()[0].held_out
+    short = [n for n in range(len(view)) if len(view.tokens(n)) <= 24]
+    assert len(short) > 1
+    texts = [run.tokenizer.decode(view.tokens(n)[1:-1]) for n in short]
+    program, score = run.program, make_scorer(run.program)
+    planner = program.planner()
+    for text, found in zip(
+        texts, scorer.score([("", text) for text in texts], ends=True), strict=True
+    ):
+        ids = [run.tokenizer.bos_id, *run.tokenizer.encode(text).tolist(), run.tokenizer.eos_id]
+        packed = next(iter(pack_held_out(view, 24, 1))).map(lambda field: field[None].copy())
+        packed.tokens[:], packed.segments[:], packed.positions[:] = 0, 0, np.arange(24)
+        packed.tokens[0, 0, : len(ids)] = ids
+        packed.segments[0, 0, : len(ids)] = 1
+        packed.targets[0, 0, : len(ids) - 1] = ids[1:]
+        batch = packed._replace(documents=None, plan=planner(packed.tokens, packed.segments))
+        with program.use_mesh():
+            losses, _ = score(weights, program.put(batch), program.row_adam)
+        expected = -np.asarray(losses)[0, 0, : len(ids) - 1].sum()
+        assert found.tokens == len(ids) - 1
+        assert found.log_probability == pytest.approx(expected, abs=1e-4 * len(ids))
+
+
+def test_a_text_that_is_not_unicode_is_refused(scored) -> None:
+    with pytest.raises(InputError, match="surrogate"):
+        scored[2].score([("the", "\ud800")])
