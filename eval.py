@@ -24,6 +24,7 @@ from typing import Annotated, Any
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/xla")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+import numpy as np
 import tyro
 
 from engram_jax.command_line import parse_flags
@@ -227,7 +228,7 @@ def _score(
 def _opening(run: Run, corpus: Corpus) -> str:
     """The start of the corpus's first held-out document."""
     ids = corpus.held_out.tokens(0)[1:-1]  # without bos and eos
-    return run.tokenizer.decode(ids[:OPENING_TOKENS])
+    return _decode_whole(run, ids[:OPENING_TOKENS])
 
 
 def _shorten(run: Run, text: str) -> str:
@@ -235,7 +236,12 @@ def _shorten(run: Run, text: str) -> str:
     if len(ids) <= MAP_TOKENS:
         return text
     print(f"The gate map shows the first {MAP_TOKENS:,} of the text's {len(ids):,} tokens.\n")
-    return run.tokenizer.decode(ids[:MAP_TOKENS])
+    return _decode_whole(run, ids[:MAP_TOKENS])
+
+
+def _decode_whole(run: Run, ids: np.ndarray) -> str:
+    """The text of ids, without a character that they cut in two."""
+    return run.tokenizer.decode(ids).rstrip("\ufffd")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from engram_jax.compression import VocabularyProjection, project_vocabulary
 from engram_jax.config import Config, load_config, save_config
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
-from engram_jax.data.sources import resolve_source, source_name
+from engram_jax.data.sources import resolve_source, source_names
 from engram_jax.data.token_cache import build_corpus
 from engram_jax.decoding.generate import Generator, Settings
 from engram_jax.decoding.text import Continuation
@@ -219,16 +219,10 @@ class Run:
 
     def _read_corpora(self, sources: Sequence[str]) -> list[Corpus]:
         data = self.config.data
-        names = [source_name(resolve_source(source)) for source in sources]
-        for name in names:
-            if names.count(name) > 1:
-                raise InputError(
-                    f"Two sources are called {name!r}, and results are listed by this name; rename "
-                    "one."
-                )
+        names = source_names([resolve_source(source) for source in sources])
         corpora = [
-            build_corpus(source, self.tokenizer, Path(data.cache), data.held_out)
-            for source in sources
+            build_corpus(source, self.tokenizer, Path(data.cache), data.held_out, name)
+            for source, name in zip(sources, names, strict=True)
         ]
         for corpus in corpora:
             if not len(corpus.held_out):

@@ -36,8 +36,14 @@ class Corpus:
         manifest: sizes and the tokenizer's fingerprint.
     """
 
-    def __init__(self, folder: Path, held_out: float) -> None:
-        """Open a cache folder, with the share `held_out` (in [0, 1]) of documents held out."""
+    def __init__(self, folder: Path, held_out: float, name: str | None = None) -> None:
+        """Open a cache folder.
+
+        Args:
+            folder: the cache folder.
+            held_out: the share of documents that is held out, from 0 to 1.
+            name: another name than the file's.
+        """
         self.folder = folder
         self._held_out_share = held_out
         try:
@@ -48,7 +54,7 @@ class Corpus:
             raise InputError(
                 f"{folder} is not a complete corpus ({error}); delete it, and run again."
             ) from error
-        self.name = self.manifest.name
+        self.name = name or self.manifest.name
         if size != self.manifest.tokens * np.dtype(self.manifest.dtype).itemsize:
             raise InputError(
                 f"{folder / 'ids.bin'} does not have {self.manifest.tokens} tokens; delete "
@@ -82,9 +88,9 @@ class Corpus:
                 f"eos, so the file was overwritten; delete {self.folder}, and run again."
             )
 
-    def __reduce__(self) -> tuple[type["Corpus"], tuple[Path, float]]:
+    def __reduce__(self) -> tuple[type["Corpus"], tuple[Path, float, str]]:
         """Pickle as a path, so that worker processes map the same file."""
-        return Corpus, (self.folder, self._held_out_share)
+        return Corpus, (self.folder, self._held_out_share, self.name)
 
     def __repr__(self) -> str:
         """Show name, documents and tokens."""

@@ -60,7 +60,11 @@ class Survey(NamedTuple):
 
 
 def build_corpus(
-    source: str | Path, tokenizer: Tokenizer, cache: str | Path, held_out: float = 0.05
+    source: str | Path,
+    tokenizer: Tokenizer,
+    cache: str | Path,
+    held_out: float = 0.05,
+    name: str | None = None,
 ) -> Corpus:
     """Return the tokenized corpus of a source; tokenize it if it is not in the cache.
 
@@ -68,7 +72,8 @@ def build_corpus(
     the tokenizer. The folder gets this name when it is complete. A document is held out if the hash
     of its text, as a fraction of 1, is below `held_out`. So equal texts are on the same side, and
     the choice does not depend on the order or on other documents. A change of `held_out` does not
-    tokenize again. Empty documents are skipped, with a message on stderr.
+    tokenize again. Empty documents are skipped, with a message on stderr. The corpus is called
+    `name`, by default like the file.
 
     Raises:
         InputError: the source cannot be read (see `read_documents`) or is empty, the tokenizer
@@ -78,12 +83,12 @@ def build_corpus(
         raise InputError(f"held_out is {held_out}; it must be from 0 to 1.")
     path = resolve_source(source)
     cache = Path(cache).expanduser()
-    name = source_name(path)
+    file_name = source_name(path)
     with _disk_errors(cache):
         survey = _survey(path, cache)
         identity = (FORMAT, survey.fingerprint, tokenizer.fingerprint, tokenizer.vocab_size)
         specials = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-        short = name.encode()[:_NAME_BYTES].decode(errors="ignore")
+        short = file_name.encode()[:_NAME_BYTES].decode(errors="ignore")
         folder = cache / f"{short}-{_digest(repr((*identity, *specials)).encode()).hex()}"
         manifest = folder / "manifest.json"
         if not manifest.is_file():  # a complete corpus may be in a read-only folder
@@ -92,8 +97,8 @@ def build_corpus(
             with hold_lock(folder.with_name(f"{folder.name}.lock")) as is_alone:
                 if not manifest.is_file():
                     _remove_abandoned(folder, is_alone=is_alone)
-                    _build(path, name, tokenizer, survey, folder)
-    corpus = Corpus(folder, held_out)
+                    _build(path, file_name, tokenizer, survey, folder)
+    corpus = Corpus(folder, held_out, name)
     corpus.check_boundaries(tokenizer.bos_id, tokenizer.eos_id)
     return corpus
 
