@@ -72,7 +72,7 @@ def make_prefill(program: Program) -> jax.stages.Wrapped:
         logits, state = extend(program, weights, state, tokens, count)
         return state, jnp.where(count[:, None] > 0, logits, before)
 
-    return on_all_devices(prefill, [True] * 4, donate=(1, 4))
+    return on_all_devices(prefill, [True] * 4, donate=(1,))
 
 
 def make_burst(program: Program) -> jax.stages.Wrapped:
@@ -112,7 +112,7 @@ def make_burst(program: Program) -> jax.stages.Wrapped:
         )
         return jax.lax.while_loop(is_going, step, carry)[2:]
 
-    return on_all_devices(burst, [True] * 4 + [False], donate=(1, 2))
+    return on_all_devices(burst, [True] * 4 + [False], donate=(1,))
 
 
 def _any(flags: Bool[Array, "B"]) -> Bool[Array, ""]:
