@@ -1,6 +1,5 @@
 """The compiled programs of generation: reading prompts, and drawing tokens in a loop."""
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -143,7 +142,7 @@ class ProgramCache:
         return self._compiled[key]
 
     def _compile(self, weights: DecodeWeights, batch: int, capacity: int) -> Programs:
-        """Compiles the programs of a shape, at the same time."""
+        """Compiles the programs of a shape."""
         sharding = jax.NamedSharding(self.program.mesh, BY_SEQUENCE)
         chunk = min(_PROMPT_CHUNK, max(_PROMPT_TOKENS * self.program.mesh.size // batch, 1))
 
@@ -168,6 +167,7 @@ class ProgramCache:
                 weights, state, Drawing(logits, whole, shape(bool)), ways, whole, limits
             ),
         )
-        with ThreadPoolExecutor() as threads:
-            empty, prefill, burst = threads.map(lambda program: program.compile(), lowered)
+        # Not in threads: after a parallel load from the compilation cache, programs that were loaded
+        # later computed wrong numbers, or hung (jax 0.12.0, CPU).
+        empty, prefill, burst = (program.compile() for program in lowered)
         return Programs(empty, prefill, burst, chunk)
