@@ -167,7 +167,7 @@ class ProgramCache:
                 weights, state, Drawing(logits, whole, shape(bool)), ways, whole, limits
             ),
         )
-        # Not in threads: after a parallel load from the compilation cache, programs that were loaded
+        # Not in threads: after parallel loads from the compilation cache, programs that were loaded
         # later computed wrong numbers, or hung (jax 0.12.0, CPU).
         empty, prefill, burst = (program.compile() for program in lowered)
         return Programs(empty, prefill, burst, chunk)
