@@ -1,6 +1,5 @@
 """The compiled programs of generation: reading prompts, and drawing tokens in a loop."""
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +71,7 @@ def make_prefill(program: Program) -> jax.stages.Wrapped:
         logits, state = extend(program, weights, state, tokens, count)
         return state, jnp.where(count[:, None] > 0, logits, before)
 
-    return on_all_devices(prefill, [True] * 4, donate=(1, 4))
+    return on_all_devices(prefill, [True] * 4, donate=(1,))
 
 
 def make_burst(program: Program) -> jax.stages.Wrapped:
@@ -112,7 +111,7 @@ def make_burst(program: Program) -> jax.stages.Wrapped:
         )
         return jax.lax.while_loop(is_going, step, carry)[2:]
 
-    return on_all_devices(burst, [True] * 4 + [False], donate=(1, 2))
+    return on_all_devices(burst, [True] * 4 + [False], donate=(1,))
 
 
 def _any(flags: Bool[Array, "B"]) -> Bool[Array, ""]:
@@ -143,7 +142,7 @@ class ProgramCache:
         return self._compiled[key]
 
     def _compile(self, weights: DecodeWeights, batch: int, capacity: int) -> Programs:
-        """Compiles the programs of a shape, at the same time."""
+        """Compiles the programs of a shape."""
         sharding = jax.NamedSharding(self.program.mesh, BY_SEQUENCE)
         chunk = min(_PROMPT_CHUNK, max(_PROMPT_TOKENS * self.program.mesh.size // batch, 1))
 
@@ -168,6 +167,7 @@ class ProgramCache:
                 weights, state, Drawing(logits, whole, shape(bool)), ways, whole, limits
             ),
         )
-        with ThreadPoolExecutor() as threads:
-            empty, prefill, burst = threads.map(lambda program: program.compile(), lowered)
+        # Not in threads: after parallel loads from the compilation cache, programs that were loaded
+        # later computed wrong numbers, or hung (jax 0.12.0, CPU).
+        empty, prefill, burst = (program.compile() for program in lowered)
         return Programs(empty, prefill, burst, chunk)
