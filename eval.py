@@ -142,18 +142,23 @@ def main(args: Sequence[str] | None = None) -> None:
     print(f"\nWritten: {', '.join(map(str, written))}")
 
 
+def _folder(options: EvalOptions) -> Path:
+    """The folder to write to."""
+    return (options.output or options.run).expanduser()
+
+
 def _output(options: EvalOptions, name: str) -> Path:
     """The file to write; a partial evaluation does not replace a complete one."""
     parts = options.sources, options.step is not None, options.max_tokens, not options.statistics
     stem, suffix = name.split(".")
-    return (options.output or options.run) / f"{stem}{'_part' if any(parts) else ''}.{suffix}"
+    return _folder(options) / f"{stem}{'_part' if any(parts) else ''}.{suffix}"
 
 
 def _check(options: EvalOptions) -> Settings | None:
     """The settings of the sampled continuation; None: none is asked for."""
     if not options.run.is_dir():
         raise InputError(f"There is no run folder {options.run}; train.py creates runs/NAME.")
-    output = options.output or options.run
+    output = _folder(options)
     if not (output.is_dir() and os.access(output, os.W_OK)):
         raise InputError(f"Cannot write to {output}; give a folder with --output.")
     if options.max_tokens is not None and options.max_tokens < 1:

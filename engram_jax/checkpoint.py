@@ -102,8 +102,11 @@ class Checkpoints:
         except BaseException as error:
             if is_leader():  # the next save removes files that Orbax still writes after this
                 shutil.rmtree(partial, ignore_errors=True)
-            if _is_disk_full(error):
-                raise self._full(arrays) from error
+            if (reason := _disk_reason(error)) is not None:
+                raise InputError(
+                    f"Cannot write the checkpoint of step {step} to {self.folder} ({reason}); free "
+                    "some space, or keep fewer checkpoints."
+                ) from error
             raise
         return final
 
@@ -382,16 +385,15 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed because of a full disk, a quota, or a limit on file size.
+def _disk_reason(error: BaseException) -> str | None:
+    """Why a write failed, if it was a full disk, a quota, or a limit on file size; else None.
 
     TensorStore raises ValueError with the operating system's error number in the text.
     """
-    return any(
-        (isinstance(cause, OSError) and cause.errno in DISK_FULL)
-        or any(f"os_error_code='{number}'" in str(cause) for number in DISK_FULL)
-        for cause in _causes(error)
-    )
+    texts = [f"errno={getattr(cause, 'errno', '')}, {cause}" for cause in _causes(error)]
+    marks = {n: (f"os_error_code='{n}'", f"errno={n},") for n in DISK_FULL}
+    found = (n for n in marks if any(mark in text for mark in marks[n] for text in texts))
+    return next(map(os.strerror, found), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

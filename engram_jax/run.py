@@ -41,7 +41,13 @@ from engram_jax.memory.layout import Table
 from engram_jax.platforms import default_workers, without_foreign_kernels
 from engram_jax.processes import check_same_everywhere, collective, is_leader
 from engram_jax.program import Program, make_config_row_adam
-from engram_jax.run_folder import check_empty, load_run_tokenizer, lock_run, write_beginning
+from engram_jax.run_folder import (
+    check_empty,
+    load_run_tokenizer,
+    lock_run,
+    store_tokenizer,
+    write_beginning,
+)
 from engram_jax.sharding import MeshConfig, make_mesh, platform_of
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import TrainState, Weights
@@ -124,23 +130,25 @@ class Run:
                         *(folder, config, run.tokenizer, run.program.ngram_hash, run._texts())
                     )
                 _warn(config)
-            elif is_leader() and reschedule:
-                with lock_run(folder):
-                    save_config(config, folder / "config.json")
+            elif is_leader():
+                store_tokenizer(folder, run.tokenizer)
+                if reschedule:
+                    with lock_run(folder):
+                        save_config(config, folder / "config.json")
         return run
 
     @classmethod
     def _check_start(cls, config: Config, folder: Path, reschedule: bool) -> "Run":
         """Creates the run without writing to its folder, so that an error leaves no folder."""
         check_run_path(folder)
-        tokenizer, ngram_hash = _make_hash(config, folder)
         resumes = (folder / "config.json").exists()
         if resumes:
             check_same_run(config, folder, reschedule=reschedule)
-            if ngram_hash is not None:
-                ngram_hash = stored_hash(ngram_hash, config, folder)
         else:
             check_empty(folder)
+        tokenizer, ngram_hash = _make_hash(config, folder)
+        if resumes and ngram_hash is not None:
+            ngram_hash = stored_hash(ngram_hash, config, folder)
         run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
         make_config_row_adam(config)  # an error in its betas is found here
         data = config.data

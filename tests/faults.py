@@ -49,8 +49,15 @@ engram_jax/compression.py < test_compression.py
     + spaced.strip()
 engram_jax/tokenizer.py < test_tokenizer.py
   a text can spell a special token
-    - backend.encode_special_tokens = True
-    + backend.encode_special_tokens = False
+    - if np.isin(ids, special).any():
+    + if np.isin(ids, [-1]).any():
+engram_jax/tokenizer_json.py < test_tokenizer.py
+  equal texts get different ids
+    - backend.model.dropout = None
+    + backend.model.dropout = backend.model.dropout
+  dropped characters are not noticed
+    - is_encoded[start:end] = True
+    + is_encoded[:] = True
 engram_jax/tokenizer_training.py < test_tokenizer_training.py
   a share of the documents is all of them
     - if int((i + 1) * share) > int(i * share)
@@ -262,11 +269,12 @@ pallas_kernels/gated_fusion/pallas_tpu.py < pallas_kernels/test_gated_fusion.py
 
 engram_jax/model.py < test_model.py
   the embedding enters unscaled
-    - look_up(embedding, tokens) * config.width**0.5
-    + look_up(embedding, tokens)
+    - (embedded * config.width**0.5)
+    + (embedded * 1.0)
+engram_jax/layers/block.py < test_model.py
   attention does not see a single fusion
-    - self.attention_norm(h + added)
-    + self.attention_norm(h)
+    - attend(self.attention_norm(h + added))
+    + attend(self.attention_norm(h))
 engram_jax/loss.py < evaluation/test_held_out.py
   a loss is that of the token itself
     - targets = micro_batch.batch.targets
@@ -320,8 +328,20 @@ engram_jax/checkpoint.py < test_checkpoint.py
     + self.steps()[: -self._keep - 1]
 engram_jax/processes.py < test_processes.py
   all agree if one does
-    - bool(np.all(multihost_utils
-    + bool(np.any(multihost_utils
+    - return bool(np.all(multihost_utils
+    + return bool(np.any(multihost_utils
+engram_jax/processes.py < test_failing_together.py
+  a failed process ends nobody else
+    - if int(failed) != global_state.process_id:
+    + if int(failed) == global_state.process_id:
+engram_jax/data/workers.py < data/test_workers.py
+  workers build batches of others
+    - number += stride
+    + number += 1
+engram_jax/data/corpus.py < data/test_corpus.py
+  overwritten ids are used
+    - if not (np.all(first == bos_id)
+    + if False and not (np.all(first == bos_id)
 engram_jax/files.py < test_run.py
   two programs may hold one lock
     - fcntl.LOCK_EX | fcntl.LOCK_NB

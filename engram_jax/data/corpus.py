@@ -1,6 +1,7 @@
 """Corpora as memory-mapped token ids, split by a hash of each document's text."""
 
 import json
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,10 @@ from engram_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `manifest.json` in a cache folder; the file is written last."""
+    """The content of `manifest.json` in a cache folder; the file is written last.
+
+    `crc32` is the checksum of all files with one number per document; earlier versions have none.
+    """
 
     format: int
     name: str
@@ -25,6 +29,18 @@ class Manifest:
     documents: int
     tokens: int
     text_bytes: int
+    crc32: int | None = None
+
+
+COLUMNS = ("offsets", "byte_lengths", "hashes")  # of the documents, in files NAME.npy
+
+
+def column_checksum(folder: Path) -> int:
+    """The checksum of a cache folder's files with one number per document."""
+    checksum = 0
+    for name in COLUMNS:
+        checksum = zlib.crc32((folder / f"{name}.npy").read_bytes(), checksum)
+    return checksum
 
 
 class Corpus:
@@ -49,13 +65,14 @@ class Corpus:
         try:
             self.manifest = Manifest(**json.loads((folder / "manifest.json").read_text()))
             size = (folder / "ids.bin").stat().st_size
+            itemsize = np.dtype(self.manifest.dtype).itemsize
             self._check_columns()
         except (OSError, ValueError, TypeError, EOFError) as error:
             raise InputError(
                 f"{folder} is not a complete corpus ({error}); delete it, and run again."
             ) from error
         self.name = name or self.manifest.name
-        if size != self.manifest.tokens * np.dtype(self.manifest.dtype).itemsize:
+        if size != self.manifest.tokens * itemsize:
             raise InputError(
                 f"{folder / 'ids.bin'} does not have {self.manifest.tokens} tokens; delete "
                 f"{folder}, and run again."
@@ -72,6 +89,8 @@ class Corpus:
             column = np.load(self.folder / f"{name}.npy", mmap_mode="r")
             if (column.dtype, column.shape) != (dtype, (length,)):
                 raise ValueError(f"{name}.npy has {column.dtype}{list(column.shape)}")
+        if self.manifest.crc32 not in (None, column_checksum(self.folder)):
+            raise ValueError("another checksum of its documents")
 
     def check_boundaries(self, bos_id: int, eos_id: int) -> None:
         """Check that documents begin with bos and end with eos, for at most 4,096 of them.
