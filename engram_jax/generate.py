@@ -20,6 +20,7 @@ import tyro
 from engram_jax.command_line import parse_flags
 from engram_jax.decoding.generate import Generator, Settings, Speed
 from engram_jax.errors import InputError, one_sentence
+from engram_jax.files import parse_json
 from engram_jax.run import Run
 
 
@@ -130,7 +131,7 @@ def _read_prompts(path: Path) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            prompt = json.loads(line)["prompt"]
+            prompt = parse_json(line)["prompt"]
         except (ValueError, KeyError, TypeError):
             prompt = None
         if not isinstance(prompt, str):

@@ -18,7 +18,7 @@ from sympy import nextprime
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
-from engram_jax.files import atomic_write
+from engram_jax.files import atomic_write, parse_json
 
 # The token id of an image placeholder (a dead position). The data sources here produce none.
 DEAD = -1
@@ -261,7 +261,7 @@ class NgramHash:
             InputError: the file is missing, damaged, or uses other conventions.
         """
         try:
-            document = json.loads(path.read_text())
+            document = parse_json(path.read_text())
             spec: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in document["spec"].items()

@@ -337,13 +337,19 @@ class Run:
         return other
 
     def save(self, state: TrainState) -> Path:
-        """Saves the state as a checkpoint of its step, with the configuration and the hash."""
-        names = ["config.json", *(["hash.json"] if self.program.ngram_hash else [])]
+        """Saves the state as a checkpoint of its step, with what is needed to read it.
+
+        The run folder may have been moved since: nothing is read from it.
+        """
+
+        def write_files(folder: Path) -> None:
+            save_config(self.config, folder / "config.json")
+            if self.program.ngram_hash is not None:
+                self.program.ngram_hash.save(folder / "hash.json")
+            store_tokenizer(folder, self.tokenizer)
+
         return self.checkpoints.save(
-            int(state.step),
-            state,
-            config=asdict(self.config),
-            files=[self.folder / name for name in names],
+            int(state.step), state, config=asdict(self.config), write_files=write_files
         )
 
 

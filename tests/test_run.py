@@ -391,6 +391,26 @@ def test_a_run_is_read_and_resumed_without_the_files_it_was_made_from(
         Run.open(moved)
 
 
+def test_a_run_whose_folder_was_moved_saves_a_checkpoint_that_can_be_read(
+    saved: Run, tmp_path: Path
+) -> None:
+    state = saved.restore()
+    saved.folder.rename(tmp_path / "moved")
+    path = saved.save(state)
+    for name in ("config.json", "hash.json", "tokenizer.model"):
+        assert (path / name).read_bytes() == (tmp_path / "moved" / name).read_bytes()
+    assert_identical(saved.restore(), state)
+
+
+def test_checkpoints_that_are_no_folder_are_refused_before_training(
+    tiny: Config, tmp_path: Path
+) -> None:
+    run = Run.start(tiny, tmp_path / "run")
+    (run.folder / "checkpoints").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match="link to nothing"):
+        train(run)
+
+
 def test_a_hash_of_another_tokenizer_is_refused(tiny: Config, saved: Run) -> None:
     NgramHash.build(saved.program.ngram_hash.spec, VocabularyProjection.identity(8192)).save(
         saved.folder / "hash.json"

@@ -1,6 +1,5 @@
 """Corpora as memory-mapped token ids, split by a hash of each document's text."""
 
-import json
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer, UInt64
 
 from engram_jax.errors import InputError
+from engram_jax.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Corpus:
         self.folder = folder
         self._held_out_share = held_out
         try:
-            self.manifest = Manifest(**json.loads((folder / "manifest.json").read_text()))
+            self.manifest = Manifest(**parse_json((folder / "manifest.json").read_text()))
             size = (folder / "ids.bin").stat().st_size
             itemsize = np.dtype(self.manifest.dtype).itemsize
             self._check_columns()

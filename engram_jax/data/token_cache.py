@@ -30,7 +30,7 @@ from engram_jax.data.sources import (
     source_name,
 )
 from engram_jax.errors import DISK_FULL, InputError
-from engram_jax.files import hold_lock
+from engram_jax.files import hold_lock, parse_json
 from engram_jax.tokenizer import Tokenizer
 
 # Version of the cache folder's content, part of its name. Increase it when the content changes.
@@ -119,7 +119,7 @@ def _survey(path: Path, cache: Path) -> Survey:
     files = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
     record = cache / "surveys" / f"{_digest(repr(files).encode()).hex()}.json"
     try:
-        content = json.loads(record.read_text())
+        content = parse_json(record.read_text())
         survey = Survey(**content["survey"])
         if content["crc32"] == _survey_checksum(survey):
             return survey

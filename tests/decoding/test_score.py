@@ -92,7 +92,7 @@ def test_documents_have_the_losses_of_the_evaluation(scored) -> None:
         packed.targets[0, 0, : len(ids) - 1] = ids[1:]
         batch = packed._replace(documents=None, plan=planner(packed.tokens, packed.segments))
         with program.use_mesh():
-            losses, _ = score(weights, program.put(batch), program.row_adam)
+            losses, *_ = score(weights, program.put(batch), program.row_adam)
         expected = -np.asarray(losses)[0, 0, : len(ids) - 1].sum()
         assert found.tokens == len(ids) - 1
         assert found.log_probability == pytest.approx(expected, abs=1e-4 * len(ids))
