@@ -52,7 +52,7 @@ def _registry() -> dict[str, tuple[str, Config]]:
     found: dict[str, tuple[str, Config]] = {}
     for path in sorted(Path(configs.__path__[0]).glob("[!_]*.py")):
         module = importlib.import_module(f"configs.{path.stem}")
-        line = (module.__doc__ or "").strip().splitlines()[0]
+        line = (module.__doc__ or "").strip().partition("\n")[0]
         found |= getattr(module, "family", None) or {path.stem: (line, module.config)}
     return found
 

@@ -265,6 +265,8 @@ def _check_numbers(values: Any, name: str = "") -> None:
         raise InputError(f"{name} is {values}, which is no positive number of float32; raise it.")
     elif isinstance(values, int) and abs(values) >= 2**63:
         raise InputError(f"{name} is {values}; give a number of at most 18 digits.")
+    elif isinstance(values, int) and abs(values) >= 2**31 and name != "memory.hash_seed":
+        raise InputError(f"{name} is {values}; give a number below 2³¹.")
 
 
 _SECTIONS = {"name", "model", "memory", "data", "optimizer", "train", "mesh"}  # since version 0.1.0

@@ -277,7 +277,7 @@ class NgramHash:
             raise InputError(
                 f"No hash file at {path} ({error.strerror}); is this a run folder?"
             ) from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path} is not a readable hash file ({error}).") from error
         if conventions != list(CONVENTIONS):
             raise InputError(f"{path} uses other hashing conventions than this version.")

@@ -200,6 +200,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("model", {"attention": AttentionConfig(theta=math.nan)}, r"attention\.theta is nan"),
         ("data", {"sources": ("a", "b"), "weights": (1.0, math.inf)}, r"data\.weights is inf"),
         ("memory", {"hash_seed": 10**20}, "at most 18 digits"),
+        ("optimizer", {"warmup_steps": 10**18}, "warmup_steps is 1000000000000000000.*2³¹"),
+        ("data", {"batch_size": 10**18}, "batch_size is 1000000000000000000.*2³¹"),
     ],
 )
 def test_impossible_configurations_are_refused(
