@@ -314,7 +314,8 @@ def _draw_multipliers(spec: HashSpec, half_bound: int) -> Int64[np.ndarray, "L N
     """The multipliers of the paper's demo."""
     generators = (np.random.default_rng(spec.seed + 10007 * layer) for layer in spec.layers)
     drawn = [
-        generator.integers(0, half_bound, spec.max_order, dtype=np.int64) for generator in generators
+        generator.integers(0, half_bound, spec.max_order, dtype=np.int64)
+        for generator in generators
     ]
     return np.stack(drawn) * 2 + 1
 

@@ -164,7 +164,7 @@ def test_lengths_beyond_the_file_are_refused(tmp_path: Path) -> None:
 def test_any_damage_is_found_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]], cut: int
 ) -> None:
-    """Bytes changed and cut off: one sentence, or views inside the file with the header's shapes."""
+    """Bytes changed and cut off: one sentence, or views inside the file."""
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     write_file(path, {"a": ("BF16", (2, 3), bytes(12)), "b": ("F8_E4M3", (4,), bytes(4))})
     content = bytearray(path.read_bytes())
