@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Shaped
 
 SCALED = 32  # consecutive numbers of a row that share a scale
+_DECODED = 1024  # rows decoded at a time, so that they stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +44,14 @@ class MappedTable:
 
     def read(self, rows: Int[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape F"]:
         """The rows of these numbers in float32; every stored type converts to it exactly."""
-        stored, scales = self.gather(rows.reshape(-1))
-        values = _to_float32(stored)
-        if scales is not None:
-            for block, scale in enumerate(_to_float32(scales).T):
-                values[:, block * SCALED : (block + 1) * SCALED] *= scale[:, None]
+        flat = rows.reshape(-1)
+        values = np.empty((len(flat), self.width), np.float32)
+        for start in range(0, len(flat), _DECODED):
+            part = slice(start, start + _DECODED)
+            stored, scales = self.gather(flat[part])
+            values[part] = _to_float32(stored)
+            if scales is not None:
+                values[part] *= _to_float32(scales).repeat(SCALED, axis=1)[:, : self.width]
         if self.factor != 1:
             values *= np.float32(self.factor)
         return values.reshape(*rows.shape, self.width)
