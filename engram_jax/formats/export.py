@@ -132,10 +132,13 @@ def open_table(folder: Path, layer: int) -> MappedTable:
 
 
 def exported_config(config: Config, table_type: TableType) -> Config:
-    """The configuration of an export: rows are stored so that they keep the exported numbers."""
+    """The configuration of an export.
+
+    Rows are stored so that they keep the exported numbers, and come from no other checkpoint.
+    """
     value: Precision = "bfloat16" if table_type == "bfloat16" else "float32"
     storage = replace(config.memory.storage, value=value)
-    return replace(config, memory=replace(config.memory, storage=storage))
+    return replace(config, memory=replace(config.memory, storage=storage, start_from=None))
 
 
 def _dense(weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
