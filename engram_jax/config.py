@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from engram_jax.errors import InputError
 from engram_jax.files import atomic_write, parse_json
-from engram_jax.hashing import HashSpec
+from engram_jax.hashing import HashSpec, HashVariant
 from engram_jax.memory.layout import RecordLayout, StorageConfig
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.model import DecoderConfig, MemorySites
@@ -34,7 +34,10 @@ class MemoryConfig:
         rows_per_head: minimum number of rows of a head, for each order 2…N.
         row_width: width F of a row.
         hash_seed: seed of the hash multipliers.
+        hash_variant: "engram": the paper's; "qwen": of Qwen3.8-Flash-Next, for its tables.
         init_scale: standard deviation of the initial rows.
+        start_from: an export of a run, or a checkpoint of DeepSeek-V4.1-Flash or
+            Qwen3.8-Flash-Next, whose tables this run begins with; by default, random rows.
         project_vocabulary: tokens that differ only in case, accents or spacing have the same id in
             the hash.
         frozen: the tables are read, but not trained.
@@ -51,7 +54,9 @@ class MemoryConfig:
     rows_per_head: tuple[int, ...] = (200_000, 200_000)
     row_width: int = 24
     hash_seed: int = 0
+    hash_variant: HashVariant = "engram"
     init_scale: float = 0.02
+    start_from: str | None = None
     project_vocabulary: bool = True
     frozen: bool = False
     adam: RowAdamConfig = field(default_factory=lambda: RowAdamConfig(factor=10.0))
@@ -65,6 +70,8 @@ class MemoryConfig:
             raise InputError(f"memory.row_width is {self.row_width}; it must be at least 1.")
         if self.init_scale < 0:
             raise InputError(f"memory.init_scale is {self.init_scale}; it must not be negative.")
+        if self.start_from is not None and not self.layers:
+            raise InputError("memory.start_from needs memory; set memory.layers.")
         if self.fusion != "engram" and self.layers not in ((), (0,)):
             raise InputError(
                 f"Memory of the form {self.fusion} is read only at the input, not at layers "
@@ -80,6 +87,7 @@ class MemoryConfig:
             rows_per_head=self.rows_per_head,
             pad_id=pad_id,
             seed=self.hash_seed,
+            variant=self.hash_variant,
         )
 
     @property

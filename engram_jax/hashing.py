@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int, Int32, Int64, UInt32, UInt64
@@ -33,6 +33,14 @@ CONVENTIONS = (
     "a dead position reads as pad",
 )
 
+type HashVariant = Literal["engram", "qwen"]
+
+# What a variant adds to the conventions.
+_VARIANT_CONVENTIONS: dict[HashVariant, tuple[str, ...]] = {
+    "engram": (),
+    "qwen": ("look-back also stops after end of text, which is the pad id",),
+}
+
 # Elements hashed at a time: few enough for their 64-bit buffers (128 KiB) to stay in the cache,
 # enough to make the overhead of a NumPy call small.
 _BLOCK = 16_384
@@ -50,6 +58,10 @@ class HashSpec:
             is the next unused prime). 1 means one row, which all n-grams share.
         pad_id: token id (before projection) that is read where no token exists.
         seed: seed of the multipliers.
+        variant: "engram": of the paper, its demo, and DeepSeek-V4.1. "qwen": of the memory ("PLE")
+            of Qwen3.8-Flash-Next. Its multipliers are from splitmix64, and depend on the index of
+            the layer among the layers with a table, not on the layer's id. Its `pad_id` is the id
+            that ends a text, and the look-back also stops after such a token.
     """
 
     layers: tuple[int, ...] = (1,)
@@ -58,6 +70,7 @@ class HashSpec:
     rows_per_head: tuple[int, ...] = (200_000, 200_000)
     pad_id: int = 0
     seed: int = 0
+    variant: HashVariant = "engram"
 
     def __post_init__(self) -> None:
         if self.max_order < 2:
@@ -94,25 +107,17 @@ class NgramHash:
     def build(cls, spec: HashSpec, projection: VocabularyProjection) -> "NgramHash":
         """Draws the multipliers and chooses the primes.
 
-        Layer ℓ's multipliers are drawn from `default_rng(seed + 10007·ℓ)`. They are odd, and small
-        enough that a product with a projected id is below 2⁶³. The size of a head is the next prime
-        that no earlier head of the model uses, in the order layers, orders, heads.
+        Layer ℓ's multipliers are drawn from `default_rng(seed + 10007·ℓ)`, or by splitmix64. They
+        are odd, and small enough that a product with a projected id is below 2⁶³. The size of a
+        head is the next prime that no earlier head of the model uses, in the order layers, orders,
+        heads.
         """
         if not 0 <= spec.pad_id < len(projection.lookup):
             raise InputError(
                 f"pad_id {spec.pad_id} is outside the vocabulary of {len(projection.lookup)} ids."
             )
         half_bound = max(1, (2**63 - 1) // projection.size // 2)
-        multipliers = np.stack(
-            [
-                np.random.default_rng(spec.seed + 10007 * layer).integers(
-                    0, half_bound, spec.max_order, dtype=np.int64
-                )
-                * 2
-                + 1
-                for layer in spec.layers
-            ]
-        )
+        draw = {"engram": _draw_multipliers, "qwen": _mix_multipliers}[spec.variant]
         used: set[int] = set()
         primes = [
             [
@@ -121,7 +126,7 @@ class NgramHash:
             ]
             for _ in spec.layers
         ]
-        return cls(spec, projection, multipliers, np.array(primes, np.int64))
+        return cls(spec, projection, draw(spec, half_bound), np.array(primes, np.int64))
 
     def __post_init__(self) -> None:
         for layer, rows in zip(self.spec.layers, self.rows, strict=True):
@@ -157,6 +162,11 @@ class NgramHash:
         """The projected pad id."""
         return int(self.projection.lookup[self.spec.pad_id])
 
+    @property
+    def end_of_text(self) -> int | None:
+        """The id after which the look-back stops; None: only the documents' boundaries stop it."""
+        return self.spec.pad_id if self.spec.variant == "qwen" else None
+
     def look_back(
         self,
         tokens: Int[np.ndarray, "*batch T"],
@@ -174,22 +184,22 @@ class NgramHash:
         """
         ids = self.projection(tokens)
         dead = ids == DEAD
-        has_dead = bool(dead.any())
-        if has_dead:
+        # A position sees an older one only if these numbers are equal at both.
+        documents = [] if segments is None else [segments]
+        if dead.any():
             ids = np.where(dead, self.pad, ids)
-            # A position sees an older one only if no position after the older one, up to and
-            # including itself, is dead.
-            passed = np.cumsum(dead, axis=-1)
+            documents.append(np.cumsum(dead, axis=-1))
+        if self.end_of_text is not None:
+            ends = tokens == self.end_of_text
+            documents.append(np.cumsum(ends, axis=-1) - ends)  # an end belongs to what it ends
         ids = ids.astype(np.uint64)
         window = [ids]
         for back in range(1, self.spec.max_order):
             older = np.full_like(ids, self.pad)
             here, there = (..., slice(back, None)), (..., slice(None, -back))
             older[here] = ids[there]
-            if segments is not None:
-                older[here][segments[here] != segments[there]] = self.pad
-            if has_dead:
-                older[here][passed[here] != passed[there]] = self.pad
+            for numbers in documents:
+                older[here][numbers[here] != numbers[there]] = self.pad
             window.append(older)
         return window
 
@@ -279,7 +289,7 @@ class NgramHash:
             ) from error
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path} is not a readable hash file ({error}).") from error
-        if conventions != list(CONVENTIONS):
+        if conventions != loaded._facts()["conventions"]:
             raise InputError(f"{path} uses other hashing conventions than this version.")
         if loaded.fingerprint != fingerprint:
             raise InputError(
@@ -289,12 +299,46 @@ class NgramHash:
         return loaded
 
     def _facts(self) -> dict[str, Any]:
+        spec = asdict(self.spec)
+        if self.spec.variant == "engram":  # older versions have only this
+            del spec["variant"]
         return {
-            "spec": asdict(self.spec),
-            "conventions": list(CONVENTIONS),
+            "spec": spec,
+            "conventions": [*CONVENTIONS, *_VARIANT_CONVENTIONS[self.spec.variant]],
             "multipliers": self.multipliers.tolist(),
             "primes": self.primes.tolist(),
         }
+
+
+def _draw_multipliers(spec: HashSpec, half_bound: int) -> Int64[np.ndarray, "L N"]:
+    """The multipliers of the paper's demo."""
+    generators = (np.random.default_rng(spec.seed + 10007 * layer) for layer in spec.layers)
+    drawn = [
+        generator.integers(0, half_bound, spec.max_order, dtype=np.int64)
+        for generator in generators
+    ]
+    return np.stack(drawn) * 2 + 1
+
+
+def _mix_multipliers(spec: HashSpec, half_bound: int) -> Int64[np.ndarray, "L N"]:
+    """The multipliers of Qwen's variant: number j of layer index i is number j of a stream."""
+    streams = (spec.seed + 10007 * index for index in range(len(spec.layers)))
+    drawn = [
+        [_splitmix64(stream + _PHI * (j + 1)) % half_bound for j in range(spec.max_order)]
+        for stream in streams
+    ]
+    return np.array(drawn, np.int64) * 2 + 1
+
+
+_PHI = 0x9E3779B97F4A7C15
+
+
+def _splitmix64(state: int) -> int:
+    """The generator of Steele, Lea and Flood (OOPSLA 2014): 64 random bits from a 64-bit state."""
+    bits = (state + _PHI) % 2**64
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+    return bits ^ bits >> 31
 
 
 def _unused_primes(least: int, count: int, used: set[int]) -> list[int]:

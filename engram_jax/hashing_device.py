@@ -30,6 +30,7 @@ class HashConstants(NamedTuple):
         reciprocal: v = ⌊(2⁶⁴ − 1) / d⌋ − 2³².
         offset: first row of every column.
         blocks: padded rows of a layer's table / 4,096 (see `memory/places.py`).
+        end_of_text: token id after which the look-back stops; −2: none.
     """
 
     lookup: Int32[Any, "V"]
@@ -40,6 +41,7 @@ class HashConstants(NamedTuple):
     reciprocal: UInt32[Any, "L orders K"]
     offset: UInt32[Any, "L orders K"]
     blocks: UInt32[Any, "L"]
+    end_of_text: Int32[Any, ""]
 
     @classmethod
     def of(cls, ngram_hash: NgramHash) -> "HashConstants":
@@ -58,6 +60,7 @@ class HashConstants(NamedTuple):
             reciprocal=_low_word(np.uint64(2**64 - 1) // divisor),
             offset=_low_word(ngram_hash.offsets),
             blocks=_low_word(np.array(ngram_hash.padded_rows) // ROW_MULTIPLE),
+            end_of_text=np.int32(-2 if ngram_hash.end_of_text is None else ngram_hash.end_of_text),
         )
 
 
@@ -117,7 +120,7 @@ def _look_back(
     constants: HashConstants, tokens: Int32[Array, "B n"], segments: Int32[Array, "B n"]
 ) -> list[UInt32[Array, "B T"]]:
     """Projected ids x, x₋₁, … x₋₍ₙ₋₁₎ of the last T positions, as in `NgramHash.look_back`."""
-    dead = tokens == DEAD
+    dead, ends = tokens == DEAD, tokens == constants.end_of_text
     ids = jnp.where(dead, constants.pad, constants.lookup[jnp.where(dead, 0, tokens)])
     orders = constants.multipliers.shape[2] - 1
 
@@ -126,8 +129,9 @@ def _look_back(
 
     window, alive = [older(ids, 0)], ~older(dead, 0)
     for back in range(1, orders + 1):
-        # A position sees an older one only if none after it, up to and including itself, is dead.
-        alive &= ~older(dead, back)
+        # A position sees an older one only if none after it, up to and including itself, is dead,
+        # and no text ends between them.
+        alive &= ~older(dead, back) & ~older(ends, back)
         visible = alive & (older(segments, back) == older(segments, 0))
         window.append(jnp.where(visible, older(ids, back), constants.pad))
     return [ids.astype(jnp.uint32) for ids in window]

@@ -27,6 +27,7 @@ from engram_jax.decoding.generate import Generator, Settings
 from engram_jax.decoding.text import Continuation
 from engram_jax.errors import InputError
 from engram_jax.files import check_run_path
+from engram_jax.formats.start_memory import open_start
 from engram_jax.hashing import NgramHash
 from engram_jax.identity import (
     check_fitting,
@@ -151,6 +152,9 @@ class Run:
             ngram_hash = stored_hash(ngram_hash, config, folder)
         run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
         make_config_row_adam(config)  # an error in its betas is found here
+        start, width = config.memory.start_from, config.memory.row_width
+        if not resumes and start is not None and ngram_hash is not None:
+            open_start(Path(start).expanduser(), ngram_hash, width)
         data = config.data
         mix_rows(run.corpora(), data.weights, data.sequence_length, config.train.seed)
         if resumes:
@@ -381,8 +385,10 @@ def _make_hash(config: Config, folder: Path) -> tuple[Tokenizer, NgramHash | Non
         )
     if not config.memory.layers:
         return tokenizer, None
-    spec = config.memory.hash_spec(tokenizer.pad_id)
+    is_qwen = config.memory.hash_variant == "qwen"
+    spec = config.memory.hash_spec(tokenizer.eos_id if is_qwen else tokenizer.pad_id)
     if not config.memory.project_vocabulary:
-        identity = VocabularyProjection.identity(tokenizer.vocab_size)
+        vocabulary = config.model.vocabulary if is_qwen else tokenizer.vocab_size
+        identity = VocabularyProjection.identity(vocabulary)
         return tokenizer, NgramHash.build(spec, identity)
     return tokenizer, NgramHash.build(spec, project_vocabulary(tokenizer))

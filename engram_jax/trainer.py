@@ -20,6 +20,7 @@ from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import prefetch_to_device
 from engram_jax.evaluation.health import HealthStudy, warn_of_inert
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
+from engram_jax.formats.start_memory import start_with
 from engram_jax.metrics import MetricsLog, read_metrics
 from engram_jax.processes import all_agree, collective, is_leader
 from engram_jax.run import Run
@@ -252,7 +253,8 @@ def _first_state(run: Run) -> TrainState:
             print(f"{run.folder} has checkpoints: resuming from them, not from {start_from}.")
         return run.restore()
     if start_from is None:
-        return program.initial_state()
+        state, memory = program.initial_state(), run.config.memory.start_from
+        return state if memory is None else start_with(program, state, Path(memory).expanduser())
     with collective(f"start from {start_from}"):
         other = run.fitting(start_from)
     # The other run's checkpoints, restored with the shapes and devices of this run.

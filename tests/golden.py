@@ -59,6 +59,20 @@ def released_hash(golden: dict[str, np.ndarray], sizes: dict[str, Any]) -> Ngram
     return NgramHash.build(spec, VocabularyProjection(golden["token_map"].astype(np.int32)))
 
 
+def qwen_hash(golden: dict[str, np.ndarray], sizes: dict[str, Any]) -> NgramHash:
+    """The hash of file g, whose sizes have the names of the released code."""
+    spec = HashSpec(
+        layers=tuple(number - 1 for number in sizes["ple_layer_ids"]),
+        max_order=sizes["ngram_size"],
+        heads=sizes["heads_per_ngram"],
+        rows_per_head=(sizes["ngram_vocab_size_base"],) * (sizes["ngram_size"] - 1),
+        pad_id=sizes["eos_token_id"],
+        seed=sizes["seed"],
+        variant="qwen",
+    )
+    return NgramHash.build(spec, VocabularyProjection.identity(sizes["vocab_size"]))
+
+
 def golden_form(sizes: dict[str, Any]) -> EngramConfig:
     """The options of the layer of file a or b."""
     return EngramConfig(kernel=sizes["conv_kernel"], dilation=sizes["conv_dilation"])

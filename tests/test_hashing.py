@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden import golden_hash, load_golden, released_hash
+from golden import golden_hash, load_golden, qwen_hash, released_hash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
-from engram_jax.hashing import DEAD, HashSpec, NgramHash
+from engram_jax.hashing import DEAD, HashSpec, HashVariant, NgramHash
 
 SMALL = HashSpec(layers=(1, 3), max_order=4, heads=2, rows_per_head=(11, 13, 17), pad_id=2)
 
@@ -40,6 +40,8 @@ def rows_in_python(
             there = here - back
             visible = visible and there >= 0 and segments[there] == segments[here]
             visible = visible and tokens[there] != DEAD
+            if spec.variant == "qwen" and back > 0 and visible:
+                visible = tokens[there] != spec.pad_id
             window.append(lookup[tokens[there]] if visible else pad)
         row, offset = [], 0
         for order in range(2, spec.max_order + 1):
@@ -104,6 +106,44 @@ def test_released_layout() -> None:
         np.testing.assert_array_equal(hashed, rows)
 
 
+def test_qwen_miniature() -> None:
+    golden, sizes = load_golden("g_qwen_mini")
+    ngram_hash = qwen_hash(golden, sizes)
+    for index, layer in enumerate(ngram_hash.spec.layers):
+        multipliers = golden[f"layer_multipliers_{index}"]
+        np.testing.assert_array_equal(ngram_hash.multipliers[index], multipliers)
+        primes = golden[f"ngram_heads_vocab_sizes_{index}"]
+        np.testing.assert_array_equal(ngram_hash.primes[index].reshape(-1), primes)
+        rows = ngram_hash.hash_tokens(layer, golden["ids"])
+        np.testing.assert_array_equal(rows, golden[f"rows_{index}"])
+
+
+def test_qwen_released_layout() -> None:
+    """The constants that the released checkpoint stores."""
+    base = (20_000_000,) * 2
+    spec = HashSpec(layers=(1,), rows_per_head=base, pad_id=9, seed=1234, variant="qwen")
+    ngram_hash = NgramHash.build(spec, VocabularyProjection.identity(248_320))
+    assert ngram_hash.rows == [320_001_446]
+    multipliers = [[23703573157769, 20109073645365, 8052911324071]]
+    assert ngram_hash.multipliers.tolist() == multipliers
+
+
+def test_the_variant_is_a_part_of_the_identity(tmp_path: Path) -> None:
+    """Fingerprints and files of the paper's hash are those of version 0.1.0."""
+    projection = VocabularyProjection.identity(9)
+    ours = NgramHash.build(SMALL, projection)
+    assert ours.fingerprint == "5c773b4fd3ea0dd3"
+    ours.save(tmp_path / "hash.json")
+    assert "variant" not in (tmp_path / "hash.json").read_text()
+    qwen = NgramHash.build(replace(SMALL, variant="qwen"), projection)
+    # Also with equal multipliers, since it looks back differently.
+    equal = replace(ours, spec=replace(SMALL, variant="qwen"))
+    assert len({ours.fingerprint, qwen.fingerprint, equal.fingerprint}) == 3
+    qwen.save(tmp_path / "hash.json")
+    loaded = NgramHash.load(tmp_path / "hash.json")
+    assert loaded.spec == qwen.spec and loaded.fingerprint == qwen.fingerprint
+
+
 @st.composite
 def packed_batches(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [B, T] of a vocabulary of 9, with dead positions, and the segments of documents."""
@@ -116,13 +156,19 @@ def packed_batches(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(packed_batches(), st.sampled_from([2, 3, 4]), st.integers(0, 2**31))
+@given(
+    packed_batches(),
+    st.sampled_from([2, 3, 4]),
+    st.integers(0, 2**31),
+    st.sampled_from(["engram", "qwen"]),
+)
 def test_rows_follow_the_formula(
-    batch: tuple[np.ndarray, np.ndarray], max_order: int, seed: int
+    batch: tuple[np.ndarray, np.ndarray], max_order: int, seed: int, variant: HashVariant
 ) -> None:
     tokens, segments = batch
+    rows_per_head = SMALL.rows_per_head[: max_order - 1]
     spec = replace(
-        SMALL, max_order=max_order, rows_per_head=SMALL.rows_per_head[: max_order - 1], seed=seed
+        SMALL, max_order=max_order, rows_per_head=rows_per_head, seed=seed, variant=variant
     )
     ngram_hash = NgramHash.build(spec, projection_of([0, 1, 2, 1, 3, 0, 4, 5, 2]))
     for layer in spec.layers:

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from golden import golden_hash, load_golden, released_hash
+from golden import golden_hash, load_golden, qwen_hash, released_hash
 
 from engram_jax import hashing_device
 from engram_jax.compression import VocabularyProjection
@@ -54,6 +54,7 @@ def draw_hash(generator: np.random.Generator, shape: tuple[int, int, int], ids: 
         rows_per_head=tuple(map(int, rows)),
         pad_id=int(generator.integers(ids)),
         seed=int(generator.integers(2**31)),
+        variant="qwen" if generator.random() < 0.3 else "engram",
     )
     return NgramHash.build(spec, VocabularyProjection(lookup))
 
@@ -66,6 +67,7 @@ def test_random_layouts() -> None:
         ngram_hash = draw_hash(generator, SHAPES[number % 3], ids)
         tokens = generator.integers(0, ids, POSITIONS, dtype=np.int32)
         tokens[generator.random(POSITIONS) < 0.05] = DEAD
+        tokens[generator.random(POSITIONS) < 0.1] = ngram_hash.spec.pad_id
         starts = generator.random(POSITIONS) < 0.1
         segments = np.cumsum(starts, axis=1, dtype=np.int32)
         if number % 5 == 0:
@@ -105,6 +107,14 @@ def test_the_released_miniature() -> None:
         rows, _ = hash_on_device(ngram_hash, tokens, np.zeros_like(ids))
         for index, layer in enumerate(sizes["engram_layer_ids"]):
             np.testing.assert_array_equal(rows[index, 0], golden[f"{name}_{layer}"])
+
+
+def test_the_qwen_miniature() -> None:
+    golden, sizes = load_golden("g_qwen_mini")
+    ngram_hash, ids = qwen_hash(golden, sizes), golden["ids"].astype(np.int32)
+    rows, _ = hash_on_device(ngram_hash, ids, np.zeros_like(ids))
+    for index in range(len(rows)):
+        np.testing.assert_array_equal(rows[index], golden[f"rows_{index}"])
 
 
 def test_a_part_needs_only_the_tokens_just_before_it() -> None:

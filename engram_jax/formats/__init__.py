@@ -1,0 +1,1 @@
+"""Checkpoints of other projects, read in place, and exports of our runs."""

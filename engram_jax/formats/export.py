@@ -1,0 +1,183 @@
+"""Our runs as files for other programs, and back.
+
+An export is a folder:
+
+    model.safetensors          dense parameters (`blocks.1.engram.key`), biases of the experts
+                               (`expert_bias.2`), tables (`tables.1.weight`, `tables.1.scale`)
+    config.json  hash.json     as in a run folder
+    tokenizer.model or .json   the tokenizer
+    eval.json                  results of eval.py, if there are any
+    README.md                  model card
+
+Row r of a table is the row of number r (`NgramHash.hash_tokens`), with its pending update applied.
+`tables.L.scale` has a factor for each 32 consecutive numbers of a row, if the type has scales.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engram_jax.config import Config, load_config, save_config
+from engram_jax.errors import InputError
+from engram_jax.files import check_run_path
+from engram_jax.formats.mapped_table import MappedTable
+from engram_jax.formats.model_card import model_card
+from engram_jax.formats.own_table import PART, make_table, map_table, table_tensors
+from engram_jax.formats.quantize import TableType
+from engram_jax.formats.safetensors import Tensors, write
+from engram_jax.hashing import NgramHash
+from engram_jax.memory.layout import Precision, Table
+from engram_jax.program import Program
+from engram_jax.run import Run
+from engram_jax.run_folder import check_empty, load_run_tokenizer, write_beginning
+from engram_jax.sharding import MeshConfig, make_mesh
+from engram_jax.train_state import Weights
+
+FORMAT = "engram-jax 1"
+
+
+def export_run(run: Run, weights: Weights, folder: Path, table_type: TableType = "float32") -> None:
+    """Writes an export. Equal weights give equal bytes.
+
+    Args:
+        run: the run.
+        weights: its weights, from `run.restore_weights`.
+        folder: the folder to create.
+        table_type: storage type of the tables.
+
+    Raises:
+        InputError: the folder is not empty, or a table has numbers that are not finite.
+    """
+    check_export_folder(folder)
+    config = exported_config(run.config, table_type)
+    tensors: dict[str, Any] = dict(_dense(weights))
+    dense = sum(tensor.size for tensor in tensors.values())
+    for layer in weights.tables:
+        tensors |= table_tensors(run.program, weights, layer, table_type)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": FORMAT, "step": str(int(weights.step)), "tables": table_type}
+    write(folder / "model.safetensors", tensors, metadata)
+    if run.program.ngram_hash is not None:
+        run.program.ngram_hash.save(folder / "hash.json")
+    (folder / f"tokenizer{run.tokenizer.suffix}").write_bytes(run.tokenizer.file)
+    if (run.folder / "eval.json").exists():
+        shutil.copyfile(run.folder / "eval.json", folder / "eval.json")
+    card = model_card(
+        *(config, run.program.ngram_hash),
+        step=int(weights.step),
+        dense=dense,
+        table_type=table_type,
+        evaluation=folder / "eval.json",
+    )
+    (folder / "README.md").write_text(card, "utf-8")
+    save_config(config, folder / "config.json")  # last, so that it marks the folder complete
+
+
+def check_export_folder(folder: Path) -> None:
+    """Checks that a folder can become an export.
+
+    Raises:
+        InputError: it is a file, or not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty; name another folder.")
+
+
+def import_run(folder: Path, run_folder: Path) -> Run:
+    """Creates a run folder from an export, with a checkpoint of the exported step.
+
+    Rows have no moments, and the optimizer of the dense parameters starts anew. Exporting the run
+    with the same storage type gives the same bytes.
+
+    Raises:
+        InputError: the export is damaged, or the run folder is not empty.
+    """
+    check_run_path(run_folder)
+    check_empty(run_folder)
+    config = load_config(folder / "config.json")
+    tokenizer = load_run_tokenizer(config, folder)
+    ngram_hash = NgramHash.load(folder / "hash.json") if config.memory.layers else None
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    program = Program.build(config, ngram_hash, mesh)
+    weights = _read_weights(program, Tensors.open(folder), folder)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    texts = {"tokenizer": tokenizer.fingerprint, "corpora": {}}
+    write_beginning(run_folder, config, tokenizer, ngram_hash, texts)
+    if (folder / "eval.json").exists():
+        shutil.copyfile(folder / "eval.json", run_folder / "eval.json")
+    run = Run.open(run_folder)
+    with program.use_mesh():
+        run.save(replace(program.state_from_weights(weights), step=weights.step))
+    return run
+
+
+def open_table(folder: Path, layer: int) -> MappedTable:
+    """A table of an export, read in place at its rows.
+
+    Raises:
+        InputError: the export has no such table.
+    """
+    config, tensors = load_config(folder / "config.json"), Tensors.open(folder)
+    ngram_hash = NgramHash.load(folder / "hash.json")
+    if layer not in config.memory.layers:
+        raise InputError(f"{folder} has no table of layer {layer}; it has {config.memory.layers}.")
+    rows = ngram_hash.rows[config.memory.layers.index(layer)]
+    return map_table(tensors, layer, (rows, config.memory.row_width))
+
+
+def exported_config(config: Config, table_type: TableType) -> Config:
+    """The configuration of an export.
+
+    Rows are stored so that they keep the exported numbers, and come from no other checkpoint.
+    """
+    value: Precision = "bfloat16" if table_type == "bfloat16" else "float32"
+    storage = replace(config.memory.storage, value=value)
+    return replace(config, memory=replace(config.memory, storage=storage, start_from=None))
+
+
+def _dense(weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
+    """Dense parameters and biases of experts, by their names in an export."""
+    for path, leaf in jax.tree.leaves_with_path(weights.params):
+        yield jax.tree_util.keystr(path, simple=True, separator="."), np.asarray(leaf)
+    for layer, bias in weights.expert_bias.items():
+        yield f"expert_bias.{layer}", np.asarray(bias)
+
+
+def _read_weights(program: Program, tensors: Tensors, folder: Path) -> Weights:
+    """The weights of an export; every tensor must have its place in the program, and no other."""
+    abstract = program.abstract_state().weights
+    if tensors.metadata.get("format") != FORMAT or not tensors.metadata.get("step", "").isdigit():
+        raise InputError(f"{folder} is no export of this version; export the run again.")
+
+    def read(name: str, leaf: Any) -> jax.Array:
+        tensors.require(name, leaf.shape, "F32")
+        return jax.device_put(tensors.view(name), leaf.sharding)
+
+    def read_dense(path: Any, leaf: Any) -> jax.Array:
+        return read(jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+
+    def rows_of(layer: int, table: Table) -> Iterator[np.ndarray]:
+        assert program.ngram_hash is not None
+        rows = program.ngram_hash.rows[program.ngram_hash.spec.layers.index(layer)]
+        mapped = map_table(tensors, layer, (rows, table.layout.width))
+        for start in range(0, rows, PART):
+            yield mapped.read(np.arange(start, min(start + PART, rows)))
+
+    return Weights(
+        step=jax.device_put(jnp.int32(int(tensors.metadata["step"])), abstract.step.sharding),
+        params=jax.tree_util.tree_map_with_path(read_dense, abstract.params),
+        tables={
+            layer: make_table(program, layer, rows_of(layer, table))
+            for layer, table in abstract.tables.items()
+        },
+        expert_bias={
+            layer: read(f"expert_bias.{layer}", leaf)
+            for layer, leaf in abstract.expert_bias.items()
+        },
+    )

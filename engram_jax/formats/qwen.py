@@ -1,0 +1,202 @@
+"""The memory ("PLE") of Qwen3.8-Flash-Next (2026-08).
+
+Tensors of a memory layer, found by the ends of their names (`.weight` may follow):
+
+    ngram_embedding.shard_0 …  BF16 or F8_E4M3  [rows/shards, F]  consecutive rows of the table
+    weight_scale               F32, BF16        []                with F8_E4M3: a factor for all
+    layer_multipliers          I64              [N]
+    ngram_heads_vocab_sizes    I64              [H]
+    ngram_heads_offsets        I64              [H]
+    key_proj                                    [M·D, E]
+    value_proj                                  [D, E]
+    norm_key, norm_query, norm_conv             [M·D]             gain − 1
+    conv1d                                      [M·D, 1, 4]       the last tap is the current token
+"""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from engram_jax.compression import VocabularyProjection
+from engram_jax.errors import InputError
+from engram_jax.formats.json_config import positive, read_json
+from engram_jax.formats.mapped_table import MappedTable
+from engram_jax.formats.released import LayerWeights, ReleasedMemory
+from engram_jax.formats.safetensors import Tensors
+from engram_jax.hashing import HashSpec, NgramHash
+from engram_jax.layers.engram import EngramConfig
+
+_FLOATS = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class QwenConfig:
+    """The part of a checkpoint's configuration that its memory depends on.
+
+    Attributes:
+        spec: the hash; its layer ids are zero-based, those of the configuration one-based.
+        vocabulary: token ids V.
+        memory_width: memory width E.
+        width: model width D.
+        branches: residual branches M.
+        shards: parts of the table.
+        multiple: the table's rows are padded to a multiple of this.
+        kernel: taps of the convolution.
+        norm_epsilon: epsilon of all norms.
+    """
+
+    spec: HashSpec
+    vocabulary: int
+    memory_width: int
+    width: int
+    branches: int
+    shards: int
+    multiple: int
+    kernel: int
+    norm_epsilon: float
+
+
+def read_config(folder: Path) -> QwenConfig:
+    """Reads `config.json` of a checkpoint.
+
+    Raises:
+        InputError: it is missing, or has no memory of this kind.
+    """
+    content = read_json(folder / "config.json")
+    text = content.get("text_config", content)
+    try:
+        order = positive(text, "ngram_size")
+        return QwenConfig(
+            spec=HashSpec(
+                layers=tuple(number - 1 for number in text["ple_layer_ids"]),
+                max_order=order,
+                heads=positive(text, "heads_per_ngram"),
+                rows_per_head=(positive(text, "ngram_vocab_size_base"),) * (order - 1),
+                pad_id=text["eos_token_id"],
+                seed=text["seed"],
+                variant="qwen",
+            ),
+            vocabulary=positive(text, "vocab_size"),
+            memory_width=positive(text, "ple_embed_dim"),
+            width=positive(text, "hidden_size"),
+            branches=positive(text, "hc_count"),
+            shards=positive(text, "split_ngram_parts"),
+            multiple=positive(text, "make_ngram_vocab_size_divisible_by"),
+            kernel=positive(text, "ple_conv_kernel_size"),
+            norm_epsilon=text["rms_norm_eps"],
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder / 'config.json'} does not describe a memory of Qwen3.8 ({error!r})."
+        ) from error
+
+
+def open_memory(folder: Path) -> ReleasedMemory:
+    """Opens the memory of a checkpoint. Tables stay in the files; layers are loaded on demand.
+
+    Raises:
+        InputError: a tensor is missing or has another shape, or the hash differs from the constants
+            that the checkpoint stores.
+    """
+    config, tensors = read_config(folder), Tensors.open(folder)
+    identity = VocabularyProjection.identity(config.vocabulary)
+    ngram_hash = NgramHash.build(config.spec, identity)
+    for index, layer in enumerate(config.spec.layers):
+        for ending, built in (
+            ("layer_multipliers", ngram_hash.multipliers[index]),
+            ("ngram_heads_vocab_sizes", ngram_hash.primes[index].reshape(-1)),
+            ("ngram_heads_offsets", ngram_hash.offsets[index].reshape(-1)),
+        ):
+            stored = tensors.view(_require(tensors, layer, ending, built.shape, "I64"))
+            if not np.array_equal(stored, built):
+                raise InputError(
+                    f"{ending} of layer {layer} in {folder} is {stored.tolist()}, but its "
+                    f"configuration gives {built.tolist()}."
+                )
+    return ReleasedMemory(
+        ngram_hash=ngram_hash,
+        tables={
+            layer: _open_table(config, tensors, layer, rows)
+            for layer, rows in zip(config.spec.layers, ngram_hash.rows, strict=True)
+        },
+        form=EngramConfig(
+            bias=False,
+            norm_epsilon=config.norm_epsilon,
+            zero_centered_gain=True,
+            kernel=config.kernel,
+            dilation=config.spec.max_order,
+            convolution_epsilon=config.norm_epsilon,
+            cross_documents=True,
+        ),
+        width=config.width,
+        branches=config.branches,
+        dtype="bfloat16",
+        load_weights=partial(_load_weights, config, tensors),
+    )
+
+
+def _open_table(config: QwenConfig, tensors: Tensors, layer: int, rows: int) -> MappedTable:
+    padded = -(-rows // config.multiple) * config.multiple
+    columns = config.spec.heads * (config.spec.max_order - 1)
+    shape = (padded // config.shards, config.memory_width // columns)
+    names = [
+        _require(tensors, layer, f"ngram_embedding.shard_{shard}", shape, *_FLOATS, "F8_E4M3")
+        for shard in range(config.shards)
+    ]
+    factor = 1.0
+    if tensors.infos[names[0]].dtype == "F8_E4M3":
+        scale = tensors.view(_find(tensors, layer, "weight_scale"))
+        if scale.size != 1:
+            raise InputError(f"weight_scale of layer {layer} has {scale.size} numbers, expected 1.")
+        factor = float(scale.reshape(-1)[0])
+    return MappedTable(tuple(tensors.view(name, random=True) for name in names), factor=factor)
+
+
+def _load_weights(config: QwenConfig, tensors: Tensors, layer: int) -> LayerWeights:
+    width, branches, memory_width = config.width, config.branches, config.memory_width
+    channels = branches * width
+
+    def load(ending: str, *shape: int) -> np.ndarray:
+        return tensors.view(_require(tensors, layer, ending, shape, *_FLOATS)).astype(np.float32)
+
+    taps = load("conv1d", channels, 1, config.kernel)
+    keys = load("key_proj", channels, memory_width)
+    return {
+        "key": keys.reshape(branches, width, memory_width).swapaxes(1, 2),
+        "value": load("value_proj", width, memory_width).T,
+        "convolution": taps[:, 0].T.reshape(config.kernel, branches, width),
+        **{
+            ours: load(theirs, channels).reshape(branches, width)
+            for ours, theirs in (
+                ("key_norm", "norm_key"),
+                ("query_norm", "norm_query"),
+                ("convolution_norm", "norm_conv"),
+            )
+        },
+    }
+
+
+def _require(
+    tensors: Tensors, layer: int, ending: str, shape: tuple[int, ...], *dtypes: str
+) -> str:
+    """The name of a layer's tensor, which must have this shape and one of these types."""
+    name = _find(tensors, layer, ending)
+    tensors.require(name, shape, *dtypes)
+    return name
+
+
+def _find(tensors: Tensors, layer: int, ending: str) -> str:
+    """The name of the one tensor of a layer's memory that ends so."""
+    pattern = re.compile(
+        rf"(.*\.)?layers\.{layer}\.(.*\.)?ple\.(.*\.)?{re.escape(ending)}(\.weight)?"
+    )
+    found = [name for name in tensors.infos if pattern.fullmatch(name)]
+    if len(found) != 1:
+        raise InputError(
+            f"The checkpoint has {len(found)} tensors …layers.{layer}…ple…{ending}, expected 1; "
+            "it is of another format."
+        )
+    return found[0]

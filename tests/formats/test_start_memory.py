@@ -1,0 +1,163 @@
+"""Memories of other checkpoints under a new network."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import test_deepseek
+import test_qwen
+from checkpoints import write_checkpoint
+from golden import load_golden, qwen_hash, released_hash
+from tiny_runs import make_run, tiny_config, vary
+
+from engram_jax.config import Config, MemoryConfig
+from engram_jax.errors import InputError
+from engram_jax.formats import deepseek
+from engram_jax.formats.export import export_run, open_table
+from engram_jax.formats.start_memory import open_start, start_with
+from engram_jax.hashing import NgramHash
+from engram_jax.layers.engram import EngramConfig
+from engram_jax.memory.places import stored_places
+from engram_jax.model import DecoderConfig
+from engram_jax.program import Program
+from engram_jax.run import Run
+from engram_jax.sharding import MeshConfig, make_mesh
+from engram_jax.trainer import _first_state, train
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export whose rows had pending updates."""
+    folder = tmp_path_factory.mktemp("engram")
+    run = Run.open(make_run(folder, "engram").folder)
+    export_run(run, run.restore_weights(), folder / "export")
+    return folder / "export"
+
+
+def wider(folder: Path, export: Path) -> Config:
+    """A network of another width, with the export's memory."""
+    config = tiny_config(folder)
+    memory = {"start_from": str(export), "frozen": True}
+    return vary(config, model={"width": 48}, memory=memory, train={"steps": 2})
+
+
+def stored_rows(program: Program, state: object, layer: int) -> np.ndarray:
+    """All rows of a table in the order of their numbers."""
+    table = np.asarray(state.tables[layer].unpack().value)
+    rows = program.ngram_hash.rows[program.ngram_hash.spec.layers.index(layer)]
+    return table[stored_places(np.arange(rows, dtype=np.int32), len(table))]
+
+
+def test_a_run_begins_with_the_memory_of_an_export(
+    export: Path, tmp_path: Path, one_device: None
+) -> None:
+    run = Run.start(wider(tmp_path, export), tmp_path / "run")
+    state = _first_state(run)
+    mapped = open_table(export, 1)
+    found = stored_rows(run.program, state, 1)
+    np.testing.assert_array_equal(found, mapped.read(np.arange(mapped.rows)))
+    assert not np.asarray(state.tables[1].clocks()).any() and int(state.step) == 0
+
+
+@pytest.mark.slow
+def test_a_frozen_memory_does_not_change(export: Path, tmp_path: Path, one_device: None) -> None:
+    run = Run.start(wider(tmp_path, export), tmp_path / "run")
+    state = train(run)
+    mapped = open_table(export, 1)
+    assert int(state.step) == 2
+    found = stored_rows(run.program, state, 1)
+    np.testing.assert_array_equal(found, mapped.read(np.arange(mapped.rows)))
+
+
+def build(ngram_hash: NgramHash, row_width: int) -> Program:
+    spec = ngram_hash.spec
+    config = Config(
+        model=DecoderConfig(
+            vocabulary=ngram_hash.projection.vocab_size,
+            width=16,
+            layers=4,
+            feed_forward=16,
+            engram=EngramConfig(),
+        ),
+        memory=MemoryConfig(
+            layers=spec.layers,
+            max_order=spec.max_order,
+            heads=spec.heads,
+            rows_per_head=spec.rows_per_head,
+            row_width=row_width,
+            hash_variant=spec.variant,
+        ),
+    )
+    return Program.build(config, ngram_hash, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def test_a_released_memory_under_another_network(tmp_path: Path) -> None:
+    golden, sizes = load_golden("f_v41_mini")
+    entries = [test_deepseek.entries(1), test_deepseek.entries(3)]
+    folder = write_checkpoint(tmp_path / "deepseek", entries, {"text_config": sizes})
+    program = build(released_hash(golden, sizes), 64)
+    state = start_with(program, program.initial_state(), folder)
+    released = deepseek.open_memory(folder, program.ngram_hash.projection)
+    for layer in (1, 3):
+        rows = np.arange(released.tables[layer].rows)
+        found = stored_rows(program, state, layer)
+        np.testing.assert_array_equal(found, released.tables[layer].read(rows))
+    # One of its layers is enough.
+    first = replace(program.ngram_hash.spec, layers=(1,))
+    alone = NgramHash.build(first, program.ngram_hash.projection)
+    assert open_start(folder, alone, 64).keys() == {1}
+
+    golden, sizes = load_golden("g_qwen_mini")
+    folder = write_checkpoint(
+        tmp_path / "qwen", [test_qwen.entries(0), test_qwen.entries(1)], sizes
+    )
+    program = build(qwen_hash(golden, sizes), 8)
+    state = start_with(program, program.initial_state(), folder)
+    for index, layer in enumerate((1, 3)):
+        found = stored_rows(program, state, layer)
+        np.testing.assert_array_equal(found, golden[f"table_{index}"][: len(found)])
+
+
+def test_a_memory_that_does_not_fit_is_one_sentence(
+    export: Path, tmp_path: Path, one_device: None
+) -> None:
+    config = wider(tmp_path, export)
+    folder = tmp_path / "run"
+    for change, message in (
+        (
+            {"heads": 1},
+            r"other n-grams .* --memory\.layers 1 --memory\.max-order 3 --memory\.heads 2",
+        ),
+        ({"layers": (0,)}, "other n-grams"),
+        ({"hash_variant": "qwen"}, "--memory.hash-variant engram"),
+        ({"row_width": 9}, "--memory.row-width 8"),
+        ({"start_from": str(export.parent / "run")}, "is a run and no export"),
+        ({"start_from": str(tmp_path / "none")}, r"Cannot read .*config\.json"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Run.start(vary(config, memory=change), folder)
+        assert not folder.exists()
+    with pytest.raises(InputError, match="needs memory"):
+        vary(config, memory={"layers": ()})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(InputError, match="no memory that is known here"):
+        Run.start(vary(config, memory={"start_from": str(tmp_path / "other")}), folder)
+
+
+def test_the_variant_of_a_run(tmp_path: Path, one_device: None) -> None:
+    """Qwen's variant has the end of a text as pad id, and the model's vocabulary."""
+    config = vary(
+        tiny_config(tmp_path),
+        memory={"hash_variant": "qwen", "project_vocabulary": False, "rows_per_head": (50, 50)},
+        model={"vocabulary": 8300},
+    )
+    run = Run.start(config, tmp_path / "run")
+    spec = run.program.ngram_hash.spec
+    assert spec.variant == "qwen" and spec.pad_id == run.tokenizer.eos_id
+    assert run.program.ngram_hash.projection.size == 8300
+    reopened = Run.open(tmp_path / "run").program.ngram_hash
+    assert reopened.fingerprint == run.program.ngram_hash.fingerprint
