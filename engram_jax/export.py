@@ -17,7 +17,7 @@ import tyro
 
 from engram_jax.command_line import parse_flags
 from engram_jax.errors import InputError, one_sentence
-from engram_jax.formats.export import check_export_folder, export_run
+from engram_jax.formats.export import export_run
 from engram_jax.formats.quality import loss_change
 from engram_jax.formats.quantize import TableType
 from engram_jax.run import Run
@@ -58,7 +58,8 @@ def main(args: Sequence[str] | None = None) -> None:
         raise InputError(f"There is no run folder {options.run}; train.py creates runs/NAME.")
     if options.max_tokens is not None and options.max_tokens < 1:
         raise InputError(f"--max-tokens is {options.max_tokens}; score at least 1 token.")
-    check_export_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()):  # before an evaluation
+        raise InputError(f"{folder} is not empty; name another folder.")
     run = Run.open(run_folder)
     weights = run.restore_weights(options.step)
     if options.tolerance is not None:

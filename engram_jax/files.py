@@ -1,10 +1,11 @@
-"""Files that several processes share: locks, and atomic replacement of a file."""
+"""Files that several processes share: locks, and atomic creation of files and folders."""
 
 import errno
 import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -98,3 +99,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder to write to. At the end, it is renamed to `folder`.
+
+    If writing fails, it is removed, and there is no `folder`.
+
+    Raises:
+        InputError: `folder` is a file, or not empty.
+    """
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty; name another folder.")
+    partial = folder.with_name(f"partial-{os.getpid()}-{folder.name}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

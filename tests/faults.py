@@ -26,11 +26,14 @@ FAULTS = """
 
 engram_jax/hashing.py < test_hashing.py
   n-grams reach into the document before
-    - segments[here] != segments[there]
-    + segments[here] > segments[there] + 1
+    - documents = [] if segments is None else [segments]
+    + documents = [] if segments is None else [segments // 2]
   n-grams reach over a dead position
-    - passed = np.cumsum(dead, axis=-1)
-    + passed = np.zeros_like(ids)
+    - documents.append(np.cumsum(dead, axis=-1))
+    + documents.append(np.zeros_like(ids))
+  the end of a text belongs to the next one
+    - np.cumsum(ends, axis=-1) - ends
+    + np.cumsum(ends, axis=-1)
   two heads have one prime
     - used.add(candidate)
     + used.add(-candidate)
@@ -62,6 +65,46 @@ engram_jax/tokenizer_training.py < test_tokenizer_training.py
   a share of the documents is all of them
     - if int((i + 1) * share) > int(i * share)
     + if int((i + 1) * share) >= int(i * share)
+
+# Formats
+
+engram_jax/formats/safetensors.py < formats/test_safetensors.py
+  tensors may overlap
+    - if info.start != end:
+    + if info.start > end:
+  a file may be cut off
+    - if end != size:
+    + if end < size:
+engram_jax/formats/deepseek.py < formats/test_deepseek.py
+  keys are taken for the value
+    - matrices[branches],
+    + matrices[0],
+  another tokenizer gives other rows
+    - if projection.size != config.projected_ids:
+    + if projection.size > config.projected_ids:
+engram_jax/formats/qwen.py < formats/test_qwen.py
+  layer ids are one-based
+    - number - 1 for number in
+    + number for number in
+  taps are in reverse order
+    - taps[:, 0].T.reshape
+    + taps[:, 0, ::-1].T.reshape
+engram_jax/formats/mapped_table.py < formats/test_deepseek.py
+  parts are read by the row number of the table
+    - within[chosen]
+    + rows[chosen] % 2
+engram_jax/formats/quantize.py < formats/test_quantize.py
+  bytes change when a table is quantized again
+    - np.frexp(largest / 464)
+    + np.frexp(largest / 448)
+engram_jax/formats/own_table.py < formats/test_export.py
+  exported rows lack their pending updates
+    - row_adam.current(layout.unpack(part), step)
+    + layout.unpack(part).value
+engram_jax/formats/start_memory.py < formats/test_start_memory.py
+  rows of other n-grams are taken over
+    - ours.projection.fingerprint == theirs.projection.fingerprint
+    + ours.projection.size > 0
 
 # Plan and places
 
@@ -377,6 +420,9 @@ engram_jax/hashing_device.py < test_hashing_device.py
   on the device, n-grams reach over a dead position
     - alive &= ~older(dead, back)
     + alive &= True
+  an n-gram reaches over the end of a text
+    - & ~older(ends, back)
+    + & ~older(ends, 0)
   a carry of the division is lost
     - carry = (quotient_lower < lower)
     + carry = (quotient_lower < 0 * lower)

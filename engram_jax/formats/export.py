@@ -25,7 +25,7 @@ import numpy as np
 
 from engram_jax.config import Config, load_config, save_config
 from engram_jax.errors import InputError
-from engram_jax.files import check_run_path
+from engram_jax.files import atomic_folder, check_run_path
 from engram_jax.formats.mapped_table import MappedTable
 from engram_jax.formats.model_card import model_card
 from engram_jax.formats.own_table import PART, make_table, map_table, table_tensors
@@ -35,7 +35,7 @@ from engram_jax.hashing import NgramHash
 from engram_jax.memory.layout import Precision, Table
 from engram_jax.program import Program
 from engram_jax.run import Run
-from engram_jax.run_folder import check_empty, load_run_tokenizer, write_beginning
+from engram_jax.run_folder import load_run_tokenizer, write_beginning
 from engram_jax.sharding import MeshConfig, make_mesh
 from engram_jax.train_state import Weights
 
@@ -54,39 +54,28 @@ def export_run(run: Run, weights: Weights, folder: Path, table_type: TableType =
     Raises:
         InputError: the folder is not empty, or a table has numbers that are not finite.
     """
-    check_export_folder(folder)
-    config = exported_config(run.config, table_type)
+    config, hashes = exported_config(run.config, table_type), run.program.ngram_hash
     tensors: dict[str, Any] = dict(_dense(weights))
     dense = sum(tensor.size for tensor in tensors.values())
     for layer in weights.tables:
         tensors |= table_tensors(run.program, weights, layer, table_type)
-    folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "step": str(int(weights.step)), "tables": table_type}
-    write(folder / "model.safetensors", tensors, metadata)
-    if run.program.ngram_hash is not None:
-        run.program.ngram_hash.save(folder / "hash.json")
-    (folder / f"tokenizer{run.tokenizer.suffix}").write_bytes(run.tokenizer.file)
-    if (run.folder / "eval.json").exists():
-        shutil.copyfile(run.folder / "eval.json", folder / "eval.json")
-    card = model_card(
-        *(config, run.program.ngram_hash),
-        step=int(weights.step),
-        dense=dense,
-        table_type=table_type,
-        evaluation=folder / "eval.json",
-    )
-    (folder / "README.md").write_text(card, "utf-8")
-    save_config(config, folder / "config.json")  # last, so that it marks the folder complete
-
-
-def check_export_folder(folder: Path) -> None:
-    """Checks that a folder can become an export.
-
-    Raises:
-        InputError: it is a file, or not empty.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not empty; name another folder.")
+    with atomic_folder(folder) as partial:
+        write(partial / "model.safetensors", tensors, metadata)
+        if hashes is not None:
+            hashes.save(partial / "hash.json")
+        save_config(config, partial / "config.json")
+        (partial / f"tokenizer{run.tokenizer.suffix}").write_bytes(run.tokenizer.file)
+        if (run.folder / "eval.json").exists():
+            shutil.copyfile(run.folder / "eval.json", partial / "eval.json")
+        card = model_card(
+            *(config, hashes),
+            step=int(weights.step),
+            dense=dense,
+            table_type=table_type,
+            evaluation=partial / "eval.json",
+        )
+        (partial / "README.md").write_text(card, "utf-8")
 
 
 def import_run(folder: Path, run_folder: Path) -> Run:
@@ -99,22 +88,20 @@ def import_run(folder: Path, run_folder: Path) -> Run:
         InputError: the export is damaged, or the run folder is not empty.
     """
     check_run_path(run_folder)
-    check_empty(run_folder)
     config = load_config(folder / "config.json")
     tokenizer = load_run_tokenizer(config, folder)
     ngram_hash = NgramHash.load(folder / "hash.json") if config.memory.layers else None
-    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
-    program = Program.build(config, ngram_hash, mesh)
-    weights = _read_weights(program, Tensors.open(folder), folder)
-    run_folder.mkdir(parents=True, exist_ok=True)
-    texts = {"tokenizer": tokenizer.fingerprint, "corpora": {}}
-    write_beginning(run_folder, config, tokenizer, ngram_hash, texts)
-    if (folder / "eval.json").exists():
-        shutil.copyfile(folder / "eval.json", run_folder / "eval.json")
-    run = Run.open(run_folder)
-    with program.use_mesh():
-        run.save(replace(program.state_from_weights(weights), step=weights.step))
-    return run
+    program = Program.build(config, ngram_hash, make_mesh(MeshConfig(), jax.local_devices()[:1]))
+    with atomic_folder(run_folder) as partial:
+        weights = _read_weights(program, Tensors.open(folder), folder)
+        texts = {"tokenizer": tokenizer.fingerprint, "corpora": {}}
+        write_beginning(partial, config, tokenizer, ngram_hash, texts)
+        if (folder / "eval.json").exists():
+            shutil.copyfile(folder / "eval.json", partial / "eval.json")
+        with program.use_mesh():
+            state = program.state_from_weights(weights)
+            Run.open(partial).save(replace(state, step=weights.step))
+    return Run.open(run_folder)
 
 
 def open_table(folder: Path, layer: int) -> MappedTable:
@@ -150,7 +137,7 @@ def _dense(weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _read_weights(program: Program, tensors: Tensors, folder: Path) -> Weights:
-    """The weights of an export; every tensor must have its place in the program, and no other."""
+    """The weights of an export; they must have the shapes of the program."""
     abstract = program.abstract_state().weights
     if tensors.metadata.get("format") != FORMAT or not tensors.metadata.get("step", "").isdigit():
         raise InputError(f"{folder} is no export of this version; export the run again.")

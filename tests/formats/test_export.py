@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_runs import assert_identical, make_run, plain_pass, tiny_config, with_backbone
+from tiny_runs import assert_identical, make_run, plain_pass, scale_rows, tiny_config, with_backbone
 
 from engram_jax import export, import_run
 from engram_jax.errors import InputError
@@ -74,6 +74,17 @@ def test_rows_are_those_that_the_model_reads(run: Run, tmp_path: Path) -> None:
     ours, _ = plain_pass(run, weights)(tokens, zeros, positions)
     theirs, _ = plain_pass(imported, imported.restore_weights())(tokens, zeros, positions)
     np.testing.assert_array_equal(theirs, ours)
+
+
+def test_a_failing_export_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    weights = run.restore_weights()
+    tables = {1: scale_rows(weights.tables[1], float("nan"))}
+    with pytest.raises(InputError, match="not finite"):
+        export_run(run, replace(weights, tables=tables), tmp_path / "export", "bfloat16")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
+    export_run(run, weights, tmp_path / "empty", "bfloat16")
+    assert "config.json" in content(tmp_path / "empty")
 
 
 @pytest.mark.slow
@@ -172,6 +183,7 @@ def test_a_damaged_export_is_one_sentence(run: Run, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             import_export(folder, tmp_path / "run")
         assert not (tmp_path / "run").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["export"]  # nothing half written
     path.write_bytes(original)
     with pytest.raises(InputError, match="no table of layer 0"):
         open_table(folder, 0)

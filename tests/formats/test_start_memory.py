@@ -13,6 +13,7 @@ from checkpoints import write_checkpoint
 from golden import load_golden, qwen_hash, released_hash
 from tiny_runs import make_run, tiny_config, vary
 
+from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config, MemoryConfig
 from engram_jax.errors import InputError
 from engram_jax.formats import deepseek
@@ -140,6 +141,14 @@ def test_a_memory_that_does_not_fit_is_one_sentence(
         with pytest.raises(InputError, match=message):
             Run.start(vary(config, memory=change), folder)
         assert not folder.exists()
+    ngram_hash = NgramHash.load(export / "hash.json")
+    assert open_start(export, ngram_hash, 8).keys() == {1}
+    swapped = ngram_hash.projection.lookup.copy()
+    swapped[[-1, -2]] = swapped[[-2, -1]]
+    other = replace(ngram_hash, projection=VocabularyProjection(swapped))
+    assert other.projection.size == ngram_hash.projection.size
+    with pytest.raises(InputError, match="other n-grams"):
+        open_start(export, other, 8)
     with pytest.raises(InputError, match="needs memory"):
         vary(config, memory={"layers": ()})
     (tmp_path / "other").mkdir()
