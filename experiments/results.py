@@ -22,8 +22,9 @@ class Results:
     """Finished runs. Tables and plots are made from these alone.
 
     Attributes:
-        records: one per run: label, seed, key (hash of the configuration), the settings that differ
-            from their defaults, the figures, and how and when they were measured.
+        records: one per run: label, seed, key (hash of the configuration), measurement (version of
+            the figures), the settings that differ from their defaults, the figures, and how and
+            when they were measured.
     """
 
     records: tuple[Record, ...]
@@ -54,15 +55,22 @@ class Results:
     def add(self, record: Record, labels: Sequence[str]) -> "Results":
         """With one more run, which replaces the run of the same label and seed.
 
+        Runs that were measured in another way are dropped: no table mixes them.
+
         Args:
             record: the run.
             labels: all labels in their order, by which the runs are sorted.
         """
-        others = [each for each in self.records if _place(each) != _place(record)]
+        others = [
+            each
+            for each in self.records
+            if _place(each) != _place(record)
+            and each.get("measurement") == record.get("measurement")
+        ]
         order = {label: place for place, label in enumerate(labels)}
-        key = [*others, record]
-        key.sort(key=lambda each: (order.get(each["label"], len(order)), each["seed"]))
-        return Results(tuple(key))
+        records = [*others, record]
+        records.sort(key=lambda each: (order.get(each["label"], len(order)), each["seed"]))
+        return Results(tuple(records))
 
     def labels(self) -> list[str]:
         """The labels, in the order of the file."""

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,17 +35,18 @@ from engram_jax.config import Config
 from engram_jax.costs.accounting import account
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.evaluation.health import warn_of_inert
-from engram_jax.files import hold_lock
+from engram_jax.files import atomic_write, hold_lock
 from engram_jax.metrics import read_metrics
 from engram_jax.run import Run
 from engram_jax.train_state import Weights
 from engram_jax.trainer import Diverged, train
-from experiments.measure import measure
+from experiments.measure import VERSION, measure
 from experiments.report import Draw, write_report
 from experiments.results import Record, Results, steps_of
 from experiments.settings import settings
 
 CODE = ("engram_jax", "pallas_kernels", "configs", "experiments")
+SECONDS = "seconds.txt"  # in the folder of a run: the time of all its sessions
 
 type Family = Callable[[Kind], Config]
 type Measure = Callable[[Run, Weights], dict[str, Any]]
@@ -172,9 +172,12 @@ class Task:
         return max(round(self.steps * own[0] / other[0]), 1)
 
     def key(self, config: Config) -> str:
-        """Hash of the configuration (and of the name of the arm's own figures)."""
-        facts = settings(config) | {"measure": getattr(self.arm.measure, "__name__", None)}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        """Hash of the configuration and of what is measured: version, and the arm's own figures."""
+        measured = {
+            "measure": getattr(self.arm.measure, "__name__", None),
+            "measurement": VERSION,
+        }
+        return _hash(settings(config) | measured)
 
     def is_in(self, results: Results) -> bool:
         """Whether this run is finished."""
@@ -183,6 +186,10 @@ class Task:
             (record["label"], record["key"]) == (self.arm.label, self.key(config))
             for record in results.records
         )
+
+
+def _hash(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_tasks(arms: Sequence[Arm], options: Options) -> list[Task]:
@@ -297,6 +304,7 @@ class _Worker:
             write_report(results, self._path, self._experiment.baseline, self._experiment.draw)
         if not self._options.keep:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            (folder / SECONDS).unlink(missing_ok=True)
         left = sum(not other.is_in(results) for other in tasks)
         seconds = (time.monotonic() - self._start) / max(self._trained, 1)
         print(
@@ -320,16 +328,17 @@ def _train_and_measure(task: Task, config: Config, folder: Path, jobs: int) -> R
     Raises:
         SystemExit: SIGINT or SIGTERM stopped the training; a checkpoint is saved.
     """
-    start = time.monotonic()
     run = Run.start(config, folder)
-    state = train(run)
-    if int(state.step) < config.train.steps:
-        sys.exit(f"Stopped at step {int(state.step)} of {config.train.steps} in {folder}.")
-    figures = measure(run, state.weights)
-    for warning in warn_of_inert(figures.get("health", {})):
-        print(f"{task.arm.label}: {warning}", file=sys.stderr)
-    if task.arm.measure is not None:
-        figures |= task.arm.measure(run, state.weights)
+    with _stopwatch(folder / SECONDS) as seconds:
+        state = train(run)
+        if int(state.step) < config.train.steps:
+            sys.exit(f"Stopped at step {int(state.step)} of {config.train.steps} in {folder}.")
+        figures = measure(run, state.weights)
+        for warning in warn_of_inert(figures.get("health", {})):
+            print(f"{task.arm.label}: {warning}", file=sys.stderr)
+        if task.arm.measure is not None:
+            figures |= task.arm.measure(run, state.weights)
+        taken = seconds()
     lines = read_metrics(folder)
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     counted = account(replace(config, train=replace(config.train, seed=0)))
@@ -340,6 +349,7 @@ def _train_and_measure(task: Task, config: Config, folder: Path, jobs: int) -> R
         "label": task.arm.label,
         "seed": config.train.seed,
         "key": task.key(config),
+        "measurement": VERSION,
         **figures,
         "account": {
             "total": counted.total,
@@ -351,29 +361,52 @@ def _train_and_measure(task: Task, config: Config, folder: Path, jobs: int) -> R
         "settings": settings(config),
         "measured": {
             "tokens_per_second": float(np.median(speeds)) if speeds else None,
-            "seconds": round(time.monotonic() - start, 1),
+            "seconds": round(taken, 1),
             "jobs": jobs,
             "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-            "commit": _commit(),
+            "commit": COMMIT,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }
 
 
-@cache
-def _commit() -> str:
+@contextmanager
+def _stopwatch(path: Path) -> Iterator[Callable[[], float]]:
+    """Seconds in this block, added to those of earlier sessions, which a file keeps."""
+    before = float(path.read_text()) if path.exists() else 0.0
+    start = time.monotonic()
+
+    def seconds() -> float:
+        return before + time.monotonic() - start
+
+    try:
+        yield seconds
+    finally:
+        with atomic_write(path) as partial:
+            partial.write_text(f"{seconds():.3f}\n")
+
+
+def _read_commit(folder: Path) -> str:
     """The commit of the code, with "+changes" if files of the code differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(folder)]
     try:
         commit = subprocess.run(
             [*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True
         ).stdout.strip()
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "--", *CODE], check=True, capture_output=True
+            # From the root of the repository, of which `folder` is a part.
+            [*git, "status", "--porcelain", "--", *(f":/{name}" for name in CODE)],
+            check=True,
+            capture_output=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + "+changes" * bool(changed)
+
+
+COMMIT = _read_commit(
+    Path(__file__).parent
+)  # when the code is imported: the files may change while runs train
 
 
 def main(experiment: Experiment) -> None:

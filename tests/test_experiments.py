@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 from dataclasses import make_dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from engram_jax.errors import InputError
 from engram_jax.layers.mixture_of_experts import ExpertsConfig
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.tokenizer import load_tokenizer
-from experiments import allocation, facts, memory_law, row_optimizers
+from experiments import allocation, facts, memory_law, row_optimizers, sweep
 from experiments.results import Results
 from experiments.settings import _differing, settings, without_memory
 from experiments.sweep import Arm, Options, Task, run_experiment
@@ -147,8 +148,13 @@ def test_a_killed_sweep_continues_where_it_was_and_repeats_no_finished_run(
         run_experiment(law, options, family)
     path = options.path(law)
     assert [record["label"] for record in without_times(path)] == [LAW[0]]
+    [seconds] = options.runs.rglob(sweep.SECONDS)  # of the second run
+    assert float(seconds.read_text()) > 0
+    seconds.write_text("1000")
     run_experiment(law, options, family)
     assert saved == [1, 2, 1, 2]  # the second run went on at step 1
+    first, second = (of["measured"]["seconds"] for of in Results.read(path).records)
+    assert first < 1000 < second and not seconds.exists()
     assert without_times(path) == without_times(tmp_path / "whole" / path.name)
     assert not list((options.runs).rglob("checkpoints/*"))
 
@@ -199,6 +205,36 @@ def test_only_common_seeds_are_compared_and_a_label_and_seed_are_there_once(tmp_
     (tmp_path / "r.json").write_text("{")
     with pytest.raises(InputError, match=r"r\.json holds no results"):
         Results.read(tmp_path / "r.json")
+
+
+def test_runs_that_are_measured_in_another_way_are_other_runs(tiny, monkeypatch):
+    task = Task(Arm("", tiny), 0, 2)
+    before = task.key(tiny)
+    monkeypatch.setattr(sweep, "VERSION", sweep.VERSION + 1)
+    assert task.key(tiny) != before
+    old, new = (record("a", 0, 5.0, measurement=1), record("b", 0, 5.0, measurement=2))
+    assert Results((old,)).add(new, ["a", "b"]).records == (new,)
+    assert Results((new,)).add(record("a", 0, 4.0, measurement=2), ["a"]).labels() == ["a", "b"]
+
+
+def test_a_record_tells_whether_the_code_differs_from_its_commit(tmp_path):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True)
+
+    for folder in ("engram_jax", "experiments"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "code.py").write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    commit = sweep._read_commit(tmp_path / "experiments")
+    assert re.fullmatch(r"[0-9a-f]{12}", commit)
+    (tmp_path / "notes").write_text("")
+    assert sweep._read_commit(tmp_path / "experiments") == commit
+    (tmp_path / "engram_jax/code.py").write_text("changed")
+    assert sweep._read_commit(tmp_path / "experiments") == f"{commit}+changes"
+    assert sweep._read_commit(tmp_path / "none") == "unknown"
 
 
 def test_an_arm_of_equal_time_gets_the_steps_of_the_first_seeds_speeds(family):
