@@ -130,8 +130,9 @@ def parse_flags(options: Any, *, description: str, **settings: Any) -> Any:
         if not ending.code:
             print(f"\n{description}")
             raise
-    text = re.split(r"─{3,} ", errors.getvalue().partition("╮")[2])[0]
-    sentence = " ".join(re.sub(r"[│╰─╯]", " ", text).split())
+    # A title, the error, and help are separated by lines; in ASCII, there is no box around them.
+    text = " ".join(re.split(r"[─-]{3,}", errors.getvalue())[1:2])
+    sentence = " ".join(re.sub(r"[│╮╰]", " ", text).split())
     # Tyro names a section by its place in the code.
     sentence = re.sub(r"^Error parsing (config\.)?", "", sentence)
     raise InputError(f"{sentence.rstrip('.')}. See --help.")

@@ -54,7 +54,7 @@ def arms(family: Family) -> Sequence[Arm]:
         ),
         Arm("no memory", twin),
         Arm("no memory, equal FLOPs", widen(twin, account(config).training_flops)),
-        Arm("no memory, equal time", twin, same_time=("no memory", BASELINE)),
+        Arm("no memory, equal time", twin, same_time=config),
     ]
 
 

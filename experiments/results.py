@@ -23,8 +23,8 @@ class Results:
 
     Attributes:
         records: one per run: label, seed, key (hash of the configuration), measurement (version of
-            the figures), the settings that differ from their defaults, the figures, and how and
-            when they were measured.
+            the figures), the settings that differ from their defaults, the figures, how and when
+            they were measured, and the relative speed of an arm of equal time.
     """
 
     records: tuple[Record, ...]
@@ -79,6 +79,11 @@ class Results:
     def of(self, label: str) -> list[Record]:
         """The runs of a label, by seed."""
         return [record for record in self.records if record["label"] == label]
+
+    def relative_speed(self, label: str) -> float | None:
+        """The measured speed by which an arm of equal time got its steps; None: none was."""
+        runs = self.of(label)
+        return runs[0].get("relative_speed") if runs else None
 
     def values(self, label: str, *path: str) -> Floats:
         """A figure of every run of a label, such as `values("Engram", "loss", "prose")`."""

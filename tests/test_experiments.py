@@ -4,11 +4,13 @@ import importlib
 import json
 import re
 import subprocess
+import sys
 from dataclasses import make_dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from tiny_runs import on_devices, vary
 
@@ -20,10 +22,12 @@ from engram_jax.errors import InputError
 from engram_jax.layers.mixture_of_experts import ExpertsConfig
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.tokenizer import load_tokenizer
-from experiments import allocation, facts, memory_law, row_optimizers, sweep
+from engram_jax.trainer import Diverged
+from experiments import allocation, facts, gpu, memory_law, one_run, row_optimizers, sweep
+from experiments.report import time_taken
 from experiments.results import Results
 from experiments.settings import _differing, settings, without_memory
-from experiments.sweep import Arm, Options, Task, run_experiment
+from experiments.sweep import Arm, Experiment, Options, Task, run_experiment
 from experiments.token_classes import CLASSES, classify
 
 
@@ -82,14 +86,17 @@ def test_every_arm_trains(name, family, folder, monkeypatch):
     monkeypatch.setattr(allocation, "allocate", lambda config, share: config)
     monkeypatch.setattr(memory_law, "FACTORS", (1,))
     monkeypatch.setattr(row_optimizers, "FACTORS", (10.0,))
+    monkeypatch.setattr(one_run, "ROUNDS", 2)
+    monkeypatch.setattr(one_run, "STEPS", 1)
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
     options = Options(steps=2, seeds=1, runs=folder / "runs", results=folder / "every arm")
     deeper = {kind: vary(family(kind), model={"layers": 4}) for kind in ("engram", "over_encoding")}
     deeper["dense"] = vary(family("dense"), model={"layers": 4})
     arms = experiment.arms(deeper.__getitem__)
     results = run_experiment(experiment, options, deeper.__getitem__)
-    # There are no speeds of two steps, so arms of equal time cannot be trained.
-    assert results.labels() == [arm.label for arm in arms if arm.same_time is None]
+    assert results.labels() == [arm.label for arm in arms]
+    timed = [arm.label for arm in arms if arm.same_time is not None]
+    assert all(results.relative_speed(label) > 0 for label in timed)
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -148,7 +155,7 @@ def test_a_killed_sweep_continues_where_it_was_and_repeats_no_finished_run(
         run_experiment(law, options, family)
     path = options.path(law)
     assert [record["label"] for record in without_times(path)] == [LAW[0]]
-    [seconds] = options.runs.rglob(sweep.SECONDS)  # of the second run
+    [seconds] = options.runs.rglob(one_run.SECONDS)  # of the second run
     assert float(seconds.read_text()) > 0
     seconds.write_text("1000")
     run_experiment(law, options, family)
@@ -228,26 +235,131 @@ def test_a_record_tells_whether_the_code_differs_from_its_commit(tmp_path):
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "first")
-    commit = sweep._read_commit(tmp_path / "experiments")
+    commit = one_run._read_commit(tmp_path / "experiments")
     assert re.fullmatch(r"[0-9a-f]{12}", commit)
     (tmp_path / "notes").write_text("")
-    assert sweep._read_commit(tmp_path / "experiments") == commit
+    assert one_run._read_commit(tmp_path / "experiments") == commit
     (tmp_path / "engram_jax/code.py").write_text("changed")
-    assert sweep._read_commit(tmp_path / "experiments") == f"{commit}+changes"
-    assert sweep._read_commit(tmp_path / "none") == "unknown"
+    assert one_run._read_commit(tmp_path / "experiments") == f"{commit}+changes"
+    assert one_run._read_commit(tmp_path / "none") == "unknown"
 
 
-def test_an_arm_of_equal_time_gets_the_steps_of_the_first_seeds_speeds(family):
-    twin = Arm("twin, equal time", family("dense"), same_time=("twin", "memory"))
-    task = Task(twin, seed=1, steps=500)
-    results = Results((record("twin", 0, 5.0, speed=1200.0),))
-    assert task.config(results) is None
-    results = results.add(record("memory", 0, 5.0, speed=1000.0), [])
-    assert task.config(results).train.steps == 600
-    # Speeds of a later seed do not change it, and neither do new speeds once it has begun.
-    begun = record("twin, equal time", 0, 5.0) | {"settings": {"train.steps": 610}}
-    results = results.add(begun, []).add(record("memory", 1, 5.0, speed=1.0), [])
-    assert task.config(results).train.steps == 610
+@pytest.fixture
+def pretended(monkeypatch):
+    """Runs are not trained; the fixture is the list of their configurations."""
+    trained = []
+
+    def train_and_measure(config, folder, **_):
+        trained.append(config)
+        return record("", config.train.seed, 5.0, settings=settings(config))
+
+    monkeypatch.setattr(sweep, "train_and_measure", train_and_measure)
+    return trained
+
+
+def experiment_of(*arms):
+    return Experiment("some", lambda family: arms, arms[0].label, lambda results, figure: "")
+
+
+def test_an_arm_of_equal_time_gets_the_steps_of_a_speed_measured_once(
+    options, family, pretended, monkeypatch
+):
+    twin, memory = family("dense"), family("engram")
+    experiment = experiment_of(Arm("twin", twin), Arm("equal time", twin, same_time=memory))
+    speeds = [1.2, 1.5]
+    monkeypatch.setattr(sweep, "relative_speed", lambda *of: speeds.pop(0))
+    options = replace(options, steps=500, only=("equal time",))
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "write_report", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            run_experiment(experiment, options, family)
+    options.path(experiment).unlink()  # as if it was killed before the first run ended
+    results = run_experiment(experiment, options, family)
+    assert [config.train.steps for config in pretended] == [600, 600, 600]
+    assert [of["relative_speed"] for of in results.records] == [1.2, 1.2] and speeds == [1.5]
+    # The results alone tell the speed on another machine.
+    run_experiment(experiment, replace(options, runs=options.runs / "other", seeds=3), family)
+    assert pretended[-1].train.steps == 600 and pretended[-1].train.seed == 2
+    full = results.add(record("twin", 0, 5.0), [])
+    assert time_taken(full, "equal time", "twin") == (
+        "- equal time: its 600 steps take 1.00 of the time of twin. It trains at 1.200 of its "
+        "tokens/s (median, both alternately in one process)."
+    )
+
+
+def test_a_relative_speed_is_the_median_of_the_ratios_of_rounds(tiny, monkeypatch):
+    """The machine is half as fast in the second and third round."""
+    rates = {"own": np.array([6.0, 2.0, 2.0]), "other": np.array([3.0, 1.0, 0.5])}
+    monkeypatch.setattr(one_run.throughput, "measure", lambda *_: rates)
+    assert one_run.relative_speed(tiny, tiny) == 2.0
+
+
+def test_a_report_that_a_kill_prevented_is_written_later(options, tiny, pretended, monkeypatch):
+    experiment, options = experiment_of(Arm("only", tiny)), replace(options, seeds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "write_report", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            run_experiment(experiment, options, None)
+    table = options.path(experiment).with_suffix(".md")
+    assert not table.exists()
+    run_experiment(experiment, options, None)
+    assert "| only | 1 |" in table.read_text() and len(pretended) == 1
+
+
+def test_without_a_finished_run_the_end_is_one_sentence(tiny, monkeypatch, tmp_path, capsys):
+    def diverge(*_, **__):
+        raise Diverged("NaN at step 1")
+
+    monkeypatch.setattr(sweep, "train_and_measure", diverge)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", ["some", "--seeds", "1", *folders])
+    sweep.main(experiment_of(Arm("only", tiny)))
+    read = capsys.readouterr()
+    assert "Not finished: only (seed 0)." in read.err and "Cannot use" not in read.err
+    monkeypatch.setattr(sys, "argv", ["some", "--seeds", "many"])
+    with pytest.raises(SystemExit):
+        sweep.main(experiment_of(Arm("only", tiny)))
+    assert re.fullmatch(r"error: .*--seeds.* See --help\.\n", capsys.readouterr().err)
+
+
+class Helper:
+    """A process that saves a checkpoint before it ends."""
+
+    def __init__(self, calls):
+        self._calls = calls
+
+    def terminate(self):
+        self._calls.append("terminate")
+
+    def wait(self, timeout=None):
+        self._calls.append(timeout or "wait")
+        if timeout:
+            raise subprocess.TimeoutExpired("", timeout)
+
+
+def test_a_sweep_that_is_stopped_waits_for_its_helpers(tiny, monkeypatch):
+    calls, named = [], {}
+
+    def start(words, **more):
+        named.update(more)
+        return Helper(calls)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(SystemExit), sweep._helpers(experiment_of(Arm("", tiny)), 2):
+        sys.exit()
+    assert calls == ["terminate", "terminate", "wait", "wait"]
+    assert named == {"start_new_session": True}  # Ctrl-C would be a second signal
+
+
+def test_both_experiments_on_a_gpu_get_half_of_the_time(monkeypatch):
+    calls, now = [], [0.0]
+    monkeypatch.setattr(subprocess, "Popen", lambda words: Helper(calls))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu, "COMMANDS", {"first": [], "second": []})
+    gpu.main(minutes=10)
+    assert calls[:3] == [300 - gpu.SAVING, "terminate", "wait"]
+    assert calls[3] == 300 * 2 - gpu.SAVING  # no time has passed
 
 
 def test_a_key_depends_on_what_differs_from_the_defaults_and_changes_results(tiny):
