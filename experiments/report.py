@@ -76,10 +76,18 @@ def time_taken(results: Results, label: str, other: str) -> str:
     )
 
 
-def draw_points(axes: Axes, x: Floats, values: Sequence[Floats], color: str, label: str) -> None:
-    """Means over seeds with one standard error, and behind them the values of all seeds."""
+def draw_points(
+    axes: Axes,
+    x: Floats,
+    values: Sequence[Floats],
+    color: str,
+    label: str,
+    errors: Sequence[float] | None = None,
+) -> None:
+    """Means over seeds with their errors, by default one standard error, and all seeds behind."""
     for place, of_place in zip(x, values, strict=True):
         axes.plot([place] * len(of_place), of_place, "o", color=color, alpha=0.3, markersize=3.5)
     means = [np.mean(of_place) for of_place in values]
-    errors = [standard_error(of_place) for of_place in values]
+    if errors is None:
+        errors = [standard_error(of_place) for of_place in values]
     axes.errorbar(x, means, yerr=errors, color=color, label=label, **STYLE)

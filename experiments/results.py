@@ -85,21 +85,27 @@ class Results:
         runs = self.of(label)
         return runs[0].get("relative_speed") if runs else None
 
-    def values(self, label: str, *path: str) -> Floats:
+    def values(self, label: str, *path: str) -> Float[np.ndarray, "seeds ..."]:
         """A figure of every run of a label, such as `values("Engram", "loss", "prose")`."""
         return np.array([_get(record, path) for record in self.of(label)], np.float64)
 
+    def paired(self, labels: Sequence[str], *path: str) -> Float[np.ndarray, "labels seeds ..."]:
+        """A figure of several labels, for the seeds for which all of them have it, in order."""
+        by_label = [
+            {
+                record["seed"]: figure
+                for record in self.of(label)
+                if (figure := _get(record, path)) is not None
+            }
+            for label in labels
+        ]
+        seeds = sorted(set.intersection(*map(set, by_label)))
+        return np.array([[of[seed] for seed in seeds] for of in by_label], np.float64)
+
     def differences(self, label: str, baseline: str, *path: str) -> Floats:
         """A figure of a label minus that of the baseline, for every seed that both have."""
-        other = {record["seed"]: _get(record, path) for record in self.of(baseline)}
-        return np.array(
-            [
-                _get(record, path) - other[record["seed"]]
-                for record in self.of(label)
-                if record["seed"] in other
-            ],
-            np.float64,
-        )
+        own, other = self.paired([label, baseline], *path)
+        return np.asarray(own - other)
 
     def table(self, baseline: str) -> str:
         """A markdown table with one line per label.
@@ -167,9 +173,13 @@ def _health_cells(runs: Iterable[Record]) -> list[str]:
 
 
 def _get(record: Record, path: Sequence[str]) -> Any:
+    """A figure; None: the record does not have it."""
+    figure: Any = record
     for name in path:
-        record = record[name]
-    return record
+        figure = figure.get(name)
+        if figure is None:
+            return None
+    return figure
 
 
 def _place(record: Record) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Every experiment in its smallest form: two steps of tiny models, from nothing to the plot."""
+"""The engine of the experiments, and every experiment as two steps of tiny models."""
 
 import importlib
 import json
@@ -12,23 +12,29 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from experiment_records import record
 from tiny_runs import on_devices, vary
 
 from configs.small import small_config
 from engram_jax.checkpoint import Checkpoints
 from engram_jax.costs.accounting import account
-from engram_jax.data.token_cache import build_corpus
 from engram_jax.errors import InputError
 from engram_jax.layers.mixture_of_experts import ExpertsConfig
 from engram_jax.memory.row_adam import RowAdamConfig
-from engram_jax.tokenizer import load_tokenizer
 from engram_jax.trainer import Diverged
-from experiments import allocation, facts, gpu, memory_law, one_run, row_optimizers, sweep
+from experiments import (
+    allocation,
+    facts,
+    gpu,
+    memory_law,
+    one_run,
+    row_optimizers,
+    sweep,
+)
 from experiments.report import time_taken
 from experiments.results import Results
 from experiments.settings import _differing, settings, without_memory
 from experiments.sweep import Arm, Experiment, Options, Task, run_experiment
-from experiments.token_classes import CLASSES, classify
 
 
 @pytest.fixture(autouse=True)
@@ -77,12 +83,18 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("experiments")
 
 
+def make_few_facts(monkeypatch, folder):
+    monkeypatch.setattr(facts, "FOLDER", folder)
+    monkeypatch.setattr(facts, "FACTS", 3)
+    monkeypatch.setattr(facts, "CHOICES", 3)
+    monkeypatch.setattr(facts, "_RELATIONS", ("capital",))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SMALLEST, "comparison", "row_optimizers"])
 def test_every_arm_trains(name, family, folder, monkeypatch):
     """Allocations of such a small model are not of equal size, so `allocate` is left out."""
-    monkeypatch.setattr(facts, "FOLDER", folder / "text")
-    monkeypatch.setattr(facts, "FACTS", 3)
+    make_few_facts(monkeypatch, folder / "text")
     monkeypatch.setattr(allocation, "allocate", lambda config, share: config)
     monkeypatch.setattr(memory_law, "FACTORS", (1,))
     monkeypatch.setattr(row_optimizers, "FACTORS", (10.0,))
@@ -101,8 +113,7 @@ def test_every_arm_trains(name, family, folder, monkeypatch):
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_the_smallest_form_from_nothing_to_the_plot(name, family, folder, monkeypatch):
-    monkeypatch.setattr(facts, "FOLDER", folder / "text")
-    monkeypatch.setattr(facts, "FACTS", 3)
+    make_few_facts(monkeypatch, folder / "text")
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
     if name == "allocation":  # it is between experts and table rows
         experts = ExpertsConfig(routed=10, shared=1, active=2, width=16)
@@ -168,50 +179,6 @@ def test_a_killed_sweep_continues_where_it_was_and_repeats_no_finished_run(
     before = path.read_bytes()
     run_experiment(law, replace(options, runs=tmp_path / "other machine"), family)
     assert saved == [1, 2, 1, 2] and path.read_bytes() == before
-
-
-def record(label, seed, loss, **parts):
-    speed = parts.pop("speed", 1000.0)
-    return {
-        "label": label,
-        "seed": seed,
-        "key": f"{label} {seed}",
-        "loss": {"prose": loss},
-        "account": {"total": 2_000_000},
-        "settings": {"train.steps": 500},
-        "measured": {"tokens_per_second": speed},
-    } | parts
-
-
-def test_the_table_has_paired_differences_and_their_standard_errors():
-    losses = {"twin": (5.0, 5.2, 5.4), "memory": (4.9, 5.0, 5.1)}
-    records = [
-        record(label, seed, loss) for label, of in losses.items() for seed, loss in enumerate(of)
-    ]
-    health = {"1": {"open": 0.5, "closed": 0.25, "strength": 0.125}}
-    records[3] |= {"dropped": 0.3, "health": health}
-    records[4] |= {"dropped": 0.4, "health": health}
-    records[5] |= {"dropped": 0.5, "health": health}
-    _, _, twin, memory, *_ = Results(tuple(records)).table("twin").splitlines()
-    assert twin == ("| twin | 3 | 500 | 2.00 M | 5.2000 ± 0.1155 |  |  |  |  | 1,000 |")
-    # Differences −0.1, −0.2, −0.3: standard deviation 0.1, over √3.
-    assert memory == (
-        "| memory | 3 | 500 | 2.00 M | 5.0000 ± 0.0577 | -0.2000 ± 0.0577 | +0.4000 ± 0.0577 "
-        "| 50.0%, 25.0% | 0.125 | 1,000 |"
-    )
-
-
-def test_only_common_seeds_are_compared_and_a_label_and_seed_are_there_once(tmp_path):
-    results = Results(())
-    for label, seed, loss in (("b", 1, 3.0), ("a", 1, 1.0), ("b", 0, 2.0), ("b", 1, 4.0)):
-        results = results.add(record(label, seed, loss), ["a", "b"])
-    results.write(tmp_path / "r.json")
-    results = Results.read(tmp_path / "r.json")
-    assert [(of["label"], of["seed"]) for of in results.records] == [("a", 1), ("b", 0), ("b", 1)]
-    assert results.differences("b", "a", "loss", "prose").tolist() == [3.0]
-    (tmp_path / "r.json").write_text("{")
-    with pytest.raises(InputError, match=r"r\.json holds no results"):
-        Results.read(tmp_path / "r.json")
 
 
 def test_runs_that_are_measured_in_another_way_are_other_runs(tiny, monkeypatch):
@@ -459,39 +426,16 @@ def test_a_mistyped_label_is_refused(options, family):
         run_experiment(memory_law.EXPERIMENT, replace(options, plot_only=True), family)
 
 
-def test_facts_occur_as_often_as_they_say_and_are_not_held_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(facts, "FOLDER", tmp_path / "text")
-    invented = facts.make_facts()
-    assert len({fact.question for fact in invented}) == len(invented) == 4 * 67
-    assert all(len(set(fact.answers)) == facts.CHOICES for fact in invented)
-    path = facts.write_texts(invented, held_out=0.05)
-    corpus = build_corpus(path, load_tokenizer("default"), tmp_path / "cache", held_out=0.05)
-    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    assert len(set(texts)) == len(texts)
-    read = "\n".join(texts[number] for number in corpus.train.indices)
-    assert all(read.count(fact.sentence()) == fact.times for fact in invented)
-    assert len(corpus.held_out)
-
-
-def test_classes_of_tokens():
-    text = "The city of New York has 1,200 parks; the New City, in York."
-    texts = re.findall(r" ?\w+|[^\w ]", text)
-    named = dict(enumerate(CLASSES[kind] for kind in classify(texts)))
-    expected = {
-        "The": "function word",
-        " city": "first mention",
-        " New": "first mention",
-        " York": "inside a name",
-        " 1": "number",
-        ",": "number",  # of 1,200
-        " parks": "first mention",
-        ";": "punctuation",
-    }
-    for token, kind in expected.items():
-        assert named[texts.index(token)] == kind, token
-    assert [named[place] for place in (-4 + len(texts), -2 + len(texts))] == [
-        "punctuation",
-        "repeated in context",
-    ]
-    assert named[len(texts) - 6] == "repeated in context"  # New, after "the"
-    assert named[len(texts) - 5] == "inside a name"  # City
+@pytest.mark.slow
+def test_two_processes_share_an_experiment(tmp_path):
+    """The smallest experiment that the command line has: two steps of two arms."""
+    words = ["experiments.memory_law", "--steps", "2", "--seeds", "1", "--jobs", "2"]
+    words += ["--only", "no memory", "Engram, rows × 0.1"]
+    words += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    done = subprocess.run(
+        [sys.executable, "-m", *words], capture_output=True, text=True, check=True
+    )
+    results = Results.read(tmp_path / "results" / "memory_law_2_steps.json")
+    assert results.labels() == ["no memory", "Engram, rows × 0.1"]
+    assert "| no memory | 1 | 2 |" in done.stdout and "Not finished" not in done.stderr
+    assert {of["measured"]["jobs"] for of in results.records} == {1, 2}  # a helper has --jobs 1
