@@ -20,7 +20,6 @@ from engram_jax.config import Config
 from engram_jax.costs.accounting import account
 from experiments.report import draw_differences, time_taken
 from experiments.results import Results, mean_and_error
-from experiments.settings import without_memory
 from experiments.sweep import Arm, Experiment, Family, main
 
 BASELINE = "Engram"
@@ -29,7 +28,7 @@ BASELINE = "Engram"
 def arms(family: Family) -> Sequence[Arm]:
     """Engram, its memory made useless in three ways, its rival, and its twins."""
     config = family("engram")
-    memory, twin = config.memory, without_memory(config)
+    memory, twin = config.memory, config.without_memory()
 
     def with_memory(**changes: object) -> Config:
         return replace(config, memory=replace(memory, **changes))  # type: ignore[arg-type]

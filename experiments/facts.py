@@ -31,7 +31,6 @@ from engram_jax.run import Run
 from engram_jax.train_state import Weights
 from experiments.report import draw_points
 from experiments.results import Results, standard_error
-from experiments.settings import without_memory
 from experiments.sweep import Arm, Experiment, Family, main
 
 FOLDER = Path("runs/experiments/facts_text")
@@ -154,7 +153,7 @@ def arms(family: Family) -> Sequence[Arm]:
     data = replace(data, sources=(*data.sources, str(text)), weights=weights)
     config = replace(config, data=data)
     return [
-        Arm(BASELINE, without_memory(config), measure=recall),
+        Arm(BASELINE, config.without_memory(), measure=recall),
         Arm(ENGRAM, config, measure=recall),
     ]
 

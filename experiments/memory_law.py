@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from configs.small import Kind
 from experiments.report import draw_points
 from experiments.results import Floats, Results, mean_and_error
-from experiments.settings import without_memory
 from experiments.sweep import Arm, Experiment, Family, main
 
 FACTORS = (0.1, 0.32, 1, 3.2, 10)  # rows of a head, relative to those of `engram_2m`, 9,216
@@ -31,7 +30,7 @@ BASELINE = "no memory"
 def arms(family: Family) -> Sequence[Arm]:
     """Engram's backbone without memory, and with tables of every size."""
     config = family("engram")
-    found = [Arm(BASELINE, without_memory(config))]
+    found = [Arm(BASELINE, config.without_memory())]
     for factor in FACTORS:
         rows = tuple(round(factor * of_order) for of_order in config.memory.rows_per_head)
         for kind, title in KINDS.items():

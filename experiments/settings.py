@@ -1,10 +1,10 @@
 """What distinguishes a configuration from the defaults."""
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from engram_jax.config import Config, MemoryConfig
+from engram_jax.config import Config
 from engram_jax.identity import CHANGEABLE
 
 
@@ -15,17 +15,12 @@ def settings(config: Config) -> dict[str, Any]:
     earlier behavior as its default, does not change these settings.
     """
     if not config.memory.layers:
-        config = without_memory(config)
+        config = config.without_memory()
     return {
         name: value
         for name, value in _differing(config, Config())
         if name != "name" and not name.startswith(CHANGEABLE)
     }
-
-
-def without_memory(config: Config) -> Config:
-    """The same backbone without memory."""
-    return replace(config, memory=MemoryConfig(layers=()))
 
 
 def _differing(part: Any, reference: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

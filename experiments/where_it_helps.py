@@ -30,7 +30,6 @@ from engram_jax.train_state import Weights
 from experiments.measure import prose_of
 from experiments.report import STYLE
 from experiments.results import Results, standard_error
-from experiments.settings import without_memory
 from experiments.sweep import Arm, Experiment, Family, main
 from experiments.token_classes import CLASSES, classify
 
@@ -43,7 +42,7 @@ def arms(family: Family) -> Sequence[Arm]:
     """Engram and the same backbone without memory."""
     config = family("engram")
     return [
-        Arm(BASELINE, without_memory(config), measure=by_group),
+        Arm(BASELINE, config.without_memory(), measure=by_group),
         Arm(ENGRAM, config, measure=by_group),
     ]
 

@@ -196,7 +196,7 @@ engram_jax/layers/feed_forward.py < layers/test_feed_forward.py
   the feed-forward layer is not gated by SiLU
     - jax.nn.silu(x @ gate)
     + jax.nn.sigmoid(x @ gate)
-engram_jax/layers/over_encoding.py < layers/test_over_encoding.py
+engram_jax/layers/input_memory.py < layers/test_input_memory.py
   OverEncoding leaves the token out of the count
     - (embedding + projected) / (1 + orders)
     + (embedding + projected) / orders

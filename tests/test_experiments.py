@@ -33,7 +33,7 @@ from experiments import (
 )
 from experiments.report import time_taken
 from experiments.results import Results
-from experiments.settings import _differing, settings, without_memory
+from experiments.settings import _differing, settings
 from experiments.sweep import Arm, Experiment, Options, Task, run_experiment
 
 
@@ -335,8 +335,8 @@ def test_a_key_depends_on_what_differs_from_the_defaults_and_changes_results(tin
     names = settings(tiny).keys()
     assert {"model.width", "memory.heads", "train.seed"} <= names
     assert not names & {"memory.max_order", "model.engram.gated", "name", "train.log_every"}
-    without = without_memory(vary(tiny, memory={"heads": 4}))
-    assert settings(without) == settings(without_memory(tiny))
+    without = vary(tiny, memory={"heads": 4}).without_memory()
+    assert settings(without) == settings(tiny.without_memory())
     key = Task(Arm("", tiny), 0, 2).key
     other = vary(tiny, model={"engram": replace(tiny.model.engram, gated=False)})
     assert key(tiny) == key(changed) != key(other)
