@@ -6,8 +6,9 @@ Every control has the backbone of `engram_2m`. One row per head is one trained v
 tokens: the layer's parameters without any lookup. Frozen rows are random features of the n-gram.
 The twins are the backbone without memory: as it is; with its dense layer widened to Engram's FLOPs;
 and trained for Engram's wall-clock time. The bigram table of the nanoGPT speedruns is added to the
-input embedding without gate or projection, with as many numbers as Engram's table. The last line of
-the remarks is Engram, evaluated with another hash than in training.
+input embedding without gate or projection, with as many numbers as Engram's table, and with its
+learning-rate factor and vocabulary projection. The remarks have Engram's loss with another hash
+than in training.
 Cost: 8 configurations × 3 seeds, five minutes each on two CPU cores.
 """
 
