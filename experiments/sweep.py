@@ -5,8 +5,8 @@
 A run is finished when its line is in docs/results/NAME.json, and is then never repeated, even if
 its folder is gone. Runs that are not finished resume from their newest checkpoint, so a kill loses
 at most a tenth of a run. All lines of seed 0 run first. Any number of processes can work on the
-same experiment: a lock on each run divides them. After every run, the JSON file, the table
-(NAME.md) and the plot (NAME.png) are written again, and the run's checkpoints are deleted.
+same experiment: a lock on each run divides them. After every run and at the end, the JSON file, the
+table (NAME.md) and the plot (NAME.png) are written again. The run's checkpoints are deleted.
 """
 
 import hashlib
@@ -252,7 +252,7 @@ class _Worker:
         self._lock = self._folder / "results.lock"
         self._start, self._trained = time.monotonic(), 0
 
-    def run(self, tasks: Sequence[Task]) -> Results:
+    def run(self, tasks: Sequence[Task]) -> None:
         """Runs the tasks that are neither finished nor locked by another process."""
         for task in tasks:
             results = Results.read(self._path)
@@ -270,7 +270,6 @@ class _Worker:
                     record = self._record(task, config, self._folder / name)
                     if record is not None:
                         self._save(record | {"relative_speed": speed}, self._folder / name, tasks)
-        return Results.read(self._path)
 
     def _speed(self, arm: Arm, results: Results) -> float | None:
         """The speed of an arm relative to its `same_time`, measured once for all its seeds.

@@ -1,19 +1,23 @@
-"""The engine of the experiments, without training."""
+"""The engine of the experiments, and the keys of their runs, without training."""
 
+import importlib
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
 from experiment_records import record
+from tiny_runs import vary
 
+from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.trainer import Diverged
-from experiments import gpu, one_run, sweep
+from experiments import facts, gpu, one_run, sweep
 from experiments.report import time_taken
 from experiments.results import Results
-from experiments.settings import settings
+from experiments.settings import _differing, settings
 from experiments.sweep import Arm, Experiment, Options, Task, run_experiment
 
 
@@ -96,8 +100,8 @@ def test_an_arm_of_equal_time_gets_the_steps_of_a_speed_measured_once(
 
 
 def test_a_relative_speed_is_the_median_of_the_ratios_of_rounds(tiny, monkeypatch):
-    """The machine is half as fast in the second and third round."""
-    rates = {"own": np.array([6.0, 2.0, 2.0]), "other": np.array([3.0, 1.0, 0.5])}
+    """2, 1 and 4; the medians are equal."""
+    rates = {"own": np.array([6.0, 2.0, 2.0]), "other": np.array([3.0, 2.0, 0.5])}
     monkeypatch.setattr(one_run.throughput, "measure", lambda *_: rates)
     assert one_run.relative_speed(tiny, tiny) == 2.0
 
@@ -168,3 +172,68 @@ def test_both_experiments_on_a_gpu_get_half_of_the_time(monkeypatch):
     gpu.main(minutes=10)
     assert calls[:3] == [300 - gpu.SAVING, "terminate", "wait"]
     assert calls[3] == 300 * 2 - gpu.SAVING  # no time has passed
+
+
+def test_a_key_depends_on_what_differs_from_the_defaults_and_changes_results(tiny):
+    changed = vary(tiny, train={"log_every": 7, "keep_checkpoints": 5}, data={"workers": 2})
+    assert settings(changed) == settings(replace(tiny, name="other")) == settings(tiny)
+    names = settings(tiny).keys()
+    assert {"model.width", "memory.heads", "train.seed"} <= names
+    assert not names & {"memory.max_order", "model.engram.gated", "name", "train.log_every"}
+    without = vary(tiny, memory={"heads": 4}).without_memory()
+    assert settings(without) == settings(tiny.without_memory())
+    key = Task(Arm("", tiny), 0, 2).key
+    other = vary(tiny, model={"engram": replace(tiny.model.engram, gated=False)})
+    assert key(tiny) == key(changed) != key(other)
+    measured = Task(Arm("", tiny, measure=facts.recall), 0, 2).key(tiny)
+    assert measured != key(tiny)
+
+
+def test_a_key_tells_a_nested_part_from_its_default_in_this_configuration(tiny):
+    """`MemoryConfig.adam` has another factor than `RowAdamConfig()`."""
+    factors = {
+        settings(vary(tiny, memory={"adam": RowAdamConfig(factor=factor)})).get(
+            "memory.adam.factor"
+        )
+        for factor in (5.0, 10.0)
+    }
+    assert factors == {5.0, None}
+
+
+def test_a_new_field_with_its_default_changes_no_key():
+    """A part gets a field; it is the default, another one, of another class, or has its default."""
+    before = make_dataclass("Part", [("size", int, 1)], frozen=True)
+    after = make_dataclass("Part", [("size", int, 1), ("new", int, 7)], frozen=True)
+
+    def found(part):
+        other = make_dataclass("Other", [("name", str, "")], frozen=True)
+        whole = make_dataclass("Whole", [("own", Any, part(size=5)), ("none", Any, None)])
+        return [
+            dict(_differing(value, whole()))
+            for value in (whole(), whole(part(size=1)), whole(none=part(size=2)), whole(other()))
+        ]
+
+    assert found(before) == found(after)
+    assert found(after)[:2] == [{}, {"own.size": 1}]
+    assert found(after)[2:] == [{"none": "Part", "none.size": 2}, {"own": "Other"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, "2m") for name in ("comparison", "memory_law", "ablations", "layer_sweep")),
+        *((name, "2m") for name in ("row_optimizers", "facts", "where_it_helps")),
+        *((name, "default") for name in ("comparison", "row_optimizers")),
+        pytest.param("controls", "2m", marks=pytest.mark.slow),
+        pytest.param("allocation", "2m", marks=pytest.mark.slow),
+    ],
+)
+def test_only_equal_configurations_have_equal_keys(name, size, monkeypatch, tmp_path):
+    monkeypatch.setattr(facts, "FOLDER", tmp_path)
+    arms = importlib.import_module(f"experiments.{name}").EXPERIMENT.arms(Options(size=size).family)
+    by_key = {}
+    for arm in arms:
+        key = Task(arm, 0, 2).key(arm.config)
+        by_key.setdefault(key, []).append(replace(arm.config, name=""))
+    assert all(config == of[0] for of in by_key.values() for config in of)
+    assert len(by_key) == len([arm for arm in arms if arm.same_time is None])
