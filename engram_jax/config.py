@@ -4,7 +4,7 @@ import json
 import math
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,11 +99,9 @@ class MemoryConfig:
     def sites(self) -> MemorySites:
         """Where the decoder reads this memory."""
         orders = self.max_order - 1
-        engram = self.fusion == "engram"
         return MemorySites(
-            layers=self.layers if engram else (),
-            over_encoding=self.fusion == "over_encoding" and bool(self.layers),
-            added=self.fusion == "added" and bool(self.layers),
+            layers=self.layers if self.fusion == "engram" else (),
+            input=self.fusion if self.fusion != "engram" and self.layers else None,
             width=orders * self.heads * self.row_width,
             orders=orders,
         )
@@ -224,6 +222,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
+    def without_memory(self) -> "Config":
+        """The same backbone without memory."""
+        return replace(self, memory=MemoryConfig(layers=()))
+
     def __post_init__(self) -> None:
         _check_numbers(asdict(self))
         outside = [layer for layer in self.memory.layers if layer >= self.model.layers]
@@ -232,7 +234,7 @@ class Config:
                 f"memory.layers {outside} are outside a model of {self.model.layers} layers; "
                 f"the layer ids are 0…{self.model.layers - 1}."
             )
-        if self.memory.sites.added and self.memory.row_width != self.model.width:
+        if self.memory.sites.input == "added" and self.memory.row_width != self.model.width:
             raise InputError(
                 f"memory.row_width is {self.memory.row_width}, but rows that are added to the "
                 f"embedding have the model's width; set it to {self.model.width}."

@@ -246,7 +246,7 @@ engram_jax/layers/feed_forward.py < layers/test_feed_forward.py
   the feed-forward layer is not gated by SiLU
     - jax.nn.silu(x @ gate)
     + jax.nn.sigmoid(x @ gate)
-engram_jax/layers/over_encoding.py < layers/test_over_encoding.py
+engram_jax/layers/input_memory.py < layers/test_input_memory.py
   OverEncoding leaves the token out of the count
     - (embedding + projected) / (1 + orders)
     + (embedding + projected) / orders
@@ -416,6 +416,9 @@ engram_jax/evaluation/statistics.py < evaluation/test_statistics.py
   an n-gram is counted as often as in the last part
     - self.times[at[known]] += times[known]
     + self.times[at[known]] = times[known]
+  a head of one row is empty after one n-gram
+    - np.where(certain, trials > 0, -np.expm1
+    + np.where(certain, trials > 1, -np.expm1
 engram_jax/hashing_device.py < test_hashing_device.py
   on the device, n-grams reach over a dead position
     - alive &= ~older(dead, back)
@@ -463,33 +466,91 @@ costs/test_ahead_of_time.py::test_collectives_are_read_with_groups_trips_and_byt
 
 # Experiments
 
-experiments/results.py < test_experiments.py
-  differences are to the first seed of the baseline
-    - - other[record["seed"]]
-    + - next(iter(other.values()))
-experiments/settings.py < test_experiments.py
+experiments/results.py < test_experiment_statistics.py test_sweep.py
+  figures are those of the first seed
+    - [[of[seed] for seed in seeds] for of in by_label]
+    + [[next(iter(of.values())) for seed in seeds] for of in by_label]
+  runs that were measured in another way are mixed
+    - and each.get("measurement") == record.get("measurement")
+    + and each
+experiments/settings.py < test_sweep.py
   how often a run logs changes its key
     - and not name.startswith(CHANGEABLE)
     + and name
+  a nested part is compared with the defaults of its class
+    - _differing(value, default, f"{name}.")
+    + _differing(value, kind(), f"{name}.")
+experiments/sweep.py < test_sweep.py
+  the speed of an arm of equal time is measured for every seed
+    - if not path.exists():
+    + if path:
+  the report that a kill has prevented is never written
+    - if results.records:
+    + if not results.records:
+  another measurement has the same key
+    - "measurement": VERSION,
+    + "measurement": 0,
 experiments/sweep.py < test_experiments.py
-  speeds of every seed change the steps of equal time
-    - if begun := results.of(self.arm.label):
-    + if begun := []:
   checkpoints of finished runs stay
     - if not self._options.keep:
     + if self._options.keep:
-experiments/token_classes.py < test_experiments.py
+experiments/one_run.py < test_sweep.py
+  a relative speed is the ratio of medians
+    - np.median(rates["own"] / rates["other"])
+    + np.median(rates["own"]) / np.median(rates["other"])
+  changes of the code are looked for in another folder
+    - *(f":/{name}" for name in CODE)
+    + *(name for name in CODE)
+experiments/one_run.py < test_experiments.py
+  the time of earlier sessions is lost
+    - return before + time.monotonic() - start
+    + return time.monotonic() - start
+experiments/gpu.py < test_sweep.py
+  the first experiment takes all the time
+    - (end - time.monotonic()) / left - SAVING
+    + (end - time.monotonic()) - SAVING
+experiments/token_classes.py < test_experiment_statistics.py
   a word after a function word is inside a name
     - name_end = found.end() if is_name else -1
     + name_end = found.end()
-experiments/facts.py < test_experiments.py
+experiments/facts.py < test_experiment_statistics.py
   facts are put into held-out documents
     - if not _is_held_out(text, held_out)]
     + if _is_held_out(text, held_out)]
+  wrong answers are those of another relation
+    - if place == (times, relation)
+    + if place[0] == times
+  wrong answers occur more often
+    - if place == (times, relation)
+    + if place[1] == relation
+  the choice of the facts has no error
+    - for of in (by_seed, by_fact) if
+    + for of in (by_seed,) if
+  the key does not see the text
+    - hashlib.sha256("".join(lines.values()).encode())
+    + hashlib.sha256(b"")
+experiments/memory_law.py < test_experiment_statistics.py
+  the line is that of the first seed
+    - losses.mean(axis=1)
+    + losses[:, 0]
+experiments/where_it_helps.py < test_experiment_statistics.py
+  every seed is divided by the tokens of the first
+    - by_seed = (engram - twin).sum(axis=1) / totals
+    + by_seed = (engram - twin).sum(axis=1) / totals[0]
+  seeds are averaged by their tokens
+    - return float(ratios.mean()), float(error)
+    + return float(sums.sum() / tokens.sum()), float(error)
 engram_jax/evaluation/health.py < evaluation/test_health.py
   a memory that works is inert
     - if of_layer["strength"] < INERT
     + if of_layer["strength"] > INERT
+  a batch of few tokens counts as much as a full one
+    - np.average(batches, axis=0, weights=weights)
+    + np.mean(batches, axis=0)
+engram_jax/layers/engram.py < evaluation/test_health.py
+  padding counts in the health
+    - jnp.sum(by_token, where=token_mask)
+    + jnp.sum(by_token)
 """
 
 ROOT = Path(__file__).parent.parent

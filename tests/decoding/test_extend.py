@@ -55,7 +55,7 @@ V41 = EngramConfig(bias=False, convolution=False, norm_epsilon=1e-20, signed_roo
 FORMS = {
     "default": (PLAIN, SITES),
     "backbone": (BACKBONE, replace(SITES, layers=(0,))),
-    "over_encoding": (PLAIN, MemorySites(over_encoding=True, width=12, orders=2)),
+    "over_encoding": (PLAIN, MemorySites(input="over_encoding", width=12, orders=2)),
     "dense": (replace(PLAIN, tie_embeddings=False), MemorySites()),
     "v41": (replace(BACKBONE, engram=V41), replace(SITES, layers=(1,))),
     "single_fusion": (
@@ -95,7 +95,7 @@ class Text:
         ids = decoder.config.vocabulary
         tokens = generator.integers(0, ids, (2, LENGTH), dtype=np.int32)
         self.tokens = np.where(self.alive, tokens, -1)
-        layers = sites.layers or ((0,) if sites.over_encoding else ())
+        layers = sites.layers or ((0,) if sites.input else ())
         shape = (2, LENGTH, sites.width)
         self.memory = {layer: generator.normal(size=shape).astype(np.float32) for layer in layers}
         routed = decoder.config.experts.routed if decoder.config.experts else 0
