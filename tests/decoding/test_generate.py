@@ -142,6 +142,15 @@ def test_seeds_and_stop_strings(engram) -> None:
     assert stopped.tokens == first.tokens[: len(stopped.tokens)]
 
 
+def test_one_stop_string_can_be_given_alone(engram) -> None:
+    """And is not a sequence of characters."""
+    assert GenerationSettings(stop="END").stop_strings == ("END",)
+    hot = GenerationSettings(tokens=30, seed=3)
+    text = engram[2].generate(["Alexander"], hot)[0].text
+    stopped = engram[2].generate(["Alexander"], replace(hot, stop=text[3:6]))[0]
+    assert stopped.reason == "stop" and stopped.text == text[: text.index(text[3:6])]
+
+
 def test_shown_parts_make_the_text(engram) -> None:
     shown: dict[int, str] = {}
 
