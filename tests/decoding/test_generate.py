@@ -9,6 +9,7 @@ import jax
 import jax.monitoring
 import numpy as np
 import pytest
+from plainly import continue_greedily, log_probabilities_of
 from tiny_runs import assert_identical, plain_pass
 
 from engram_jax.costs.accounting import decode_state_bytes
@@ -40,37 +41,13 @@ def engram(untrained):
     return run, weights, Generator(run.program, run.tokenizer, weights)
 
 
-def continue_greedily(run: Run, decode, prompt: str, tokens: int) -> list[int]:
-    """Greedy tokens of plain forward passes, up to the end of the document."""
-    tokenizer = run.tokenizer
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
-    found: list[int] = []
-    while len(found) < tokens and tokenizer.eos_id not in found:
-        window = np.array([[*ids, *found] + [0] * (24 - len(ids) - len(found))], np.int32)
-        positions = np.arange(24, dtype=np.int32)[None]
-        logits, _ = decode(window, np.ones_like(window), positions)
-        found.append(int(np.argmax(logits[0, len(ids) + len(found) - 1])))
-    return [token for token in found if token != tokenizer.eos_id]
-
-
-def plain_log_probabilities(run: Run, decode, prompt: str, tokens: list[int]) -> np.ndarray:
-    """Log-probabilities of these tokens after a prompt, in one plain pass."""
-    ids = [run.tokenizer.bos_id, *run.tokenizer.encode(prompt).tolist()]
-    window = np.zeros((1, 24), np.int32)
-    window[0, : len(ids) + len(tokens)] = [*ids, *tokens]
-    positions = np.arange(24, dtype=np.int32)[None]
-    logits, _ = decode(window, np.ones_like(window), positions)
-    chances = jax.nn.log_softmax(logits[0, :, : run.tokenizer.vocab_size].astype(np.float32))
-    return np.asarray(chances)[len(ids) - 1 + np.arange(len(tokens)), tokens]
-
-
 def test_greedy_texts_are_those_of_plain_passes(model) -> None:
     run, weights, generator = model
     decode = plain_pass(run, weights)
     for prompt, found in zip(PROMPTS, generator.generate(PROMPTS, GREEDY), strict=True):
         assert found.tokens == continue_greedily(run, decode, prompt, 6)
         assert found.reason == ("length" if len(found.tokens) == 6 else "end")
-        expected = plain_log_probabilities(run, decode, prompt, found.tokens)
+        expected = log_probabilities_of(run, decode, prompt, found.tokens)
         np.testing.assert_allclose(found.log_probabilities, expected, atol=1e-4)
         whole = run.tokenizer.decode([*run.tokenizer.encode(prompt).tolist(), *found.tokens])
         assert whole == prompt + found.text

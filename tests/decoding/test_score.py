@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from plainly import score_plainly
 from tiny_runs import plain_pass
 
 from engram_jax.data.packing import pack_held_out
@@ -32,28 +33,6 @@ def scored(untrained):
     run = Run.open(untrained("engram").folder)
     weights = run.restore_weights()
     return run, weights, TextScorer(Generator(run.program, run.tokenizer, weights))
-
-
-def score_plainly(run: Run, decode, context: str, continuation: str) -> Likelihood:
-    tokenizer = run.tokenizer
-    before, whole = (
-        [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
-        for text in (context, context + continuation)
-    )
-    begin = next(
-        (n for n, ids in enumerate(zip(before, whole, strict=False)) if ids[0] != ids[1]),
-        min(len(before), len(whole)),
-    )
-    window = np.array([whole + [0] * (24 - len(whole))], np.int32)
-    positions = np.arange(24, dtype=np.int32)[None]
-    logits, _ = decode(window, np.ones_like(window), positions)
-    chances = np.asarray(jax.nn.log_softmax(logits[0, :, : tokenizer.vocab_size]))
-    numbers = range(begin, len(whole))
-    return Likelihood(
-        float(sum(chances[n - 1, whole[n]] for n in numbers)),
-        len(numbers),
-        all(int(chances[n - 1].argmax()) == whole[n] for n in numbers),
-    )
 
 
 def test_likelihoods_are_those_of_plain_passes(scored) -> None:
