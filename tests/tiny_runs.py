@@ -227,7 +227,8 @@ def use_rows(table: Table, steps: int) -> Table:
     clock = generator.integers(0, steps + 1, len(rows.clock), dtype=np.int32)
     written = np.float32(clock > 0)[:, None]
     mean = written * generator.normal(size=rows.mean.shape).astype(np.float32)
-    return _with_rows(table, rows._replace(mean=mean, square=mean**2, clock=clock))
+    square = (mean**2)[:, : rows.square.shape[1]]
+    return _with_rows(table, rows._replace(mean=mean, square=square, clock=clock))
 
 
 def _with_rows(table: Table, rows: RowState) -> Table:
