@@ -53,7 +53,7 @@ def candidates(temperature=1.0, top_k=ALL, top_p=1.0, min_p=0.0) -> np.ndarray:
     [
         {},
         {"temperature": 0.5},
-        {"temperature": 30.0, "top_k": 3},
+        {"temperature": 30.0, "top_k": 2},
         {"top_k": 20},
         {"top_p": 0.7},
         {"temperature": 4.0, "top_p": 0.05},
