@@ -30,7 +30,9 @@ import tyro
 from engram_jax.command_line import parse_flags
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.sources import resolve_source
-from engram_jax.decoding.generate import Generator, Settings
+from engram_jax.decoding.batches import make_batches
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.evaluation.gate_map import read_gates, write_html, write_png
 from engram_jax.evaluation.health import HealthStudy, format_health
@@ -105,20 +107,22 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     for source in options.sources:
         resolve_source(source)
+    if settings:
+        make_batches(run.config, run.tokenizer, [options.prompt], settings, devices=1)
     weights = run.restore_weights(options.step)
     corpora = run.corpora(options.sources)
     step = int(weights.step)
     print(f"{options.run}: {run.config.name}, step {step} of {run.config.train.steps}\n")
 
-    # The slow part is last, so that errors in a text or an option appear early.
-    study = _study(run, weights) if weights.tables and options.statistics else None
-    scorer = make_scorer(run.program)
+    # The slow parts are last, so that errors in a text or an option appear early.
     results: dict[str, Any] = {"run": run.config.name, "step": step}
     written = [_output(options, "eval.json")]
     if settings:
         generator = Generator(run.program, run.tokenizer, weights)
         continuation = generator.generate([options.prompt], settings)[0].text
         results["sample"] = {"prompt": options.prompt, "continuation": continuation}
+    study = _study(run, weights) if weights.tables and options.statistics else None
+    scorer = make_scorer(run.program)
     if has_gates:
         text = _shorten(run, text or _opening(run, corpora[0]))
         gate_map = read_gates(run, scorer, weights, text)
@@ -154,7 +158,7 @@ def _output(options: EvalOptions, name: str) -> Path:
     return _folder(options) / f"{stem}{'_part' if any(parts) else ''}.{suffix}"
 
 
-def _check(options: EvalOptions) -> Settings | None:
+def _check(options: EvalOptions) -> GenerationSettings | None:
     """The settings of the sampled continuation; None: none is asked for."""
     if not options.run.is_dir():
         raise InputError(f"There is no run folder {options.run}; train.py creates runs/NAME.")
@@ -167,7 +171,7 @@ def _check(options: EvalOptions) -> Settings | None:
         raise InputError(f"--sample-tokens is {options.sample_tokens}; it must be 0 or more.")
     if not options.sample_tokens:
         return None
-    return Settings(
+    return GenerationSettings(
         tokens=options.sample_tokens,
         temperature=options.temperature,
         top_k=options.top_k,

@@ -26,7 +26,8 @@ import jax
 from engram_jax.command_line import parse
 from engram_jax.config import Config
 from engram_jax.costs.accounting import allocate
-from engram_jax.decoding.generate import Generator, Settings
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import one_sentence
 from engram_jax.processes import end_together, is_leader, join_processes
 from engram_jax.run import Run
@@ -91,7 +92,7 @@ def main(options: TrainOptions, config: Config) -> int:
         return INTERRUPTED
     if jax.process_count() == 1:
         generator = Generator(run.program, run.tokenizer, state.weights)
-        settings = Settings(tokens=40, temperature=0.7, top_k=40)
+        settings = GenerationSettings(tokens=40, temperature=0.7, top_k=40)
         print(f"Sample: {PROMPT}|{generator.generate([PROMPT], settings)[0].text}")
     return 0
 

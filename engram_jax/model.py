@@ -13,13 +13,13 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from engram_jax.decoder_config import DecoderConfig as DecoderConfig
 from engram_jax.decoder_config import MemorySites as MemorySites
-from engram_jax.decoding.state import DecodeState
 from engram_jax.layers.block import Block, BlockReport, run_block
+from engram_jax.layers.decode_state import DecodeState
 from engram_jax.layers.embedding import look_up
 from engram_jax.layers.engram import MemoryHealth
 from engram_jax.layers.input_memory import AddedRows, OverEncoding
 from engram_jax.layers.norms import RMSNorm
-from engram_jax.layers.slots import Slots
+from engram_jax.layers.slots import Slots, whole_blocks
 from engram_jax.parameters import VocabularyMatrix
 from engram_jax.sharding import gather_parameters, split_axes
 
@@ -182,7 +182,11 @@ class Decoder(nnx.Module):
         return jnp.matmul(self.norm(hidden), head, preferred_element_type=jnp.float32), state
 
     def empty_state(self, batch: int, capacity: int) -> DecodeState:
-        """A state without tokens, of this many slots for every sequence."""
+        """A state without tokens, of at least this many slots for every sequence.
+
+        The number of slots is rounded up to whole blocks of attention (see `layers/slots.py`).
+        """
+        capacity = whole_blocks(capacity)
         caches = (block.empty_cache(batch, capacity) for block in self.blocks)
         return DecodeState.empty(batch, capacity, tuple(caches))
 

@@ -23,7 +23,8 @@ from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
 from engram_jax.data.sources import resolve_source, source_names
 from engram_jax.data.token_cache import build_corpus
-from engram_jax.decoding.generate import Generator, Settings
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.decoding.text import Continuation
 from engram_jax.errors import InputError
 from engram_jax.files import check_run_path
@@ -327,8 +328,13 @@ class Run:
         return Generator(self.program, self.tokenizer, self.restore_weights())
 
     def generate(self, prompts: Sequence[str], **settings: Any) -> list[Continuation]:
-        """Continues prompts with the newest checkpoint; arguments are those of `Settings`."""
-        return self.generator.generate(prompts, Settings(**settings))
+        """Continues prompts with the newest checkpoint.
+
+        Args:
+            prompts: the texts.
+            settings: those of `GenerationSettings`.
+        """
+        return self.generator.generate(prompts, GenerationSettings(**settings))
 
     def fitting(self, folder: Path) -> "Run":
         """Opens the run in another folder, after checking that this run can use its weights.

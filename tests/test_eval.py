@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -118,6 +119,38 @@ def test_statistics_need_the_text_of_the_training(eval_program, run, tmp_path, m
 def test_what_cannot_be_done_is_said(eval_program, run, flags, sentence):
     with pytest.raises(InputError, match=sentence):
         eval_program([str(run.folder), *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--top-k", "9000"], "--top-k is 9000"),
+        (["--sample-tokens", "1000000"], "ask for fewer tokens"),
+        (["--prompt", "\ud800"], "Prompt 1 is not valid"),
+        (["--temperature", "inf"], "--temperature is inf; it must be finite"),
+    ],
+)
+def test_the_sample_is_checked_before_the_checkpoint_is_read(
+    eval_program, run, monkeypatch, flags, sentence
+):
+    """With sentences that name only flags of eval.py."""
+    monkeypatch.setattr(Run, "restore_weights", None)
+    with pytest.raises(InputError, match=sentence) as refused:
+        eval_program([str(run.folder), *flags])
+    assert set(re.findall(r"--[\w-]+", str(refused.value))) <= set(flags)
+
+
+def test_the_sample_is_drawn_before_the_slow_statistics(eval_program, run, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise InputError("drawn")
+
+    def study(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("engram_jax.decoding.generate.Generator.generate", fail)
+    monkeypatch.setitem(eval_program.__globals__, "MemoryStudy", study)
+    with pytest.raises(InputError, match="drawn"):
+        eval_program([str(run.folder)])
 
 
 def test_other_sources_are_checked_like_the_runs_own(eval_program, run, tmp_path):

@@ -26,7 +26,8 @@ from tiny_runs import (
 from engram_jax import files, platforms, program
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config, save_config
-from engram_jax.decoding.generate import Generator, Settings
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.attention import AttentionConfig
@@ -302,7 +303,7 @@ def test_one_row_on_one_device(config: Config, tmp_path: Path, heads: int, kv_he
     run = Run.open(tmp_path / "run")
     assert run.program.mesh.size == 1
     generator = Generator(run.program, run.tokenizer, run.program.initial_state().weights)
-    assert generator.generate(["Alexander"], Settings(tokens=1))[0].tokens
+    assert generator.generate(["Alexander"], GenerationSettings(tokens=1))[0].tokens
 
 
 def test_rows_that_do_not_divide_over_the_devices_are_refused(tiny: Config, tmp_path: Path) -> None:
@@ -358,7 +359,9 @@ def test_a_model_may_have_ids_to_spare(tiny: Config, tmp_path: Path) -> None:
     weights = replace(weights, params=weights.params | {"head": head})
     generator = Generator(run.program, run.tokenizer, weights)
     for heat in (0.0, 1.0):
-        drawn = generator.generate(["the"], Settings(tokens=5, temperature=heat))[0].tokens
+        drawn = generator.generate(["the"], GenerationSettings(tokens=5, temperature=heat))[
+            0
+        ].tokens
         assert drawn and max(drawn) < 8192
 
 
