@@ -16,11 +16,13 @@ import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+os.environ["MPLBACKEND"] = "agg"  # pictures are only written
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/xla")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
@@ -116,7 +118,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
     # The slow parts are last, so that errors in a text or an option appear early.
     results: dict[str, Any] = {"run": run.config.name, "step": step}
-    written = [_output(options, "eval.json")]
+    outputs: dict[Path, Callable[[Path], object]] = {
+        _output(options, "eval.json"): partial(_write_json, results)
+    }
     if settings:
         generator = Generator(run.program, run.tokenizer, weights)
         continuation = generator.generate([options.prompt], settings)[0].text
@@ -126,9 +130,8 @@ def main(args: Sequence[str] | None = None) -> None:
     if has_gates:
         text = _shorten(run, text or _opening(run, corpora[0]))
         gate_map = read_gates(run, scorer, weights, text)
-        written += [_output(options, "gates.html"), _output(options, "gates.png")]
-        write_html(gate_map, written[1])
-        write_png(gate_map, written[2])
+        outputs[_output(options, "gates.html")] = partial(write_html, gate_map)
+        outputs[_output(options, "gates.png")] = partial(write_png, gate_map)
         means = {str(layer): gates.mean() for layer, gates in gate_map.gates.items()}
         results["gates"] = {"text": text, "mean": means}
     printed = _score(options, run, weights, corpora, scorer, study, results)
@@ -136,14 +139,30 @@ def main(args: Sequence[str] | None = None) -> None:
         found = study.report()
         printed += f"\n\n{format_memory(found)}"
         results["memory"] = memory_json(found)
-        written.append(_output(options, "memory.png"))
-        write_memory_png(found, written[-1])
-    with atomic_write(written[0]) as partial:
-        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        outputs[_output(options, "memory.png")] = partial(write_memory_png, found)
+    failures = _write_all(outputs)
     print(printed)
     if "sample" in results:
         print(f"\nSample: {options.prompt}|{results['sample']['continuation']}")
-    print(f"\nWritten: {', '.join(map(str, written))}")
+    if failures:
+        raise failures[0]
+    print(f"\nWritten: {', '.join(map(str, outputs))}")
+
+
+def _write_json(results: dict[str, Any], path: Path) -> None:
+    with atomic_write(path) as incomplete:
+        incomplete.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _write_all(outputs: Mapping[Path, Callable[[Path], object]]) -> list[OSError]:
+    """Writes each file that can be written; returns the errors of the others."""
+    failures = []
+    for path, write in outputs.items():
+        try:
+            write(path)
+        except OSError as error:
+            failures.append(error)
+    return failures
 
 
 def _folder(options: EvalOptions) -> Path:

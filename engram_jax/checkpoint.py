@@ -102,10 +102,8 @@ class Checkpoints:
             if is_leader():  # the next save removes files that Orbax still writes after this
                 shutil.rmtree(partial, ignore_errors=True)
             if (reason := _disk_reason(error)) is not None:
-                raise InputError(
-                    f"Cannot write the checkpoint of step {step} to {self.folder} ({reason}); free "
-                    "some space, or keep fewer checkpoints."
-                ) from error
+                problem = f"Cannot write the checkpoint of step {step} to {self.folder} ({reason})"
+                raise InputError(f"{problem}; free some space.") from error
             raise
         return final
 

@@ -76,6 +76,19 @@ def test_sources_and_texts_can_be_chosen(eval_program, run, tmp_path, capsys):
     assert len(run.tokenizer.encode(results["gates"]["text"])) == 1022
 
 
+def test_scores_are_printed_if_a_file_cannot_be_written(eval_program, run, tmp_path, capsys):
+    (tmp_path / "eval_part.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        eval_program(
+            [
+                *(str(run.folder), "--output", str(tmp_path), "--no-statistics"),
+                *("--max-tokens", "50", "--sample-tokens", "0"),
+            ]
+        )
+    assert "perplexity" in capsys.readouterr().out
+    assert (tmp_path / "gates_part.png").is_file()
+
+
 @pytest.mark.parametrize("memory", ["dense", pytest.param("over_encoding", marks=pytest.mark.slow)])
 def test_models_without_gates_skip_what_needs_them(eval_program, memory, untrained):
     run = untrained(memory)
