@@ -93,7 +93,7 @@ class Model:
                 by_sequence(7, np.uint32),
             )
             max_tokens, limits = by_sequence(10**9, np.int32), Limits(np.int32(8192), np.int32(-1))
-        held = [state, drawing]
+        held: list[Any] = [state, drawing]
 
         def run() -> float:
             with self.program.use_mesh():
