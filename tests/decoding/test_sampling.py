@@ -53,7 +53,7 @@ def candidates(temperature=1.0, top_k=ALL, top_p=1.0, min_p=0.0) -> np.ndarray:
     [
         {},
         {"temperature": 0.5},
-        {"temperature": 30.0, "top_k": 2},
+        {"temperature": 30.0, "top_k": 3},
         {"top_k": 20},
         {"top_p": 0.7},
         {"temperature": 4.0, "top_p": 0.05},
@@ -76,6 +76,12 @@ def test_drawn_tokens_have_the_distribution_of_the_candidates(named) -> None:
 @pytest.mark.parametrize("named", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}])
 def test_one_candidate_is_the_most_likely(named) -> None:
     assert (draw_with(**named) == LOGITS[:PIECES].argmax()).all()
+
+
+def test_two_candidates_of_many_equal_tokens_are_drawn_equally_often() -> None:
+    """A next draw is from fewer tokens: drawn again from all 290, some draws would never end."""
+    counts = np.bincount(draw_with(temperature=1e30, top_k=2))
+    assert len(counts) == 2 and abs(counts[0] / DRAWS - 0.5) < 0.025
 
 
 def test_equal_seeds_give_equal_tokens() -> None:
