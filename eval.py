@@ -16,20 +16,25 @@ import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+os.environ["MPLBACKEND"] = "agg"  # pictures are only written
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/xla")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+import numpy as np
 import tyro
 
 from engram_jax.command_line import parse_flags
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.sources import resolve_source
-from engram_jax.decoding.generate import Generator, Settings
+from engram_jax.decoding.batches import make_batches
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.evaluation.gate_map import read_gates, write_html, write_png
 from engram_jax.evaluation.health import HealthStudy, format_health
@@ -104,26 +109,29 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     for source in options.sources:
         resolve_source(source)
+    if settings:
+        make_batches(run.config, run.tokenizer, [options.prompt], settings, devices=1)
     weights = run.restore_weights(options.step)
     corpora = run.corpora(options.sources)
     step = int(weights.step)
     print(f"{options.run}: {run.config.name}, step {step} of {run.config.train.steps}\n")
 
-    # The slow part is last, so that errors in a text or an option appear early.
-    study = _study(run, weights) if weights.tables and options.statistics else None
-    scorer = make_scorer(run.program)
+    # The slow parts are last, so that errors in a text or an option appear early.
     results: dict[str, Any] = {"run": run.config.name, "step": step}
-    written = [_output(options, "eval.json")]
+    outputs: dict[Path, Callable[[Path], object]] = {
+        _output(options, "eval.json"): partial(_write_json, results)
+    }
     if settings:
         generator = Generator(run.program, run.tokenizer, weights)
         continuation = generator.generate([options.prompt], settings)[0].text
         results["sample"] = {"prompt": options.prompt, "continuation": continuation}
+    study = _study(run, weights) if weights.tables and options.statistics else None
+    scorer = make_scorer(run.program)
     if has_gates:
         text = _shorten(run, text or _opening(run, corpora[0]))
         gate_map = read_gates(run, scorer, weights, text)
-        written += [_output(options, "gates.html"), _output(options, "gates.png")]
-        write_html(gate_map, written[1])
-        write_png(gate_map, written[2])
+        outputs[_output(options, "gates.html")] = partial(write_html, gate_map)
+        outputs[_output(options, "gates.png")] = partial(write_png, gate_map)
         means = {str(layer): gates.mean() for layer, gates in gate_map.gates.items()}
         results["gates"] = {"text": text, "mean": means}
     printed = _score(options, run, weights, corpora, scorer, study, results)
@@ -131,28 +139,49 @@ def main(args: Sequence[str] | None = None) -> None:
         found = study.report()
         printed += f"\n\n{format_memory(found)}"
         results["memory"] = memory_json(found)
-        written.append(_output(options, "memory.png"))
-        write_memory_png(found, written[-1])
-    with atomic_write(written[0]) as partial:
-        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        outputs[_output(options, "memory.png")] = partial(write_memory_png, found)
+    failures = _write_all(outputs)
     print(printed)
     if "sample" in results:
         print(f"\nSample: {options.prompt}|{results['sample']['continuation']}")
-    print(f"\nWritten: {', '.join(map(str, written))}")
+    if failures:
+        raise failures[0]
+    print(f"\nWritten: {', '.join(map(str, outputs))}")
+
+
+def _write_json(results: dict[str, Any], path: Path) -> None:
+    with atomic_write(path) as incomplete:
+        incomplete.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _write_all(outputs: Mapping[Path, Callable[[Path], object]]) -> list[OSError]:
+    """Writes each file that can be written; returns the errors of the others."""
+    failures = []
+    for path, write in outputs.items():
+        try:
+            write(path)
+        except OSError as error:
+            failures.append(error)
+    return failures
+
+
+def _folder(options: EvalOptions) -> Path:
+    """The folder to write to."""
+    return (options.output or options.run).expanduser()
 
 
 def _output(options: EvalOptions, name: str) -> Path:
     """The file to write; a partial evaluation does not replace a complete one."""
     parts = options.sources, options.step is not None, options.max_tokens, not options.statistics
     stem, suffix = name.split(".")
-    return (options.output or options.run) / f"{stem}{'_part' if any(parts) else ''}.{suffix}"
+    return _folder(options) / f"{stem}{'_part' if any(parts) else ''}.{suffix}"
 
 
-def _check(options: EvalOptions) -> Settings | None:
+def _check(options: EvalOptions) -> GenerationSettings | None:
     """The settings of the sampled continuation; None: none is asked for."""
     if not options.run.is_dir():
         raise InputError(f"There is no run folder {options.run}; train.py creates runs/NAME.")
-    output = options.output or options.run
+    output = _folder(options)
     if not (output.is_dir() and os.access(output, os.W_OK)):
         raise InputError(f"Cannot write to {output}; give a folder with --output.")
     if options.max_tokens is not None and options.max_tokens < 1:
@@ -161,7 +190,7 @@ def _check(options: EvalOptions) -> Settings | None:
         raise InputError(f"--sample-tokens is {options.sample_tokens}; it must be 0 or more.")
     if not options.sample_tokens:
         return None
-    return Settings(
+    return GenerationSettings(
         tokens=options.sample_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -227,7 +256,7 @@ def _score(
 def _opening(run: Run, corpus: Corpus) -> str:
     """The start of the corpus's first held-out document."""
     ids = corpus.held_out.tokens(0)[1:-1]  # without bos and eos
-    return run.tokenizer.decode(ids[:OPENING_TOKENS])
+    return _decode_whole(run, ids[:OPENING_TOKENS])
 
 
 def _shorten(run: Run, text: str) -> str:
@@ -235,7 +264,12 @@ def _shorten(run: Run, text: str) -> str:
     if len(ids) <= MAP_TOKENS:
         return text
     print(f"The gate map shows the first {MAP_TOKENS:,} of the text's {len(ids):,} tokens.\n")
-    return run.tokenizer.decode(ids[:MAP_TOKENS])
+    return _decode_whole(run, ids[:MAP_TOKENS])
+
+
+def _decode_whole(run: Run, ids: np.ndarray) -> str:
+    """The text of ids, without a character that they cut in two."""
+    return run.tokenizer.decode(ids).rstrip("\ufffd")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ import jax
 from engram_jax.command_line import parse
 from engram_jax.config import Config
 from engram_jax.costs.accounting import allocate
-from engram_jax.decoding.generate import Generator, Settings
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import one_sentence
 from engram_jax.processes import end_together, is_leader, join_processes
 from engram_jax.run import Run
@@ -63,8 +64,8 @@ class TrainOptions:
     distributed: bool = False
 
 
-def main(options: TrainOptions, config: Config) -> None:
-    """Trains, and prints the next command."""
+def main(options: TrainOptions, config: Config) -> int:
+    """Trains, and prints the next command. Returns the exit status."""
     if options.allocation is not None:
         config = allocate(config, options.allocation)
     run = Run.start(
@@ -88,11 +89,12 @@ def main(options: TrainOptions, config: Config) -> None:
         elif jax.process_count() == 1:  # eval.py uses one process
             print(following)
     if stopped:
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     if jax.process_count() == 1:
         generator = Generator(run.program, run.tokenizer, state.weights)
-        settings = Settings(tokens=40, temperature=0.7, top_k=40)
+        settings = GenerationSettings(tokens=40, temperature=0.7, top_k=40)
         print(f"Sample: {PROMPT}|{generator.generate([PROMPT], settings)[0].text}")
+    return 0
 
 
 if __name__ == "__main__":
@@ -100,5 +102,6 @@ if __name__ == "__main__":
         arguments = parse(TrainOptions, __doc__ or "")
         if arguments[0].distributed:
             join_processes()
-    with end_together(normal=[INTERRUPTED]), one_sentence():
-        main(*arguments)
+    with end_together(), one_sentence():
+        status = main(*arguments)
+    sys.exit(status)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.decoding [--rounds N] [--large-width N]
 
-- tokens/s of one sequence, and of the path before there was a cache: a forward pass over a window,
-  planned on the host, for every token;
+- tokens/s of one sequence, as `Generator.generate` reports it, with the work of the host; and of
+  the path before there was a cache: a forward pass over a window, planned on the host, per token;
 - bytes of weights read per second, and of a copy, by a model that does not fit in the caches;
-- a step of the default model and of its dense twin;
-- prompt tokens/s, and tokens/s of the forward pass of training on the same shape;
+- a step of the compiled loop of the default model and of its dense twin;
+- prompt tokens/s (without logits), and tokens/s of the forward pass of training on the same shape;
 - a step with each option of drawing, and without;
 - hashing on the device, and a step.
 
@@ -30,12 +30,13 @@ from engram_jax.command_line import load_named_config
 from engram_jax.compression import project_vocabulary
 from engram_jax.config import Config
 from engram_jax.data.packing import Batch
-from engram_jax.decoding.programs import BURST, Drawing, Limits, ProgramCache
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.programs import BURST, Drawing, Limits
 from engram_jax.decoding.sampling import DrawSettings, draw
-from engram_jax.decoding.weights import prepare
+from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import one_sentence
 from engram_jax.hashing import NgramHash
-from engram_jax.hashing_device import hash_tokens, stored_places
+from engram_jax.hashing_device import HashConstants, hash_tokens, stored_places
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.program import Program, micro_batches
 from engram_jax.sharding import make_mesh
@@ -61,30 +62,38 @@ class Model:
             ngram_hash = NgramHash.build(spec, project_vocabulary(tokenizer))
         self.program = Program.build(self.config, ngram_hash, make_mesh(self.config.mesh))
         self.weights: Weights = self.program.initial_state().weights
-        self.prepared = prepare(self.program, self.weights)
-        self.programs = ProgramCache(self.program)
+        self.generator = Generator(self.program, tokenizer, self.weights)
+        self.prepared, self.programs = self.generator.weights, self.generator.programs
 
-    def burst(self, batch: int, length: int = 32, **ways: float) -> Timed:
+    def generate(self, tokens: int = 128) -> Timed:
+        """Seconds of a token of one continuation, with the work of the host."""
+
+        def run() -> float:
+            self.generator.generate(["The city of"], GenerationSettings(tokens=tokens))
+            return 1 / self.generator.speed.rate
+
+        return run
+
+    def burst(self, batch: int, length: int = 32) -> Timed:
         """Seconds of a step of the compiled loop, from a length of the sequences on."""
-        settings = {"temperature": 1.0, "top_k": 2**31 - 1, "top_p": 1.0, "min_p": 0.0} | ways
         with self.program.use_mesh():
             programs = self.programs.get(self.prepared, batch, 256)
-            state, logits = programs.empty()
-            sharding = logits.sharding
+            state = self.programs.empty(self.prepared, batch, 256)
 
             def by_sequence(value: Any, dtype: Any) -> jax.Array:
-                return jax.device_put(np.full(batch, value, dtype), sharding)
+                return jax.device_put(np.full(batch, value, dtype), self.generator.by_sequence)
 
-            drawing = Drawing(logits, by_sequence(0, np.int32), by_sequence(False, bool))
+            whole = by_sequence(0, np.int32)
+            drawing = Drawing(whole, jnp.copy(whole), by_sequence(False, bool))
             draw_settings = DrawSettings(
-                by_sequence(settings["temperature"], np.float32),
-                by_sequence(settings["top_k"], np.int32),
-                by_sequence(settings["top_p"], np.float32),
-                by_sequence(settings["min_p"], np.float32),
+                by_sequence(1, np.float32),
+                by_sequence(2**31 - 1, np.int32),
+                by_sequence(1, np.float32),
+                by_sequence(0, np.float32),
                 by_sequence(7, np.uint32),
             )
-            most, limits = by_sequence(10**9, np.int32), Limits(np.int32(8192), np.int32(-1))
-        held = [state, drawing]
+            max_tokens, limits = by_sequence(10**9, np.int32), Limits(np.int32(8192), np.int32(-1))
+        held: list[Any] = [state, drawing]
 
         def run() -> float:
             with self.program.use_mesh():
@@ -92,7 +101,7 @@ class Model:
                 begin = perf_counter()
                 for _ in range(BURSTS):
                     state, drawing, tokens, _ = programs.burst(
-                        self.prepared, state, drawing, draw_settings, most, limits
+                        self.prepared, state, drawing, draw_settings, max_tokens, limits
                     )
                     tokens.block_until_ready()
                 held[:] = state, drawing
@@ -105,20 +114,19 @@ class Model:
         tokens = np.random.default_rng(0).integers(0, 8192, (batch, length), dtype=np.int32)
         with self.program.use_mesh():
             programs = self.programs.get(self.prepared, batch, max(length, 256))
-            held = list(programs.empty())
-            sharding, chunk = held[1].sharding, programs.chunk
+            held = [self.programs.empty(self.prepared, batch, max(length, 256))]
+            sharding, chunk = self.generator.by_sequence, self.programs.chunk(batch)
 
         def run() -> float:
             with self.program.use_mesh():
                 begin = perf_counter()
                 zeros = jax.device_put(np.zeros(batch, np.int32), sharding)
-                state, logits = replace(held[0], length=zeros), held[1]
+                state = replace(held[0], length=zeros)
                 for first in range(0, length, chunk):
                     part = tokens[:, first : first + chunk], np.full(batch, chunk, np.int32)
                     inputs = jax.device_put(part, sharding)
-                    state, logits = programs.prefill(self.prepared, state, *inputs, logits)
-                logits.block_until_ready()
-                held[:] = state, logits
+                    state = programs.prefill(self.prepared, state, *inputs)
+                held[:] = [jax.block_until_ready(state)]
             return perf_counter() - begin
 
         return run
@@ -187,7 +195,7 @@ class Model:
         orders = len(self.config.memory.rows_per_head)
 
         @jax.jit
-        def repeat(tokens: jax.Array) -> jax.Array:
+        def repeat(tokens: jax.Array, constants: HashConstants) -> jax.Array:
             def body(_: Any, tokens: jax.Array) -> jax.Array:
                 places = stored_places(constants, hash_tokens(constants, tokens, 0 * tokens))
                 return (tokens + jnp.sum(places[0, :, -1], axis=1, keepdims=True)) % 8192
@@ -198,15 +206,15 @@ class Model:
             with self.program.use_mesh():
                 tokens = jnp.ones((batch, orders + 1), jnp.int32)
                 begin = perf_counter()
-                repeat(tokens).block_until_ready()
+                repeat(tokens, constants).block_until_ready()
             return (perf_counter() - begin) / 1000
 
         return run
 
 
-def draws(logits: jax.Array, **ways: float) -> Timed:
+def draws(logits: jax.Array, **options: float) -> Timed:
     """Seconds to draw a token of every sequence."""
-    settings = {"temperature": 1.0, "top_k": 2**31 - 1, "top_p": 1.0, "min_p": 0.0} | ways
+    settings = {"temperature": 1.0, "top_k": 2**31 - 1, "top_p": 1.0, "min_p": 0.0} | options
     batch, types = len(logits), (np.float32, np.int32, np.float32, np.float32)
     parts = [np.full(batch, v, t) for v, t in zip(settings.values(), types, strict=True)]
     draw_settings = DrawSettings._make([*parts, np.arange(batch, dtype=np.uint32)])
@@ -270,7 +278,7 @@ def main(rounds: int = 15, large_width: int = 1024) -> None:
         large_width: width of the model that is compared with the copy bandwidth.
     """
     engram, dense = Model(load_named_config("default")), Model(load_named_config("dense"))
-    measured = measure(rounds, before=engram.before(), step=engram.burst(1))
+    measured = measure(rounds, before=engram.before(), step=engram.generate())
     show("default, one sequence: tokens/s", 1 / measured["step"], "tokens/s")
     show("  without a cache", 1 / measured["before"], "tokens/s")
     show("  ratio", measured["before"] / measured["step"], "×", "≥ 20")
@@ -296,7 +304,7 @@ def main(rounds: int = 15, large_width: int = 1024) -> None:
     }
     step = engram.burst(64)
     logits = 3 * jax.random.normal(jax.random.key(0), (64, 8192))
-    timed = {name: draws(logits, **ways) for name, ways in options.items()}
+    timed = {name: draws(logits, **option) for name, option in options.items()}
     measured = measure(rounds, step=step, plain=draws(logits), **timed)
     for name in options:
         added = measured[name] - measured["plain"]

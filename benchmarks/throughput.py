@@ -9,7 +9,7 @@ the same time, as in training.
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -50,19 +50,11 @@ class Training:
         return time.perf_counter() - start
 
 
-def measure(
-    configs: Sequence[str], rounds: int, steps: int, workers: int | None = None
-) -> dict[str, np.ndarray]:
+def measure(configs: Mapping[str, Config], rounds: int, steps: int) -> dict[str, np.ndarray]:
     """Tokens per second of every config in every round; the configs alternate."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        named = {name: load_named_config(name) for name in configs}
         trainings = {
-            name: Training(
-                replace(config, data=replace(config.data, workers=workers)),
-                Path(folder) / name,
-                stack,
-            )
-            for name, config in named.items()
+            name: Training(config, Path(folder) / name, stack) for name, config in configs.items()
         }
         for training in trainings.values():  # compiles
             training.advance(2)
@@ -89,7 +81,12 @@ def main(
         workers: number of processes that build batches; None: the same number as in training.
         json_file: file for the tokens per second of every round, by config.
     """
-    rates = measure(configs, rounds, steps, workers)
+    named = {name: load_named_config(name) for name in configs}
+    named = {
+        name: replace(config, data=replace(config.data, workers=workers))
+        for name, config in named.items()
+    }
+    rates = measure(named, rounds, steps)
     print(f"{jax.devices()[0].device_kind}, {rounds} rounds of {steps} steps")
     for name, own in rates.items():
         low, middle, high = np.quantile(own / rates[configs[0]], [0.25, 0.5, 0.75])

@@ -5,6 +5,6 @@ Cost: 3.1 M parameters; four minutes on two CPU cores.
 Expect: held-out loss on prose 4.97 nats per token.
 """
 
-from engram_jax.config import Config, MemoryConfig
+from engram_jax.config import Config
 
-config = Config(name="dense", memory=MemoryConfig(layers=()))
+config = Config(name="dense").without_memory()

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engram_jax.compression import VocabularyProjection, project_vocabulary
     from engram_jax.config import Config
-    from engram_jax.decoding.generate import Generator, Settings
+    from engram_jax.decoding.generate import Generator
+    from engram_jax.decoding.settings import GenerationSettings
     from engram_jax.errors import InputError
     from engram_jax.hashing import HashSpec, NgramHash
     from engram_jax.layers.engram import Engram, EngramConfig
@@ -23,13 +24,13 @@ _HOMES = {
     "Engram": "layers.engram",
     "EngramConfig": "layers.engram",
     "EngramWithTable": "layers.engram_with_table",
+    "GenerationSettings": "decoding.settings",
     "Generator": "decoding.generate",
     "HashSpec": "hashing",
     "InputError": "errors",
     "NgramHash": "hashing",
     "Planner": "memory.plan",
     "Run": "run",
-    "Settings": "decoding.generate",
     "VocabularyProjection": "compression",
     "load_tokenizer": "tokenizer",
     "project_vocabulary": "compression",
@@ -42,13 +43,13 @@ __all__ = [
     "Engram",
     "EngramConfig",
     "EngramWithTable",
+    "GenerationSettings",
     "Generator",
     "HashSpec",
     "InputError",
     "NgramHash",
     "Planner",
     "Run",
-    "Settings",
     "VocabularyProjection",
     "load_tokenizer",
     "project_vocabulary",

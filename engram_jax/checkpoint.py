@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from engram_jax.errors import DISK_FULL, InputError
+from engram_jax.files import parse_json
 from engram_jax.processes import all_agree, collective, is_leader
 
 try:
@@ -69,14 +70,13 @@ class Checkpoints:
         state: PyTree[jax.Array],
         *,
         config: Mapping[str, Any],
-        files: Iterable[Path] = (),
+        write_files: Callable[[Path], object] = lambda folder: None,
     ) -> Path:
         """Writes the checkpoint of `step`, waits until it is complete, and returns its folder.
 
-        `files` are copied into it, so that it can be read without its run folder.
+        `write_files` writes more files into it, so that it can be read without its run folder.
 
-        An earlier checkpoint of the same step is kept until the new one is complete. On CPU the
-        state is not copied in memory.
+        An earlier checkpoint of the same step is kept until the new one is complete.
 
         Raises:
             InputError: the disk is too small or full. The earlier checkpoints are unchanged.
@@ -95,27 +95,28 @@ class Checkpoints:
                 with _orbax_context():
                     ocp.save(partial / STATE, arrays)
                 if is_leader():
-                    for file in files:
-                        shutil.copy(file, partial)
+                    write_files(partial)
                     _write_manifest(partial, step, self._identity, config, arrays)
                     self._publish(partial, final)
         except BaseException as error:
             if is_leader():  # the next save removes files that Orbax still writes after this
                 shutil.rmtree(partial, ignore_errors=True)
-            if _is_disk_full(error):
-                raise self._full(arrays) from error
+            if (reason := _disk_reason(error)) is not None:
+                problem = f"Cannot write the checkpoint of step {step} to {self.folder} ({reason})"
+                raise InputError(f"{problem}; free some space.") from error
             raise
         return final
 
     def require_space(self, state: PyTree, *, all_to_come: bool = False) -> None:
         """Checks that a checkpoint of the state (arrays, or their shapes) fits on the disk.
 
-        With `all_to_come`, checks the maximum over a run: the checkpoints that it keeps, and a new
-        one that is being written.
+        With `all_to_come`, that all checkpoints which the run keeps and a new one fit.
 
         Raises:
-            InputError: the disk has too little space.
+            InputError: the disk has too little space, or the folder cannot be one.
         """
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is no folder, or a link to nothing; remove it.")
         count = max(self._keep + 1 - len(self.steps()), 1) if all_to_come else 1
         if self._free() < count * _size(state):
             raise self._full(state, count)
@@ -358,7 +359,7 @@ def _write_manifest(
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = parse_json(path.read_text(encoding="utf-8"))
     content: dict[str, Any] = manifest["content"]
     if zlib.crc32(json.dumps(content).encode()) != manifest["crc32"]:
         raise ValueError(f"{path} has a wrong checksum")
@@ -382,16 +383,14 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed because of a full disk, a quota, or a limit on file size.
+def _disk_reason(error: BaseException) -> str | None:
+    """Why a write failed, if it was a full disk, a quota, or a limit on file size; else None.
 
     TensorStore raises ValueError with the operating system's error number in the text.
     """
-    return any(
-        (isinstance(cause, OSError) and cause.errno in DISK_FULL)
-        or any(f"os_error_code='{number}'" in str(cause) for number in DISK_FULL)
-        for cause in _causes(error)
-    )
+    texts = [f"os_error_code='{getattr(cause, 'errno', '')}' {cause}" for cause in _causes(error)]
+    found = (n for n in DISK_FULL if any(f"os_error_code='{n}'" in text for text in texts))
+    return next(map(os.strerror, found), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

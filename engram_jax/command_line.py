@@ -7,7 +7,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -52,7 +52,7 @@ def _registry() -> dict[str, tuple[str, Config]]:
     found: dict[str, tuple[str, Config]] = {}
     for path in sorted(Path(configs.__path__[0]).glob("[!_]*.py")):
         module = importlib.import_module(f"configs.{path.stem}")
-        line = (module.__doc__ or "").strip().splitlines()[0]
+        line = (module.__doc__ or "").strip().partition("\n")[0]
         found |= getattr(module, "family", None) or {path.stem: (line, module.config)}
     return found
 
@@ -122,19 +122,28 @@ def parse_flags(options: Any, *, description: str, **settings: Any) -> Any:
         InputError: an invalid value.
         SystemExit: `--help`.
     """
-    errors = io.StringIO()
-    try:
-        with redirect_stderr(errors):
+    words = sys.argv[1:] if settings.get("args") is None else settings["args"]
+    if {"-h", "--help"} & set(words):
+        try:
             return tyro.cli(options, description="", **settings)
-    except SystemExit as ending:
-        if not ending.code:
+        finally:
             print(f"\n{description}")
-            raise
+    # On a terminal, or with another encoding than UTF-8, Tyro draws its boxes in other ways.
+    drawn, errors = _Utf8(), _Utf8()
+    try:
+        with redirect_stdout(drawn), redirect_stderr(errors):
+            return tyro.cli(options, description="", **settings)
+    except SystemExit:
+        pass
     text = re.split(r"─{3,} ", errors.getvalue().partition("╮")[2])[0]
     sentence = " ".join(re.sub(r"[│╰─╯]", " ", text).split())
     # Tyro names a section by its place in the code.
     sentence = re.sub(r"^Error parsing (config\.)?", "", sentence)
-    raise InputError(f"{sentence.rstrip('.')}. See --help.")
+    raise InputError(f"{sentence.rstrip('.') or errors.getvalue()}. See --help.")
+
+
+class _Utf8(io.StringIO):
+    encoding = "utf-8"
 
 
 def _check_part(flag: str, name: str, config: Config) -> None:

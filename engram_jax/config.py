@@ -4,12 +4,12 @@ import json
 import math
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from engram_jax.errors import InputError
-from engram_jax.files import atomic_write
+from engram_jax.files import atomic_write, parse_json
 from engram_jax.hashing import HashSpec, HashVariant
 from engram_jax.memory.layout import RecordLayout, StorageConfig
 from engram_jax.memory.row_adam import RowAdamConfig
@@ -99,11 +99,9 @@ class MemoryConfig:
     def sites(self) -> MemorySites:
         """Where the decoder reads this memory."""
         orders = self.max_order - 1
-        engram = self.fusion == "engram"
         return MemorySites(
-            layers=self.layers if engram else (),
-            over_encoding=self.fusion == "over_encoding" and bool(self.layers),
-            added=self.fusion == "added" and bool(self.layers),
+            layers=self.layers if self.fusion == "engram" else (),
+            input=self.fusion if self.fusion != "engram" and self.layers else None,
             width=orders * self.heads * self.row_width,
             orders=orders,
         )
@@ -224,6 +222,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
+    def without_memory(self) -> "Config":
+        """The same backbone without memory."""
+        return replace(self, memory=MemoryConfig(layers=()))
+
     def __post_init__(self) -> None:
         _check_numbers(asdict(self))
         outside = [layer for layer in self.memory.layers if layer >= self.model.layers]
@@ -232,7 +234,7 @@ class Config:
                 f"memory.layers {outside} are outside a model of {self.model.layers} layers; "
                 f"the layer ids are 0…{self.model.layers - 1}."
             )
-        if self.memory.sites.added and self.memory.row_width != self.model.width:
+        if self.memory.sites.input == "added" and self.memory.row_width != self.model.width:
             raise InputError(
                 f"memory.row_width is {self.memory.row_width}, but rows that are added to the "
                 f"embedding have the model's width; set it to {self.model.width}."
@@ -273,6 +275,8 @@ def _check_numbers(values: Any, name: str = "") -> None:
         raise InputError(f"{name} is {values}, which is no positive number of float32; raise it.")
     elif isinstance(values, int) and abs(values) >= 2**63:
         raise InputError(f"{name} is {values}; give a number of at most 18 digits.")
+    elif isinstance(values, int) and abs(values) >= 2**31 and name != "memory.hash_seed":
+        raise InputError(f"{name} is {values}; give a number below 2³¹.")
 
 
 _SECTIONS = {"name", "model", "memory", "data", "optimizer", "train", "mesh"}  # since version 0.1.0
@@ -294,7 +298,7 @@ def load_config(path: Path) -> Config:
         InputError: the file is missing or damaged, or has fields that this version does not have.
     """
     try:
-        plain = json.loads(path.read_text())
+        plain = parse_json(path.read_text())
         if lacking := _SECTIONS - set(plain):
             raise TypeError(f"it lacks {', '.join(sorted(lacking))}")
         return _from_plain(Config, plain)
@@ -302,23 +306,42 @@ def load_config(path: Path) -> Config:
         raise InputError(
             f"No configuration at {path} ({error.strerror}); is this a run folder?"
         ) from error
-    except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{path} is not a configuration of this version ({error}).") from error
 
 
-def _from_plain(kind: Any, value: Any) -> Any:
-    """Restores nested dataclasses and tuples from JSON values."""
-    if isinstance(value, dict) and isinstance(kind, types.UnionType):
-        members = [member for member in typing.get_args(kind) if is_dataclass(member)]
-        kind = max(members, key=lambda member: len(_names(member) & set(value)))
-    if isinstance(kind, type) and is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        if unknown := sorted(set(value) - _names(kind)):
-            raise TypeError(f"{kind.__name__} has no field {', '.join(unknown)}")
-        return kind(**{name: _from_plain(hints[name], entry) for name, entry in value.items()})
-    if isinstance(value, list):
-        return tuple(value)
-    return value
+def _from_plain(kind: Any, value: Any, name: str = "") -> Any:
+    """Restores nested dataclasses and tuples from JSON values, and checks their types."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if isinstance(value, dict) and (members := [each for each in kinds if is_dataclass(each)]):
+        member: Any = max(members, key=lambda each: len(_names(each) & set(value)))
+        hints = typing.get_type_hints(member)
+        if unknown := sorted(set(value) - _names(member)):
+            raise TypeError(f"{member.__name__} has no field {', '.join(unknown)}")
+        prefix = f"{name}." if name else ""
+        return member(
+            **{part: _from_plain(hints[part], value[part], prefix + part) for part in value}
+        )
+    if not any(_matches(value, each) for each in kinds):
+        raise TypeError(f"{name} is {str(value)[:40]!r}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _matches(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a type of a field."""
+    if isinstance(kind, typing.TypeAliasType):
+        kind = kind.__value__
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list) and all(
+            _matches(part, typing.get_args(kind)[0]) for part in value
+        )
+    if kind is float:
+        return type(value) in (int, float)
+    return value is None if kind is types.NoneType else type(value) is kind
 
 
 def _names(kind: Any) -> set[str]:

@@ -84,15 +84,13 @@ class MemorySites:
 
     Attributes:
         layers: zero-based ids of the blocks that begin with an Engram layer.
-        over_encoding: the memory of layer 0 is averaged with the input embedding, and no block has
-            an Engram layer.
-        added: instead, it is added to the input embedding.
+        input: how the memory of layer 0 is fused with the input embedding: "over_encoding"
+            (averaged) or "added"; None: it is not. Then no block has an Engram layer.
         width: memory width E.
         orders: number of n-gram orders, N−1.
     """
 
     layers: tuple[int, ...] = ()
-    over_encoding: bool = False
-    added: bool = False
+    input: Literal["over_encoding", "added"] | None = None
     width: int = 0
     orders: int = 0

@@ -3,12 +3,17 @@
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+# Errors of JAX and pathlib: JAX_PLATFORMS names no platform, and ~NAME names no user.
+_OF_ENVIRONMENT = re.compile("Unable to initialize backend|Could not determine home directory")
 
 
 class InputError(ValueError):
@@ -28,6 +33,10 @@ def one_sentence() -> Iterator[None]:
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # so that imports end without traceback
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stdout is None:  # it is closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -48,8 +57,14 @@ def one_sentence() -> Iterator[None]:
             problem += "run again."
         elif path is not None:
             problem = f"Cannot use {path} ({error.strerror}); check the path and its permissions."
+        elif isinstance(error, FileNotFoundError):  # of os.getcwd
+            problem = "The current folder does not exist any more; change to another one."
         else:
             raise
+    except RuntimeError as error:
+        if not _OF_ENVIRONMENT.match(str(error)):
+            raise
+        problem = f"{str(error).splitlines()[0].rstrip('.')}; correct the name."
     else:
         return
     print(f"error: {problem}", file=sys.stderr)

@@ -2,14 +2,28 @@
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from engram_jax.errors import InputError
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON.
+
+    Raises:
+        ValueError: it is not JSON, or too deeply nested.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is too deeply nested") from error
 
 
 def check_utf8(path: Path, what: str) -> None:

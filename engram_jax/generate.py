@@ -2,11 +2,18 @@
 
 Without prompts, on a terminal, it asks for them; otherwise each line of the input is a prompt.
 Ctrl-C ends a continuation. Texts go to the standard output, everything else to the error output.
+Many prompts are continued in batches of similar length, the longest first, and printed after each
+batch.
 """
 
 import json
 import os
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
+
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +25,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import tyro
 
 from engram_jax.command_line import parse_flags
-from engram_jax.decoding.generate import Generator, Settings, Speed
+from engram_jax.decoding.batches import make_batches
+from engram_jax.decoding.generate import Generator, Speed
+from engram_jax.decoding.settings import GenerationSettings
+from engram_jax.decoding.text import Continuation
 from engram_jax.errors import InputError, one_sentence
+from engram_jax.files import parse_json
 from engram_jax.run import Run
 
 
@@ -42,7 +53,7 @@ class GenerateOptions:
         capacity: maximum number of tokens of prompt and continuation; by default, as many as
             needed.
         compare_without_memory: also continue with the same seeds without the memory.
-        json: print one JSON object per prompt.
+        json: print one JSON object per prompt, with its number, from 1.
     """
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
@@ -61,10 +72,10 @@ class GenerateOptions:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> GenerationSettings:
         """How prompts are continued."""
-        names = Settings.__dataclass_fields__
-        return Settings(**{name: getattr(self, name) for name in names})
+        names = GenerationSettings.__dataclass_fields__
+        return GenerationSettings(**{name: getattr(self, name) for name in names})
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -80,13 +91,15 @@ def main(args: Sequence[str] | None = None) -> None:
     if not options.run.expanduser().is_dir():
         raise InputError(f"There is no run folder {options.run}; train.py creates runs/NAME.")
     run = Run.open(options.run.expanduser())
+    if options.compare_without_memory and not run.config.memory.layers:
+        raise InputError(
+            f"The model in {options.run} has no memory; leave out --compare-without-memory."
+        )
+    # Errors in prompts and settings are found before the checkpoint is read.
+    make_batches(run.config, run.tokenizer, prompts or [], settings, run.program.mesh.size)
     weights = run.restore_weights(options.step)
     generators = {"": Generator(run.program, run.tokenizer, weights)}
     if options.compare_without_memory:
-        if not run.config.memory.layers:
-            raise InputError(
-                f"The model in {options.run} has no memory; leave out --compare-without-memory."
-            )
         generators["without memory"] = Generator(run.program, run.tokenizer, weights, memory=False)
     if prompts is not None:
         _continue(generators, prompts, settings, as_json=options.json)
@@ -107,8 +120,8 @@ def _given_prompts(options: GenerateOptions) -> list[str] | None:
             return list(options.prompts)
         if sys.stdin.isatty():
             return None
-        prompts = [line.rstrip("\n") for line in sys.stdin]
         name = "The standard input"
+        prompts = [line for _, line in _read_lines(name, sys.stdin.buffer.read())]
     elif options.prompts:
         raise InputError("Give prompts or --prompts-file, not both.")
     else:
@@ -121,16 +134,12 @@ def _given_prompts(options: GenerateOptions) -> list[str] | None:
 
 def _read_prompts(path: Path) -> Iterator[str]:
     try:
-        lines = path.expanduser().read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompts-file {path} is not UTF-8; convert it.") from error
+        content = path.expanduser().read_bytes()
     except OSError as error:
         raise InputError(f"Cannot read --prompts-file {path}: {error.strerror}.") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in _read_lines(f"--prompts-file {path}", content):
         try:
-            prompt = json.loads(line)["prompt"]
+            prompt = parse_json(line)["prompt"]
         except (ValueError, KeyError, TypeError):
             prompt = None
         if not isinstance(prompt, str):
@@ -140,12 +149,26 @@ def _read_prompts(path: Path) -> Iterator[str]:
         yield prompt
 
 
+def _read_lines(name: str, content: bytes) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers from 1.
+
+    (`str.splitlines` would also split at characters that a text may have, such as U+2028.)
+    """
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8; convert it.") from error
+    return [(n, line.removesuffix("\r")) for n, line in enumerate(lines, 1) if line.strip()]
+
+
 def _asked_prompts() -> Iterator[str]:
     """Prompts that a person types."""
     print("Type the start of a text. Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
             yield input("> ")
+        except UnicodeDecodeError:
+            print("error: The prompt is not in the terminal's encoding.", file=sys.stderr)
         except EOFError:
             print(file=sys.stderr)
             return
@@ -154,25 +177,46 @@ def _asked_prompts() -> Iterator[str]:
 
 
 def _continue(
-    generators: dict[str, Generator], prompts: list[str], settings: Settings, *, as_json: bool
+    generators: dict[str, Generator],
+    prompts: list[str],
+    settings: GenerationSettings,
+    *,
+    as_json: bool,
 ) -> None:
-    """Continues the prompts with every generator, and prints."""
-    streams = len(prompts) == 1 and not as_json
-    results: list[dict[str, object]] = [{"prompt": prompt} for prompt in prompts]
-    for label, generator in generators.items():
-        shown = _Stream(f"{f'[{label}] ' if label else ''}{prompts[0]}|") if streams else None
-        found = generator.generate(prompts, settings, show=shown or (lambda number, text: None))
-        for result, continuation in zip(results, found, strict=True):
-            fields = asdict(continuation)
-            result |= {label.replace(" ", "_"): fields} if label else fields
-            if shown:
-                print()
-            elif not as_json:
-                print(f"{f'[{label}] ' if label else ''}{result['prompt']}|{continuation.text}")
+    """Continues the prompts with every generator, and prints the results of each batch."""
+    if len(prompts) == 1 and not as_json:
+        for label, generator in generators.items():
+            shown = _Stream(f"{_in_brackets(label)}{prompts[0]}|")
+            generator.generate(prompts, settings, show=shown)
+            print()
+            _print_speed(generator.speed)
+        return
+    together = (generator.generate_batches(prompts, settings) for generator in generators.values())
+    for found in zip(*together, strict=True):  # all generators make the same batches
+        by_label = dict(zip(generators, found, strict=True))
+        if as_json:
+            _print_json(prompts, by_label)
+        else:
+            for label, batch in by_label.items():
+                for number, continuation in batch.items():
+                    print(f"{_in_brackets(label)}{prompts[number]}|{continuation.text}")
+        sys.stdout.flush()
+    for generator in generators.values():
         _print_speed(generator.speed)
-    if as_json:
-        for result in results:
-            print(json.dumps(result, ensure_ascii=False))
+
+
+def _in_brackets(label: str) -> str:
+    return f"[{label}] " if label else ""
+
+
+def _print_json(prompts: list[str], by_label: dict[str, dict[int, Continuation]]) -> None:
+    """Prints a line per prompt of a batch, with the continuations of all generators."""
+    for number in by_label[""]:
+        result: dict[str, object] = {"number": number + 1, "prompt": prompts[number]}
+        for label, batch in by_label.items():
+            fields = asdict(batch[number])
+            result |= {label.replace(" ", "_"): fields} if label else fields
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
 
 
 @dataclass

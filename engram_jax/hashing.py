@@ -18,7 +18,7 @@ from sympy import nextprime
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
-from engram_jax.files import atomic_write
+from engram_jax.files import atomic_write, parse_json
 
 # The token id of an image placeholder (a dead position). The data sources here produce none.
 DEAD = -1
@@ -271,7 +271,7 @@ class NgramHash:
             InputError: the file is missing, damaged, or uses other conventions.
         """
         try:
-            document = json.loads(path.read_text())
+            document = parse_json(path.read_text())
             spec: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in document["spec"].items()
@@ -287,7 +287,7 @@ class NgramHash:
             raise InputError(
                 f"No hash file at {path} ({error.strerror}); is this a run folder?"
             ) from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path} is not a readable hash file ({error}).") from error
         if conventions != loaded._facts()["conventions"]:
             raise InputError(f"{path} uses other hashing conventions than this version.")

@@ -1,4 +1,4 @@
-"""The hash on the device, for decoding, where the next token is born: equal to `hashing.py`.
+"""The hash on the device, for decoding, where the next token is drawn: equal to `hashing.py`.
 
 JAX has no 64-bit integers by default, so 64-bit products are pairs of 32-bit words. A remainder
 takes two division steps of Möller and Granlund ("Improved division by invariant integers", IEEE
@@ -100,7 +100,8 @@ def hash_after(
     axes = (slice(None), None, None)  # B and T, after L
     shift, divisor, reciprocal, offset = (part[*axes] for part in constants[3:7])
     upper, lower = (word[..., None] for word in mix)
-    # mix · 2ˢ in three words. A prime is at most 2³⁰, so s is from 2 to 30. A product is below 2⁶³.
+    # mix · 2ˢ in three words. A prime is from 1 (of a head of one row) to 2³⁰, so s is
+    # from 2 to 31. A product is below 2⁶³.
     back = 32 - shift
     rest = _divide(upper >> back, upper << shift | lower >> back, divisor, reciprocal)
     rest = _divide(rest, lower << shift, divisor, reciprocal)

@@ -4,7 +4,6 @@ A run can be resumed only with the same identity. Another run's weights can star
 they have the same meaning in it. An error names the difference and the remedy in one sentence.
 """
 
-import json
 import shlex
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax
 
 from engram_jax.config import Config, load_config
 from engram_jax.errors import InputError
+from engram_jax.files import parse_json
 from engram_jax.hashing import NgramHash
 from engram_jax.memory.layout import RecordLayout
 from engram_jax.optimizer import OptimizerConfig
@@ -142,7 +142,7 @@ def check_texts(texts: dict[str, Any], folder: Path) -> None:
     """Checks that tokenizer and corpora have the fingerprints that a resumed run started with."""
     path = folder / "texts.json"
     try:
-        begun = json.loads(path.read_text())
+        begun = parse_json(path.read_text())
         tokenizer, theirs = begun["tokenizer"], dict(begun["corpora"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(

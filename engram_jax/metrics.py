@@ -14,6 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from engram_jax.errors import InputError
+from engram_jax.files import parse_json
 
 LINES = "metrics.jsonl"
 EVENTS = "events.out.tfevents."
@@ -142,15 +143,28 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return  # incomplete: the writer was killed, or is writing now
             try:
-                content = json.loads(line)
-                if not {"kind", "step"} <= dict(content).keys():
-                    raise ValueError("no kind or step")
-            except (ValueError, TypeError) as error:
+                content = parse_json(line)
+                if (reason := _wrong(content)) is not None:
+                    raise ValueError(reason)
+            except ValueError as error:
                 raise InputError(
                     f"Line {number} of {path} is no line of metrics ({error}): repair or delete "
                     "the line, then resume."
                 ) from error
             yield content
+
+
+def _wrong(line: Any) -> str | None:
+    """What is wrong with a line of metrics, or None."""
+    if not isinstance(line, dict) or not {"kind", "step"} <= line.keys():
+        return "no kind or step"
+    if type(line["step"]) is not int or not 0 <= line["step"] < 2**63:
+        return f"step {line['step']}"
+    for name, value in line.items():
+        is_number = type(value) in (int, float) and math.isfinite(value)
+        if name != "kind" and not is_number and value not in _NON_FINITE.values():
+            return f"{name} {value}"
+    return None
 
 
 def _event(line: Mapping[str, Any]) -> bytes:

@@ -13,13 +13,13 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from engram_jax.decoder_config import DecoderConfig as DecoderConfig
 from engram_jax.decoder_config import MemorySites as MemorySites
-from engram_jax.decoding.state import DecodeState
 from engram_jax.layers.block import Block, BlockReport, run_block
+from engram_jax.layers.decode_state import DecodeState
 from engram_jax.layers.embedding import look_up
 from engram_jax.layers.engram import MemoryHealth
+from engram_jax.layers.input_memory import AddedRows, OverEncoding
 from engram_jax.layers.norms import RMSNorm
-from engram_jax.layers.over_encoding import AddedRows, OverEncoding
-from engram_jax.layers.slots import Slots
+from engram_jax.layers.slots import Slots, whole_blocks
 from engram_jax.parameters import VocabularyMatrix
 from engram_jax.sharding import gather_parameters, split_axes
 
@@ -81,16 +81,17 @@ class Decoder(nnx.Module):
             self.head = nnx.Param(
                 init(rngs.params(), (config.vocabulary, config.width)), role=VocabularyMatrix()
             )
-        if sites.over_encoding:
-            self.over_encoding: OverEncoding | AddedRows = OverEncoding(
+        # The names of these attributes are in the parameter paths of checkpoints.
+        if sites.input == "over_encoding":
+            self.over_encoding = OverEncoding(
                 config.width,
                 sites.width,
                 sites.orders,
                 dtype=jnp.dtype(config.dtype),
                 rngs=nnx.Rngs(params=rngs.memory()),
             )
-        elif sites.added:
-            self.over_encoding = AddedRows(config.width)
+        elif sites.input == "added":
+            self.added = AddedRows(config.width)
         self.config = config
 
     def __call__(
@@ -117,8 +118,8 @@ class Decoder(nnx.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         gather = partial(gather_parameters, dtype=dtype, axes=split_axes(tokens))
         embedding = gather(self.embedding)[...]
-        over_encoding = gather(self.over_encoding) if hasattr(self, "over_encoding") else None
-        x = self._begin(look_up(embedding, tokens), over_encoding, memory, token_mask)
+        input_memory = self._input_memory and gather(self._input_memory)
+        x = self._begin(look_up(embedding, tokens), input_memory, memory, token_mask)
         x, reports = self._run_blocks(x, segments, positions, memory, expert_bias or {}, token_mask)
         head = embedding if config.tie_embeddings else gather(self.head)[...]
         logits = jnp.einsum(
@@ -166,9 +167,8 @@ class Decoder(nnx.Module):
         tokens, positions = slots.window(state.tokens, 0), slots.window(state.positions, 0)
         if count is None:
             count = jnp.full_like(state.length, tokens.shape[1])
-        over_encoding = self.over_encoding if hasattr(self, "over_encoding") else None
         x = self.embedding[...].at[tokens].get(mode="clip").astype(jnp.float32)
-        x, caches = self._begin(x, over_encoding, memory, token_mask), []
+        x, caches = self._begin(x, self._input_memory, memory, token_mask), []
         for layer, (block, cache) in enumerate(zip(self.blocks, state.caches, strict=True)):
             bias = (expert_bias or {}).get(layer)
             site = memory.get(layer) if hasattr(block, "engram") else None
@@ -182,22 +182,31 @@ class Decoder(nnx.Module):
         return jnp.matmul(self.norm(hidden), head, preferred_element_type=jnp.float32), state
 
     def empty_state(self, batch: int, capacity: int) -> DecodeState:
-        """A state without tokens, of this many slots for every sequence."""
+        """A state without tokens, of at least this many slots for every sequence.
+
+        The number of slots is rounded up to whole blocks of attention (see `layers/slots.py`).
+        """
+        capacity = whole_blocks(capacity)
         caches = (block.empty_cache(batch, capacity) for block in self.blocks)
         return DecodeState.empty(batch, capacity, tuple(caches))
+
+    @property
+    def _input_memory(self) -> OverEncoding | AddedRows | None:
+        """What reads the memory of layer 0 at the input; None: nothing."""
+        return getattr(self, "over_encoding", None) or getattr(self, "added", None)
 
     def _begin(
         self,
         embedded: Float[Array, "B T D"],
-        over_encoding: OverEncoding | AddedRows | None,
+        input_memory: OverEncoding | AddedRows | None,
         memory: Memory,
         token_mask: Bool[Array, "B T"] | None,
     ) -> Float[Array, "B T M D"]:
         """The residual stream before the first block, from the tokens' embeddings."""
         config = self.config
         x = (embedded * config.width**0.5).astype(jnp.dtype(config.dtype))
-        if over_encoding is not None:
-            x = over_encoding(x, memory.get(0))
+        if input_memory is not None:
+            x = input_memory(x, memory.get(0))
         if token_mask is not None:
             x = jnp.where(token_mask[..., None], x, 0)
         return jnp.repeat(x[:, :, None], config.branches, axis=2)

@@ -25,6 +25,9 @@ _TIMEOUT_SECONDS = 50
 _FAILED = "engram_jax/failed"
 _POLL_SECONDS = 1.0
 
+_RESUME = " A run that had begun resumes from its last checkpoint."
+_exiting = threading.Lock()
+
 # Errors of XLA if another process has ended.
 _LOST_CONNECTION = re.compile(
     r"gloo|closed by peer|connection|heartbeat|UNAVAILABLE", re.IGNORECASE
@@ -49,15 +52,12 @@ def join_processes() -> None:
 
 
 @contextmanager
-def end_together(normal: Sequence[int] = ()) -> Iterator[None]:
+def end_together() -> Iterator[None]:
     """A `with` block, after which a process that failed ends all processes.
 
     Without it, the other processes would wait in their next collective operation, and this process
     would wait for them. The others end within seconds, with one sentence and status 2. With one
     process, this does nothing.
-
-    Args:
-        normal: exit statuses with which all processes end together anyway.
     """
     if not jax.distributed.is_initialized():
         yield
@@ -66,39 +66,39 @@ def end_together(normal: Sequence[int] = ()) -> Iterator[None]:
     try:
         yield
     except SystemExit as ending:
-        if ending.code in (None, 0, *normal):
+        if ending.code in (None, 0):
             raise
         _end_all(ending.code)
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and _LOST_CONNECTION.search(str(error)):
-            time.sleep(3 * _POLL_SECONDS)  # the other process may have said that it failed
-            reason = str(error).splitlines()[0]
-            _end_all(f"error: Another process has ended ({reason}); see its output. {_RESUME}")
+        of_xla = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+        if of_xla and _LOST_CONNECTION.search(str(error)):
+            time.sleep(5 * _POLL_SECONDS)  # the watcher says why, if the other process told it
+            _end_all(f"error: Another process ended ({str(error).splitlines()[0]}).{_RESUME}")
         traceback.print_exc()
         _end_all(1)
 
 
-_RESUME = "The same command resumes the run from its last checkpoint."
-
-
 def _watch_others() -> None:
     """Ends this process if another one has failed."""
-    while True:
+    while (store := _store()) is not None:
         time.sleep(_POLL_SECONDS)
         try:
-            failed = _store().key_value_try_get(_FAILED)
+            failed = store.key_value_try_get(_FAILED)
         except jax.errors.JaxRuntimeError:  # no process has failed
             continue
-        if int(failed) != jax.process_index():
-            _exit(f"error: Process {failed} failed, so this one ends; see its output. {_RESUME}")
+        if int(failed) != global_state.process_id:
+            time.sleep(2 * _POLL_SECONDS)  # this process may be about to end for the same reason
+            _exit(f"error: Process {failed} failed, so this one ends; see its output.{_RESUME}", 2)
 
 
 def _end_all(code: str | int | None) -> None:
     """Tells the other processes to end, and ends this one."""
     try:
-        _store().key_value_set(_FAILED, str(jax.process_index()), allow_overwrite=True)
+        _store().key_value_set(_FAILED, str(global_state.process_id))
+    except (jax.errors.JaxRuntimeError, AttributeError):  # another one was first, or all have left
+        pass
     finally:
-        _exit(code)
+        _exit(code if isinstance(code, str) else None, code if isinstance(code, int) else 1)
 
 
 def _store() -> Any:
@@ -106,15 +106,21 @@ def _store() -> Any:
     return global_state.client
 
 
-def _exit(code: str | int | None) -> None:
-    """Ends the process without waiting for the others, as Python's normal exit does in JAX."""
-    if isinstance(code, str):
-        print(code, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if jax.process_index() == 0:  # without the store, the others would not learn the reason
-        time.sleep(4 * _POLL_SECONDS)
-    os._exit(code if isinstance(code, int) else 2)
+def _exit(message: str | None, status: int) -> None:
+    """Ends the process without waiting for the others, as Python's normal exit does in JAX.
+
+    Only the first thread that calls this says something.
+    """
+    _exiting.acquire()
+    try:
+        if message:
+            print(message, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if global_state.process_id == 0:  # without the store, the others would not learn the reason
+            time.sleep(4 * _POLL_SECONDS)
+    finally:
+        os._exit(status)
 
 
 def is_leader() -> bool:

@@ -21,9 +21,10 @@ from engram_jax.compression import VocabularyProjection, project_vocabulary
 from engram_jax.config import Config, load_config, save_config
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
-from engram_jax.data.sources import resolve_source, source_name
+from engram_jax.data.sources import resolve_source, source_names
 from engram_jax.data.token_cache import build_corpus
-from engram_jax.decoding.generate import Generator, Settings
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.decoding.text import Continuation
 from engram_jax.errors import InputError
 from engram_jax.files import check_run_path
@@ -42,7 +43,13 @@ from engram_jax.memory.layout import Table
 from engram_jax.platforms import default_workers, without_foreign_kernels
 from engram_jax.processes import check_same_everywhere, collective, is_leader
 from engram_jax.program import Program, make_config_row_adam
-from engram_jax.run_folder import check_empty, load_run_tokenizer, lock_run, write_beginning
+from engram_jax.run_folder import (
+    check_empty,
+    load_run_tokenizer,
+    lock_run,
+    store_tokenizer,
+    write_beginning,
+)
 from engram_jax.sharding import MeshConfig, make_mesh, platform_of
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import TrainState, Weights
@@ -125,23 +132,25 @@ class Run:
                         *(folder, config, run.tokenizer, run.program.ngram_hash, run._texts())
                     )
                 _warn(config)
-            elif is_leader() and reschedule:
-                with lock_run(folder):
-                    save_config(config, folder / "config.json")
+            elif is_leader():
+                store_tokenizer(folder, run.tokenizer)
+                if reschedule:
+                    with lock_run(folder):
+                        save_config(config, folder / "config.json")
         return run
 
     @classmethod
     def _check_start(cls, config: Config, folder: Path, reschedule: bool) -> "Run":
         """Creates the run without writing to its folder, so that an error leaves no folder."""
         check_run_path(folder)
-        tokenizer, ngram_hash = _make_hash(config, folder)
         resumes = (folder / "config.json").exists()
         if resumes:
             check_same_run(config, folder, reschedule=reschedule)
-            if ngram_hash is not None:
-                ngram_hash = stored_hash(ngram_hash, config, folder)
         else:
             check_empty(folder)
+        tokenizer, ngram_hash = _make_hash(config, folder)
+        if resumes and ngram_hash is not None:
+            ngram_hash = stored_hash(ngram_hash, config, folder)
         run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
         make_config_row_adam(config)  # an error in its betas is found here
         start, width = config.memory.start_from, config.memory.row_width
@@ -223,16 +232,10 @@ class Run:
 
     def _read_corpora(self, sources: Sequence[str]) -> list[Corpus]:
         data = self.config.data
-        names = [source_name(resolve_source(source)) for source in sources]
-        for name in names:
-            if names.count(name) > 1:
-                raise InputError(
-                    f"Two sources are called {name!r}, and results are listed by this name; rename "
-                    "one."
-                )
+        names = source_names([resolve_source(source) for source in sources])
         corpora = [
-            build_corpus(source, self.tokenizer, Path(data.cache), data.held_out)
-            for source in sources
+            build_corpus(source, self.tokenizer, Path(data.cache), data.held_out, name)
+            for source, name in zip(sources, names, strict=True)
         ]
         for corpus in corpora:
             if not len(corpus.held_out):
@@ -325,8 +328,13 @@ class Run:
         return Generator(self.program, self.tokenizer, self.restore_weights())
 
     def generate(self, prompts: Sequence[str], **settings: Any) -> list[Continuation]:
-        """Continues prompts with the newest checkpoint; arguments are those of `Settings`."""
-        return self.generator.generate(prompts, Settings(**settings))
+        """Continues prompts with the newest checkpoint.
+
+        Args:
+            prompts: the texts.
+            settings: those of `GenerationSettings`.
+        """
+        return self.generator.generate(prompts, GenerationSettings(**settings))
 
     def fitting(self, folder: Path) -> "Run":
         """Opens the run in another folder, after checking that this run can use its weights.
@@ -339,13 +347,19 @@ class Run:
         return other
 
     def save(self, state: TrainState) -> Path:
-        """Saves the state as a checkpoint of its step, with the configuration and the hash."""
-        names = ["config.json", *(["hash.json"] if self.program.ngram_hash else [])]
+        """Saves the state as a checkpoint of its step, with what is needed to read it.
+
+        The run folder may have been moved since: nothing is read from it.
+        """
+
+        def write_files(folder: Path) -> None:
+            save_config(self.config, folder / "config.json")
+            if self.program.ngram_hash is not None:
+                self.program.ngram_hash.save(folder / "hash.json")
+            store_tokenizer(folder, self.tokenizer)
+
         return self.checkpoints.save(
-            int(state.step),
-            state,
-            config=asdict(self.config),
-            files=[self.folder / name for name in names],
+            int(state.step), state, config=asdict(self.config), write_files=write_files
         )
 
 

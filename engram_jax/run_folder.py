@@ -9,7 +9,7 @@ import platform
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,27 @@ def write_beginning(
         ngram_hash.save(folder / "hash.json")
     for name in _TOKENIZERS:
         (folder / name).unlink(missing_ok=True)
-    with atomic_write(folder / f"tokenizer{tokenizer.suffix}") as partial:
-        partial.write_bytes(tokenizer.file)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    store_tokenizer(folder, tokenizer)
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
     for name, content in (("texts", texts), ("versions", versions)):
         with atomic_write(folder / f"{name}.json") as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n")
     save_config(config, folder / "config.json")
+
+
+def store_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes a run's tokenizer, unless its folder has one. (Earlier versions wrote none.)"""
+    path = folder / f"tokenizer{tokenizer.suffix}"
+    if not path.exists():
+        with atomic_write(path) as partial:
+            partial.write_bytes(tokenizer.file)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # such as a clone that is not installed
+        return None
 
 
 def load_run_tokenizer(config: Config, folder: Path) -> Tokenizer:

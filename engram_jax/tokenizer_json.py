@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -120,16 +120,22 @@ class JsonTokenizer:
             ) from error
         if self._drops:
             for text, encoding in zip(texts, encodings, strict=True):
-                self._check_nothing_dropped(text, encoding.offsets)
+                self._check_nothing_dropped(text, encoding)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
-    def _check_nothing_dropped(self, text: str, offsets: list[tuple[int, int]]) -> None:
+    def _check_nothing_dropped(self, text: str, encoding: Any) -> None:
         is_encoded = np.zeros(len(text), bool)
-        for start, end in offsets:
+        for start, end in encoding.offsets:
             is_encoded[start:end] = True
+        if _is_byte_level(self._backend):  # a character's other bytes may be there
+            decoded = set(self._backend.decode(encoding.ids, skip_special_tokens=False))
+            is_encoded = np.array([character in decoded for character in text], bool)
         dropped = (text[index] for index in np.flatnonzero(~is_encoded))
         # A normalizer may drop spaces and control characters.
         if (lost := next(filter(_is_visible, dropped), None)) is not None:
+            # After a dropped character, some offsets are wrong.
+            encode = partial(self._backend.encode, add_special_tokens=False)
+            lost = next((c for c in text if _is_visible(c) and not encode(c).ids), lost)
             raise InputError(
                 f"{self.name} drops characters without a piece, such as {lost!r}; give a tokenizer "
                 "with a piece for unknown characters, or with byte pieces."
@@ -164,18 +170,35 @@ class JsonTokenizer:
 def _may_drop(backend: Any) -> bool:
     """Whether a tokenizer leaves out characters for which it has no piece.
 
-    A BPE does, unless it has an unknown piece or a piece for each byte.
+    A BPE does, unless it has an unknown piece, or a piece for each byte that UTF-8 can contain.
     """
     model = backend.model
-    has_bytes = "ByteLevel" in repr(backend.pre_tokenizer) or "ByteLevel" in repr(
-        backend.normalizer
-    )
-    return (
-        type(model).__name__ == "BPE"
-        and model.unk_token is None
-        and not model.byte_fallback
-        and not has_bytes
-    )
+    if type(model).__name__ != "BPE" or model.unk_token is not None:
+        return False
+    if model.byte_fallback:
+        names = [f"<0x{byte:02X}>" for byte in _BYTES_OF_UTF8]
+    elif _is_byte_level(backend):
+        names = [_byte_names()[byte] for byte in _BYTES_OF_UTF8]
+    else:
+        return True
+    return any(backend.token_to_id(name) is None for name in names)
+
+
+def _is_byte_level(backend: Any) -> bool:
+    return "ByteLevel" in repr(backend.pre_tokenizer) or "ByteLevel" in repr(backend.normalizer)
+
+
+_BYTES_OF_UTF8 = [*range(0xC0), *range(0xC2, 0xF5)]
+
+
+@cache
+def _byte_names() -> dict[int, str]:
+    """The character that byte-level BPE writes for each byte (GPT-2's `encoder.py`)."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printed)
+    return {byte: chr(byte) for byte in printed} | {
+        byte: chr(256 + number) for number, byte in enumerate(others)
+    }
 
 
 def _is_visible(character: str) -> bool:

@@ -135,6 +135,8 @@ def train(
 
 
 def _check_vocab_size(vocab_size: int) -> None:
+    if vocab_size >= 2**31:
+        raise InputError(f"a vocabulary of {vocab_size} is too large; lower --vocab-size.")
     if vocab_size <= 260:
         raise InputError(
             f"a vocabulary of {vocab_size} has no room for pieces beyond 4 special and 256 byte "

@@ -1,11 +1,13 @@
 """The training loop: runs steps, and writes checkpoints, metrics and held-out losses."""
 
+import io
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -149,8 +151,9 @@ def _open_progress(run: Run, step: int) -> Iterator["_Progress"]:
             total=run.config.train.steps,
             initial=step,
             unit="step",
+            file=_Unbreakable(),
             disable=not is_leader(),
-            mininterval=0.5 if sys.stderr.isatty() else 30,  # keeps log files short
+            mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 30,  # keeps log files short
         )
         yield _Progress(run, log, stack.enter_context(bar))
 
@@ -220,7 +223,9 @@ class _Progress:
         if self._log:
             self._log.write(step, losses, kind="held_out")
             by_source = ", ".join(f"{name} {score.loss:.3f}" for name, score in scores.items())
-            self._bar.write(f"step {step}: held-out loss {losses['loss']:.3f} ({by_source})")
+            self._bar.write(
+                f"step {step}: held-out loss {losses['loss']:.3f} ({by_source})", file=self._bar.fp
+            )
             for warning in warnings:
                 self._bar.write(f"warning: {warning}")
         self.restart_clock()
@@ -262,10 +267,33 @@ def _first_state(run: Run) -> TrainState:
     return state
 
 
+_STOP_SIGNALS = (
+    *(signal.SIGINT, signal.SIGTERM),
+    *(signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU),
+)
+
+
+class _Unbreakable(io.TextIOBase):
+    """The error output, without errors: a closed terminal or a full log must not end a run."""
+
+    encoding = property(lambda self: getattr(sys.stderr, "encoding", None))
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+
+
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Yields a function that tells whether to stop before a step, because of SIGINT or SIGTERM.
+    """Yields a function that tells whether to stop before a step, because of a signal.
 
+    The signals are Ctrl-C, SIGTERM, SIGHUP (a closed terminal), and SIGUSR1 and SIGXCPU (of cluster
+    schedulers), unless they are ignored, as SIGHUP by nohup.
     Several processes agree only every ten steps, because agreeing waits for the devices.
     """
     requested = False
@@ -276,8 +304,13 @@ def _stop_signal() -> Iterator[Callable[[int], bool]]:
         # A second signal ends the process immediately.
         signal.signal(number, handlers[signal.Signals(number)])
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, request) for number in signals}
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # only there, Python allows it
+        handlers = {
+            number: signal.signal(number, request)
+            for number in _STOP_SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
 
     def stopped(step: int) -> bool:
         if jax.process_count() == 1:

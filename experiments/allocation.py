@@ -38,8 +38,7 @@ def arms(family: Family) -> Sequence[Arm]:
             assert abs(ratio - 1) < most, f"ρ {share}: {name} is {ratio:.3f} of that of ρ {OWN}"
         found.append(Arm(f"ρ {share}", allocated))
         if share != OWN:
-            both = f"ρ {share}", BASELINE
-            timed.append(Arm(f"ρ {share}, equal time", allocated, same_time=both))
+            timed.append(Arm(f"ρ {share}, equal time", allocated, same_time=config))
     return [*found, *timed]
 
 
@@ -60,7 +59,8 @@ def draw(results: Results, figure: Figure) -> str:
     axes.set_ylabel("held-out loss, nats per token of prose")
     axes.legend(frameon=False)
     timed = [label for label in results.labels() if label.endswith("equal time")]
-    return "\n".join(time_taken(results, label, BASELINE) for label in timed)
+    lines = (time_taken(results, label, BASELINE) for label in timed)
+    return "\n".join(line for line in lines if line)
 
 
 EXPERIMENT = Experiment("allocation", arms, BASELINE, draw)

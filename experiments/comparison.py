@@ -21,7 +21,7 @@ def arms(family: Family) -> Sequence[Arm]:
     """Every kind of model of the size."""
     dense, engram = family("dense"), family("engram")
     if engram.model.experts is None:
-        other = Arm("dense, equal time", dense, same_time=(BASELINE, "Engram"))
+        other = Arm("dense, equal time", dense, same_time=engram)
     else:
         other = Arm("mixture of experts", family("moe"))
     over_encoding = Arm("OverEncoding", family("over_encoding"))

@@ -4,13 +4,15 @@
 
 A fact is a sentence such as “The capital of Velmora is Tarkin.” Its occurrences have different
 openings. 67 facts occur 1, 4 and 16 times each, and 67 never, as a control. A fact is recalled if
-its sentence is more likely than those with nine other answers, so chance is 0.1. The sentences are
-3 % of 500 steps; with another number of steps, they occur in proportion more or less often.
+its sentence is more likely than those with the true answers of nine other facts, which have the
+same relation and occur as often. So a name that is only familiar does not help, and chance is 0.1.
+The sentences are 3 % of 500 steps; the table has the number of occurrences that were read.
 Cost: 2 configurations × 3 seeds, five minutes each on two CPU cores.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -18,20 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from engram_jax.data.pipeline import mix_rows
 from engram_jax.data.token_cache import build_corpus
-from engram_jax.evaluation.held_out import evaluate_held_out, make_scorer
+from engram_jax.evaluation.held_out import Suppress, evaluate_held_out, make_scorer
 from engram_jax.files import atomic_write
 from engram_jax.run import Run
 from engram_jax.train_state import Weights
 from experiments.report import draw_points
-from experiments.results import Results, mean_and_error
-from experiments.settings import without_memory
+from experiments.results import Results, standard_error
 from experiments.sweep import Arm, Experiment, Family, main
 
 FOLDER = Path("runs/experiments/facts_text")
+TEXT, PROBES = "facts.jsonl", "probes.jsonl"
 TIMES = (0, 1, 4, 16)
 FACTS = 67  # for each of them
 CHOICES = 10  # answers, of which the first is true
@@ -81,11 +84,14 @@ def make_facts() -> list[Fact]:
                 used.add(drawn)
                 return drawn
 
+    places = [(times, relation) for times in TIMES for relation in islice(cycle(_RELATIONS), FACTS)]
+    true = [name() for _ in places]
     facts = []
-    for number in range(FACTS * len(TIMES)):
-        relation = _RELATIONS[number % len(_RELATIONS)]
-        answers = tuple(name() for _ in range(CHOICES))
-        facts.append(Fact(f"{relation} of {name()}", answers, TIMES[number % len(TIMES)]))
+    for number, (times, relation) in enumerate(places):
+        alike = [other for other, place in enumerate(places) if place == (times, relation)]
+        first = alike.index(number)  # every answer is among the choices of equally many facts
+        answers = [true[alike[(first + step) % len(alike)]] for step in range(CHOICES)]
+        facts.append(Fact(f"{relation} of {name()}", tuple(answers), times))
     return facts
 
 
@@ -94,16 +100,25 @@ _SYLLABLES = (_ONSETS, _VOWELS, tuple("lmnrs"), _ONSETS, _VOWELS, (*"klnrs", "th
 
 
 def write_texts(facts: Sequence[Fact], held_out: float) -> Path:
-    """Writes the training text, and the sentences with all answers; returns the training text."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    """Writes the training text, and the sentences with all answers; returns the training text.
+
+    The name of their folder is a hash of both, so that a run's key depends on them.
+    """
     sentences = [fact.sentence(answer) for fact in facts for answer in range(CHOICES)]
-    for name, texts in (
-        ("facts", _training_texts(facts, held_out)),
-        ("probes", [sentence[0].upper() + sentence[1:] for sentence in sentences]),
-    ):
-        with atomic_write(FOLDER / f"{name}.jsonl") as partial:
-            partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return FOLDER / "facts.jsonl"
+    texts = {
+        TEXT: _training_texts(facts, held_out),
+        PROBES: [sentence[0].upper() + sentence[1:] for sentence in sentences],
+    }
+    lines = {
+        name: "".join(json.dumps({"text": text}) + "\n" for text in of)
+        for name, of in texts.items()
+    }
+    folder = FOLDER / hashlib.sha256("".join(lines.values()).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in lines.items():
+        with atomic_write(folder / name) as partial:
+            partial.write_text(content)
+    return folder / TEXT
 
 
 def _training_texts(facts: Sequence[Fact], held_out: float) -> Iterator[str]:
@@ -138,31 +153,30 @@ def arms(family: Family) -> Sequence[Arm]:
     data = replace(data, sources=(*data.sources, str(text)), weights=weights)
     config = replace(config, data=data)
     return [
-        Arm(BASELINE, without_memory(config), measure=recall),
+        Arm(BASELINE, config.without_memory(), measure=recall),
         Arm(ENGRAM, config, measure=recall),
     ]
 
 
 def recall(run: Run, weights: Weights) -> dict[str, Any]:
-    """The share of recalled facts by number of occurrences, also with the memory dropped.
+    """Which facts are recalled, by number of occurrences, also with the memory dropped.
 
-    - recall, recall_dropped: {"0": share, …}.
+    - recall, recall_dropped: 1 or 0 for each fact, {"0": […], …}.
     - occurrences: how often the text that was read has the facts' whole sentences, on average.
     """
     facts, program = make_facts(), run.program
     times = np.array([fact.times for fact in facts])
-    probes = build_corpus(
-        FOLDER / "probes.jsonl", run.tokenizer, run.config.data.cache, held_out=1.0
-    )
+    probes = Path(run.config.data.sources[-1]).with_name(PROBES)
+    corpus = build_corpus(probes, run.tokenizer, run.config.data.cache, held_out=1.0)
 
-    def recalled(suppress: Any) -> dict[str, float]:
+    def recalled(suppress: Suppress) -> dict[str, list[int]]:
         scorer = make_scorer(program, suppress)
         with program.use_mesh():
-            [score] = evaluate_held_out(program, scorer, weights, [probes]).values()
+            [score] = evaluate_held_out(program, scorer, weights, [corpus]).values()
         assert score.by_document is not None
         losses = score.by_document.losses.reshape(len(facts), CHOICES)
         right = losses.argmin(axis=1) == 0
-        return {str(number): float(right[times == number].mean()) for number in TIMES}
+        return {str(number): right[times == number].astype(int).tolist() for number in TIMES}
 
     figures: dict[str, Any] = {"recall": recalled("nothing")}
     if weights.tables:
@@ -175,12 +189,29 @@ def recall(run: Run, weights: Weights) -> dict[str, Any]:
     return figures
 
 
+def share_and_error(recalled: Float[np.ndarray, "seeds facts"]) -> tuple[float, float]:
+    """The share of recalled facts, and its standard error over seeds and facts.
+
+    All seeds have the same facts, so the error over seeds does not contain that of the choice of
+    the facts, which is added.
+    """
+    by_seed, by_fact = recalled.mean(axis=1), recalled.mean(axis=0)
+    errors = [standard_error(of) for of in (by_seed, by_fact) if len(of) > 1]
+    return float(recalled.mean()), math.hypot(*errors)
+
+
 def draw(results: Results, figure: Figure) -> str:
     """Recall against occurrences, with the memory, with it dropped, and by the twin."""
     axes = figure.subplots()
     places = np.arange(len(TIMES), dtype=float)
     lines = [f"| recall of facts that occur … times | {' | '.join(map(str, TIMES))} |"]
     lines.append("|---" * (len(TIMES) + 1) + "|")
+    for label in filter(results.of, (BASELINE, ENGRAM)):
+        read = [results.values(label, "occurrences", str(number)).mean() for number in TIMES]
+        cells = " | ".join(f"{mean:.2f}" for mean in read)
+        lines.append(
+            f"| occurrences that were read, mean over facts and seeds, {label} | {cells} |"
+        )
     for label, figures, color, title in (
         (ENGRAM, "recall", "#3b6fd4", "Engram"),
         (ENGRAM, "recall_dropped", "#2a9d74", "Engram, memory dropped"),
@@ -189,15 +220,19 @@ def draw(results: Results, figure: Figure) -> str:
         if not results.of(label):
             continue
         values = [results.values(label, figures, str(number)) for number in TIMES]
-        draw_points(axes, places, values, color, title)
-        axes.plot(places, [of.mean() for of in values], color=color, linewidth=1)
-        lines.append(f"| {title} | {' | '.join(map(mean_and_error, values))} |")
+        shares, errors = zip(*map(share_and_error, values), strict=True)
+        draw_points(axes, places, [of.mean(axis=1) for of in values], color, title, errors)
+        axes.plot(places, shares, color=color, linewidth=1)
+        cells = " | ".join(
+            f"{share:.3f} ± {error:.3f}" for share, error in zip(shares, errors, strict=True)
+        )
+        lines.append(f"| {title} | {cells} |")
     axes.axhline(1 / CHOICES, color="#777", linestyle=":", label="chance")
     axes.set_xticks(places, [str(number) for number in TIMES])
     axes.set_xlabel("occurrences in the training text")
     axes.set_ylabel(f"share of facts recalled, of {CHOICES} answers")
     axes.legend(frameon=False)
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "± standard error, over seeds and over facts."])
 
 
 EXPERIMENT = Experiment("facts", arms, BASELINE, draw)

@@ -12,7 +12,10 @@ import time
 
 import tyro
 
+from engram_jax.errors import one_sentence
 from experiments.allocation import SHARES
+
+SAVING = 20.0  # seconds in which stopped runs save their checkpoints
 
 # Without the allocation's runs for equal time, because processes that share a GPU slow each other.
 COMMANDS = {
@@ -22,22 +25,23 @@ COMMANDS = {
 
 
 def main(minutes: float = 14.0, jobs: int = 6) -> None:
-    """Runs both experiments, one after the other.
+    """Runs both experiments, one after the other, each for its share of the time.
 
     Args:
         minutes: time for both.
         jobs: processes that train at the same time.
     """
     end = time.monotonic() + 60 * minutes
-    for name, flags in COMMANDS.items():
+    for left, (name, flags) in zip(range(len(COMMANDS), 0, -1), COMMANDS.items(), strict=True):
         words = ["-m", f"experiments.{name}", "--size", "10m", "--jobs", str(jobs), *flags]
         experiment = subprocess.Popen([sys.executable, *words])
         try:
-            experiment.wait(timeout=max(end - time.monotonic() - 20, 1))
+            experiment.wait(timeout=max((end - time.monotonic()) / left - SAVING, 1))
         except subprocess.TimeoutExpired:
             experiment.terminate()
             experiment.wait()
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with one_sentence():
+        tyro.cli(main)

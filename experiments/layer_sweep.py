@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 from experiments.report import draw_points
 from experiments.results import Results
-from experiments.settings import without_memory
 from experiments.sweep import Arm, Experiment, Family, main
 
 BASELINE = "no memory"
@@ -27,7 +26,7 @@ def arms(family: Family) -> Sequence[Arm]:
     last = config.model.layers - 1
     sites: list[tuple[int, ...]] = [(layer,) for layer in range(last + 1)]
     pairs = dict.fromkeys((1, site) for site in (1 + last // 2, last) if site > 1)
-    found = [Arm(BASELINE, without_memory(config))]
+    found = [Arm(BASELINE, config.without_memory())]
     for layers in [*sites, *pairs]:
         rows = tuple(of_order // len(layers) for of_order in config.memory.rows_per_head)
         memory = replace(config.memory, layers=layers, rows_per_head=rows)

@@ -12,6 +12,9 @@ from engram_jax.program import Program
 from engram_jax.run import Run
 from engram_jax.train_state import Weights
 
+VERSION = (
+    2  # part of every key; raise it when figures are computed in another way, in any experiment
+)
 PROSE = ("vital_en", "austen")
 OTHER_TOKENS = 16_384  # held-out tokens of a source that is not prose
 

@@ -2,21 +2,24 @@
 
     python -m experiments.memory_law [--jobs N]
 
-The backbone is that of `engram_2m`. Only the number of table rows changes, over two decades. The
-paper finds that the loss falls linearly with log(rows), and that OverEncoding gains less.
+The backbones are those of `engram_2m` and `over_encoding_2m`. They activate the same number of
+parameters: OverEncoding has fewer that read the memory, and a wider dense layer instead. Only the
+number of table rows changes, over two decades. The paper finds that the loss falls linearly with
+log(rows), and that OverEncoding gains less.
 Cost: 33 runs of five minutes on two CPU cores.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from configs.small import Kind
 from experiments.report import draw_points
-from experiments.results import Results, mean_and_error
-from experiments.settings import without_memory
+from experiments.results import Floats, Results, mean_and_error
 from experiments.sweep import Arm, Experiment, Family, main
 
 FACTORS = (0.1, 0.32, 1, 3.2, 10)  # rows of a head, relative to those of `engram_2m`, 9,216
@@ -25,14 +28,15 @@ BASELINE = "no memory"
 
 
 def arms(family: Family) -> Sequence[Arm]:
-    """The backbone without memory, and with tables of every size."""
+    """Engram's backbone without memory, and with tables of every size."""
     config = family("engram")
-    found = [Arm(BASELINE, without_memory(config))]
+    found = [Arm(BASELINE, config.without_memory())]
     for factor in FACTORS:
         rows = tuple(round(factor * of_order) for of_order in config.memory.rows_per_head)
         for kind, title in KINDS.items():
-            memory = replace(family(kind).memory, rows_per_head=rows)
-            found.append(Arm(f"{title}, rows × {factor}", replace(config, memory=memory)))
+            of_kind = family(kind)
+            memory = replace(of_kind.memory, rows_per_head=rows)
+            found.append(Arm(f"{title}, rows × {factor}", replace(of_kind, memory=memory)))
     return found
 
 
@@ -46,19 +50,13 @@ def draw(results: Results, figure: Figure) -> str:
         rows = np.array([results.of(label)[0]["account"]["rows"] for label in labels])
         losses = [results.values(label, "loss", "prose") for label in labels]
         draw_points(axes, rows, losses, color, title)
-        seeds = min(map(len, losses), default=0)
-        if len(labels) < 3 or not seeds:
+        line = fit_line(rows, results.paired(labels, "loss", "prose"))
+        if line is None:
             continue
-        x = np.log10(rows)
-        by_seed = np.stack([of[:seeds] for of in losses])
-        slopes = np.polyfit(x, by_seed, 1)[0]
-        means = np.array([of.mean() for of in losses])
-        line = np.poly1d(np.polyfit(x, means, 1))
-        r_squared = 1 - np.sum((means - line(x)) ** 2) / np.sum((means - means.mean()) ** 2)
-        axes.plot(rows, line(x), "--", color=color, linewidth=1)
+        axes.plot(rows, line.means, "--", color=color, linewidth=1)
         remarks.append(
-            f"- {title}: {mean_and_error(slopes, '+')} nats per decade of rows (mean ± standard "
-            f"error over {seeds} seeds), R² {r_squared:.3f}."
+            f"- {title}: {mean_and_error(line.slopes, '+')} nats per decade of rows (mean ± "
+            f"standard error over {len(line.slopes)} seeds), R² {line.r_squared:.3f}."
         )
     axes.set_xscale("log")
     axes.set_xlabel("table rows, all heads")
@@ -67,6 +65,32 @@ def draw(results: Results, figure: Figure) -> str:
         axes.axhline(np.mean(without), color="#777", linestyle=":", label=BASELINE)
     axes.legend(frameon=False)
     return "\n".join(remarks)
+
+
+class Line(NamedTuple):
+    """A line through the losses, fitted by least squares against log10(rows).
+
+    Attributes:
+        slopes: of each seed's own line, in nats per decade.
+        means: the line through the means over seeds, at the same rows.
+        r_squared: of that line.
+    """
+
+    slopes: Floats
+    means: Float[np.ndarray, "sizes"]
+    r_squared: float
+
+
+def fit_line(
+    rows: Float[np.ndarray, "sizes"], losses: Float[np.ndarray, "sizes seeds"]
+) -> Line | None:
+    """The line through losses of the same seeds at all sizes; None: fewer than three sizes."""
+    if len(rows) < 3 or not losses.size:
+        return None
+    x, means = np.log10(rows), losses.mean(axis=1)
+    fitted = np.polyval(np.polyfit(x, means, 1), x)
+    r_squared = 1 - np.sum((means - fitted) ** 2) / np.sum((means - means.mean()) ** 2)
+    return Line(np.polyfit(x, losses, 1)[0], fitted, float(r_squared))
 
 
 EXPERIMENT = Experiment("memory_law", arms, BASELINE, draw)

@@ -65,25 +65,29 @@ def draw_differences(results: Results, figure: Figure, baseline: str) -> str:
 
 
 def time_taken(results: Results, label: str, other: str) -> str:
-    """A line for below the table: the training time of a label relative to that of another."""
-    speed = "measured", "tokens_per_second"
-    seconds = [
-        steps_of(results.of(each)[0]) / np.median(results.values(each, *speed))
-        for each in (label, other)
-        if results.of(each)
-    ]
-    if len(seconds) < 2:
+    """A line for below the table: the time of an arm of equal time relative to that of another."""
+    speed = results.relative_speed(label)
+    if speed is None or not results.of(other):
         return ""
-    steps, ratio = steps_of(results.of(label)[0]), seconds[0] / seconds[1]
+    steps, of_other = (steps_of(results.of(each)[0]) for each in (label, other))
     return (
-        f"- {label}: its {steps} steps took {ratio:.2f} of the time of {other} (tokens/s, medians)."
+        f"- {label}: its {steps} steps take {steps / of_other / speed:.2f} of the time of {other}. "
+        f"It trains at {speed:.3f} of its tokens/s (median, both alternately in one process)."
     )
 
 
-def draw_points(axes: Axes, x: Floats, values: Sequence[Floats], color: str, label: str) -> None:
-    """Means over seeds with one standard error, and behind them the values of all seeds."""
+def draw_points(
+    axes: Axes,
+    x: Floats,
+    values: Sequence[Floats],
+    color: str,
+    label: str,
+    errors: Sequence[float] | None = None,
+) -> None:
+    """Means over seeds with their errors, by default one standard error, and all seeds behind."""
     for place, of_place in zip(x, values, strict=True):
         axes.plot([place] * len(of_place), of_place, "o", color=color, alpha=0.3, markersize=3.5)
     means = [np.mean(of_place) for of_place in values]
-    errors = [standard_error(of_place) for of_place in values]
+    if errors is None:
+        errors = [standard_error(of_place) for of_place in values]
     axes.errorbar(x, means, yerr=errors, color=color, label=label, **STYLE)

@@ -22,8 +22,9 @@ class Results:
     """Finished runs. Tables and plots are made from these alone.
 
     Attributes:
-        records: one per run: label, seed, key (hash of the configuration), the settings that differ
-            from their defaults, the figures, and how and when they were measured.
+        records: one per run: label, seed, key (hash of the configuration), measurement (version of
+            the figures), the settings that differ from their defaults, the figures, how and when
+            they were measured, and the relative speed of an arm of equal time.
     """
 
     records: tuple[Record, ...]
@@ -54,15 +55,22 @@ class Results:
     def add(self, record: Record, labels: Sequence[str]) -> "Results":
         """With one more run, which replaces the run of the same label and seed.
 
+        Runs that were measured in another way are dropped: no table mixes them.
+
         Args:
             record: the run.
             labels: all labels in their order, by which the runs are sorted.
         """
-        others = [each for each in self.records if _place(each) != _place(record)]
+        others = [
+            each
+            for each in self.records
+            if _place(each) != _place(record)
+            and each.get("measurement") == record.get("measurement")
+        ]
         order = {label: place for place, label in enumerate(labels)}
-        key = [*others, record]
-        key.sort(key=lambda each: (order.get(each["label"], len(order)), each["seed"]))
-        return Results(tuple(key))
+        records = [*others, record]
+        records.sort(key=lambda each: (order.get(each["label"], len(order)), each["seed"]))
+        return Results(tuple(records))
 
     def labels(self) -> list[str]:
         """The labels, in the order of the file."""
@@ -72,21 +80,32 @@ class Results:
         """The runs of a label, by seed."""
         return [record for record in self.records if record["label"] == label]
 
-    def values(self, label: str, *path: str) -> Floats:
+    def relative_speed(self, label: str) -> float | None:
+        """The measured speed by which an arm of equal time got its steps; None: none was."""
+        runs = self.of(label)
+        return runs[0].get("relative_speed") if runs else None
+
+    def values(self, label: str, *path: str) -> Float[np.ndarray, "seeds ..."]:
         """A figure of every run of a label, such as `values("Engram", "loss", "prose")`."""
         return np.array([_get(record, path) for record in self.of(label)], np.float64)
 
+    def paired(self, labels: Sequence[str], *path: str) -> Float[np.ndarray, "labels seeds ..."]:
+        """A figure of several labels, for the seeds for which all of them have it, in order."""
+        by_label = [
+            {
+                record["seed"]: figure
+                for record in self.of(label)
+                if (figure := _get(record, path)) is not None
+            }
+            for label in labels
+        ]
+        seeds = sorted(set.intersection(*map(set, by_label)))
+        return np.array([[of[seed] for seed in seeds] for of in by_label], np.float64)
+
     def differences(self, label: str, baseline: str, *path: str) -> Floats:
         """A figure of a label minus that of the baseline, for every seed that both have."""
-        other = {record["seed"]: _get(record, path) for record in self.of(baseline)}
-        return np.array(
-            [
-                _get(record, path) - other[record["seed"]]
-                for record in self.of(label)
-                if record["seed"] in other
-            ],
-            np.float64,
-        )
+        own, other = self.paired([label, baseline], *path)
+        return np.asarray(own - other)
 
     def table(self, baseline: str) -> str:
         """A markdown table with one line per label.
@@ -154,9 +173,13 @@ def _health_cells(runs: Iterable[Record]) -> list[str]:
 
 
 def _get(record: Record, path: Sequence[str]) -> Any:
+    """A figure; None: the record does not have it."""
+    figure: Any = record
     for name in path:
-        record = record[name]
-    return record
+        figure = figure.get(name)
+        if figure is None:
+            return None
+    return figure
 
 
 def _place(record: Record) -> tuple[str, int]:

@@ -1,10 +1,10 @@
 """What distinguishes a configuration from the defaults."""
 
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from engram_jax.config import Config, MemoryConfig
+from engram_jax.config import Config
 from engram_jax.identity import CHANGEABLE
 
 
@@ -15,30 +15,26 @@ def settings(config: Config) -> dict[str, Any]:
     earlier behavior as its default, does not change these settings.
     """
     if not config.memory.layers:
-        config = without_memory(config)
+        config = config.without_memory()
     return {
         name: value
-        for name, value in _differing(config)
+        for name, value in _differing(config, Config())
         if name != "name" and not name.startswith(CHANGEABLE)
     }
 
 
-def without_memory(config: Config) -> Config:
-    """The same backbone without memory."""
-    return replace(config, memory=MemoryConfig(layers=()))
-
-
-def _differing(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _differing(part: Any, reference: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a part that differ from those of another object of its class, by name."""
     for item in fields(part):
-        value, name = getattr(part, item.name), prefix + item.name
-        default = item.default
-        if item.default_factory is not MISSING:
-            default = item.default_factory()
+        name = prefix + item.name
+        value, default = getattr(part, item.name), getattr(reference, item.name)
         if value == default:
             continue
         if not is_dataclass(value):
             yield name, list(value) if isinstance(value, tuple) else value
             continue
-        if type(value) is not type(default):
-            yield name, type(value).__name__
-        yield from _differing(value, f"{name}.")
+        kind: Any = type(value)
+        if kind is not type(default):
+            yield name, kind.__name__
+            default = kind()
+        yield from _differing(value, default, f"{name}.")

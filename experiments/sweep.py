@@ -5,14 +5,12 @@
 A run is finished when its line is in docs/results/NAME.json, and is then never repeated, even if
 its folder is gone. Runs that are not finished resume from their newest checkpoint, so a kill loses
 at most a tenth of a run. All lines of seed 0 run first. Any number of processes can work on the
-same experiment: a lock on each run divides them. After every run, the JSON file, the table
-(NAME.md) and the plot (NAME.png) are written again, and the run's checkpoints are deleted.
+same experiment: a lock on each run divides them. After every run and at the end, the JSON file, the
+table (NAME.md) and the plot (NAME.png) are written again. The run's checkpoints are deleted.
 """
 
-import gc
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,35 +19,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import numpy as np
-import tyro
-
 from configs.small import Kind, small_config
-from engram_jax.command_line import load_named_config
+from engram_jax.command_line import load_named_config, parse_flags
 from engram_jax.config import Config
-from engram_jax.costs.accounting import account
 from engram_jax.errors import InputError, one_sentence
-from engram_jax.evaluation.health import warn_of_inert
-from engram_jax.files import hold_lock
-from engram_jax.metrics import read_metrics
-from engram_jax.run import Run
-from engram_jax.train_state import Weights
-from engram_jax.trainer import Diverged, train
-from experiments.measure import measure
+from engram_jax.files import atomic_write, hold_lock
+from engram_jax.trainer import Diverged
+from experiments.measure import VERSION
+from experiments.one_run import SECONDS, Measure, relative_speed, train_and_measure
 from experiments.report import Draw, write_report
-from experiments.results import Record, Results, steps_of
+from experiments.results import Record, Results
 from experiments.settings import settings
 
-CODE = ("engram_jax", "pallas_kernels", "configs", "experiments")
-
 type Family = Callable[[Kind], Config]
-type Measure = Callable[[Run, Weights], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -59,15 +44,14 @@ class Arm:
     Attributes:
         label: its name there.
         config: what is trained; the sweep sets the seed and the number of steps.
-        same_time: two labels, of an arm with this configuration and of a slower or faster one. This
-            arm trains for the time of the second: its number of steps follows from their tokens/s
-            with seed 0.
+        same_time: a slower or faster configuration. This arm trains for as long as that takes for
+            the usual number of steps, by their `relative_speed`.
         measure: more figures of a trained run, which are added to its record.
     """
 
     label: str
     config: Config
-    same_time: tuple[str, str] | None = None
+    same_time: Config | None = None
     measure: Measure | None = None
 
 
@@ -142,12 +126,14 @@ class Task:
     seed: int
     steps: int
 
-    def config(self, results: Results) -> Config | None:
-        """The complete configuration; None: its number of steps is not known yet."""
-        steps = self._steps(results)
-        if steps is None:
-            return None
-        schedule = replace(
+    def config(self, speed: float | None) -> Config:
+        """The complete configuration.
+
+        Args:
+            speed: of an arm with `same_time`, relative to that configuration; None: another arm.
+        """
+        steps = self.steps if speed is None else max(round(self.steps * speed), 1)
+        train = replace(
             self.arm.config.train,
             steps=steps,
             seed=self.seed,
@@ -156,33 +142,29 @@ class Task:
             checkpoint_every=max(steps // 10, 1),
             keep_checkpoints=1,
         )
-        return replace(self.arm.config, train=schedule)
-
-    def _steps(self, results: Results) -> int | None:
-        if self.arm.same_time is None:
-            return self.steps
-        if begun := results.of(self.arm.label):
-            return steps_of(begun[0])
-        own, other = (
-            [record["measured"]["tokens_per_second"] for record in results.of(label)[:1]]
-            for label in self.arm.same_time
-        )
-        if not (own and other and own[0] and other[0]):
-            return None
-        return max(round(self.steps * own[0] / other[0]), 1)
+        return replace(self.arm.config, train=train)
 
     def key(self, config: Config) -> str:
-        """Hash of the configuration (and of the name of the arm's own figures)."""
-        facts = settings(config) | {"measure": getattr(self.arm.measure, "__name__", None)}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        """Hash of the configuration and of what is measured: version, and the arm's own figures."""
+        measured = {
+            "measure": getattr(self.arm.measure, "__name__", None),
+            "measurement": VERSION,
+        }
+        return _hash(settings(config) | measured)
 
     def is_in(self, results: Results) -> bool:
         """Whether this run is finished."""
-        config = self.config(results)
-        return config is not None and any(
-            (record["label"], record["key"]) == (self.arm.label, self.key(config))
+        speed = results.relative_speed(self.arm.label)
+        if self.arm.same_time is not None and speed is None:
+            return False
+        return any(
+            (record["label"], record["key"]) == (self.arm.label, self.key(self.config(speed)))
             for record in results.records
         )
+
+
+def _hash(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_tasks(arms: Sequence[Arm], options: Options) -> list[Task]:
@@ -228,7 +210,8 @@ def run_experiment(
         worker.run(tasks)
         for helper in helpers:
             helper.wait()
-    results = worker.run(tasks)  # what a helper has left, and arms that waited for other arms
+    worker.run(tasks)  # what a helper has left
+    results = worker.report()
     if left := [task for task in tasks if not task.is_in(results)]:
         names = ", ".join(f"{task.arm.label} (seed {task.seed})" for task in left)
         print(f"Not finished: {names}.", file=sys.stderr)
@@ -237,14 +220,19 @@ def run_experiment(
 
 @contextmanager
 def _helpers(experiment: Experiment, count: int) -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """More processes with the same command; they end with this one."""
+    """More processes with the same command, which end before this one.
+
+    Ctrl-C in a terminal does not reach them: a second signal would kill them while they save.
+    """
     words = [sys.executable, "-m", f"experiments.{experiment.name}", *sys.argv[1:], "--jobs", "1"]
-    helpers = [subprocess.Popen(words) for _ in range(count)]
+    helpers = [subprocess.Popen(words, start_new_session=True) for _ in range(count)]
     try:
         yield helpers
     finally:
         for helper in helpers:
             helper.terminate()
+        for helper in helpers:
+            helper.wait()
 
 
 class _Worker:
@@ -261,15 +249,17 @@ class _Worker:
         self._path = options.path(experiment)
         self._folder = options.runs / self._path.stem
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._folder / "results.lock"
         self._start, self._trained = time.monotonic(), 0
 
-    def run(self, tasks: Sequence[Task]) -> Results:
+    def run(self, tasks: Sequence[Task]) -> None:
         """Runs the tasks that are neither finished nor locked by another process."""
         for task in tasks:
             results = Results.read(self._path)
-            config = task.config(results)
-            if config is None or task.is_in(results):
+            if task.is_in(results):
                 continue
+            speed = self._speed(task.arm, results)
+            config = task.config(speed)
             name = f"{task.key(config)}-{task.seed}"
             with ExitStack() as stack:
                 try:
@@ -277,103 +267,82 @@ class _Worker:
                 except BlockingIOError:
                     continue
                 if not task.is_in(Results.read(self._path)):
-                    self._finish(task, config, self._folder / name, tasks)
-        return Results.read(self._path)
+                    record = self._record(task, config, self._folder / name)
+                    if record is not None:
+                        self._save(record | {"relative_speed": speed}, self._folder / name, tasks)
 
-    def _finish(self, task: Task, config: Config, folder: Path, tasks: Sequence[Task]) -> None:
-        """Adds a run's record to the results; trains it if no experiment has it."""
+    def _speed(self, arm: Arm, results: Results) -> float | None:
+        """The speed of an arm relative to its `same_time`, measured once for all its seeds.
+
+        It is kept in a file: a killed run goes on with as many steps.
+        """
+        if arm.same_time is None:
+            return None
+        if (known := results.relative_speed(arm.label)) is not None:
+            return known
+        pair = _hash({"own": settings(arm.config), "other": settings(arm.same_time)})
+        path = self._folder / f"{pair}.speed"
+        with hold_lock(path.with_suffix(".lock")):
+            if not path.exists():
+                print(f"{arm.label}: measures the speed.", flush=True)
+                speed = relative_speed(arm.config, arm.same_time)
+                with atomic_write(path) as partial:
+                    partial.write_text(f"{speed}\n")
+            return float(path.read_text())
+
+    def _record(self, task: Task, config: Config, folder: Path) -> Record | None:
+        """A run's record; trains it if no experiment has it. None: it has diverged."""
         record, name = self._known(task, config), f"{task.arm.label}, seed {task.seed}"
         if record is None:
             print(f"{name}:", flush=True)
             try:
-                record = _train_and_measure(task, config, folder, self._options.jobs)
+                more = task.arm.measure
+                record = train_and_measure(config, folder, jobs=self._options.jobs, more=more)
             except Diverged as error:
                 print(f"{name}: {error}", file=sys.stderr)
-                return
+                return None
             self._trained += 1
-        with hold_lock(self._folder / "results.lock"):
+        return record | {"label": task.arm.label, "key": task.key(config)}
+
+    def _save(self, record: Record, folder: Path, tasks: Sequence[Task]) -> None:
+        """Adds a record to the results, and deletes the run's checkpoints."""
+        with hold_lock(self._lock):
             results = Results.read(self._path).add(record, self._labels)
             results.write(self._path)
-            write_report(results, self._path, self._experiment.baseline, self._experiment.draw)
+            self._report(results)
         if not self._options.keep:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            (folder / SECONDS).unlink(missing_ok=True)
         left = sum(not other.is_in(results) for other in tasks)
         seconds = (time.monotonic() - self._start) / max(self._trained, 1)
         print(
-            f"{name}: {record['loss']['prose']:.4f}. {len(tasks) - left} of {len(tasks)} runs are "
-            f"finished, about {seconds * left / self._options.jobs / 60:.0f} minutes left.",
+            f"{record['label']}, seed {record['seed']}: {record['loss']['prose']:.4f}. "
+            f"{len(tasks) - left} of {len(tasks)} runs are finished, about "
+            f"{seconds * left / self._options.jobs / 60:.0f} minutes left.",
             flush=True,
         )
+
+    def report(self) -> Results:
+        """Writes table and plot of all results, if there are any, and returns them.
+
+        A process that was killed may have written a run without them.
+        """
+        with hold_lock(self._lock):
+            results = Results.read(self._path)
+            if results.records:
+                self._report(results)
+        return results
+
+    def _report(self, results: Results) -> None:
+        write_report(results, self._path, self._experiment.baseline, self._experiment.draw)
 
     def _known(self, task: Task, config: Config) -> Record | None:
         """The record of an equal run of any experiment, with this task's label."""
         for path in sorted(self._options.results.glob("*.json")):
             for record in Results.read(path).records:
                 if record.get("key") == task.key(config):
-                    return record | {"label": task.arm.label}
+                    return record
         return None
-
-
-def _train_and_measure(task: Task, config: Config, folder: Path, jobs: int) -> Record:
-    """Trains and evaluates a run.
-
-    Raises:
-        SystemExit: SIGINT or SIGTERM stopped the training; a checkpoint is saved.
-    """
-    start = time.monotonic()
-    run = Run.start(config, folder)
-    state = train(run)
-    if int(state.step) < config.train.steps:
-        sys.exit(f"Stopped at step {int(state.step)} of {config.train.steps} in {folder}.")
-    figures = measure(run, state.weights)
-    for warning in warn_of_inert(figures.get("health", {})):
-        print(f"{task.arm.label}: {warning}", file=sys.stderr)
-    if task.arm.measure is not None:
-        figures |= task.arm.measure(run, state.weights)
-    lines = read_metrics(folder)
-    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
-    counted = account(replace(config, train=replace(config.train, seed=0)))
-    del state, run
-    jax.clear_caches()
-    gc.collect()
-    return {
-        "label": task.arm.label,
-        "seed": config.train.seed,
-        "key": task.key(config),
-        **figures,
-        "account": {
-            "total": counted.total,
-            "activated": counted.activated,
-            "memory": counted.memory,
-            "rows": counted.memory // config.memory.row_width,
-            "training_flops": counted.training_flops,
-        },
-        "settings": settings(config),
-        "measured": {
-            "tokens_per_second": float(np.median(speeds)) if speeds else None,
-            "seconds": round(time.monotonic() - start, 1),
-            "jobs": jobs,
-            "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-            "commit": _commit(),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
-    }
-
-
-@cache
-def _commit() -> str:
-    """The commit of the code, with "+changes" if files of the code differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--", *CODE], check=True, capture_output=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + "+changes" * bool(changed)
 
 
 def main(experiment: Experiment) -> None:
@@ -381,6 +350,10 @@ def main(experiment: Experiment) -> None:
     with one_sentence():
         # Outside of training, where the trainer handles it: ends the helpers, too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        options = tyro.cli(Options, prog=f"experiments.{experiment.name}")
-        run_experiment(experiment, options)
-        print(options.path(experiment).with_suffix(".md").read_text("utf-8"))
+        options = parse_flags(
+            Options,
+            description=f"Trains what is missing of the experiment {experiment.name}.",
+            prog=f"experiments.{experiment.name}",
+        )
+        if run_experiment(experiment, options).records:
+            print(options.path(experiment).with_suffix(".md").read_text("utf-8"))

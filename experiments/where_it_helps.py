@@ -12,10 +12,10 @@ Cost: 2 configurations × 3 seeds, five minutes each on two CPU cores.
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float, Int32
 from matplotlib.figure import Figure
 
 from engram_jax.compression import project_vocabulary
@@ -29,8 +29,7 @@ from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import Weights
 from experiments.measure import prose_of
 from experiments.report import STYLE
-from experiments.results import Floats, Results, standard_error
-from experiments.settings import without_memory
+from experiments.results import Results, standard_error
 from experiments.sweep import Arm, Experiment, Family, main
 from experiments.token_classes import CLASSES, classify
 
@@ -43,7 +42,7 @@ def arms(family: Family) -> Sequence[Arm]:
     """Engram and the same backbone without memory."""
     config = family("engram")
     return [
-        Arm(BASELINE, without_memory(config), measure=by_group),
+        Arm(BASELINE, config.without_memory(), measure=by_group),
         Arm(ENGRAM, config, measure=by_group),
     ]
 
@@ -118,16 +117,14 @@ def draw(results: Results, figure: Figure) -> str:
     ]
     for axes, names in ((left, [name for name in CLASSES if name in groups]), (right, seen)):
         for place, name in enumerate(names):
-            tokens, twin = _sums(results, BASELINE, name)
-            _, engram = _sums(results, ENGRAM, name)
-            if not (len(twin) and len(engram)):
+            difference = compare(results, name)
+            if difference is None:
                 continue
-            differences = _paired(results, name)
-            mean, error = _over_documents((engram.mean(0) - twin.mean(0)), tokens)
+            mean, error = difference.mean, difference.over_documents
             axes.errorbar(mean, place, xerr=error, color="#3b6fd4", **STYLE)
             lines.append(
-                f"| {name} | {tokens.sum():,.0f} | {twin.mean(0).sum() / tokens.sum():.3f} "
-                f"| {mean:+.3f} ± {error:.3f} | {standard_error(differences):.3f} |"
+                f"| {name} | {difference.tokens:,.0f} | {difference.twin:.3f} "
+                f"| {mean:+.3f} ± {error:.3f} | {difference.over_seeds:.3f} |"
             )
         axes.axvline(0, color="#222", linewidth=0.8)
         axes.set_yticks(range(len(names)), names)
@@ -138,28 +135,62 @@ def draw(results: Results, figure: Figure) -> str:
     return "\n".join(lines)
 
 
-def _sums(results: Results, label: str, group: str) -> tuple[Floats, Any]:
-    """Tokens by block, and sums of losses by seed and block."""
-    runs = [record["groups"][group] for record in results.of(label) if group in record["groups"]]
-    tokens = np.array(runs[0]["tokens"] if runs else [], np.float64)
-    return tokens, np.array([of_run["loss"] for of_run in runs])
+class Difference(NamedTuple):
+    """Engram's loss on a group of tokens minus the twin's; of the seeds that both have.
+
+    Attributes:
+        mean: over seeds, in nats per token.
+        over_documents: its standard error over documents.
+        over_seeds: its standard error over seeds; NaN for one seed.
+        twin: the twin's loss, mean over seeds.
+        tokens: number of tokens, mean over seeds.
+    """
+
+    mean: float
+    over_documents: float
+    over_seeds: float
+    twin: float
+    tokens: float
 
 
-def _paired(results: Results, group: str) -> Floats:
-    """Engram's mean loss of a group minus the twin's, by seed."""
-    tokens, engram = _sums(results, ENGRAM, group)
-    _, twin = _sums(results, BASELINE, group)
-    seeds = min(len(engram), len(twin))
-    return (engram[:seeds] - twin[:seeds]).sum(axis=1) / tokens.sum()
+def compare(results: Results, group: str) -> Difference | None:
+    """The difference on a group; None: no seed has it.
+
+    Groups of frequent n-grams depend on the training text, and so on the seed: each seed's sum of
+    losses is divided by that seed's number of tokens.
+    """
+    labels = (ENGRAM, BASELINE)
+    losses = results.paired(labels, "groups", group, "loss")  # [2, seeds, blocks]
+    if not losses.size:
+        return None
+    engram, twin = losses
+    tokens, of_twin = results.paired(labels, "groups", group, "tokens")
+    assert np.array_equal(tokens, of_twin), f"{group}: with one seed, both score the same tokens"
+    mean, error = ratio_and_error(engram - twin, tokens)
+    totals = tokens.sum(axis=1)
+    by_seed = (engram - twin).sum(axis=1) / totals
+    return Difference(
+        mean=mean,
+        over_documents=error,
+        over_seeds=standard_error(by_seed),
+        twin=float((twin.sum(axis=1) / totals).mean()),
+        tokens=float(totals.mean()),
+    )
 
 
-def _over_documents(sums: Floats, tokens: Floats) -> tuple[float, float]:
-    """Mean of a ratio of two sums, and its standard error over the blocks of documents."""
-    mean = sums.sum() / tokens.sum()
-    residuals = (sums - mean * tokens)[tokens > 0]
+def ratio_and_error(
+    sums: Float[np.ndarray, "seeds blocks"], tokens: Float[np.ndarray, "seeds blocks"]
+) -> tuple[float, float]:
+    """The mean over seeds of a ratio of two sums, and its standard error over the blocks.
+
+    All seeds have the same documents in a block, so their residuals are averaged by block.
+    """
+    totals = tokens.sum(axis=1, keepdims=True)
+    ratios = sums.sum(axis=1, keepdims=True) / totals
+    residuals = ((sums - ratios * tokens) / totals).mean(axis=0)[tokens.any(axis=0)]
     count = len(residuals)
-    error = np.sqrt((residuals**2).sum() * count / max(count - 1, 1)) / tokens.sum()
-    return float(mean), float(error)
+    error = np.sqrt((residuals**2).sum() * count / max(count - 1, 1))
+    return float(ratios.mean()), float(error)
 
 
 EXPERIMENT = Experiment("where_it_helps", arms, BASELINE, draw)

@@ -90,7 +90,7 @@ def libtpu() -> None:
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     """A function that gives the run of `make_run`, created once. Tests must only read it."""
-    return cache(lambda memory: make_run(tmp_path_factory.mktemp(memory), memory))
+    return cache(lambda form: make_run(tmp_path_factory.mktemp(form), form))
 
 
 @pytest.fixture(scope="session")

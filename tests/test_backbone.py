@@ -13,7 +13,8 @@ from lively import enliven
 from tiny_runs import assert_identical, losses, on_devices, vary, with_backbone
 
 from engram_jax.config import Config
-from engram_jax.decoding.generate import Generator, Settings
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.metrics import read_metrics
 from engram_jax.parameters import Plain
 from engram_jax.run import Run
@@ -124,7 +125,7 @@ def test_a_mesh_with_dealt_experts_gives_the_losses_of_one_device(
     for layer, bias in weights.expert_bias.items():
         np.testing.assert_array_equal(bias, biases[layer])
     generator = Generator(again.program, again.tokenizer, weights)
-    assert generator.generate(["the"], Settings(tokens=3))[0].tokens
+    assert generator.generate(["the"], GenerationSettings(tokens=3))[0].tokens
 
 
 def relative_errors(

@@ -254,7 +254,7 @@ def test_a_disk_that_fills_up_while_writing(saved: SimpleNamespace) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(InputError, match=r"does not fit .*; free some space"):
+        with pytest.raises(InputError, match=r"step 30 .*\(File too large\); free some"):
             saved.checkpoints.save(30, large, config={})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -125,6 +125,42 @@ def test_errors_of_files_are_one_sentence(
     assert len(printed.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"JAX_PLATFORMS": "foo"}, "error: Unable to initialize backend 'foo'"),
+        ({"PYTHONOPTIMIZE": "2"}, "error: There is no configuration 'nothing'"),
+    ],
+)
+def test_an_odd_environment_is_one_sentence(variables: dict[str, str], sentence: str) -> None:
+    config = "default" if "JAX_PLATFORMS" in variables else "nothing"
+    result = subprocess.run(
+        [sys.executable, "train.py", config, "--run", "runs/none", "--train.steps", "1"],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and result.stderr.startswith(sentence)
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (FileNotFoundError(2, "No such file"), "The current folder does not exist any more"),
+        (RuntimeError("Could not determine home directory."), "Could not determine home directory"),
+    ],
+)
+def test_errors_of_the_environment_are_one_sentence(
+    error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, one_sentence():
+        raise error
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and printed.startswith(f"error: {sentence}; ")
+
+
 def test_an_error_without_a_file_is_a_bug() -> None:
     with pytest.raises(OSError, match="strange"), one_sentence():
         raise OSError(5, "strange")

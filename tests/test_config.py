@@ -106,7 +106,33 @@ def test_impossible_values_in_the_file_are_refused(tmp_path: Path) -> None:
         load_config(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe\x00", b'{"name": "a"}'])
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("data", {"sources": "austen"}),
+        ("data", {"pad_id": "x"}),
+        ("data", {"cache": None}),
+        ("model", {"width": 64.0}),
+        ("model", {"dtype": "float7"}),
+        ("model", {"scan": 1}),
+        ("memory", {"rows_per_head": [100, "x"]}),
+        ("memory", {"fusion": "nonsense"}),
+    ],
+)
+def test_values_of_another_type_in_the_file_are_refused(
+    tmp_path: Path, section: str, change: dict[str, Any]
+) -> None:
+    path = tmp_path / "config.json"
+    save_config(Config(), path)
+    change_file(path, section, change)
+    with pytest.raises(InputError, match=f"{section}.{next(iter(change))} is"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"3", b"\xff\xfe\x00", b'{"name": "a"}', b"[" * 100_000, b"9" * 5000],
+)
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=r"config\.json"):
@@ -174,6 +200,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("model", {"attention": AttentionConfig(theta=math.nan)}, r"attention\.theta is nan"),
         ("data", {"sources": ("a", "b"), "weights": (1.0, math.inf)}, r"data\.weights is inf"),
         ("memory", {"hash_seed": 10**20}, "at most 18 digits"),
+        ("optimizer", {"warmup_steps": 10**18}, "warmup_steps is 1000000000000000000.*2³¹"),
+        ("data", {"batch_size": 10**18}, "batch_size is 1000000000000000000.*2³¹"),
     ],
 )
 def test_impossible_configurations_are_refused(

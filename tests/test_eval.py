@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_everything_is_printed_and_written(eval_program, run, capsys):
 
 
 def test_sources_and_texts_can_be_chosen(eval_program, run, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text("in Wales " * 600)
+    (tmp_path / "text.txt").write_text("x" + "in Wales " * 340 + "日" * 600)
     before = sorted(run.folder.iterdir())
     eval_program(
         [
@@ -70,7 +71,22 @@ def test_sources_and_texts_can_be_chosen(eval_program, run, tmp_path, capsys):
     assert set(results["held_out"]) == {"second", POOLED}
     assert "sample" not in results and "memory" not in results
     assert "the first 1,024 of the text's" in capsys.readouterr().out
-    assert len(run.tokenizer.encode(results["gates"]["text"])) == 1024
+    # A token of a Japanese character is one byte, and two of them would fit.
+    assert results["gates"]["text"].endswith("in Wales ")
+    assert len(run.tokenizer.encode(results["gates"]["text"])) == 1022
+
+
+def test_scores_are_printed_if_a_file_cannot_be_written(eval_program, run, tmp_path, capsys):
+    (tmp_path / "eval_part.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        eval_program(
+            [
+                *(str(run.folder), "--output", str(tmp_path), "--no-statistics"),
+                *("--max-tokens", "50", "--sample-tokens", "0"),
+            ]
+        )
+    assert "perplexity" in capsys.readouterr().out
+    assert (tmp_path / "gates_part.png").is_file()
 
 
 @pytest.mark.parametrize("memory", ["dense", pytest.param("over_encoding", marks=pytest.mark.slow)])
@@ -116,6 +132,38 @@ def test_statistics_need_the_text_of_the_training(eval_program, run, tmp_path, m
 def test_what_cannot_be_done_is_said(eval_program, run, flags, sentence):
     with pytest.raises(InputError, match=sentence):
         eval_program([str(run.folder), *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--top-k", "9000"], "--top-k is 9000"),
+        (["--sample-tokens", "1000000"], "ask for fewer tokens"),
+        (["--prompt", "\ud800"], "Prompt 1 is not valid"),
+        (["--temperature", "inf"], "--temperature is inf; it must be finite"),
+    ],
+)
+def test_the_sample_is_checked_before_the_checkpoint_is_read(
+    eval_program, run, monkeypatch, flags, sentence
+):
+    """With sentences that name only flags of eval.py."""
+    monkeypatch.setattr(Run, "restore_weights", None)
+    with pytest.raises(InputError, match=sentence) as refused:
+        eval_program([str(run.folder), *flags])
+    assert set(re.findall(r"--[\w-]+", str(refused.value))) <= set(flags)
+
+
+def test_the_sample_is_drawn_before_the_slow_statistics(eval_program, run, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise InputError("drawn")
+
+    def study(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("engram_jax.decoding.generate.Generator.generate", fail)
+    monkeypatch.setitem(eval_program.__globals__, "MemoryStudy", study)
+    with pytest.raises(InputError, match="drawn"):
+        eval_program([str(run.folder)])
 
 
 def test_other_sources_are_checked_like_the_runs_own(eval_program, run, tmp_path):

@@ -2,7 +2,8 @@
 
 import importlib
 import json
-import re
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -13,15 +14,17 @@ from tiny_runs import on_devices, vary
 from configs.small import small_config
 from engram_jax.checkpoint import Checkpoints
 from engram_jax.costs.accounting import account
-from engram_jax.data.token_cache import build_corpus
 from engram_jax.errors import InputError
 from engram_jax.layers.mixture_of_experts import ExpertsConfig
-from engram_jax.tokenizer import load_tokenizer
-from experiments import allocation, facts, memory_law, row_optimizers
+from experiments import (
+    allocation,
+    facts,
+    memory_law,
+    one_run,
+    row_optimizers,
+)
 from experiments.results import Results
-from experiments.settings import settings, without_memory
-from experiments.sweep import Arm, Options, Task, run_experiment
-from experiments.token_classes import CLASSES, classify
+from experiments.sweep import Options, run_experiment
 
 
 @pytest.fixture(autouse=True)
@@ -70,29 +73,37 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("experiments")
 
 
+def make_few_facts(monkeypatch, folder):
+    monkeypatch.setattr(facts, "FOLDER", folder)
+    monkeypatch.setattr(facts, "FACTS", 3)
+    monkeypatch.setattr(facts, "CHOICES", 3)
+    monkeypatch.setattr(facts, "_RELATIONS", ("capital",))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SMALLEST, "comparison", "row_optimizers"])
 def test_every_arm_trains(name, family, folder, monkeypatch):
     """Allocations of such a small model are not of equal size, so `allocate` is left out."""
-    monkeypatch.setattr(facts, "FOLDER", folder / "text")
-    monkeypatch.setattr(facts, "FACTS", 3)
+    make_few_facts(monkeypatch, folder / "text")
     monkeypatch.setattr(allocation, "allocate", lambda config, share: config)
     monkeypatch.setattr(memory_law, "FACTORS", (1,))
     monkeypatch.setattr(row_optimizers, "FACTORS", (10.0,))
+    monkeypatch.setattr(one_run, "ROUNDS", 2)
+    monkeypatch.setattr(one_run, "STEPS", 1)
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
     options = Options(steps=2, seeds=1, runs=folder / "runs", results=folder / "every arm")
     deeper = {kind: vary(family(kind), model={"layers": 4}) for kind in ("engram", "over_encoding")}
     deeper["dense"] = vary(family("dense"), model={"layers": 4})
     arms = experiment.arms(deeper.__getitem__)
     results = run_experiment(experiment, options, deeper.__getitem__)
-    # There are no speeds of two steps, so arms of equal time cannot be trained.
-    assert results.labels() == [arm.label for arm in arms if arm.same_time is None]
+    assert results.labels() == [arm.label for arm in arms]
+    timed = [arm.label for arm in arms if arm.same_time is not None]
+    assert all(results.relative_speed(label) > 0 for label in timed)
 
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_the_smallest_form_from_nothing_to_the_plot(name, family, folder, monkeypatch):
-    monkeypatch.setattr(facts, "FOLDER", folder / "text")
-    monkeypatch.setattr(facts, "FACTS", 3)
+    make_few_facts(monkeypatch, folder / "text")
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
     if name == "allocation":  # it is between experts and table rows
         experts = ExpertsConfig(routed=10, shared=1, active=2, width=16)
@@ -145,86 +156,19 @@ def test_a_killed_sweep_continues_where_it_was_and_repeats_no_finished_run(
         run_experiment(law, options, family)
     path = options.path(law)
     assert [record["label"] for record in without_times(path)] == [LAW[0]]
+    [seconds] = options.runs.rglob(one_run.SECONDS)  # of the second run
+    assert float(seconds.read_text()) > 0
+    seconds.write_text("1000")
     run_experiment(law, options, family)
     assert saved == [1, 2, 1, 2]  # the second run went on at step 1
+    first, second = (of["measured"]["seconds"] for of in Results.read(path).records)
+    assert first < 1000 < second and not seconds.exists()
     assert without_times(path) == without_times(tmp_path / "whole" / path.name)
     assert not list((options.runs).rglob("checkpoints/*"))
 
     before = path.read_bytes()
     run_experiment(law, replace(options, runs=tmp_path / "other machine"), family)
     assert saved == [1, 2, 1, 2] and path.read_bytes() == before
-
-
-def record(label, seed, loss, **parts):
-    speed = parts.pop("speed", 1000.0)
-    return {
-        "label": label,
-        "seed": seed,
-        "key": f"{label} {seed}",
-        "loss": {"prose": loss},
-        "account": {"total": 2_000_000},
-        "settings": {"train.steps": 500},
-        "measured": {"tokens_per_second": speed},
-    } | parts
-
-
-def test_the_table_has_paired_differences_and_their_standard_errors():
-    losses = {"twin": (5.0, 5.2, 5.4), "memory": (4.9, 5.0, 5.1)}
-    records = [
-        record(label, seed, loss) for label, of in losses.items() for seed, loss in enumerate(of)
-    ]
-    health = {"1": {"open": 0.5, "closed": 0.25, "strength": 0.125}}
-    records[3] |= {"dropped": 0.3, "health": health}
-    records[4] |= {"dropped": 0.4, "health": health}
-    records[5] |= {"dropped": 0.5, "health": health}
-    _, _, twin, memory, *_ = Results(tuple(records)).table("twin").splitlines()
-    assert twin == ("| twin | 3 | 500 | 2.00 M | 5.2000 ± 0.1155 |  |  |  |  | 1,000 |")
-    # Differences −0.1, −0.2, −0.3: standard deviation 0.1, over √3.
-    assert memory == (
-        "| memory | 3 | 500 | 2.00 M | 5.0000 ± 0.0577 | -0.2000 ± 0.0577 | +0.4000 ± 0.0577 "
-        "| 50.0%, 25.0% | 0.125 | 1,000 |"
-    )
-
-
-def test_only_common_seeds_are_compared_and_a_label_and_seed_are_there_once(tmp_path):
-    results = Results(())
-    for label, seed, loss in (("b", 1, 3.0), ("a", 1, 1.0), ("b", 0, 2.0), ("b", 1, 4.0)):
-        results = results.add(record(label, seed, loss), ["a", "b"])
-    results.write(tmp_path / "r.json")
-    results = Results.read(tmp_path / "r.json")
-    assert [(of["label"], of["seed"]) for of in results.records] == [("a", 1), ("b", 0), ("b", 1)]
-    assert results.differences("b", "a", "loss", "prose").tolist() == [3.0]
-    (tmp_path / "r.json").write_text("{")
-    with pytest.raises(InputError, match=r"r\.json holds no results"):
-        Results.read(tmp_path / "r.json")
-
-
-def test_an_arm_of_equal_time_gets_the_steps_of_the_first_seeds_speeds(family):
-    twin = Arm("twin, equal time", family("dense"), same_time=("twin", "memory"))
-    task = Task(twin, seed=1, steps=500)
-    results = Results((record("twin", 0, 5.0, speed=1200.0),))
-    assert task.config(results) is None
-    results = results.add(record("memory", 0, 5.0, speed=1000.0), [])
-    assert task.config(results).train.steps == 600
-    # Speeds of a later seed do not change it, and neither do new speeds once it has begun.
-    begun = record("twin, equal time", 0, 5.0) | {"settings": {"train.steps": 610}}
-    results = results.add(begun, []).add(record("memory", 1, 5.0, speed=1.0), [])
-    assert task.config(results).train.steps == 610
-
-
-def test_a_key_depends_on_what_differs_from_the_defaults_and_changes_results(tiny):
-    changed = vary(tiny, train={"log_every": 7, "keep_checkpoints": 5}, data={"workers": 2})
-    assert settings(changed) == settings(replace(tiny, name="other")) == settings(tiny)
-    names = settings(tiny).keys()
-    assert {"model.width", "memory.heads", "train.seed"} <= names
-    assert not names & {"memory.max_order", "model.engram.gated", "name", "train.log_every"}
-    without = without_memory(vary(tiny, memory={"heads": 4}))
-    assert settings(without) == settings(without_memory(tiny))
-    key = Task(Arm("", tiny), 0, 2).key
-    other = vary(tiny, model={"engram": replace(tiny.model.engram, gated=False)})
-    assert key(tiny) == key(changed) != key(other)
-    measured = Task(Arm("", tiny, measure=facts.recall), 0, 2).key(tiny)
-    assert measured != key(tiny)
 
 
 @pytest.mark.slow
@@ -252,6 +196,15 @@ def experiments_of(name):
     return importlib.import_module(f"experiments.{name}")
 
 
+def test_overencoding_gets_the_parameters_that_engram_reads_its_memory_with():
+    """A wider dense layer: `test_accounting` shows that both activate the same number."""
+    arms = memory_law.EXPERIMENT.arms(partial(small_config, size="2m"))
+    models = {arm.label.split(",")[0]: arm.config.model for arm in arms}
+    assert models["OverEncoding"] == small_config("over_encoding", "2m").model
+    assert models["Engram"] == models["no memory"] == small_config("engram", "2m").model
+    assert models["OverEncoding"].feed_forward > models["Engram"].feed_forward
+
+
 def test_a_mistyped_label_is_refused(options, family):
     with pytest.raises(InputError, match="choose from no memory, Engram"):
         run_experiment(memory_law.EXPERIMENT, replace(options, only=("Engram",)), family)
@@ -259,39 +212,16 @@ def test_a_mistyped_label_is_refused(options, family):
         run_experiment(memory_law.EXPERIMENT, replace(options, plot_only=True), family)
 
 
-def test_facts_occur_as_often_as_they_say_and_are_not_held_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(facts, "FOLDER", tmp_path / "text")
-    invented = facts.make_facts()
-    assert len({fact.question for fact in invented}) == len(invented) == 4 * 67
-    assert all(len(set(fact.answers)) == facts.CHOICES for fact in invented)
-    path = facts.write_texts(invented, held_out=0.05)
-    corpus = build_corpus(path, load_tokenizer("default"), tmp_path / "cache", held_out=0.05)
-    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    assert len(set(texts)) == len(texts)
-    read = "\n".join(texts[number] for number in corpus.train.indices)
-    assert all(read.count(fact.sentence()) == fact.times for fact in invented)
-    assert len(corpus.held_out)
-
-
-def test_classes_of_tokens():
-    text = "The city of New York has 1,200 parks; the New City, in York."
-    texts = re.findall(r" ?\w+|[^\w ]", text)
-    named = dict(enumerate(CLASSES[kind] for kind in classify(texts)))
-    expected = {
-        "The": "function word",
-        " city": "first mention",
-        " New": "first mention",
-        " York": "inside a name",
-        " 1": "number",
-        ",": "number",  # of 1,200
-        " parks": "first mention",
-        ";": "punctuation",
-    }
-    for token, kind in expected.items():
-        assert named[texts.index(token)] == kind, token
-    assert [named[place] for place in (-4 + len(texts), -2 + len(texts))] == [
-        "punctuation",
-        "repeated in context",
-    ]
-    assert named[len(texts) - 6] == "repeated in context"  # New, after "the"
-    assert named[len(texts) - 5] == "inside a name"  # City
+@pytest.mark.slow
+def test_two_processes_share_an_experiment(tmp_path):
+    """The smallest experiment that the command line has: two steps of two arms."""
+    words = ["experiments.memory_law", "--steps", "2", "--seeds", "1", "--jobs", "2"]
+    words += ["--only", "no memory", "Engram, rows × 0.1"]
+    words += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    done = subprocess.run(
+        [sys.executable, "-m", *words], capture_output=True, text=True, check=True
+    )
+    results = Results.read(tmp_path / "results" / "memory_law_2_steps.json")
+    assert results.labels() == ["no memory", "Engram, rows × 0.1"]
+    assert "| no memory | 1 | 2 |" in done.stdout and "Not finished" not in done.stderr
+    assert {of["measured"]["jobs"] for of in results.records} == {1, 2}  # a helper has --jobs 1

@@ -1,8 +1,8 @@
 """Two processes of which one fails: both end at once, and each says why."""
 
 import os
+import signal
 import socket
-import sys
 import time
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pytest
 from programs import fork
 
 from engram_jax.errors import InputError, one_sentence
-from engram_jax.processes import check_same_everywhere, end_together
+from engram_jax.processes import all_agree, check_same_everywhere, end_together
 
 
 def be_one_of_two(rank: int, port: int, folder: Path, failure: str) -> None:
@@ -20,15 +20,20 @@ def be_one_of_two(rank: int, port: int, folder: Path, failure: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
-    with end_together(normal=[130]), one_sentence():
-        jax.devices()
+    with end_together(), one_sentence():
+        all_agree(True)  # connects the processes
+        if failure == "all stop":
+            jax.distributed.shutdown()  # as a program does at its end, but not a fork
+            return
         if failure == "different checkpoints":
             check_same_everywhere([2, 4] if rank else [2, 6], "They differ.")
-        if failure == "all stop":
-            sys.exit(130)
         if rank == int(failure[-1]):
-            raise InputError("No.") if "input" in failure else KeyError("bug")
-        time.sleep(100)  # as in a collective operation
+            if "killed" in failure:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise {"input": InputError("No."), "bug": KeyError("bug"), "keys": KeyboardInterrupt()}[
+                failure.split()[0]
+            ]
+        all_agree(True)  # waits for the other process
 
 
 @pytest.mark.parametrize(
@@ -37,8 +42,10 @@ def be_one_of_two(rank: int, port: int, folder: Path, failure: str) -> None:
         ("input of 0", [2, 2], ["error: No.", "error: Process 0 failed"]),
         ("input of 1", [2, 2], ["error: Process 1 failed", "error: No."]),
         ("bug of 1", [2, 1], ["error: Process 1 failed", "KeyError: 'bug'"]),
+        ("keys of 1", [2, 130], ["error: Process 1 failed", "Interrupted."]),
+        ("killed 1", [1, -9], ["error: Another process ended", ""]),
         ("different checkpoints", [2, 2], ["error: They differ.", "error: They differ."]),
-        ("all stop", [130, 130], ["", ""]),
+        ("all stop", [0, 0], ["", ""]),
     ],
 )
 def test_a_process_that_fails_ends_both(
@@ -54,4 +61,5 @@ def test_a_process_that_fails_ends_both(
     assert time.monotonic() - start < 30
     assert [part.exitcode for part in parts] == codes
     for rank, message in enumerate(messages):
-        assert message in (tmp_path / f"{rank}.txt").read_text()
+        errors = (tmp_path / f"{rank}.txt").read_text()
+        assert message in errors and errors.count("error: ") == message.count("error: ")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from engram_jax.decoding import batches
+from engram_jax.decoding.text import Continuation, GrowingText
 from engram_jax.errors import InputError
 from engram_jax.generate import main
 from engram_jax.run import Run
@@ -19,7 +21,12 @@ def folder(untrained) -> str:
 
 @pytest.fixture(autouse=True)
 def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    pipe(monkeypatch, b"")
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """A standard input that is no terminal."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "utf-8"))
 
 
 def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
@@ -50,19 +57,42 @@ def test_prompts_of_a_file_as_json(folder: str, tmp_path, capsys) -> None:
     flags = ["--tokens", "4", "--json", "--compare-without-memory", "--seed", "3"]
     main([folder, "--prompts-file", str(prompts), *flags])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["prompt"] for line in lines] == ["the", "東京"]
+    assert [(line["number"], line["prompt"]) for line in lines] == [(1, "the"), (2, "東京")]
     for line in lines:
         assert line["reason"] in ("length", "end")
         assert len(line["tokens"]) == len(line["log_probabilities"]) <= 4
-        assert line["without_memory"].keys() == line.keys() - {"prompt", "without_memory"}
+        assert line["without_memory"].keys() == line.keys() - {"number", "prompt", "without_memory"}
     assert lines[0]["without_memory"]["tokens"] != lines[0]["tokens"]
 
 
 def test_each_line_of_a_pipe_is_a_prompt(folder: str, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the\nAlexander\n"))
-    main([folder, "--tokens", "3"])
-    lines = capsys.readouterr().out.split("\n")
-    assert lines[0].startswith("the|") and any(line.startswith("Alexander|") for line in lines)
+    pipe(monkeypatch, "\n東\u2028京 the\r\n \nAlexander\n".encode())
+    main([folder, "--tokens", "3", "--json"])
+    lines = map(json.loads, capsys.readouterr().out.split("\n")[:-1])
+    assert [line["prompt"] for line in lines] == ["東\u2028京 the", "Alexander"]
+    pipe(monkeypatch, b"the\n\xff")
+    with pytest.raises(InputError, match="The standard input is not UTF-8"):
+        main([folder])
+
+
+def test_results_are_printed_after_each_batch(folder: str, monkeypatch, capsys) -> None:
+    """The longest prompt is first; numbers and seeds are those of the given order."""
+    prompts = ["Alexander", "in Wales and on café", "the"]
+    expected = Run.open(Path(folder)).generate(prompts, tokens=3, seed=5)
+    monkeypatch.setattr(batches, "MOST_SEQUENCES", 1)
+    printed = []
+
+    def compare(self: GrowingText) -> Continuation:
+        printed.append(capsys.readouterr().out)
+        return finish(self)
+
+    finish = GrowingText.finish
+    monkeypatch.setattr(GrowingText, "finish", compare)
+    main([folder, *prompts, "--tokens", "3", "--seed", "5", "--temperature", "1", "--json"])
+    lines = [json.loads(text) for text in [*printed[1:], capsys.readouterr().out]]
+    assert [line["number"] for line in lines] == [2, 1, 3]
+    for line in lines:
+        assert line["tokens"] == expected[line["number"] - 1].tokens
 
 
 def test_a_person_types_prompts(folder: str, monkeypatch, capsys) -> None:
@@ -92,18 +122,27 @@ def test_ctrl_c_ends_only_the_continuation(folder: str, monkeypatch, capsys) -> 
         (["the", "--tokens", "0"], "--tokens is 0"),
         (["the", "--top-p", "0"], "--top-p is 0"),
         (["the", "--temperature", "nan"], "--temperature is nan"),
+        (["the", "--temperature", "inf"], "--temperature is inf; it must be finite"),
+        (["the", "--top-k", "9000"], "--top-k is 9000"),
         (["the", "--stop", ""], "--stop has an empty string"),
         (["the", "--prompts-file", "x.jsonl"], "not both"),
         (["--prompts-file", "missing.jsonl"], "Cannot read --prompts-file missing.jsonl"),
         ([], "The standard input has no prompts"),
         (["the " * 20, "--capacity", "10"], "--capacity is 10"),
         (["\ud800"], "Prompt 1 is not valid"),
-        (["the", "--step", "7"], "7"),
     ],
 )
-def test_bad_input_is_one_sentence(folder: str, flags: list[str], named: str) -> None:
+def test_bad_input_is_one_sentence_before_the_checkpoint_is_read(
+    folder: str, monkeypatch, flags: list[str], named: str
+) -> None:
+    monkeypatch.setattr(Run, "restore_weights", None)
     with pytest.raises(InputError, match=named):
         main([folder, *flags])
+
+
+def test_an_unknown_step_is_refused(folder: str) -> None:
+    with pytest.raises(InputError, match="7"):
+        main([folder, "the", "--step", "7"])
 
 
 @pytest.mark.parametrize(

@@ -134,3 +134,14 @@ def test_a_full_disk_is_one_sentence_and_the_whole_lines_stay(tmp_path: Path) ->
         log.close()
     with MetricsLog(tmp_path) as log:
         assert [line["step"] for line in read_metrics(tmp_path)] == list(range(step))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [*({"step": step} for step in ("abc", 2.5, True, -1, 2**70)), {"loss": None}, {"loss": [1]}],
+)
+def test_a_line_with_another_type_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    line = {"step": 1, "kind": "train", "loss": 2.5} | change
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match="Line 1"):
+        read_metrics(tmp_path)

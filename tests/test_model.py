@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax import Array
 
+from engram_jax.config import MemoryConfig
 from engram_jax.layers import hyper_connections
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.hyper_connections import HyperConnectionsConfig
@@ -27,7 +28,7 @@ CONFIG = DecoderConfig(
     feed_forward=24,
 )
 ENGRAM = MemorySites(layers=(0, 1), width=12, orders=2)
-OVER_ENCODING = MemorySites(over_encoding=True, width=12, orders=2)
+OVER_ENCODING = MemorySites(input="over_encoding", width=12, orders=2)
 SEGMENTS = np.array([[1] * 5 + [2] * 2 + [3] * 7, [1] * 11 + [0] * 3], np.int32)
 POSITIONS = np.array([[*range(5), *range(2), *range(7)], [*range(11), 0, 0, 0]], np.int32)
 TOKENS = np.random.default_rng(0).integers(0, 50, (2, 14), dtype=np.int32)
@@ -211,6 +212,26 @@ def test_over_encoding_averages_into_the_input_embedding() -> None:
     plain = nnx.merge(graph, shared)
     expected, _ = apply(plain, jnp.arange(28, dtype=jnp.int32).reshape(2, 14), {})
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fusion", "parameter"), [("over_encoding", "projection"), ("added", "scale")]
+)
+def test_parameters_that_read_memory_at_the_input_keep_their_paths(
+    fusion: str, parameter: str
+) -> None:
+    """A checkpoint has them under these names."""
+    sites = MemoryConfig(
+        layers=(0,), fusion=fusion, heads=1, rows_per_head=(5, 5), row_width=16
+    ).sites
+    decoder = make_decoder(sites=sites)
+    names = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    assert list(names[fusion]) == [parameter]
+    memory, embedded = {0: jnp.ones((2, 14, 32))}, jnp.zeros((2, 14, 16))
+    read = decoder._begin(embedded, decoder._input_memory, memory, None)
+    assert np.abs(read).min() > 0
+    plain = make_decoder(sites=MemorySites())
+    assert plain._input_memory is None
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -163,7 +163,8 @@ PAPERS = DecoderConfig(
 
 @pytest.mark.parametrize("config", [DecoderConfig(layers=2, tie_embeddings=False), PAPERS])
 @pytest.mark.parametrize(
-    "sites", [MemorySites(layers=(1,), width=8), MemorySites((), True, width=8, orders=2)]
+    "sites",
+    [MemorySites(layers=(1,), width=8), MemorySites(input="over_encoding", width=8, orders=2)],
 )
 def test_what_is_no_hidden_matrix_of_a_decoder_does_not_decay(
     sites: MemorySites, config: DecoderConfig

@@ -38,7 +38,7 @@ from engram_jax.trainer import train
             {"memory": {"fusion": "over_encoding", "layers": (0,)}},
             marks=pytest.mark.slow,
         ),
-        (signal.SIGTERM, {"memory": {"layers": ()}, "train": {"accumulation": 2}}),
+        (signal.SIGHUP, {"memory": {"layers": ()}, "train": {"accumulation": 2}}),
     ],
     ids=["engram", "over_encoding", "dense"],
 )

@@ -26,7 +26,8 @@ from tiny_runs import (
 from engram_jax import files, platforms, program
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config, save_config
-from engram_jax.decoding.generate import Generator, Settings
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.attention import AttentionConfig
@@ -302,7 +303,7 @@ def test_one_row_on_one_device(config: Config, tmp_path: Path, heads: int, kv_he
     run = Run.open(tmp_path / "run")
     assert run.program.mesh.size == 1
     generator = Generator(run.program, run.tokenizer, run.program.initial_state().weights)
-    assert generator.generate(["Alexander"], Settings(tokens=1))[0].tokens
+    assert generator.generate(["Alexander"], GenerationSettings(tokens=1))[0].tokens
 
 
 def test_rows_that_do_not_divide_over_the_devices_are_refused(tiny: Config, tmp_path: Path) -> None:
@@ -358,7 +359,9 @@ def test_a_model_may_have_ids_to_spare(tiny: Config, tmp_path: Path) -> None:
     weights = replace(weights, params=weights.params | {"head": head})
     generator = Generator(run.program, run.tokenizer, weights)
     for heat in (0.0, 1.0):
-        drawn = generator.generate(["the"], Settings(tokens=5, temperature=heat))[0].tokens
+        drawn = generator.generate(["the"], GenerationSettings(tokens=5, temperature=heat))[
+            0
+        ].tokens
         assert drawn and max(drawn) < 8192
 
 
@@ -389,6 +392,26 @@ def test_a_run_is_read_and_resumed_without_the_files_it_was_made_from(
     (moved / "tokenizer.model").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"tokenizer\.model"):
         Run.open(moved)
+
+
+def test_a_run_whose_folder_was_moved_saves_a_checkpoint_that_can_be_read(
+    saved: Run, tmp_path: Path
+) -> None:
+    state = saved.restore()
+    saved.folder.rename(tmp_path / "moved")
+    path = saved.save(state)
+    for name in ("config.json", "hash.json", "tokenizer.model"):
+        assert (path / name).read_bytes() == (tmp_path / "moved" / name).read_bytes()
+    assert_identical(saved.restore(), state)
+
+
+def test_checkpoints_that_are_no_folder_are_refused_before_training(
+    tiny: Config, tmp_path: Path
+) -> None:
+    run = Run.start(tiny, tmp_path / "run")
+    (run.folder / "checkpoints").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match="link to nothing"):
+        train(run)
 
 
 def test_a_hash_of_another_tokenizer_is_refused(tiny: Config, saved: Run) -> None:

@@ -2,6 +2,7 @@ import io
 import multiprocessing
 import pickle
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -250,6 +251,37 @@ def test_characters_without_a_piece_are_not_dropped(model: object) -> None:
     with pytest.raises(InputError) as error:
         tokenizer.encode_batch(["a", "a日"])
     one_sentence(error, "toy.json", "byte pieces")
+
+
+def byte_level(missing: str) -> bytes:
+    """A byte-level BPE without merges, and without the pieces of some bytes."""
+    pieces = SPECIAL + [
+        c for c in tokenizers.pre_tokenizers.ByteLevel.alphabet() if c not in missing
+    ]
+    tokenizer = tokenizers.Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer.to_str().encode()
+
+
+def byte_fallback(missing: str) -> bytes:
+    """A BPE that writes unknown characters as bytes, and does not have some of them."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = [*SPECIAL, *"ab", *(name for name in names if name not in missing)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    return make_json(BPE(vocabulary, [], byte_fallback=True))
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_a_tokenizer_that_lacks_bytes_does_not_drop_them(make: Callable[[str], bytes]) -> None:
+    whole = JsonTokenizer(make(""), "toy.json")
+    ids = whole.encode("ab日ab").tolist()
+    assert len(ids) == 7
+    tokenizer = JsonTokenizer(make(whole.piece(ids[3])), "toy.json")
+    assert len(tokenizer.encode("abab")) == 4
+    with pytest.raises(InputError) as error:
+        tokenizer.encode("ab日ab")
+    one_sentence(error, "toy.json", "drops characters", "byte pieces")
 
 
 def test_dropout_is_disabled() -> None:

@@ -1,5 +1,7 @@
 """The loop: equal results on all meshes, written files, divergence."""
 
+import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from engram_jax.config import Config
 from engram_jax.data.packing import Batch
 from engram_jax.metrics import read_metrics
 from engram_jax.run import Run
-from engram_jax.trainer import Diverged, train
+from engram_jax.trainer import Diverged, _Unbreakable, train
 
 
 @pytest.mark.usefixtures("one_device")
@@ -122,3 +124,14 @@ def test_a_learning_rate_that_ruins_the_weights(tiny: Config, tmp_path: Path) ->
     run = Run.start(config, tmp_path / "run")
     with pytest.raises(Diverged, match=r"Step 2 has loss nan.*none is good.*learning_rate"):
         train(run)
+
+
+def test_an_error_output_that_is_gone_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    for stream in (Full(), None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert _Unbreakable().write("a") == 1
+        _Unbreakable().flush()

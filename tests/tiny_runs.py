@@ -24,10 +24,11 @@ from engram_jax.config import Config, DataConfig, MemoryConfig, TrainConfig
 from engram_jax.decoding import generate
 from engram_jax.evaluation import held_out, report
 from engram_jax.layers.attention import AttentionConfig
+from engram_jax.layers.engram import EngramConfig
 from engram_jax.layers.hyper_connections import HyperConnectionsConfig
 from engram_jax.layers.latent_attention import LatentAttentionConfig
 from engram_jax.layers.mixture_of_experts import ExpertsConfig
-from engram_jax.memory.layout import RowState, Table
+from engram_jax.memory.layout import RowState, StorageConfig, Table
 from engram_jax.memory.places import stored_places
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.metrics import read_metrics
@@ -73,22 +74,43 @@ def tiny_config(folder: Path) -> Config:
     )
 
 
-def make_run(folder: Path, memory: str) -> Run:
-    """Starts a run with "engram", "over_encoding" or "dense" memory; saves step 2 without zeros.
+# What forms of the model differ in from `tiny_config`, by section of the configuration.
+FORMS: dict[str, dict[str, dict[str, Any]]] = {
+    "engram": {},
+    "over_encoding": {"memory": {"layers": (0,), "fusion": "over_encoding"}},
+    "dense": {"memory": {"layers": ()}},
+    "two_layers": {"memory": {"layers": (0, 1)}},
+    "added": {"memory": {"layers": (0,), "fusion": "added", "row_width": 32}},
+    "ungated": {"model": {"engram": EngramConfig(gated=False)}},
+    "frozen": {"memory": {"frozen": True}},
+    "more_ids": {"model": {"vocabulary": 8300}},
+    "untied": {"model": {"tie_embeddings": False}},
+    "several": {  # of the above
+        "model": {"vocabulary": 8300, "tie_embeddings": False},
+        "memory": {"layers": (0, 1)},
+    },
+    "bfloat16": {
+        "model": {"dtype": "bfloat16"},
+        "memory": {"storage": StorageConfig("bfloat16", "bfloat16", "row")},
+    },
+}
+
+
+def make_run(folder: Path, form: str) -> Run:
+    """Starts a run of one of the `FORMS`, or of "backbone"; saves step 2 without zeros.
 
     Its rows were last written by steps 0 to 2, so many of them have pending updates.
     """
     config = tiny_config(folder)
-    layers = {"engram": (1,), "over_encoding": (0,), "dense": ()}[memory]
-    fusion = "over_encoding" if memory == "over_encoding" else "engram"
-    adam = RowAdamConfig(form="exact")
-    config = replace(config, memory=replace(config.memory, layers=layers, fusion=fusion, adam=adam))
+    config = with_backbone(config) if form == "backbone" else vary(config, **FORMS[form])
+    config = vary(config, memory={"adam": RowAdamConfig(form="exact")})
     run = Run.start(config, folder / "run")
     state = run.program.initial_state()
     state = replace(
         state,
         step=jax.device_put(jnp.int32(2), state.step.sharding),
         params=enliven(state.params),
+        expert_bias=enliven(state.expert_bias),
         tables={layer: use_rows(table, steps=2) for layer, table in state.tables.items()},
     )
     run.save(state)
@@ -178,7 +200,7 @@ def plain_pass(run: Run, weights: Weights) -> PlainPass:
         )
         for layer, table in weights.tables.items()
     }
-    decode = nnx.jit(lambda decoder, *inputs: decoder(*inputs))
+    decode = nnx.jit(lambda decoder, *inputs, **named: decoder(*inputs, **named))
 
     def apply(tokens: Tokens, segments: Tokens, positions: Tokens) -> tuple[Array, Gates]:
         memory = {}
@@ -186,7 +208,7 @@ def plain_pass(run: Run, weights: Weights) -> PlainPass:
             numbers = run.program.ngram_hash.hash_tokens(layer, tokens, segments)
             memory[layer] = table[stored_places(numbers, len(table))].reshape(*tokens.shape, -1)
         inputs = jax.tree.map(jnp.asarray, (tokens, memory, segments, positions))
-        logits, report = decode(decoder, *inputs)
+        logits, report = decode(decoder, *inputs, expert_bias=jax.device_get(weights.expert_bias))
         return logits, report.gates
 
     return apply
@@ -205,7 +227,8 @@ def use_rows(table: Table, steps: int) -> Table:
     clock = generator.integers(0, steps + 1, len(rows.clock), dtype=np.int32)
     written = np.float32(clock > 0)[:, None]
     mean = written * generator.normal(size=rows.mean.shape).astype(np.float32)
-    return _with_rows(table, rows._replace(mean=mean, square=mean**2, clock=clock))
+    square = (mean**2)[:, : rows.square.shape[1]]
+    return _with_rows(table, rows._replace(mean=mean, square=square, clock=clock))
 
 
 def _with_rows(table: Table, rows: RowState) -> Table:

@@ -1,6 +1,6 @@
 """Corpora as memory-mapped token ids, split by a hash of each document's text."""
 
-import json
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +10,15 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer, UInt64
 
 from engram_jax.errors import InputError
+from engram_jax.files import parse_json
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `manifest.json` in a cache folder; the file is written last."""
+    """The content of `manifest.json` in a cache folder; the file is written last.
+
+    `crc32` is the checksum of all files with one number per document; earlier versions have none.
+    """
 
     format: int
     name: str
@@ -25,6 +29,18 @@ class Manifest:
     documents: int
     tokens: int
     text_bytes: int
+    crc32: int | None = None
+
+
+COLUMNS = ("offsets", "byte_lengths", "hashes")  # of the documents, in files NAME.npy
+
+
+def column_checksum(folder: Path) -> int:
+    """The checksum of a cache folder's files with one number per document."""
+    checksum = 0
+    for name in COLUMNS:
+        checksum = zlib.crc32((folder / f"{name}.npy").read_bytes(), checksum)
+    return checksum
 
 
 class Corpus:
@@ -36,20 +52,27 @@ class Corpus:
         manifest: sizes and the tokenizer's fingerprint.
     """
 
-    def __init__(self, folder: Path, held_out: float) -> None:
-        """Open a cache folder, with the share `held_out` (in [0, 1]) of documents held out."""
+    def __init__(self, folder: Path, held_out: float, name: str | None = None) -> None:
+        """Open a cache folder.
+
+        Args:
+            folder: the cache folder.
+            held_out: the share of documents that is held out, from 0 to 1.
+            name: another name than the file's.
+        """
         self.folder = folder
         self._held_out_share = held_out
         try:
-            self.manifest = Manifest(**json.loads((folder / "manifest.json").read_text()))
+            self.manifest = Manifest(**parse_json((folder / "manifest.json").read_text()))
             size = (folder / "ids.bin").stat().st_size
+            itemsize = np.dtype(self.manifest.dtype).itemsize
             self._check_columns()
         except (OSError, ValueError, TypeError, EOFError) as error:
             raise InputError(
                 f"{folder} is not a complete corpus ({error}); delete it, and run again."
             ) from error
-        self.name = self.manifest.name
-        if size != self.manifest.tokens * np.dtype(self.manifest.dtype).itemsize:
+        self.name = name or self.manifest.name
+        if size != self.manifest.tokens * itemsize:
             raise InputError(
                 f"{folder / 'ids.bin'} does not have {self.manifest.tokens} tokens; delete "
                 f"{folder}, and run again."
@@ -66,6 +89,8 @@ class Corpus:
             column = np.load(self.folder / f"{name}.npy", mmap_mode="r")
             if (column.dtype, column.shape) != (dtype, (length,)):
                 raise ValueError(f"{name}.npy has {column.dtype}{list(column.shape)}")
+        if self.manifest.crc32 not in (None, column_checksum(self.folder)):
+            raise ValueError("another checksum of its documents")
 
     def check_boundaries(self, bos_id: int, eos_id: int) -> None:
         """Check that documents begin with bos and end with eos, for at most 4,096 of them.
@@ -82,9 +107,9 @@ class Corpus:
                 f"eos, so the file was overwritten; delete {self.folder}, and run again."
             )
 
-    def __reduce__(self) -> tuple[type["Corpus"], tuple[Path, float]]:
+    def __reduce__(self) -> tuple[type["Corpus"], tuple[Path, float, str]]:
         """Pickle as a path, so that worker processes map the same file."""
-        return Corpus, (self.folder, self._held_out_share)
+        return Corpus, (self.folder, self._held_out_share, self.name)
 
     def __repr__(self) -> str:
         """Show name, documents and tokens."""

@@ -101,13 +101,14 @@ class PackedRows:
         return packed
 
     def _stream(self, epoch: int) -> _Stream:
-        if epoch not in self._epochs:
+        stream = self._epochs.get(epoch)  # read once, because several threads may be here
+        if stream is None:
             order = shuffled(len(self.documents), self.seed, self.source, epoch)
             lengths = self.documents.lengths[order]
             stream = _Stream(self.documents.starts[order], np.cumsum(lengths), lengths)
             # A batch can contain rows of two epochs. Older epochs are not needed again.
             self._epochs = dict([*self._epochs.items(), (epoch, stream)][-2:])
-        return self._epochs[epoch]
+        return stream
 
 
 def empty_rows(count: int, sequence_length: int) -> Batch:

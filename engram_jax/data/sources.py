@@ -5,7 +5,7 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,9 @@ ENDINGS = (
     ".array_record",
     ".arrayrecord",
 )
+
+
+ALL_SOURCES = "all sources"  # the name of all sources together, in results
 
 
 class Document(NamedTuple):
@@ -75,6 +78,32 @@ def source_name(path: Path) -> str:
     """
     name = Path(os.path.abspath(path)).name
     return name[: len(name) - len(_ending(path) or "")]
+
+
+def source_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each of several resolved sources, by which results are listed.
+
+    Sources with the same file name also get the folders that distinguish them, as in "en/train".
+
+    Raises:
+        InputError: two sources cannot be distinguished, or one has the name of their sum.
+    """
+    parts = [[*Path(os.path.abspath(path)).parts[:-1], source_name(path)] for path in paths]
+    names = [of_path[-1] for of_path in parts]
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        names = [
+            name if names.count(name) == 1 else "/".join(of_path[-depth:])
+            for name, of_path in zip(names, parts, strict=True)
+        ]
+    for name, path in zip(names, paths, strict=True):
+        if names.count(name) > 1:
+            raise InputError(
+                f"Two sources are called {source_name(path)!r}, and results are listed by this "
+                "name; rename one."
+            )
+        if name == ALL_SOURCES:
+            raise InputError(f"Results for all sources are called {name!r}; rename {path}.")
+    return names
 
 
 def source_files(path: Path) -> list[Path]:

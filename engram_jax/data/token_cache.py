@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from engram_jax.data.corpus import Corpus, Manifest
+from engram_jax.data.corpus import Corpus, Manifest, column_checksum
 from engram_jax.data.sources import (
     Document,
     read_documents,
@@ -28,8 +29,8 @@ from engram_jax.data.sources import (
     source_files,
     source_name,
 )
-from engram_jax.errors import InputError
-from engram_jax.files import hold_lock
+from engram_jax.errors import DISK_FULL, InputError
+from engram_jax.files import hold_lock, parse_json
 from engram_jax.tokenizer import Tokenizer
 
 # Version of the cache folder's content, part of its name. Increase it when the content changes.
@@ -46,8 +47,9 @@ _CLOCK_TICK_NS = 2_000_000_000
 # Bytes of a source's name in the name of its cache folder. File systems allow 255 for a name.
 _NAME_BYTES = 150
 
-# Where locks do not work, a build that has written nothing for this long is considered killed.
-_ABANDONED_SECONDS = 3600.0
+# A build that has written nothing for this long is considered killed: with a lock, and without one.
+# (On some network file systems, a lock is only for the processes of one machine.)
+_ABANDONED_SECONDS, _ABANDONED_SECONDS_WITHOUT_LOCK = 60.0, 3600.0
 
 
 class Survey(NamedTuple):
@@ -60,7 +62,11 @@ class Survey(NamedTuple):
 
 
 def build_corpus(
-    source: str | Path, tokenizer: Tokenizer, cache: str | Path, held_out: float = 0.05
+    source: str | Path,
+    tokenizer: Tokenizer,
+    cache: str | Path,
+    held_out: float = 0.05,
+    name: str | None = None,
 ) -> Corpus:
     """Return the tokenized corpus of a source; tokenize it if it is not in the cache.
 
@@ -68,7 +74,8 @@ def build_corpus(
     the tokenizer. The folder gets this name when it is complete. A document is held out if the hash
     of its text, as a fraction of 1, is below `held_out`. So equal texts are on the same side, and
     the choice does not depend on the order or on other documents. A change of `held_out` does not
-    tokenize again. Empty documents are skipped, with a message on stderr.
+    tokenize again. Empty documents are skipped, with a message on stderr. The corpus is called
+    `name`, by default like the file.
 
     Raises:
         InputError: the source cannot be read (see `read_documents`) or is empty, the tokenizer
@@ -78,22 +85,22 @@ def build_corpus(
         raise InputError(f"held_out is {held_out}; it must be from 0 to 1.")
     path = resolve_source(source)
     cache = Path(cache).expanduser()
-    name = source_name(path)
+    file_name = source_name(path)
     with _disk_errors(cache):
         survey = _survey(path, cache)
         identity = (FORMAT, survey.fingerprint, tokenizer.fingerprint, tokenizer.vocab_size)
         specials = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-        short = name.encode()[:_NAME_BYTES].decode(errors="ignore")
+        short = file_name.encode()[:_NAME_BYTES].decode(errors="ignore")
         folder = cache / f"{short}-{_digest(repr((*identity, *specials)).encode()).hex()}"
         manifest = folder / "manifest.json"
         if not manifest.is_file():  # a complete corpus may be in a read-only folder
             # Each build writes its own folder, so the lock only avoids duplicate work.
             cache.mkdir(parents=True, exist_ok=True)
-            with hold_lock(folder.with_name(f"{folder.name}.lock")) as is_alone:
+            with hold_lock(folder.with_name(f"{folder.name}.lock")) as is_locked:
                 if not manifest.is_file():
-                    _remove_abandoned(folder, is_alone=is_alone)
-                    _build(path, name, tokenizer, survey, folder)
-    corpus = Corpus(folder, held_out)
+                    _remove_abandoned(folder, is_locked=is_locked)
+                    _build(path, file_name, tokenizer, survey, folder)
+    corpus = Corpus(folder, held_out, name)
     corpus.check_boundaries(tokenizer.bos_id, tokenizer.eos_id)
     return corpus
 
@@ -112,17 +119,25 @@ def _survey(path: Path, cache: Path) -> Survey:
     files = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
     record = cache / "surveys" / f"{_digest(repr(files).encode()).hex()}.json"
     try:
-        return Survey(**json.loads(record.read_text()))
-    except (OSError, ValueError, TypeError):  # there is none, or it is damaged
+        content = parse_json(record.read_text())
+        survey = Survey(**content["survey"])
+        if content["crc32"] == _survey_checksum(survey):
+            return survey
+    except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
         pass
     begun = time.time_ns()
     survey = _read_once(path)
     if begun - max(s.st_ctime_ns for _, s in stats) > _CLOCK_TICK_NS:
         record.parent.mkdir(parents=True, exist_ok=True)
         partial = record.with_suffix(f".{token_hex(4)}")
-        partial.write_text(json.dumps(survey._asdict()))
+        content = {"survey": survey._asdict(), "crc32": _survey_checksum(survey)}
+        partial.write_text(json.dumps(content))
         partial.replace(record)
     return survey
+
+
+def _survey_checksum(survey: Survey) -> int:
+    return zlib.crc32(repr(survey).encode())
 
 
 def _read_once(path: Path) -> Survey:
@@ -179,13 +194,16 @@ def _build(path: Path, name: str, tokenizer: Tokenizer, survey: Survey, folder: 
             documents=len(lengths),
             tokens=int(offsets[-1]),
             text_bytes=survey.text_bytes,
+            crc32=column_checksum(partial),
         )
         (partial / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
         _publish(partial, folder)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(folder.parent).free
-            raise InputError(_full_disk(folder.parent, needed, free)) from error
+        if error.errno in DISK_FULL:
+            raise InputError(
+                f"cannot write the token cache {folder.parent} ({error.strerror}); free some space "
+                "or choose another cache folder."
+            ) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -250,12 +268,12 @@ def _chunks(path: Path) -> Iterator[list[str]]:
         yield texts
 
 
-def _remove_abandoned(folder: Path, *, is_alone: bool) -> None:
-    """Removes what killed builds left. If this build is not alone, others may still write."""
+def _remove_abandoned(folder: Path, *, is_locked: bool) -> None:
+    """Removes what killed builds left."""
+    patience = _ABANDONED_SECONDS if is_locked else _ABANDONED_SECONDS_WITHOUT_LOCK
     for partial in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):
         written = max((file.stat().st_mtime for file in partial.glob("*")), default=0.0)
-        idle = time.time() - max(written, partial.stat().st_mtime)
-        if is_alone or idle > _ABANDONED_SECONDS:
+        if time.time() - max(written, partial.stat().st_mtime) > patience:
             shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -75,12 +75,12 @@ class _Worker[Item]:
 
     def _receive(self, number: int) -> Item:
         while not self._closed and self._deaths < _MAX_DEATHS:
-            if self._process is None:
-                self._start(number)
             try:
+                if self._process is None:
+                    self._start(number)
                 error, item = self._pipe.recv()
-            except (OSError, EOFError):
-                self._note_death(number)
+            except (OSError, EOFError) as problem:  # a new process can die, or not start at all
+                self._note_death(number, problem)
                 continue
             if error is not None:
                 raise error
@@ -93,23 +93,29 @@ class _Worker[Item]:
         self._pipe, theirs = _CONTEXT.Pipe(duplex=False)
         arguments = (theirs, self._build, number, self._stride)
         process = _CONTEXT.Process(target=_send_items, args=arguments, daemon=True)
-        process.start()
-        theirs.close()  # now the process holds the only writing end
+        try:
+            process.start()
+        finally:
+            theirs.close()  # now the process holds the only writing end
         self._process = process
         if self._closed:  # by another thread
             process.kill()
 
-    def _note_death(self, number: int) -> None:
-        process, self._process = self._process, None
+    def _note_death(self, number: int, problem: Exception) -> None:
         self._pipe.close()
-        if self._closed or process is None:
+        how = str(problem)
+        if self._process is not None:
+            self._process.join()
+            code = self._process.exitcode
+            how = f"exit code {code}{', as if memory was full' if code == -signal.SIGKILL else ''}"
+            self._process = None
+        if self._closed:
             return
-        process.join()
         self._deaths += 1
         next_builder = "this process" if self._deaths == _MAX_DEATHS else "a new one"
         print(
-            f"Data worker {self._index} died (exit code {process.exitcode}; -9 often means that "
-            f"memory is full). Its batches, from number {number} on, are built by {next_builder}.",
+            f"Data worker {self._index} died ({how}). Its batches, from number {number} on, are "
+            f"built by {next_builder}.",
             file=sys.stderr,
         )
 
@@ -139,6 +145,8 @@ def _send_items(pipe: Connection, build: Callable[[int], object], number: int, s
             number += stride
     except (BrokenPipeError, ConnectionResetError):
         pass
+    except MemoryError:
+        raise SystemExit(1) from None  # as if the operating system had killed it
     except Exception as error:
         error.add_note(traceback.format_exc())
         pipe.send((error, None))

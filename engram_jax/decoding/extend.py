@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from engram_jax.decoding.state import DecodeState
 from engram_jax.decoding.weights import WEIGHT_SPECS, DecodeWeights
 from engram_jax.hashing_device import hash_after, stored_places
+from engram_jax.layers.decode_state import DecodeState
 from engram_jax.layers.slots import Slots
 from engram_jax.memory.lookup import read_places
 from engram_jax.model import Memory

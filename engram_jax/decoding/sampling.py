@@ -3,7 +3,8 @@
 All settings are runtime values of every sequence, so no setting needs another program. A token is
 drawn from all of them, and accepted if it is a candidate. To know that, it is enough to sum over
 the more likely tokens. If it is no candidate, then less likely tokens are none either, so the next
-draw is from the more likely ones. Accepted tokens have exactly the distribution of the candidates,
+draw is from the more likely ones. Of equally likely tokens, the one with the smaller id counts as
+the more likely one. Accepted tokens have exactly the distribution of the candidates,
 usually after one to three draws. (Sorting 64 × 8,192 logits takes 108 ms on a CPU, and a bisection
 for the least likely candidate 4 ms.)
 """
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+_SMALLEST, _LARGEST = 1e-37, 1e37  # divisors of logits that float32 divides by without harm
 
 # Logits are arranged as [groups, LANES], so that sums run over the first of these axes: XLA on a
 # CPU does not vectorize a sum of floats over the last axis.
@@ -52,51 +55,94 @@ def draw(
         number: how many tokens were drawn before, which selects the uniform numbers.
 
     Returns:
-        The tokens, and their log-probabilities at temperature 1, without any selection of
-        candidates.
+        The tokens, which are ids below `pieces` in any case, and their log-probabilities at
+        temperature 1, without any selection of candidates (see `log_probabilities`). If the logits
+        are NaN or +inf, so is the log-probability NaN.
     """
-    ids = _arrange(jnp.arange(logits.shape[1])[None], logits.shape[1])
-    valid = ids < pieces
-    arranged = jnp.where(valid, _arrange(logits, 0), -jnp.inf)
+    arranged, ids = _arrange_pieces(logits, pieces)
     largest = _over_ids(jnp.max, arranged)
-    likely = _over_ids(jnp.min, jnp.where(arranged == largest, ids, logits.shape[1]))
-
-    is_greedy = settings.temperature == 0
-    divisor = jnp.where(is_greedy, 1, settings.temperature)[:, None, None]
+    likely = _most_likely(arranged, ids, pieces)
+    divisor = jnp.clip(settings.temperature, _SMALLEST, _LARGEST)[:, None, None]
     weights = jnp.exp((arranged - largest) / divisor)
     keys = jax.vmap(jax.random.fold_in)(jax.vmap(_key)(settings.seed), number)
-    drawn = jnp.where(is_greedy, likely[:, 0, 0], _draw_candidates(weights, settings, keys))
+    drawn = _draw_candidates(weights, ids, likely, settings, keys)
+    return drawn, log_probabilities(logits, drawn, pieces)[0]
+
+
+def log_probabilities(
+    logits: Float[Array, "n V"], tokens: Int32[Array, "n"], pieces: Int32[Array, ""]
+) -> tuple[Float[Array, "n"], Bool[Array, "n"]]:
+    """The log-probability of a token under each logits, and whether it is the most likely one.
+
+    The ids below `pieces` have probability 1 together. So these are the probabilities of what is
+    generated, also if a model has more ids than its tokenizer. (The loss of training normalizes
+    over all ids of the model; the two agree once the model has learned that others do not occur.)
+    """
+    arranged, ids = _arrange_pieces(logits, pieces)
+    largest = _over_ids(jnp.max, arranged)
     normalizer = largest + jnp.log(_over_ids(jnp.sum, jnp.exp(arranged - largest)))
-    chosen = jnp.take_along_axis(logits, drawn[:, None], axis=1)[:, 0]
-    return drawn, chosen - normalizer[:, 0, 0]
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    return chosen - normalizer[:, 0, 0], tokens == _most_likely(arranged, ids, pieces)
+
+
+def _arrange_pieces(
+    logits: Float[Array, "n V"], pieces: Int32[Array, ""]
+) -> tuple[Float[Array, "n groups lanes"], Int32[Array, "1 groups lanes"]]:
+    """The logits of ids below `pieces`, the others −inf, and the ids."""
+    ids = _arrange(jnp.arange(logits.shape[1])[None], logits.shape[1])
+    return jnp.where(ids < pieces, _arrange(logits, 0), -jnp.inf), ids
+
+
+def _most_likely(
+    arranged: Float[Array, "n groups lanes"],
+    ids: Int32[Array, "1 groups lanes"],
+    pieces: Int32[Array, ""],
+) -> Int32[Array, "n"]:
+    """The first id with the largest logit; the last piece if there is none, because of a NaN."""
+    is_largest = arranged == _over_ids(jnp.max, arranged)
+    return _over_ids(jnp.min, jnp.where(is_largest, ids, pieces - 1))[:, 0, 0]
 
 
 def _draw_candidates(
-    weights: Float[Array, "B groups lanes"], settings: DrawSettings, keys: Array
+    weights: Float[Array, "B groups lanes"],
+    ids: Int32[Array, "1 groups lanes"],
+    likely: Int32[Array, "B"],
+    settings: DrawSettings,
+    keys: Array,
 ) -> Int32[Array, "B"]:
-    """Draws until every sequence has a candidate; `weights` are relative to the largest, 1."""
-    needed = settings.top_p * _over_ids(jnp.sum, weights)[:, 0, 0]
-    needed = jnp.where(settings.top_p < 1, needed, jnp.inf)  # a sum of all but one can round to it
+    """Draws until every sequence has a candidate.
+
+    Args:
+        weights: relative to the largest, 1.
+        ids: their ids.
+        likely: the most likely token, which is taken at temperature 0, or if a weight is NaN.
+        settings: settings of every sequence.
+        keys: a key of every sequence.
+    """
+    total = _over_ids(jnp.sum, weights)[:, 0, 0]
+    # A sum of all tokens but one can round to the total.
+    needed = jnp.where(settings.top_p < 1, settings.top_p * total, jnp.inf)
 
     def is_going(carry: Any) -> Bool[Array, ""]:
-        return ~jnp.all(carry[3])
+        number, *_, accepted = carry
+        return (number < weights[0].size) & ~jnp.all(accepted)
 
     def attempt(carry: Any) -> Any:
-        number, least, drawn, accepted = carry
+        number, is_left, drawn, accepted = carry
         uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, number)))(keys)
-        place, weight = _invert(jnp.where(weights > least, weights, 0), uniform)
-        is_larger = weights > weight
+        token, weight = _invert(jnp.where(is_left, weights, 0), uniform)
+        is_before = ids < token[:, None, None]
+        is_larger = (weights > weight) | ((weights == weight) & is_before)
         count = _over_ids(jnp.sum, is_larger.astype(jnp.int32))[:, 0, 0]
         together = _over_ids(jnp.sum, jnp.where(is_larger, weights, 0))[:, 0, 0]
         is_candidate = (count < settings.top_k) & ((together < needed) | (count == 0))
         is_candidate &= weight[:, 0, 0] >= settings.min_p
-        drawn = jnp.where(accepted, drawn, place)
-        least = jnp.where(accepted[:, None, None], least, weight)
-        return number + 1, least, drawn, accepted | is_candidate
+        drawn = jnp.where(~accepted & is_candidate, token, drawn)
+        return number + 1, is_larger, drawn, accepted | is_candidate
 
-    batch = len(weights)
-    start = jnp.int32(0), jnp.full((batch, 1, 1), -1.0), jnp.zeros(batch, jnp.int32)
-    return jax.lax.while_loop(is_going, attempt, (*start, settings.temperature == 0))[2]
+    is_done = (settings.temperature == 0) | ~jnp.isfinite(total)
+    start = jnp.int32(0), jnp.ones(weights.shape, bool), likely, is_done
+    return jax.lax.while_loop(is_going, attempt, start)[2]
 
 
 def _key(seed: UInt32[Array, ""]) -> Array:

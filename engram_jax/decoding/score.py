@@ -1,18 +1,21 @@
 """Log-likelihoods of continuations, given their contexts, in batches of similar length."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from engram_jax.decoding.batches import encode_start, padded_batch, split_by_length
 from engram_jax.decoding.extend import extend, on_all_devices
-from engram_jax.decoding.generate import MOST_SEQUENCES, Generator, padded_batch, padded_capacity
-from engram_jax.decoding.state import DecodeState
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.sampling import log_probabilities
 from engram_jax.decoding.weights import DecodeWeights
+from engram_jax.errors import InputError
+from engram_jax.layers.decode_state import DecodeState
 from engram_jax.program import Program
 
 
@@ -21,7 +24,7 @@ class Likelihood:
     """The likelihood of a continuation.
 
     Attributes:
-        log_probability: of all its tokens, in nats.
+        log_probability: of all its tokens, in nats (see `sampling.log_probabilities`).
         tokens: number of its tokens.
         is_greedy: each of its tokens is the most likely one.
     """
@@ -34,19 +37,25 @@ class Likelihood:
 def make_likelihoods(program: Program) -> jax.stages.Wrapped:
     """The jitted function from tokens to the likelihood of the tokens after them.
 
-    Its arguments are prepared weights, state, tokens [B, T], targets [B, T] and counts [B]. It
-    returns the state, the log-probability of every target, and whether it is the most likely token.
+    Its arguments are prepared weights, state, tokens [B, T], targets [B, T], counts [B], and the
+    number of ids that the tokenizer has. It returns the state, the log-probability of every target,
+    and whether it is the most likely token.
     """
 
     def likelihoods(
-        weights: DecodeWeights, state: DecodeState, tokens: Array, targets: Array, count: Array
+        weights: DecodeWeights,
+        state: DecodeState,
+        tokens: Array,
+        targets: Array,
+        count: Array,
+        pieces: Array,
     ) -> tuple[DecodeState, Array, Array]:
         logits, state = extend(program, weights, state, tokens, count, "all")
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=2)[..., 0]
-        is_greedy = chosen >= jnp.max(logits, axis=2)
-        return state, chosen - jax.nn.logsumexp(logits, axis=2), is_greedy
+        flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+        of_targets, is_greedy = log_probabilities(*flat, pieces)
+        return state, of_targets.reshape(targets.shape), is_greedy.reshape(targets.shape)
 
-    return on_all_devices(likelihoods, [True] * 4, donate=(1,))
+    return on_all_devices(likelihoods, [True] * 4 + [False], donate=(1,))
 
 
 class TextScorer:
@@ -71,56 +80,58 @@ class TextScorer:
             ends: the end of the document is a part of the continuations.
 
         Raises:
-            InputError: a text is not valid Unicode, or too long.
+            InputError: a text is not valid Unicode, or too long; or logits are not finite.
         """
-        tokenizer = self.generator.tokenizer
+        tokenizer, program = self.generator.tokenizer, self.generator.program
         rows, begins = [], []
         for number, (context, continuation) in enumerate(pairs, 1):
-            before = self.generator.encode(number, context)
-            whole = self.generator.encode(number, context + continuation)
+            before = encode_start(tokenizer, number, context)
+            whole = encode_start(tokenizer, number, context + continuation)
             rows.append(whole + [tokenizer.eos_id] * ends)
             shared = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
             begins.append(len(list(shared)))
-        scored: list[Likelihood | None] = [None] * len(rows)
-        order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
-        size = MOST_SEQUENCES * self.generator.program.mesh.size
-        for first in range(0, len(order), size):
-            chosen = order[first : first + size]
-            found = self._score_batch([rows[number] for number in chosen])
-            for number, (log_probabilities, is_greedy) in zip(chosen, found, strict=True):
+        scored = [Likelihood(0.0, 0, True)] * len(rows)
+        parts = [number for number, row in enumerate(rows) if len(row) > begins[number]]
+        lengths = [len(rows[number]) for number in parts]
+        for places, capacity in split_by_length(program.config, lengths, program.mesh.size):
+            numbers = [parts[place] for place in places]
+            found = self._score_batch([rows[number] for number in numbers], capacity)
+            for number, (of_targets, is_greedy) in zip(numbers, found, strict=True):
                 after = slice(begins[number] - 1, None)
-                scored[number] = Likelihood(
-                    float(log_probabilities[after].astype(np.float64).sum()),
-                    len(rows[number]) - begins[number],
-                    bool(is_greedy[after].all()),
-                )
-        return [one for one in scored if one is not None]
+                total = float(of_targets[after].astype(np.float64).sum())
+                if not math.isfinite(total):
+                    raise InputError(
+                        f"The logits of text {number + 1} are not finite; the checkpoint is "
+                        "damaged or diverged."
+                    )
+                length = len(rows[number]) - begins[number]
+                scored[number] = Likelihood(total, length, bool(is_greedy[after].all()))
+        return scored
 
-    def _score_batch(self, rows: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _score_batch(
+        self, rows: list[list[int]], capacity: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """For every token but the first: its log-probability, and whether it is the most likely."""
         generator, longest = self.generator, max(map(len, rows))
-        program = generator.program
-        batch = padded_batch(len(rows), program.mesh.size)
-        tokens = np.zeros((batch, longest + 256), np.int32)
-        lengths = np.ones(batch, np.int32)
+        programs, pieces = generator.programs, np.int32(generator.tokenizer.vocab_size)
+        batch = padded_batch(len(rows), generator.program.mesh.size)
+        chunk, parts = programs.chunk(batch), []
+        tokens = np.zeros((batch, longest + chunk), np.int32)
+        lengths = np.zeros(batch, np.int32)
         for number, row in enumerate(rows):
             tokens[number, : len(row)] = row
             lengths[number] = len(row) - 1
-        parts = []
-        with program.use_mesh():
-            programs = generator.programs.get(generator.weights, batch, padded_capacity(longest))
-            state, chunk = programs.empty()[0], programs.chunk
+        with generator.program.use_mesh():
+            state = programs.empty(generator.weights, batch, capacity)
             for first in range(0, longest - 1, chunk):
                 here, there = slice(first, first + chunk), slice(first + 1, first + chunk + 1)
                 inputs = tokens[:, here], tokens[:, there], np.clip(lengths - first, 0, chunk)
                 state, *found = self._likelihoods(
-                    generator.weights, state, *jax.device_put(inputs, generator.by_sequence)
+                    generator.weights, state, *jax.device_put(inputs, generator.by_sequence), pieces
                 )
                 parts.append(jax.device_get(found))
-        log_probabilities, is_greedy = (
-            np.concatenate(part, axis=1) for part in zip(*parts, strict=True)
-        )
+        of_targets, is_greedy = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
         return [
-            (log_probabilities[number, : len(row) - 1], is_greedy[number, : len(row) - 1])
+            (of_targets[number, : len(row) - 1], is_greedy[number, : len(row) - 1])
             for number, row in enumerate(rows)
         ]

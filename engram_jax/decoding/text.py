@@ -50,10 +50,14 @@ class GrowingText:
     log_probabilities: list[float] = field(default_factory=list)
     reason: Reason | None = None
     _text: str = ""
-    _shown: int = 0
+    _shown: int = 0  # characters
+    # Tokens are settled if no later token changes their text. Later tokens are decoded after a
+    # context of settled ones, because some tokenizers drop a space at the start of a text.
+    _settled: int = 0
+    _settled_length: int = 0  # characters
 
     def __post_init__(self) -> None:
-        self._prompt_length = len(self.tokenizer.decode(self.prompt))
+        self._set_context(self.prompt)
 
     def add(self, tokens: Sequence[int], log_probabilities: Sequence[float]) -> str:
         """Adds tokens, of which those after an end are ignored; returns the text to show now.
@@ -71,7 +75,9 @@ class GrowingText:
                     self.reason = "length"
         self._text = self._decode(len(self.tokens))
         self._cut_at_stop()
-        shown = self._text if self.reason else self._settled()
+        if self.reason is None:
+            self._settle()
+        shown = self._text if self.reason else self._final_text()
         new = shown[self._shown :]
         self._shown = max(self._shown, len(shown))
         return new
@@ -82,30 +88,42 @@ class GrowingText:
             self._text, self.tokens, self.log_probabilities, self.reason or "length"
         )
 
+    def _set_context(self, tokens: list[int]) -> None:
+        self._context, self._context_length = tokens, len(self.tokenizer.decode(tokens))
+
     def _decode(self, count: int) -> str:
-        """The text of the first tokens. (Some tokenizers drop a space at the start of a text.)"""
-        return self.tokenizer.decode(self.prompt + self.tokens[:count])[self._prompt_length :]
+        """The text of the first `count` tokens, which include the settled ones."""
+        tail = self.tokenizer.decode(self._context + self.tokens[self._settled : count])
+        return self._text[: self._settled_length] + tail[self._context_length :]
+
+    def _settle(self) -> None:
+        """Settles all tokens, unless the last ones are a part of a character."""
+        if self._text.endswith(_INCOMPLETE):
+            return
+        tokens, text = self.tokens[self._settled :], self._text[self._settled_length :]
+        self._set_context(tokens if text.strip() else self._context + tokens)
+        self._settled, self._settled_length = len(self.tokens), len(self._text)
 
     def _cut_at_stop(self) -> None:
-        places = [self._text.find(stop) for stop in self.stop]
-        found = [place for place in places if place >= 0]
+        """Ends the text before the first stop string."""
+        # A split character at the end may become another one.
+        text = self._text if self.reason else self._text.rstrip(_INCOMPLETE)
+        begin = max(self._settled_length - max(map(len, self.stop), default=0) + 1, 0)
+        places = [(text.find(stop, begin), len(stop)) for stop in self.stop]
+        found = [(place, place + size) for place, size in places if place >= 0]
         if not found:
             return
-        begin, self.reason = min(found), "stop"
-        ends = min(
-            place + len(stop)
-            for place, stop in zip(places, self.stop, strict=True)
-            if place == begin
-        )
-        # The fewest tokens that have the stop string.
-        low, high = 0, len(self.tokens)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if len(self._decode(middle)) >= ends else (middle, high)
-        self.tokens, self.log_probabilities = self.tokens[:high], self.log_probabilities[:high]
+        begin, ends = min(found)
+        self.reason, before = "stop", self._text[:ends]
+        # The fewest tokens that have the stop string. (A search by the length of the text would
+        # find others, because the parts of a split character have more characters than the whole.)
+        count = len(self.tokens)
+        while count - 1 > self._settled and self._decode(count - 1)[:ends] == before:
+            count -= 1
+        self.tokens, self.log_probabilities = self.tokens[:count], self.log_probabilities[:count]
         self._text = self._text[:begin]
 
-    def _settled(self) -> str:
+    def _final_text(self) -> str:
         """The text without a split character at its end, and without the start of a stop string."""
         text = self._text.rstrip(_INCOMPLETE)
         held = max(

@@ -26,10 +26,11 @@ class HealthStudy:
             self._batches[layer].append(health)
 
     def report(self) -> dict[int, dict[str, float]]:
-        """Over all batches, by layer id: "open", "closed" and "strength" of `MemoryHealth`."""
+        """Over all tokens, by layer id: "open", "closed" and "strength" of `MemoryHealth`."""
         reports = {}
         for layer, batches in self._batches.items():
-            health = MemoryHealth(*np.mean(batches, axis=0))
+            weights = [float(batch.tokens) for batch in batches]
+            health = MemoryHealth(*np.average(batches, axis=0, weights=weights))
             named = {"open": health.open, "closed": health.closed, "strength": health.strength}
             reports[layer] = {name: float(value) for name, value in named.items()}
         return reports

@@ -7,6 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engram_jax.data.corpus import Corpus
+from engram_jax.data.sources import ALL_SOURCES
 from engram_jax.evaluation.held_out import (
     Score,
     ScoredBatch,
@@ -21,7 +22,7 @@ from engram_jax.evaluation.held_out import (
 from engram_jax.program import Program
 from engram_jax.train_state import Weights
 
-POOLED = "all sources"
+POOLED = ALL_SOURCES
 
 _ABLATIONS: dict[Suppress, str] = {"output": "memory dropped", "rows": "rows zeroed"}
 

@@ -159,13 +159,22 @@ def expected_occupancy(
     rows: Int64[np.ndarray, "*heads"], distinct: int
 ) -> Float64[np.ndarray, "*heads"]:
     """The expected share of a head's rows that `distinct` n-grams use, with an ideal hash."""
-    return -np.expm1(distinct * np.log1p(-1 / rows))
+    return _chance_of_any(1 / rows, distinct)
 
 
 def expected_full_collisions(rows: Int64[np.ndarray, "K"], distinct: int) -> float:
     """The expected value of `count_full_collisions` with an ideal hash."""
-    chance = np.exp(-np.log(rows).sum())  # probability that two n-grams share all rows
-    return float(distinct * -np.expm1((distinct - 1) * np.log1p(-chance)))
+    chance = np.exp(-np.log(rows).sum(keepdims=True))  # that two n-grams share all rows
+    return distinct * _chance_of_any(chance, distinct - 1).item()
+
+
+def _chance_of_any(
+    chance: Float64[np.ndarray, "*heads"], trials: int
+) -> Float64[np.ndarray, "*heads"]:
+    """The probability that one or more of some independent trials succeed."""
+    certain = np.asarray(chance == 1)
+    uncertain = np.where(certain, 0, chance)
+    return np.where(certain, trials > 0, -np.expm1(trials * np.log1p(-uncertain)))
 
 
 def frequency_bins(times: Int64[np.ndarray, "*batch"]) -> Int32[np.ndarray, "*batch"]:

@@ -107,7 +107,8 @@ class Block(nnx.Module):
         def attend(h: Array) -> tuple[Array, None]:
             return self.attention(h, segments, positions), None
 
-        x, report, _ = self._run(x, memory, fuse, attend, expert_bias)
+        is_token = segments > 0 if token_mask is None else (segments > 0) & token_mask
+        x, report, _ = self._run(x, memory, fuse, attend, expert_bias, is_token)
         return x, report
 
     def extend(
@@ -129,7 +130,7 @@ class Block(nnx.Module):
             # mypy cannot know that the cache is that of this block's kind of attention.
             return self.attention.extend(h, positions, cache.attention, slots)  # type: ignore[arg-type]
 
-        x, _, new = self._run(x, memory, fuse, attend, expert_bias)
+        x, _, new = self._run(x, memory, fuse, attend, expert_bias, positions >= 0)  # all
         return x, new if memory is not None else cache._replace(attention=new.attention)
 
     def empty_cache(self, batch: int, capacity: int) -> BlockCache:
@@ -144,12 +145,13 @@ class Block(nnx.Module):
         fuse: Callable[[Array, Array], tuple[Array, Array, Any]],
         attend: Callable[[Array], tuple[Array, Any]],
         expert_bias: Float[Array, "X"] | None,
+        is_token: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B T M D"], BlockReport, BlockCache]:
         """The block, given the calls of its Engram and attention layers, which return caches."""
         gate = load = mappings = later = of_engram = health = None
         if memory is not None and not self.single_fusion:
             fused, gate, of_engram = fuse(x, memory)
-            health = inspect_health(x, fused, gate)
+            health = inspect_health(x, fused, gate, is_token)
             x += fused
 
         if hasattr(self, "attention_connection"):
@@ -157,7 +159,7 @@ class Block(nnx.Module):
         h = read(x, mappings)
         if memory is not None and self.single_fusion:
             fused, gate, of_engram = fuse(h[:, :, None], memory)
-            health = inspect_health(h[:, :, None], fused, gate)
+            health = inspect_health(h[:, :, None], fused, gate, is_token)
             added = fused[:, :, 0]
             y, of_attention = attend(self.attention_norm(h + added))
             y += added

@@ -71,15 +71,17 @@ class EngramConfig:
 
 
 class MemoryHealth(NamedTuple):
-    """Signs of an inert memory, over all tokens and branches.
+    """Signs of an inert memory, means over tokens and branches; padding does not count.
 
     Attributes:
+        tokens: number of tokens.
         open: share of the gates above 0.95.
         closed: share of the gates below 0.05.
         added: mean square of what the layer adds.
         stream: mean square of the residual stream that it is added to.
     """
 
+    tokens: Int32[Array, "*steps"]
     open: Float[Array, "*steps"]
     closed: Float[Array, "*steps"]
     added: Float[Array, "*steps"]
@@ -92,15 +94,23 @@ class MemoryHealth(NamedTuple):
 
 
 def inspect_health(
-    hidden: Float[Array, "B T M D"], added: Float[Array, "B T M D"], gates: Float[Array, "B T M"]
+    hidden: Float[Array, "B T M D"],
+    added: Float[Array, "B T M D"],
+    gates: Float[Array, "B T M"],
+    token_mask: Bool[Array, "B T"],
 ) -> MemoryHealth:
-    """The health of a layer that adds `added` to `hidden`."""
+    """The health of a layer that adds `added` to `hidden`, over the tokens in the mask."""
+    tokens = jnp.sum(token_mask)
+
+    def mean(by_branch: Array) -> Array:
+        by_token = jnp.mean(by_branch, axis=2, dtype=jnp.float32)
+        return jnp.sum(by_token, where=token_mask) / jnp.maximum(tokens, 1)
 
     def mean_square(stream: Array) -> Array:
-        return jnp.mean(jnp.square(stream.astype(jnp.float32)))
+        return mean(jnp.mean(jnp.square(stream.astype(jnp.float32)), axis=3))
 
-    shares = jnp.mean(gates > 0.95), jnp.mean(gates < 0.05)
-    health = MemoryHealth(*shares, mean_square(added), mean_square(hidden))
+    shares = mean(gates > 0.95), mean(gates < 0.05)
+    health = MemoryHealth(tokens, *shares, mean_square(added), mean_square(hidden))
     return jax.lax.stop_gradient(health)
 
 

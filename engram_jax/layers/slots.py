@@ -10,6 +10,11 @@ from jaxtyping import Array, Bool, Int32, Shaped
 BLOCK = 256
 
 
+def whole_blocks(capacity: int) -> int:
+    """The capacity, rounded up so that it is one block or whole blocks."""
+    return capacity if capacity <= BLOCK else -(-capacity // BLOCK) * BLOCK
+
+
 class Slots(NamedTuple):
     """The slots of T new positions of every sequence, which follow its older positions.
 

@@ -12,6 +12,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 259
     pad_id, bos_id, eos_id = 0, 1, 2
+    file, suffix = b"", ".model"
 
     def __init__(self, fingerprint: str = "bytes"):
         self.fingerprint = fingerprint

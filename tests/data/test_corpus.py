@@ -13,6 +13,7 @@ from small_corpora import ByteTokenizer, random_texts, write_jsonl
 
 from engram_jax import files
 from engram_jax.data import token_cache
+from engram_jax.data.corpus import COLUMNS
 from engram_jax.data.token_cache import build_corpus
 from engram_jax.errors import InputError
 
@@ -85,14 +86,16 @@ def test_a_changed_text_of_equal_size_and_time_is_read_again(tmp_path, tokenizer
 
 
 @pytest.mark.usefixtures("no_clock_tick")
-@pytest.mark.parametrize("content", ["", "null", "{", '{"documents": 1}'])
+@pytest.mark.parametrize("content", ["", "null", "{", '{"documents": 1}', "garbled"])
 def test_a_damaged_survey_is_made_again(tmp_path, tokenizer, content):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     first = build_corpus(path, tokenizer, tmp_path / "cache")
     (record,) = (tmp_path / "cache" / "surveys").iterdir()
+    if content == "garbled":  # valid JSON, with another number
+        content = record.read_text().replace('"text_bytes": ', '"text_bytes": 9')
     record.write_text(content)
     assert build_corpus(path, tokenizer, tmp_path / "cache").folder == first.folder
-    assert json.loads(record.read_text())["documents"] == len(TEXTS)
+    assert json.loads(record.read_text())["survey"]["documents"] == len(TEXTS)
 
 
 def test_ids_that_were_overwritten_are_refused(tmp_path, tokenizer):
@@ -104,6 +107,29 @@ def test_ids_that_were_overwritten_are_refused(tmp_path, tokenizer):
         ids.write_bytes(other)
         with pytest.raises(InputError, match=r"ids\.bin.*overwritten"):
             build_corpus(path, tokenizer, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_flipped_bit_of_a_column_is_found(tmp_path, tokenizer, name):
+    path = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    file = build_corpus(path, tokenizer, tmp_path / "cache").folder / f"{name}.npy"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 64
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="another checksum"):
+        build_corpus(path, tokenizer, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"dtype": "uint17"}, "uint17"), ({"crc32": None, "tokens": "x"}, "complete|multiply")],
+)
+def test_a_manifest_that_was_edited_is_one_sentence(tmp_path, tokenizer, change, message):
+    path = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    manifest = build_corpus(path, tokenizer, tmp_path / "cache").folder / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        build_corpus(path, tokenizer, tmp_path / "cache")
 
 
 def test_a_source_with_a_name_of_230_bytes(tmp_path, tokenizer):
@@ -186,10 +212,10 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeyp
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         build_corpus(path, Killed(), tmp_path / "cache")
     (partial,) = (tmp_path / "cache").glob("*.partial")
-    if not locking:  # then only its age tells that nobody writes it
+    for file in [*partial.iterdir(), partial]:
+        os.utime(file, (time.time() - (100 if locking else 4000),) * 2)
+    if not locking:
         monkeypatch.setattr(files.fcntl, "flock", refuse_to_lock)
-        for file in [*partial.iterdir(), partial]:
-            os.utime(file, (time.time() - 7200,) * 2)
     assert texts_of(build_corpus(path, tokenizer, tmp_path / "cache", 0.0).train) == TEXTS
     assert not partial.exists()
 
@@ -285,7 +311,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path, tokenizer, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="cache is full"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
         patch.setattr(np, "save", full)
         build_corpus(path, tokenizer, tmp_path / "cache")
     assert not [entry for entry in (tmp_path / "cache").glob("a-*") if entry.is_dir()]

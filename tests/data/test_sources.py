@@ -11,7 +11,13 @@ import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from engram_jax.data import sources
-from engram_jax.data.sources import Document, read_documents, resolve_source, shipped_corpora
+from engram_jax.data.sources import (
+    Document,
+    read_documents,
+    resolve_source,
+    shipped_corpora,
+    source_names,
+)
 from engram_jax.errors import InputError
 
 DOCUMENTS = [
@@ -240,3 +246,15 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match="pip install pyarrow"):
         list(read_documents(tmp_path / "a.parquet"))
+
+
+def test_sources_of_one_name_are_called_by_the_folders_that_distinguish_them():
+    paths = ["/a/en/train.jsonl", "/b/en/train.txt", "/a/de/train.jsonl", "/a/test.jsonl.xz"]
+    names = ["a/en/train", "b/en/train", "de/train", "test"]
+    assert source_names([Path(path) for path in paths]) == names
+    assert source_names([Path("x/en"), Path("y/en")]) == ["x/en", "y/en"]
+    for same in (["a/en.txt"] * 2, ["/a/en.txt", "/a/en.jsonl"]):
+        with pytest.raises(InputError, match="Two sources are called 'en'"):
+            source_names([Path(path) for path in same])
+    with pytest.raises(InputError, match="'all sources'; rename"):
+        source_names([Path("all sources.txt")])

@@ -55,13 +55,15 @@ V41 = EngramConfig(bias=False, convolution=False, norm_epsilon=1e-20, signed_roo
 FORMS = {
     "default": (PLAIN, SITES),
     "backbone": (BACKBONE, replace(SITES, layers=(0,))),
-    "over_encoding": (PLAIN, MemorySites(over_encoding=True, width=12, orders=2)),
+    "over_encoding": (PLAIN, MemorySites(input="over_encoding", width=12, orders=2)),
     "dense": (replace(PLAIN, tie_embeddings=False), MemorySites()),
     "v41": (replace(BACKBONE, engram=V41), replace(SITES, layers=(1,))),
     "single_fusion": (
         replace(PLAIN, single_fusion=True, hyper_connections=HyperConnectionsConfig(branches=2)),
         SITES,
     ),
+    "ungated": (replace(PLAIN, engram=EngramConfig(gated=False)), SITES),
+    "added": (PLAIN, MemorySites(input="added", width=32, orders=2)),
     "cross_documents": (replace(PLAIN, engram=EngramConfig(cross_documents=True)), SITES),
 }
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -95,7 +97,7 @@ class Text:
         ids = decoder.config.vocabulary
         tokens = generator.integers(0, ids, (2, LENGTH), dtype=np.int32)
         self.tokens = np.where(self.alive, tokens, -1)
-        layers = sites.layers or ((0,) if sites.over_encoding else ())
+        layers = sites.layers or ((0,) if sites.input else ())
         shape = (2, LENGTH, sites.width)
         self.memory = {layer: generator.normal(size=shape).astype(np.float32) for layer in layers}
         routed = decoder.config.experts.routed if decoder.config.experts else 0
@@ -200,6 +202,18 @@ def test_the_shipped_models(name: str) -> None:
     expected = text.whole(decoder)
     for chunk in (1, 7, LENGTH):
         assert_near(run_in_chunks(decoder, text, chunk), expected)
+
+
+def test_a_capacity_that_is_no_multiple_of_the_blocks() -> None:
+    """It is rounded up: a last block that begins earlier would see slots twice."""
+    decoder = make(*FORMS["dense"])
+    text, capacity = Text(decoder, FORMS["dense"][1]), LENGTH + 3
+    extend, state = make_extend(decoder), decoder.empty_state(2, capacity)
+    assert state.capacity % slots.BLOCK == 0 and capacity <= state.capacity < capacity + slots.BLOCK
+    for begin in range(0, LENGTH, 10):
+        part, count = text.part(np.full(2, begin, np.int32), 10)
+        found, state = extend(state, part, count, {})
+    assert_near(np.asarray(found), text.whole(decoder)[:, begin : begin + 10])
 
 
 def test_any_number_of_tokens_can_be_taken_back() -> None:

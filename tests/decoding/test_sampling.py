@@ -78,6 +78,12 @@ def test_one_candidate_is_the_most_likely(named) -> None:
     assert (draw_with(**named) == LOGITS[:PIECES].argmax()).all()
 
 
+def test_two_candidates_of_many_equal_tokens_are_drawn_equally_often() -> None:
+    """A next draw is from fewer tokens: drawn again from all 290, some draws would never end."""
+    counts = np.bincount(draw_with(temperature=1e30, top_k=2))
+    assert len(counts) == 2 and abs(counts[0] / DRAWS - 0.5) < 0.025
+
+
 def test_equal_seeds_give_equal_tokens() -> None:
     first = draw_with(seed=3)
     np.testing.assert_array_equal(draw_with(seed=3), first)
@@ -88,7 +94,7 @@ def test_equal_seeds_give_equal_tokens() -> None:
     assert len(np.unique(seeds)) > 20
 
 
-def test_a_sequence_does_not_depend_on_its_company() -> None:
+def test_a_sequence_does_not_depend_on_the_others() -> None:
     """Not even on the settings of others, which may need more draws."""
     alone = draw_with(top_k=5, seed=9)
     top_k = np.where(np.arange(DRAWS) % 2, 5, 1).astype(np.int32)
@@ -106,5 +112,41 @@ def test_log_probabilities_are_of_all_tokens() -> None:
 
 
 def test_an_extreme_temperature_is_safe() -> None:
-    assert (draw_with(temperature=1e-30) == LOGITS[:PIECES].argmax()).all()
-    assert (draw_with(temperature=1e30) < PIECES).all()
+    for cold in (1e-30, 1e-40):
+        assert (draw_with(temperature=cold) == LOGITS[:PIECES].argmax()).all()
+    for hot in (1e30, 3e38):
+        tokens = draw_with(temperature=hot)
+        assert (tokens < PIECES).all() and len(np.unique(tokens)) > PIECES / 2
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("named", [{"temperature": 0.0}, {"min_p": 0.1}, {"top_p": 0.5}, {}])
+def test_logits_that_are_not_finite_end_the_draw(bad: float, named) -> None:
+    """With a valid id and a log-probability that shows it; other sequences are not disturbed."""
+    logits = np.tile(LOGITS, (DRAWS, 1))
+    logits[::2, 7] = bad
+    numbers = np.arange(DRAWS, dtype=np.int32)
+    tokens, found = map(np.asarray, draw_many(logits, settings_of(**named), numbers))
+    assert (tokens >= 0).all() and (tokens < PIECES).all()
+    assert np.isnan(found[::2]).all() and np.isfinite(found[1::2]).all()
+    np.testing.assert_array_equal(tokens[1::2], draw_with(**named)[1::2])
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ({"top_k": 1}, [4]),
+        ({"top_k": 2}, [4, 200]),
+        ({"top_p": 0.3}, [4]),
+        ({"top_p": 0.6}, [4, 200]),
+        ({"top_p": 0.9}, [3, 4, 200]),
+        ({"temperature": 0.0}, [4]),
+    ],
+)
+def test_of_equally_likely_tokens_the_first_are_candidates(named, expected) -> None:
+    """Tokens 4 and 200 have 0.4 each, and tokens 3 and 5 have 0.1."""
+    logits = np.full(VOCABULARY, -np.inf, np.float32)
+    logits[[4, 200, 3, 5]] = np.log([0.4, 0.4, 0.1, 0.1])
+    numbers = np.arange(DRAWS, dtype=np.int32)
+    tokens, _ = draw_many(np.tile(logits, (DRAWS, 1)), settings_of(**named), numbers)
+    np.testing.assert_array_equal(np.unique(tokens), expected)

@@ -1,13 +1,19 @@
 """Log-likelihoods of continuations are those of plain passes and of the evaluation."""
 
+from copy import copy
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
+from plainly import score_plainly
 from tiny_runs import plain_pass
 
 from engram_jax.data.packing import pack_held_out
 from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.programs import ProgramCache
 from engram_jax.decoding.score import Likelihood, TextScorer
+from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
 from engram_jax.evaluation.held_out import make_scorer
 from engram_jax.run import Run
@@ -29,28 +35,6 @@ def scored(untrained):
     return run, weights, TextScorer(Generator(run.program, run.tokenizer, weights))
 
 
-def score_plainly(run: Run, decode, context: str, continuation: str) -> Likelihood:
-    tokenizer = run.tokenizer
-    before, whole = (
-        [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
-        for text in (context, context + continuation)
-    )
-    begin = next(
-        (n for n, ids in enumerate(zip(before, whole, strict=False)) if ids[0] != ids[1]),
-        min(len(before), len(whole)),
-    )
-    window = np.array([whole + [0] * (24 - len(whole))], np.int32)
-    positions = np.arange(24, dtype=np.int32)[None]
-    logits, _ = decode(window, np.ones_like(window), positions)
-    chances = np.asarray(jax.nn.log_softmax(logits[0]))
-    numbers = range(begin, len(whole))
-    return Likelihood(
-        float(sum(chances[n - 1, whole[n]] for n in numbers)),
-        len(numbers),
-        all(int(chances[n - 1].argmax()) == whole[n] for n in numbers),
-    )
-
-
 def test_likelihoods_are_those_of_plain_passes(scored) -> None:
     run, weights, scorer = scored
     decode = plain_pass(run, weights)
@@ -58,18 +42,51 @@ def test_likelihoods_are_those_of_plain_passes(scored) -> None:
         expected = score_plainly(run, decode, *pair)
         assert (found.tokens, found.is_greedy) == (expected.tokens, expected.is_greedy)
         assert found.log_probability == pytest.approx(expected.log_probability, abs=1e-4)
-    assert scorer.score([PAIRS[3]])[0] == Likelihood(0.0, 0, True)
+
+
+def test_nothing_has_likelihood_one(scored) -> None:
+    """Also if no context has a token."""
+    nothing = Likelihood(0.0, 0, True)
+    assert scored[2].score([("", ""), ("born in Wales and on", "")]) == [nothing] * 2
+    assert scored[2].score([("", ""), PAIRS[0]])[0] == nothing
+    assert scored[2].score([]) == []
+    assert scored[2].score([("", "")], ends=True)[0].tokens == 1
+
+
+def test_scoring_compiles_only_what_it_runs(untrained) -> None:
+    run = Run.open(untrained("engram").folder)
+    generator = Generator(run.program, run.tokenizer, run.restore_weights())
+    generator.programs = ProgramCache(run.program)
+    TextScorer(generator).score(PAIRS)
+    assert [key[0] for key in generator.programs._compiled] == ["empty"]
+
+
+def test_logits_that_are_not_finite_are_refused(scored) -> None:
+    run, weights, scorer = scored
+    norm = jax.tree.map(lambda leaf: np.nan * leaf, weights.params["norm"])
+    bad = replace(weights, params=weights.params | {"norm": norm})
+    broken = copy(scorer)
+    broken.generator = Generator(run.program, run.tokenizer, bad)
+    with pytest.raises(InputError, match="The logits of text 2 are not finite"):
+        broken.score([("the", ""), ("the", " Great")])
 
 
 def test_a_greedy_continuation_is_known_as_one(scored) -> None:
     run, _, scorer = scored
-    found = scorer.generator.generate(["the"], None)[0]
-    greedy = run.generate(["the"], tokens=5, temperature=0.0)[0]
-    pairs = [("the", greedy.text), ("the", found.text[:30])]
-    if run.tokenizer.encode("the" + greedy.text).tolist()[1:] == greedy.tokens:
-        first, second = scorer.score(pairs)
-        assert first.is_greedy and not second.is_greedy
-        assert first.log_probability == pytest.approx(sum(greedy.log_probabilities), abs=1e-3)
+    settings = GenerationSettings(tokens=5, temperature=0.0)
+    prompts = ["the", "in", "Alexander", "on", "born", "Great", "was", ""]
+    same = 0
+    for prompt, greedy in zip(prompts, scorer.generator.generate(prompts, settings), strict=True):
+        before, whole = (
+            run.tokenizer.encode(text).tolist() for text in (prompt, prompt + greedy.text)
+        )
+        if whole == before + greedy.tokens:  # otherwise the text has another, likelier spelling
+            same += 1
+            first, second = scorer.score([(prompt, greedy.text), (prompt, greedy.text + " the")])
+            assert first.is_greedy and not second.is_greedy
+            expected = sum(greedy.log_probabilities)
+            assert first.log_probability == pytest.approx(expected, abs=1e-3)
+    assert same
 
 
 def test_documents_have_the_losses_of_the_evaluation(scored) -> None:
@@ -92,7 +109,7 @@ def test_documents_have_the_losses_of_the_evaluation(scored) -> None:
         packed.targets[0, 0, : len(ids) - 1] = ids[1:]
         batch = packed._replace(documents=None, plan=planner(packed.tokens, packed.segments))
         with program.use_mesh():
-            losses, _ = score(weights, program.put(batch), program.row_adam)
+            losses, *_ = score(weights, program.put(batch), program.row_adam)
         expected = -np.asarray(losses)[0, 0, : len(ids) - 1].sum()
         assert found.tokens == len(ids) - 1
         assert found.log_probability == pytest.approx(expected, abs=1e-4 * len(ids))

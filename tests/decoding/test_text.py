@@ -1,9 +1,11 @@
 """The text of a sequence while it grows: split characters, stop strings, ends."""
 
+import re
+
 import pytest
 
 from engram_jax.decoding.text import GrowingText
-from engram_jax.tokenizer import load_tokenizer
+from engram_jax.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = load_tokenizer("default")
 PROMPT = [TOKENIZER.bos_id, *TOKENIZER.encode("The city").tolist()]
@@ -43,6 +45,48 @@ def test_a_stop_string_ends_the_text_and_is_never_shown(burst: int) -> None:
     text = TOKENIZER.decode(PROMPT + found.tokens)
     assert "don is" in text and "don is" not in TOKENIZER.decode(PROMPT + found.tokens[:-1])
     assert len(found.log_probabilities) == len(found.tokens)
+
+
+class BytesTokenizer(Tokenizer):
+    """A token for every byte. Like SentencePiece, it drops a space at the start of a text, and each
+    byte of a split character is decoded to U+FFFD.
+    """
+
+    def __init__(self) -> None:
+        self.decoded: list[int] = []
+
+    def decode(self, ids: list[int]) -> str:
+        self.decoded.append(len(ids))
+        text = bytes(ids).decode(errors="surrogateescape").removeprefix(" ")
+        return re.sub("[\udc80-\udcff]", "\ufffd", text)
+
+
+@pytest.mark.parametrize("burst", [1, 2, 3, 16])
+@pytest.mark.parametrize("text", ["東X", "🙂X", "a東🙂X", "🙂\ufffdX", "東🙂"])
+def test_a_stop_string_after_characters_spelled_in_bytes(text: str, burst: int) -> None:
+    """All bytes up to the stop string's end are kept."""
+    ids = [*text.encode(), *b"after it"]
+    stop, shown = text[-1], []
+    growing = GrowingText(BytesTokenizer(), [*b" of"], [stop], 256, 99)
+    while growing.reason is None:
+        part, ids = ids[:burst], ids[burst:]
+        shown.append(growing.add(part, [-1.0] * len(part)))
+    found = growing.finish()
+    assert "".join(shown) == found.text == text.removesuffix(stop)
+    assert bytes(found.tokens).decode() == text and found.reason == "stop"
+
+
+@pytest.mark.parametrize("burst", [1, 3, 16])
+def test_only_the_newest_tokens_are_decoded(burst: int) -> None:
+    """So the work is linear; spaces between bursts stay."""
+    text = "  of 東京 and 🙂, " * 50
+    ids, tokenizer, shown = [*text.encode()], BytesTokenizer(), []
+    growing = GrowingText(tokenizer, [*b" The city"], [", and"], 256, len(ids))
+    for begin in range(0, len(ids), burst):
+        part = ids[begin : begin + burst]
+        shown.append(growing.add(part, [-1.0] * len(part)))
+    assert "".join(shown) == text == growing.finish().text
+    assert sum(tokenizer.decoded) < 8 * len(ids) and max(tokenizer.decoded) <= 64
 
 
 def test_the_start_of_a_stop_string_is_shown_once_it_is_none() -> None:

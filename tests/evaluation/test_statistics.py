@@ -145,6 +145,16 @@ def test_an_ideal_hash_does_on_average_what_is_expected() -> None:
         assert np.all(np.abs(drawn.mean(axis=0) - expected) < 4 * error)
 
 
+def test_heads_of_one_row_are_full_after_one_ngram() -> None:
+    for distinct, used in ((0, 0), (1, 1), (9, 1)):
+        found = expected_occupancy(np.array([1, 2]), distinct)
+        np.testing.assert_allclose(found, [used, 1 - 0.5**distinct])
+    collide = [expected_full_collisions(np.array([1, 1]), distinct) for distinct in (0, 1, 9)]
+    assert collide == [0, 0, 9]
+    # One of two heads can distinguish n-grams.
+    assert expected_full_collisions(np.array([1, 2]), 3) == pytest.approx(3 * 0.75)
+
+
 def test_bins_double() -> None:
     times = [*range(5000), 2**40 - 1, 2**40]
     found = frequency_bins(np.array(times))

@@ -30,9 +30,9 @@ from tables import (
 from engram_jax.memory import exchange, lookup, records
 from engram_jax.memory import plan as plan_module
 from engram_jax.memory.layout import RecordLayout, StorageConfig, Table
-from engram_jax.memory.plan import Planner, RowPlan
-from engram_jax.memory.row_adam import RowAdamForm
-from engram_jax.sharding import BATCH_ABT, TABLE_RW
+from engram_jax.memory.plan import Planner, RowPlan, SlotPlan
+from engram_jax.memory.row_adam import RowAdam, RowAdamForm
+from engram_jax.sharding import BATCH_ABT, TABLE_RW, TOKEN_AXES
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -142,6 +142,40 @@ def test_shard_load_counts_what_every_device_asks_of_each(name: str) -> None:
         np.add.at(asked, np.unique(part) // (ROWS // mesh.size), 1)
     assert load == pytest.approx(asked.max() / asked.mean(), rel=1e-6)
     assert load == 1 if mesh.size == 1 else load > 1.01
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("form", ["exact", "lazy"])
+def test_reading_places_is_reading_with_a_plan(name: str, form: RowAdamForm) -> None:
+    """Bit for bit, with rows that contain −0, which a sum with other devices' zeros would lose."""
+    tokens, segments = draw_step()
+    mesh = mesh_of(name)
+    rows = jax.tree.map(np.array, draw_table(mesh_of("1"), used=True).unpack())
+    rows.value[:, 2], rows.mean[:, 2] = -0.0, 0.0  # a pending update of −0
+    records = LAYOUT.pack(jax.tree.map(jnp.asarray, rows))
+
+    specs = jax.P(TOKEN_AXES), jax.P(TOKEN_AXES), jax.P(), jax.P()
+    read_places = jax.shard_map(
+        lookup.read_places, in_specs=specs, out_specs=specs[0], check_vma=False
+    )
+
+    @jax.jit
+    def read(
+        table: Table, plan: RowPlan, slots: SlotPlan, at: jax.Array, adam: RowAdam
+    ) -> tuple[jax.Array, jax.Array]:
+        planned = lookup.read_rows(table, plan, adam, jnp.int32(12)).values
+        return lookup.expand(planned, slots), read_places(table, at, adam, jnp.int32(12))
+
+    with jax.set_mesh(mesh):
+        table = put(mesh, Table(np.asarray(records), LAYOUT, LAYER))
+        plan = plan_step(mesh, tokens, segments)
+        slots = jax.tree.map(lambda array: array[0], plan.slots[LAYER])
+        at = put(mesh, places(tokens, segments)[0], jax.P(TOKEN_AXES))
+        planned, found = read(table, plan.rows[LAYER], slots, at, make_adam(form))
+    assert np.asarray(found).tobytes() == np.asarray(planned).tobytes()
+    signs = np.signbit(np.asarray(found).reshape(-1, WIDTH)[:, 2])
+    assert signs.any() and not np.asarray(found).reshape(-1, WIDTH)[:, 2].any()
 
 
 def test_padding_reads_zero_and_not_the_last_row() -> None:

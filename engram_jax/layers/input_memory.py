@@ -1,4 +1,4 @@
-"""Baselines: n-gram embeddings are averaged with the input embedding, or added to it.
+"""Baselines that read memory at the input: averaged with the token embedding, or added to it.
 
 OverEncoding is from arXiv 2501.16975, in the version that the Engram paper compares with (§3.2).
 Both have no gate and do not use the context. They apply to the input embedding only.

@@ -1,11 +1,11 @@
-"""OverEncoding is the mean of N embeddings."""
+"""OverEncoding is the mean of N embeddings; added rows are a sum."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from engram_jax.layers.over_encoding import AddedRows, OverEncoding
+from engram_jax.layers.input_memory import AddedRows, OverEncoding
 
 
 def test_averages_the_token_and_one_projection_per_order() -> None:
