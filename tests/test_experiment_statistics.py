@@ -94,19 +94,19 @@ def of_groups(label, seed, loss, tokens):
 
 
 def test_a_group_is_compared_by_each_seeds_own_tokens():
-    """Seed 1 has three times the tokens of seed 0 in this group, and the twin lacks seed 2."""
+    """Seed 1 has four times the tokens of seed 0 in this group, and the twin lacks seed 2."""
     records = (
-        of_groups("no memory", 1, (4.0, 4.0), (300, 300)),
+        of_groups("no memory", 1, (4.0, 4.0), (400, 400)),
         of_groups("no memory", 0, (3.0, 3.0), (100, 100)),
         of_groups("Engram", 0, (2.0, 2.0), (100, 100)),
-        of_groups("Engram", 1, (3.5, 3.5), (300, 300)),
+        of_groups("Engram", 1, (3.5, 3.5), (400, 400)),
         of_groups("Engram", 2, (9.0, 9.0), (100, 100)),
         record("no memory", 3, 5.0, groups={}),
     )
     found = where_it_helps.compare(Results(records), "rare")
     assert found.mean == pytest.approx((-1 - 0.5) / 2) and found.over_documents == 0
     assert found.over_seeds == pytest.approx(0.5 / 2)  # half of their distance
-    assert (found.twin, found.tokens) == (3.5, 400)
+    assert (found.twin, found.tokens) == (3.5, 500)
     assert where_it_helps.compare(Results(records[:2]), "rare") is None
     assert where_it_helps.compare(Results(records), "never seen") is None
 
