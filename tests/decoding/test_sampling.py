@@ -119,12 +119,14 @@ def test_an_extreme_temperature_is_safe() -> None:
         assert (tokens < PIECES).all() and len(np.unique(tokens)) > PIECES / 2
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("bad", "where"), [(np.nan, 7), (np.inf, 7), (np.nan, slice(None)), (np.inf, slice(None))]
+)
 @pytest.mark.parametrize("named", [{"temperature": 0.0}, {"min_p": 0.1}, {"top_p": 0.5}, {}])
-def test_logits_that_are_not_finite_end_the_draw(bad: float, named) -> None:
+def test_logits_that_are_not_finite_end_the_draw(bad: float, where: int | slice, named) -> None:
     """With a valid id and a log-probability that shows it; other sequences are not disturbed."""
     logits = np.tile(LOGITS, (DRAWS, 1))
-    logits[::2, 7] = bad
+    logits[::2, where] = bad
     numbers = np.arange(DRAWS, dtype=np.int32)
     tokens, found = map(np.asarray, draw_many(logits, settings_of(**named), numbers))
     assert (tokens >= 0).all() and (tokens < PIECES).all()
