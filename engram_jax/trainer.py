@@ -227,7 +227,7 @@ class _Progress:
                 f"step {step}: held-out loss {losses['loss']:.3f} ({by_source})", file=self._bar.fp
             )
             for warning in warnings:
-                self._bar.write(f"warning: {warning}")
+                self._bar.write(f"warning: {warning}", file=self._bar.fp)
         self.restart_clock()
 
     def _check_finite(self, step: int, metrics: Mapping[str, float | int]) -> None:

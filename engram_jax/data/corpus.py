@@ -166,15 +166,18 @@ class CorpusView:
         corpus: Corpus,
         side: Literal["train", "held_out"],
         indices: Int64[np.ndarray, "documents"],
+        *,
+        is_by_hash: bool = False,
     ) -> None:
         """View the documents `indices` of `corpus.train` or `corpus.held_out`."""
         self.corpus = corpus
         self.indices = indices
         self._side = side
+        self._is_by_hash = is_by_hash
 
-    def __reduce__(self) -> tuple[object, tuple[Corpus, str]]:
-        """Pickle as the corpus and the side's name."""
-        return getattr, (self.corpus, self._side)
+    def __reduce__(self) -> tuple[object, tuple[Corpus, str, bool]]:
+        """Pickle as the corpus, the side's name and the order."""
+        return _view, (self.corpus, self._side, self._is_by_hash)
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -210,9 +213,15 @@ class CorpusView:
         The first ones are a random sample, which depends only on the texts.
         """
         order = np.argsort(self.corpus.hashes[self.indices], kind="stable")
-        return CorpusView(self.corpus, self._side, self.indices[order])
+        return CorpusView(self.corpus, self._side, self.indices[order], is_by_hash=True)
 
     def tokens(self, document: int | np.integer) -> Int32[np.ndarray, "length"]:
         """Return the token ids of one document, bos and eos included."""
         start, length = int(self.starts[document]), int(self.lengths[document])
         return self.corpus.ids[start : start + length].astype(np.int32)
+
+
+def _view(corpus: Corpus, side: str, is_by_hash: bool) -> CorpusView:
+    """A view that was pickled."""
+    view: CorpusView = getattr(corpus, side)
+    return view.by_hash() if is_by_hash else view

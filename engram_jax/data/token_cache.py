@@ -94,7 +94,7 @@ def build_corpus(
         folder = cache / f"{short}-{_digest(repr((*identity, *specials)).encode()).hex()}"
         manifest = folder / "manifest.json"
         if not manifest.is_file():  # a complete corpus may be in a read-only folder
-            # Each build writes its own folder, so the lock only avoids duplicate work.
+            # Each build writes its own folder. So without a lock, work is only done twice.
             cache.mkdir(parents=True, exist_ok=True)
             with hold_lock(folder.with_name(f"{folder.name}.lock")) as is_locked:
                 if not manifest.is_file():

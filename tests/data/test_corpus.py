@@ -195,6 +195,8 @@ def test_a_corpus_is_pickled_as_its_path(corpus_of):
     again, view = pickle.loads(pickled)
     assert np.array_equal(again.ids, corpus.ids)
     assert texts_of(view) == texts_of(corpus.held_out)
+    sample = corpus.held_out.by_hash()
+    assert texts_of(pickle.loads(pickle.dumps(sample))) == texts_of(sample) != texts_of(view)
 
 
 @pytest.mark.parametrize("locking", [True, False])

@@ -77,7 +77,7 @@ def test_the_numpy_reader_reads_all_types(run: Run, tmp_path: Path, table_type: 
 
 @pytest.mark.parametrize("name", ["a_small", "b_small"])
 def test_the_pytorch_layer_is_ours(name: str) -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="its wheel takes gigabytes, so CI has none")
     golden, sizes = load_golden(name)
     form, memory_width = golden_form(sizes), golden["key_w"].shape[1]
     ours = Engram(sizes["hidden"], memory_width, form, branches=sizes["branches"], rngs=nnx.Rngs(0))
