@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config
@@ -310,10 +311,10 @@ class Program:
     def initial_state(self) -> TrainState:
         """The random state before the first step, created on the devices."""
         with self.use_mesh():
-            return self.initializer()(jax.random.key(self.config.train.seed))
+            return self.initializer()(np.uint32(self.config.train.seed))
 
-    def initializer(self) -> Callable[[jax.Array], TrainState]:
-        """The jitted function from a random key to the state before the first step.
+    def initializer(self) -> Callable[[UInt32[Any, ""]], TrainState]:
+        """The jitted function from a seed to the state before the first step.
 
         Call it inside `use_mesh()`. It uses auto axes, so that the compiler splits the drawing of
         random numbers. With explicit axes, every device would draw complete tables and parameters.
@@ -343,15 +344,12 @@ class Program:
             self._shardings(),
         )
 
-    def _make_state(self, key: jax.Array) -> TrainState:
-        params_key, tables_key = jax.random.split(key)
+    def _make_state(self, seed: UInt32[Any, ""]) -> TrainState:
+        params_key, _ = jax.random.split(jax.random.key(seed))
         params: Parameters = nnx.to_pure_dict(nnx.split(_make_decoder(self.config, params_key))[1])
         memory = self.config.memory
         tables = {
-            layer: init_table(
-                *(jax.random.fold_in(tables_key, layer), rows, memory.layout, layer),
-                memory.init_scale,
-            )
+            layer: init_table(seed, rows, memory.layout, layer, memory.init_scale)
             for layer, rows in zip(
                 memory.layers, self.ngram_hash.padded_rows if self.ngram_hash else [], strict=True
             )
@@ -368,7 +366,7 @@ class Program:
 
     @cached_property
     def _shapes(self) -> Any:
-        return jax.eval_shape(self._make_state, jax.eval_shape(jax.random.key, 0))
+        return jax.eval_shape(self._make_state, np.uint32(0))
 
     def _shardings(self) -> Any:
         shapes = self._shapes

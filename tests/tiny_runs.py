@@ -129,7 +129,7 @@ def place_initial_state(program: Program) -> TrainState:
     key = config.model, config.memory, config.train.seed
     state = _DRAWN.get(key)
     if state is None:
-        state = _DRAWN[key] = jax.device_get(program._make_state(jax.random.key(key[-1])))
+        state = _DRAWN[key] = jax.device_get(program._make_state(np.uint32(key[-1])))
     state = replace(state, optimizer=jax.device_get(program.optimizer.init(state.params)))
     return jax.device_put(state, program._shardings())
 

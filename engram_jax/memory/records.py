@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
-from engram_jax.memory.layout import RowState, Table, mix
+from engram_jax.memory.initial_rows import mix
+from engram_jax.memory.layout import RowState, Table
 from engram_jax.sharding import TOKEN_AXES
 from pallas_kernels import hashed_gather
 from pallas_kernels.hashed_gather import GatherImplementation
