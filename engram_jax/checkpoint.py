@@ -34,6 +34,7 @@ except ImportError:  # the path until Orbax moves it
 FORMAT = 4  # in format 1 models did not scale the embedding; in 2 a table was four arrays
 RECORD_AS_TEXT = 3  # in format 3 the identity described the row records by a Python repr
 STATE = "state"
+TABLES = "tables"  # prefix of the tables' arrays, or folder of the files with their rows
 MANIFEST = "manifest.json"
 PARTIAL = "partial-"  # prefix of a folder that is being written or removed
 REPLACED = ".replaced"  # suffix of a complete checkpoint that a second save of its step replaces
@@ -71,10 +72,13 @@ class Checkpoints:
         *,
         config: Mapping[str, Any],
         write_files: Callable[[Path], object] = lambda folder: None,
+        write_parts: Callable[[Path], object] = lambda folder: None,
+        more_bytes: int = 0,
     ) -> Path:
         """Writes the checkpoint of `step`, waits until it is complete, and returns its folder.
 
         `write_files` writes more files into it, so that it can be read without its run folder.
+        `write_parts` does so on every process, and needs `more_bytes` of disk space.
 
         An earlier checkpoint of the same step is kept until the new one is complete.
 
@@ -88,9 +92,11 @@ class Checkpoints:
             if is_leader():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._tidy()
-                self.require_space(arrays)
+                self.require_space(arrays, more_bytes=more_bytes)
                 partial.mkdir()
         try:
+            with collective(f"write the rows of step {step}"):
+                write_parts(partial)
             with collective(f"write the checkpoint of step {step}"):
                 with _orbax_context():
                     ocp.save(partial / STATE, arrays)
@@ -107,10 +113,13 @@ class Checkpoints:
             raise
         return final
 
-    def require_space(self, state: PyTree, *, all_to_come: bool = False) -> None:
+    def require_space(
+        self, state: PyTree, *, all_to_come: bool = False, more_bytes: int = 0
+    ) -> None:
         """Checks that a checkpoint of the state (arrays, or their shapes) fits on the disk.
 
-        With `all_to_come`, that all checkpoints which the run keeps and a new one fit.
+        With `all_to_come`, that all checkpoints which the run keeps and a new one fit. `more_bytes`
+        are those of a checkpoint's other files.
 
         Raises:
             InputError: the disk has too little space, or the folder cannot be one.
@@ -118,8 +127,9 @@ class Checkpoints:
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise InputError(f"{self.folder} is no folder, or a link to nothing; remove it.")
         count = max(self._keep + 1 - len(self.steps()), 1) if all_to_come else 1
-        if self._free() < count * _size(state):
-            raise self._full(state, count)
+        needed = count * (_size(state) + more_bytes)
+        if self._free() < needed:
+            raise self._full(needed, count)
 
     def require(self, step: int | None = None) -> list[int]:
         """Returns `steps()`, after checking that it contains `step`, or any step if None.
@@ -148,7 +158,8 @@ class Checkpoints:
         """Restores the newest intact checkpoint, or that of `step`, as (step, state), bit for bit.
 
         `abstract` gives structure, shapes, dtypes and shardings. The mesh may differ from the one
-        at saving. A leaf without a sharding goes to the first device. With `partial`, only the
+        at saving. A leaf without a sharding goes to the first device. Tables whose rows are in
+        files (see `stored_tables`) are not read; their arrays are None. With `partial`, only the
         leaves of `abstract` are read, and the checkpoint may contain more. Without `step`, damaged
         checkpoints are skipped, with a message on stderr.
 
@@ -164,12 +175,13 @@ class Checkpoints:
             for name, leaf in _named(abstract).items()
         }
         for candidate in [step] if step is not None else reversed(found):
+            here = self._saved_arrays(candidate, wanted)
             with collective(f"read the checkpoint of step {candidate}"):
-                damage = self._damage(candidate, wanted, partial)
+                damage = self._damage(candidate, here, partial)
             if all_agree(damage is None):
                 with _orbax_context(partial):
-                    arrays = ocp.load(self.path(candidate) / STATE, wanted)
-                leaves = [arrays[name] for name in wanted]
+                    arrays = ocp.load(self.path(candidate) / STATE, here)
+                leaves = [arrays.get(name) for name in wanted]
                 return candidate, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
             if is_leader() and step is None:
                 print(
@@ -189,6 +201,14 @@ class Checkpoints:
         """The folder of a checkpoint."""
         final = self.folder / f"{step:08d}"
         return final if final.exists() else final.with_name(final.name + REPLACED)
+
+    def _saved_arrays(
+        self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """The leaves that a checkpoint has as arrays: all, or all except the tables."""
+        if not (self.path(step) / TABLES).is_dir():
+            return wanted
+        return {name: leaf for name, leaf in wanted.items() if not name.startswith(f"{TABLES}/")}
 
     def _damage(
         self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], partial: bool
@@ -271,10 +291,10 @@ class Checkpoints:
         there = next(path for path in [self.folder, *self.folder.parents] if path.exists())
         return shutil.disk_usage(there).free
 
-    def _full(self, state: PyTree, count: int = 1) -> InputError:
+    def _full(self, needed: int, count: int) -> InputError:
         what = "A checkpoint does" if count == 1 else f"{count} checkpoints do"
         return InputError(
-            f"{what} not fit in {self.folder}: it needs {count * _size(state):,} bytes, and "
+            f"{what} not fit in {self.folder}: it needs {needed:,} bytes, and "
             f"{self._free():,} are free; free some space or keep fewer checkpoints."
         )
 

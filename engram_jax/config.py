@@ -13,6 +13,7 @@ from engram_jax.files import atomic_write, parse_json
 from engram_jax.hashing import HashSpec, HashVariant
 from engram_jax.memory.layout import RecordLayout, StorageConfig
 from engram_jax.memory.row_adam import RowAdamConfig
+from engram_jax.memory.store import Placement
 from engram_jax.model import DecoderConfig, MemorySites
 from engram_jax.optimizer import OptimizerConfig
 from engram_jax.sharding import MeshConfig
@@ -45,6 +46,8 @@ class MemoryConfig:
         storage: precision of the rows and of their moments.
         gather: implementation of `pallas_kernels.hashed_gather`, which reads rows and copies them
             to tokens; None is "xla".
+        placement: where training keeps the tables: "device", "host" (memory) or "file" (in the run
+            folder). Results are equal bit for bit.
     """
 
     layers: tuple[int, ...] = (1,)
@@ -62,6 +65,7 @@ class MemoryConfig:
     adam: RowAdamConfig = field(default_factory=lambda: RowAdamConfig(factor=10.0))
     storage: StorageConfig = field(default_factory=StorageConfig)
     gather: GatherImplementation | None = None
+    placement: Placement = "device"
 
     def __post_init__(self) -> None:
         if self.layers:

@@ -24,6 +24,7 @@ from engram_jax.typing import PyTree
 # Fields that may change when a run is resumed. They change results by rounding only.
 CHANGEABLE = (
     "memory.gather",
+    "memory.placement",
     "model.attention.implementation",
     "model.engram.implementation",
     "model.experts.implementation",

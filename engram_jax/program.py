@@ -25,8 +25,9 @@ from engram_jax.hashing import NgramHash
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import LANES, Table, init_table
 from engram_jax.memory.lookup import OwnGradients, ReadRows
-from engram_jax.memory.plan import MemoryPlan, Planner, SlotPlan
+from engram_jax.memory.plan import BufferPlan, MemoryPlan, Planner, SlotPlan
 from engram_jax.memory.row_adam import RowAdam, make_row_adam
+from engram_jax.memory.store import TableInfo
 from engram_jax.model import Decoder, ExpertBias, Report
 from engram_jax.optimizer import make_optimizer, make_schedule
 from engram_jax.parameters import roles
@@ -56,6 +57,18 @@ class MicroBatch(NamedTuple):
 
     batch: Batch
     slots: dict[int, SlotPlan]
+
+
+class SentBatch(NamedTuple):
+    """A batch on the devices.
+
+    Attributes:
+        batch: the batch.
+        buffers: on the host, the rows that owners need, if tables are outside the devices.
+    """
+
+    batch: Batch
+    buffers: dict[int, BufferPlan]
 
 
 def micro_batches(batch: Batch) -> MicroBatch:
@@ -161,11 +174,40 @@ class Program:
         """The planner of this process's batches; None for a model without memory."""
         if self.ngram_hash is None:
             return None
-        local = len(self.mesh.local_devices)
-        return Planner(self.ngram_hash, shards=self.mesh.size, local_shards=local)
+        buffered, shards = not self.has_tables, self.mesh.size
+        local = shards if buffered else len(self.mesh.local_devices)
+        return Planner(self.ngram_hash, shards=shards, local_shards=local, buffered=buffered)
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether the state contains the tables. Otherwise they are outside the devices."""
+        return self.config.memory.placement == "device"
+
+    def on_device(self) -> "Program":
+        """This program with its tables on the devices."""
+        memory = replace(self.config.memory, placement="device")
+        return replace(self, config=replace(self.config, memory=memory))
+
+    def tables(self) -> dict[int, TableInfo]:
+        """All tables, by layer id, wherever they are."""
+        if self.ngram_hash is None:
+            return {}
+        memory, facts = self.config.memory, self.ngram_hash.fingerprint
+        return {
+            layer: TableInfo(
+                layer, rows, memory.layout, self.config.train.seed, memory.init_scale, facts
+            )
+            for layer, rows in zip(memory.layers, self.ngram_hash.padded_rows, strict=True)
+        }
+
+    def send(self, batch: Batch) -> SentBatch:
+        """Sends a batch to the devices, except for the plan's buffers (see `memory.row_feed`)."""
+        return SentBatch(self.put(batch), batch.plan.buffers if batch.plan else {})
 
     def put(self, batch: Batch) -> Batch:
         """Sends this process's part of a batch to the devices, with the sharding of the step."""
+        if batch.plan is not None:
+            batch = batch._replace(plan=batch.plan._replace(buffers={}))
         shardings = self.batch_sharding(batch)
         if jax.process_count() == 1:  # one call for all arrays takes half the time
             return jax.device_put(batch, shardings)
@@ -347,12 +389,10 @@ class Program:
     def _make_state(self, seed: UInt32[Any, ""]) -> TrainState:
         params_key, _ = jax.random.split(jax.random.key(seed))
         params: Parameters = nnx.to_pure_dict(nnx.split(_make_decoder(self.config, params_key))[1])
-        memory = self.config.memory
         tables = {
-            layer: init_table(seed, rows, memory.layout, layer, memory.init_scale)
-            for layer, rows in zip(
-                memory.layers, self.ngram_hash.padded_rows if self.ngram_hash else [], strict=True
-            )
+            layer: init_table(seed, table.rows, table.layout, layer, table.scale)
+            for layer, table in self.tables().items()
+            if self.has_tables
         }
         model = self.config.model
         routed = model.experts.routed if model.experts else 0

@@ -51,6 +51,15 @@ from engram_jax.run_folder import (
     write_beginning,
 )
 from engram_jax.sharding import MeshConfig, make_mesh, platform_of
+from engram_jax.stored_tables import (
+    Stores,
+    fill_from_tables,
+    fill_stores,
+    load_tables,
+    row_files,
+    save_stores,
+    settle_stores,
+)
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import TrainState, Weights
 
@@ -176,6 +185,7 @@ class Run:
         """
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
         config = without_foreign_kernels(load_config(folder / "config.json"), platform_of(mesh))
+        config = replace(config, memory=replace(config.memory, placement="device"))
         tokenizer = load_run_tokenizer(config, folder)
         ngram_hash = NgramHash.load(folder / "hash.json") if config.memory.layers else None
         return cls._assemble(folder, config, tokenizer, ngram_hash, mesh)
@@ -269,29 +279,41 @@ class Run:
             prefetch=data.prefetch,
         )
 
-    def restore(self, step: int | None = None) -> TrainState:
+    def restore(self, step: int | None = None, stores: Stores | None = None) -> TrainState:
         """The state of the newest intact checkpoint, or of the checkpoint of `step`.
 
         If the checkpoint has another row optimizer or schedule, pending updates are applied to its
         tables under that schedule, with a message.
 
+        Args:
+            step: step of the checkpoint; None: the newest intact one.
+            stores: empty stores, which get the rows; None: the state has tables on the devices.
+
         Raises:
             InputError: there is no checkpoint, or it has another tokenizer, hash or model.
         """
-        found, state = self.checkpoints.restore(self.program.abstract_state(), step)
-        return replace(state, tables=self._take_over(found, state.tables, state.step))
+        abstract = self.program.on_device().abstract_state()
+        found, state = self.checkpoints.restore(abstract, step)
+        return replace(state, tables=self._take_over(found, state.tables, state.step, stores))
 
-    def restore_weights(self, step: int | None = None, *, reset_rows: bool = False) -> Weights:
+    def restore_weights(
+        self,
+        step: int | None = None,
+        stores: Stores | None = None,
+        *,
+        reset_rows: bool = False,
+    ) -> Weights:
         """Like `restore`, without the state of the dense parameters' optimizer.
 
         Args:
             step: step of the checkpoint; None: the newest intact one.
+            stores: as for `restore`.
             reset_rows: apply all pending updates, and reset the rows' moments and clocks, for a run
                 that begins with these weights.
         """
-        abstract = self.program.abstract_state().weights
+        abstract = self.program.on_device().abstract_state().weights
         found, weights = self.checkpoints.restore(abstract, step, partial=True)
-        tables = self._take_over(found, weights.tables, weights.step, reset=reset_rows)
+        tables = self._take_over(found, weights.tables, weights.step, stores, reset=reset_rows)
         return replace(weights, tables=tables)
 
     def _take_over(
@@ -299,33 +321,47 @@ class Run:
         checkpoint: int,
         tables: dict[int, Table],
         step: Int32[Array, ""],
+        stores: Stores | None,
         *,
         reset: bool = False,
     ) -> dict[int, Table]:
-        """Converts a checkpoint's tables to this run's row optimizer, if it had another.
+        """The rows of a checkpoint as tables, or in stores; then there are no tables.
 
-        With `reset`, always. Pending updates are those of the optimizer that wrote the checkpoint.
+        Converts them to this run's row optimizer, if the checkpoint had another; with `reset`,
+        always. Pending updates are those of the optimizer that wrote the checkpoint.
         """
-        theirs = load_config(self.checkpoints.path(checkpoint) / "config.json")
+        folder = self.checkpoints.path(checkpoint)
+        theirs = load_config(folder / "config.json")
         is_another = row_adam_facts(theirs) != row_adam_facts(self.config)
-        if not tables or not (is_another or reset):
-            return tables
-        if is_another and is_leader():
+        before, keep = make_config_row_adam(theirs), not (reset or self.config.memory.frozen)
+        if tables and is_another and is_leader():
             print(
                 f"The checkpoint of step {checkpoint} in {self.checkpoints.folder} has another row "
                 "optimizer or schedule: applying the pending updates of its idle rows."
             )
-        before, keep = make_config_row_adam(theirs), not (reset or self.config.memory.frozen)
+        files = row_files(folder, self.program.tables())
         with self.program.use_mesh():
-            return {
-                layer: lookup.settle(table, before, step, keep_moments=keep)
-                for layer, table in tables.items()
-            }
+            if stores and files:
+                fill_stores(stores, files)
+                if is_another or reset:
+                    settle_stores(stores, before, step, keep_moments=keep)
+                return {}
+            if files:
+                tables = load_tables(self.program, files)
+            if is_another or reset:
+                tables = {
+                    layer: lookup.settle(table, before, step, keep_moments=keep)
+                    for layer, table in tables.items()
+                }
+            if stores:
+                fill_from_tables(stores, tables)
+                return {}
+        return tables
 
     @cached_property
     def generator(self) -> Generator:
         """Continues prompts with the weights of the newest checkpoint."""
-        return Generator(self.program, self.tokenizer, self.restore_weights())
+        return Generator(self.program.on_device(), self.tokenizer, self.restore_weights())
 
     def generate(self, prompts: Sequence[str], **settings: Any) -> list[Continuation]:
         """Continues prompts with the newest checkpoint.
@@ -346,10 +382,14 @@ class Run:
         check_fitting(folder, (self.program, self.tokenizer), (other.program, other.tokenizer))
         return other
 
-    def save(self, state: TrainState) -> Path:
+    def save(self, state: TrainState, stores: Stores | None = None) -> Path:
         """Saves the state as a checkpoint of its step, with what is needed to read it.
 
         The run folder may have been moved since: nothing is read from it.
+
+        Args:
+            state: the state.
+            stores: the rows, if the tables are outside the devices.
         """
 
         def write_files(folder: Path) -> None:
@@ -359,7 +399,12 @@ class Run:
             store_tokenizer(folder, self.tokenizer)
 
         return self.checkpoints.save(
-            int(state.step), state, config=asdict(self.config), write_files=write_files
+            int(state.step),
+            replace(state, tables={}) if stores else state,
+            config=asdict(self.config),
+            write_files=write_files,
+            write_parts=lambda folder: save_stores(stores, folder) if stores else None,
+            more_bytes=sum(store.bytes for store in stores.values()) if stores else 0,
         )
 
 

@@ -537,7 +537,7 @@ def test_seeds_differ(tiny: Config, tmp_path: Path) -> None:
 def test_tables_of_two_layers_start_differently(tiny: Config, tmp_path: Path) -> None:
     run = Run.start(vary(tiny, memory={"layers": (0, 1)}), tmp_path / "run")
     one, other = (table.unpack().value for table in run.program.initial_state().tables.values())
-    assert np.all(one[:1000] != other[:1000])
+    assert np.mean(one[:1000] == other[:1000]) < 0.01  # of 1,021 values, some are equal
 
 
 @pytest.mark.parametrize("compiled", ["fast", pytest.param("optimized", marks=pytest.mark.slow)])

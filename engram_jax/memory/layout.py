@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
 from engram_jax.memory.initial_rows import initial_values, mix
+from engram_jax.sharding import TOKEN_AXES
 from pallas_kernels.hashed_gather import RowFormat
 from pallas_kernels.hashed_gather.format import pack_planes
 
@@ -177,17 +178,34 @@ class RecordLayout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Table:
-    """One layer's table.
+    """One layer's table; or a buffer with the rows of one step, if the table is not on the device.
 
     Attributes:
         records: one per row, in the order of `places.stored_places`.
         layout: layout of a record.
         layer: layer id; part of the seed of stochastic rounding.
+        places: of a buffer, the places of its records in the complete table, by owner; None: record
+            i of a table is that of place i.
+        buffered_rows: of a buffer, the rows R of the complete table.
     """
 
     records: UInt32[Array, "R words"]
     layout: RecordLayout = field(metadata={"static": True})
     layer: int = field(metadata={"static": True})
+    places: Int32[Array, "R"] | None = None
+    buffered_rows: int | None = field(default=None, metadata={"static": True})
+
+    @property
+    def rows(self) -> int:
+        """Rows R of the complete table. (Inside `shard_map`, use `owned_rows`.)"""
+        return len(self.records) if self.buffered_rows is None else self.buffered_rows
+
+    @property
+    def owned_rows(self) -> int:
+        """Rows that each device owns, R / S, inside `shard_map`."""
+        if self.buffered_rows is None:
+            return len(self.records)
+        return self.buffered_rows // jax.lax.axis_size(TOKEN_AXES)
 
     def unpack(self) -> RowState:
         """Decodes all rows. On the device, this is a copy of the table."""

@@ -65,7 +65,10 @@ def write(table: Table, rows: Int32[Array, "n"], new: RowState, step: Int32[Arra
     """
     # The random bits depend on the table, the place in the complete table and the step, so they are
     # the same on every mesh.
-    place = rows + jax.lax.axis_index(TOKEN_AXES) * len(table.records)
+    if table.places is None:
+        place = rows + jax.lax.axis_index(TOKEN_AXES) * len(table.records)
+    else:
+        place = table.places.at[rows].get(mode="clip")
     noise = mix(mix(place.astype(jnp.uint32)) + mix(step.astype(jnp.uint32)) + table.layer)
     layout = table.layout
 

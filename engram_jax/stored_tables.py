@@ -1,0 +1,193 @@
+"""Tables outside the devices in a run: their stores, and their rows in checkpoints.
+
+A checkpoint of a run whose tables are on the devices has arrays of R rows. Otherwise it has files
+`tables/LAYER-FIRST.rows` with the written rows (`memory.row_file`), of each process those of its
+devices. Both can be restored by runs of any placement, on any mesh.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32, UInt32
+
+from engram_jax.checkpoint import TABLES
+from engram_jax.errors import InputError
+from engram_jax.memory import lookup
+from engram_jax.memory.layout import RecordLayout, Table, init_table
+from engram_jax.memory.row_adam import RowAdam
+from engram_jax.memory.row_feed import RowFeed
+from engram_jax.memory.row_file import read_rows, save_rows
+from engram_jax.memory.store import PART, RowStore, TableInfo, Written
+from engram_jax.program import Program
+from engram_jax.sharding import TABLE_RW, TOKEN_AXES
+
+type Stores = Mapping[int, RowStore]  # by layer id; empty: the tables are on the devices
+
+
+@contextmanager
+def open_feed(program: Program, folder: Path) -> Iterator[RowFeed | None]:
+    """Empty stores for the tables of this process's devices, and their feed.
+
+    The working files are deleted at the end: checkpoints have all that is in them.
+
+    Args:
+        program: the program; if its tables are on the devices, None is yielded.
+        folder: the run folder.
+
+    Raises:
+        InputError: a file cannot be created.
+    """
+    if program.has_tables or not program.tables():
+        yield None
+        return
+    mesh = program.mesh
+    assert isinstance(mesh, jax.sharding.Mesh)
+    ours, first = len(mesh.local_devices), jax.process_index() * len(mesh.local_devices)
+    in_file = program.config.memory.placement == "file"
+    stores, paths = {}, []
+    for layer, table in program.tables().items():
+        owned, path = table.rows // mesh.size, None
+        if in_file:
+            path = folder / TABLES / _file_name(layer, first * owned)
+            paths.append(path)
+        stores[layer] = RowStore(table, first * owned, ours * owned, path)
+    try:
+        with RowFeed(stores, mesh, frozen=program.config.memory.frozen) as feed:
+            yield feed
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def save_stores(stores: Stores, folder: Path) -> None:
+    """Writes this process's files of a checkpoint."""
+    folder = folder / TABLES
+    folder.mkdir(exist_ok=True)
+    for layer, store in stores.items():
+        save_rows(store, folder / _file_name(layer, store.first))
+
+
+def row_files(checkpoint: Path, tables: Mapping[int, TableInfo]) -> dict[int, list[Path]]:
+    """The files of a checkpoint's tables, by layer id; none if it has arrays.
+
+    Raises:
+        InputError: a layer has none.
+    """
+    folder = checkpoint / TABLES
+    if not tables or not folder.is_dir():
+        return {}
+    found = {layer: sorted(folder.glob(_file_name(layer, None))) for layer in tables}
+    if missing := [layer for layer, paths in found.items() if not paths]:
+        raise InputError(f"{folder} has no rows of layer {missing[0]}; restore another checkpoint.")
+    return found
+
+
+def fill_stores(stores: Stores, files: Mapping[int, list[Path]]) -> None:
+    """Writes the rows of a checkpoint's files to empty stores."""
+    for layer, store in stores.items():
+        for path in files[layer]:
+            table, written = read_rows(path)
+            _check_fitting(path, store.table, table)
+            store.table = table  # its initial rows may have another seed
+            for places, records in _parts(written):
+                own = (places >= store.first) & (places < store.first + store.count)
+                store.write(places[own], records[own])
+
+
+def fill_from_tables(stores: Stores, tables: Mapping[int, Table]) -> None:
+    """Writes the rows of tables on the devices that differ from the initial ones."""
+    for layer, store in stores.items():
+        for shard in tables[layer].records.addressable_shards:
+            store.write_changed(shard.index[0].start or 0, np.asarray(shard.data))
+
+
+def load_tables(program: Program, files: Mapping[int, list[Path]]) -> dict[int, Table]:
+    """Tables on the devices from a checkpoint's files."""
+    return {
+        layer: _load_table(program, table, files[layer])
+        for layer, table in program.tables().items()
+    }
+
+
+def settle_stores(
+    stores: Stores, adam: RowAdam, step: Int32[Array, ""], *, keep_moments: bool
+) -> None:
+    """Applies the pending updates of all written rows (see `lookup.settle`)."""
+
+    @partial(jax.jit, static_argnums=0)
+    def settle(layout: RecordLayout, records: Array, adam: RowAdam, step: Array) -> Array:
+        rows = lookup.settle_rows(layout.unpack(records), adam, step, keep_moments)
+        return layout.pack(rows)
+
+    adam, step = jax.device_get((adam, step))
+    for store in stores.values():
+        layout = store.table.layout
+        for places, records in store.written():
+            whole = np.resize(records, (PART, layout.words))  # one shape
+            settled = settle(layout, whole, adam, step)
+            store.write(places, np.asarray(settled)[: len(places)])
+
+
+def _file_name(layer: int, first: int | None) -> str:
+    return f"{layer}-{'*' if first is None else first}.rows"
+
+
+def _check_fitting(path: Path, ours: TableInfo, theirs: TableInfo) -> None:
+    """Checks that a file has rows of this table; only the seed and the scale may differ."""
+    if replace(theirs, seed=ours.seed, scale=ours.scale) != ours:
+        raise InputError(
+            f"{path} has the rows of another table than this run ({theirs}, here {ours}); give "
+            "this run the same memory."
+        )
+
+
+def _parts(written: Written) -> Iterator[Written]:
+    for start in range(0, len(written.places), PART):
+        yield Written(*(array[start : start + PART] for array in written))
+
+
+def _load_table(program: Program, ours: TableInfo, paths: list[Path]) -> Table:
+    found = [read_rows(path) for path in paths]
+    for path, (table, _) in zip(paths, found, strict=True):
+        _check_fitting(path, ours, table)
+    seed, scale = found[0][0].seed, found[0][0].scale
+    sharding = jax.NamedSharding(program.mesh, TABLE_RW)
+
+    def initial(seed: Array) -> UInt32[Array, "R words"]:
+        return init_table(seed, ours.rows, ours.layout, ours.layer, scale).records
+
+    records = jax.jit(jax.sharding.auto_axes(initial, axes=TOKEN_AXES, out_sharding=sharding))(
+        np.uint32(seed)
+    )
+    for _, written in found:
+        for places, part in _parts(written):
+            missing = PART - len(places)
+            records = _place(
+                records,
+                np.pad(places, (0, missing), constant_values=ours.rows),
+                np.pad(part, ((0, missing), (0, 0))),
+            )
+    return Table(records, ours.layout, ours.layer)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _place(
+    records: UInt32[Array, "R words"], places: Int32[Array, "n"], rows: UInt32[Array, "n words"]
+) -> UInt32[Array, "R words"]:
+    """Replaces records at places; those from R up are dropped."""
+
+    def place_own(records: Array, places: Array, rows: Array) -> Array:
+        own = places - len(records) * jax.lax.axis_index(TOKEN_AXES)
+        own = jnp.where(own < 0, len(records), own)  # negative numbers would count from the end
+        return records.at[own].set(rows, mode="drop")
+
+    split = jax.P(TOKEN_AXES)
+    return jax.shard_map(place_own, in_specs=(split, jax.P(), jax.P()), out_specs=split)(
+        records, places, rows
+    )
