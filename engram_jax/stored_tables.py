@@ -61,6 +61,8 @@ def open_feed(program: Program, folder: Path) -> Iterator[RowFeed | None]:
         with RowFeed(stores, mesh, frozen=program.config.memory.frozen) as feed:
             yield feed
     finally:
+        for store in stores.values():
+            store.close()
         for path in paths:
             path.unlink(missing_ok=True)
 

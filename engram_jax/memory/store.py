@@ -109,6 +109,11 @@ class RowStore:
         self._records = _reserve(count, words, self._file)
         self._whole = self._records.view(np.dtype((np.void, 4 * words)))[:, 0]  # moved as one
 
+    def close(self) -> None:
+        """Closes the file, which remains. Its mapping ends when nothing refers to its rows."""
+        if self._file is not None:
+            self._file.file.close()
+
     @property
     def bytes(self) -> int:
         """Bytes of the written records, and of their places."""
@@ -179,8 +184,12 @@ class _Extents:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # another process may still map the old file
-            self._file = path.open("x+b")
-            self._file.truncate(size)
+            self.file = path.open("x+b")
+            try:
+                self.file.truncate(size)
+            except OSError:
+                self.file.close()
+                raise
         except OSError as error:
             raise InputError(
                 f"Cannot create {path} for a table of {size:,} bytes ({error.strerror}); give "
@@ -188,7 +197,7 @@ class _Extents:
             ) from error
 
     def map(self) -> mmap.mmap:
-        mapping = mmap.mmap(self._file.fileno(), self._size)
+        mapping = mmap.mmap(self.file.fileno(), self._size)
         mapping.madvise(mmap.MADV_RANDOM)
         return mapping
 
@@ -197,7 +206,7 @@ class _Extents:
         offset, end = 0, file.tell()
         while offset < size:
             copied = os.copy_file_range(
-                *(self._file.fileno(), file.fileno(), size - offset),
+                *(self.file.fileno(), file.fileno(), size - offset),
                 offset_src=offset,
                 offset_dst=end + offset,
             )
@@ -215,7 +224,7 @@ class _Extents:
         while self._allocated < size:
             length = min(EXTENT, self._size - self._allocated)
             try:
-                os.posix_fallocate(self._file.fileno(), self._allocated, length)
+                os.posix_fallocate(self.file.fileno(), self._allocated, length)
             except OSError as error:
                 raise InputError(
                     f"Cannot extend {self._path} to {self._allocated + length:,} bytes "
