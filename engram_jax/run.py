@@ -342,8 +342,9 @@ class Run:
         files = row_files(folder, self.program.tables())
         with self.program.use_mesh():
             if stores and files:
-                fill_stores(stores, files)
-                if is_another or reset:
+                changes = is_another or reset
+                fill_stores(stores, files, in_place=self.program.has_tables and not changes)
+                if changes:
                     settle_stores(stores, before, step, keep_moments=keep)
                 return {}
             if files:

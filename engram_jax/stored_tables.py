@@ -5,6 +5,7 @@ A checkpoint of a run whose tables are on the devices has arrays of R rows. Othe
 devices. Both can be restored by runs of any placement, on any mesh.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from engram_jax.memory.layout import RecordLayout, Table, init_table
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.memory.row_feed import RowFeed
 from engram_jax.memory.row_file import read_rows, save_rows
-from engram_jax.memory.store import PART, RowStore, TableInfo, Written
+from engram_jax.memory.store import PART, Placement, RowStore, TableInfo, Written
 from engram_jax.program import Program
 from engram_jax.sharding import TABLE_RW, TOKEN_AXES
 
@@ -32,34 +33,50 @@ type Stores = Mapping[int, RowStore]  # by layer id; empty: the tables are on th
 
 @contextmanager
 def open_feed(program: Program, folder: Path) -> Iterator[RowFeed | None]:
-    """Empty stores for the tables of this process's devices, and their feed.
-
-    The working files are deleted at the end: checkpoints have all that is in them.
-
-    Args:
-        program: the program; if its tables are on the devices, None is yielded.
-        folder: the run folder.
+    """Empty stores for a training run and their feed; None if its tables are on the devices.
 
     Raises:
         InputError: a file cannot be created.
     """
-    if program.has_tables or not program.tables():
-        yield None
-        return
-    mesh = program.mesh
+    memory = program.config.memory
+    with open_stores(program, folder, memory.placement) as stores:
+        if not stores:
+            yield None
+            return
+        assert isinstance(program.mesh, jax.sharding.Mesh)
+        with RowFeed(stores, program.mesh, frozen=memory.frozen) as feed:
+            yield feed
+
+
+@contextmanager
+def open_stores(
+    program: Program, folder: Path, placement: Placement, *, read_only: bool = False
+) -> Iterator[dict[int, RowStore]]:
+    """Empty stores for the tables of this process's devices; none if they are on the devices.
+
+    Working files are deleted at the end: checkpoints have all that is in them.
+
+    Args:
+        program: the program.
+        folder: the run folder.
+        placement: where the rows are.
+        read_only: several programs may do this at the same time, with files of their own.
+
+    Raises:
+        InputError: a file cannot be created.
+    """
+    mesh, stores, paths = program.mesh, {}, []
     assert isinstance(mesh, jax.sharding.Mesh)
     ours, first = len(mesh.local_devices), jax.process_index() * len(mesh.local_devices)
-    in_file = program.config.memory.placement == "file"
-    stores, paths = {}, []
-    for layer, table in program.tables().items():
+    for layer, table in program.tables().items() if placement != "device" else ():
         owned, path = table.rows // mesh.size, None
-        if in_file:
-            path = folder / TABLES / _file_name(layer, first * owned)
+        if placement == "file":
+            name = _file_name(layer, first * owned)
+            path = folder / TABLES / (f"reading-{os.getpid()}-{name}" if read_only else name)
             paths.append(path)
         stores[layer] = RowStore(table, first * owned, ours * owned, path)
     try:
-        with RowFeed(stores, mesh, frozen=program.config.memory.frozen) as feed:
-            yield feed
+        yield stores
     finally:
         for store in stores.values():
             store.close()
@@ -90,13 +107,23 @@ def row_files(checkpoint: Path, tables: Mapping[int, TableInfo]) -> dict[int, li
     return found
 
 
-def fill_stores(stores: Stores, files: Mapping[int, list[Path]]) -> None:
-    """Writes the rows of a checkpoint's files to empty stores."""
+def fill_stores(stores: Stores, files: Mapping[int, list[Path]], *, in_place: bool = False) -> None:
+    """Writes the rows of a checkpoint's files to empty stores.
+
+    Args:
+        stores: the stores.
+        files: by layer id.
+        in_place: map the rows of a single file instead of copying them. The stores can only be
+            read.
+    """
     for layer, store in stores.items():
         for path in files[layer]:
             table, written = read_rows(path)
             _check_fitting(path, store.table, table)
             store.table = table  # its initial rows may have another seed
+            if in_place and len(files[layer]) == 1:
+                store.adopt(written)
+                continue
             for places, records in _parts(written):
                 own = (places >= store.first) & (places < store.first + store.count)
                 store.write(places[own], records[own])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_runs import FORMS, TrainWhole, assert_identical, losses, on_devices, vary
 
+from engram_jax import trainer
 from engram_jax.config import Config
 from engram_jax.errors import InputError
 from engram_jax.memory import exchange, plan, store
@@ -63,17 +64,10 @@ def test_runs_change_their_placement_when_they_resume(
 ) -> None:
     """Two steps each; the runs have the same compiled steps as those above."""
     whole, _ = train_whole(smallest, 1, 1)
-    for number, placement in enumerate(("device", "host", "file", "device")):
-        config = placed(smallest, placement)
+    for last, placement in ((2, "device"), (4, "host"), (5, "file"), (6, "device")):
         with on_devices(1), pytest.MonkeyPatch.context() as patch:
-            run = Run.start(config, tmp_path / "run")
-            if number < 3:
-                patch.setattr(
-                    "engram_jax.trainer._stop_signal", lambda n=number: _StopAt(2 * n + 2)
-                )
-            else:
-                patch.setattr("engram_jax.trainer._stop_signal", lambda: _StopAt(6))
-            train(run)
+            patch.setattr(trainer, "_stop_signal", lambda last=last: _StopAt(last))
+            train(Run.start(placed(smallest, placement), tmp_path / "run"))
     assert_same_run(tmp_path / "run", whole)
 
 

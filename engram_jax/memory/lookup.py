@@ -12,11 +12,12 @@ from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from engram_jax.memory import records
 from engram_jax.memory.exchange import Route
-from engram_jax.memory.layout import RowState, Table
+from engram_jax.memory.host_table import HostTable
+from engram_jax.memory.layout import RecordLayout, RowState, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.sharding import TOKEN_AXES
@@ -95,7 +96,7 @@ def read_rows(
 
 
 def read_places(
-    table: Table,
+    table: Table | HostTable,
     places: Int32[Array, "B T H"],
     adam: RowAdam,
     step: Int32[Array, ""],
@@ -107,19 +108,24 @@ def read_places(
     every device requests its rows from all: for a few tokens, this needs less time than a plan.
 
     Args:
-        table: a device's part of the table.
+        table: a device's part of the table, or a table outside the devices.
         places: places of the rows in the complete table.
         adam: the row optimizer.
         step: number of finished optimizer steps.
         gather: implementation of `hashed_gather` that reads records; None is "xla".
     """
 
+    flat = places.reshape(-1)
+    if isinstance(table, HostTable):
+        rows = current_values(table.read(flat), table.layout, adam, step)
+        return rows.reshape(*places.shape[:2], -1)
+
     def read_own(rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
         if adam.tail is None:
             return records.read_values(table, rows, gather)
         return adam.current(records.read(table, rows, gather), step)
 
-    flat, owned = places.reshape(-1), len(table.records)
+    owned = len(table.records)
     if jax.lax.axis_size(TOKEN_AXES) == 1:
         rows = _in_parts(read_own, flat)
     else:
@@ -134,6 +140,15 @@ def read_places(
         bits = jax.lax.psum_scatter(bits, TOKEN_AXES, tiled=True)
         rows = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return rows.reshape(*places.shape[:2], -1)
+
+
+def current_values(
+    words: UInt32[Array, "n words"], layout: RecordLayout, adam: RowAdam, step: Int32[Array, ""]
+) -> Float[Array, "n F"]:
+    """The embeddings of records that were read outside the devices, with pending updates."""
+    if adam.tail is None:
+        return layout.value.decode(words[:, : layout.value.words])
+    return adam.current(layout.unpack(words), step)
 
 
 def expand(

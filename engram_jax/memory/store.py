@@ -122,7 +122,8 @@ class RowStore:
     def read(self, places: Int32[np.ndarray, "n"], out: UInt32[np.ndarray, "n words"]) -> None:
         """Copies the records of places to `out`; initial ones for rows that were never written."""
         slots = self._slot[places - self.first]
-        np.take(self._records, np.maximum(slots, 1) - 1, axis=0, out=out, mode="clip")
+        if self.used:
+            np.take(self._records, np.maximum(slots, 1) - 1, axis=0, out=out, mode="clip")
         missing = np.flatnonzero(slots == 0)
         if len(missing):
             out[missing] = self.table.initial_records(places[missing])
@@ -146,6 +147,11 @@ class RowStore:
             self.used = used
         whole = np.ascontiguousarray(records).view(self._whole.dtype)[:, 0]
         self._whole[slots - 1] = whole
+
+    def adopt(self, written: Written) -> None:
+        """Takes over the rows of a file where they are. Then the store can only be read."""
+        self._slot[written.places - self.first] = np.arange(1, len(written.places) + 1)
+        self._place, self._records, self.used = written.places, written.records, len(written.places)
 
     def written(self) -> Iterator[Written]:
         """All written rows, in parts, without a copy."""
