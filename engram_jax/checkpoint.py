@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from engram_jax.errors import DISK_FULL, InputError
+from engram_jax.errors import InputError, disk_reason
 from engram_jax.files import parse_json
 from engram_jax.processes import all_agree, collective, is_leader
 
@@ -107,7 +107,7 @@ class Checkpoints:
         except BaseException as error:
             if is_leader():  # the next save removes files that Orbax still writes after this
                 shutil.rmtree(partial, ignore_errors=True)
-            if (reason := _disk_reason(error)) is not None:
+            if (reason := disk_reason(error)) is not None:
                 problem = f"Cannot write the checkpoint of step {step} to {self.folder} ({reason})"
                 raise InputError(f"{problem}; free some space.") from error
             raise
@@ -401,19 +401,3 @@ def _checksum(path: Path) -> int:
         while block := file.read(1 << 22):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def _disk_reason(error: BaseException) -> str | None:
-    """Why a write failed, if it was a full disk, a quota, or a limit on file size; else None.
-
-    TensorStore raises ValueError with the operating system's error number in the text.
-    """
-    texts = [f"os_error_code='{getattr(cause, 'errno', '')}' {cause}" for cause in _causes(error)]
-    found = (n for n in DISK_FULL if any(f"os_error_code='{n}'" in text for text in texts))
-    return next(map(os.strerror, found), None)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

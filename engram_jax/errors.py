@@ -69,3 +69,19 @@ def one_sentence() -> Iterator[None]:
         return
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
+
+
+def disk_reason(error: BaseException) -> str | None:
+    """Why a write failed, if it was a full disk, a quota, or a limit on file size; else None.
+
+    TensorStore raises ValueError with the operating system's error number in the text.
+    """
+    texts = [f"os_error_code='{getattr(cause, 'errno', '')}' {cause}" for cause in _causes(error)]
+    found = (n for n in DISK_FULL if any(f"os_error_code='{n}'" in text for text in texts))
+    return next(map(os.strerror, found), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

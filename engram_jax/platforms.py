@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
+
 from engram_jax.config import Config
+from engram_jax.errors import InputError
+from engram_jax.hashing import NgramHash
+from engram_jax.memory.layout import LANES
+from engram_jax.sharding import AnyMesh, platform_of
 
 # The platform of each implementation that does not run on all platforms.
 NEEDS = {"cudnn": "gpu", "splash": "tpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
@@ -52,3 +58,46 @@ def default_workers(platform: str) -> int:
     if hasattr(os, "sched_getaffinity"):  # a task of a cluster may use a part of the cores
         return min(4, len(os.sched_getaffinity(0)) // 2)
     return min(4, (os.cpu_count() or 1) // 2)
+
+
+def check_devices(config: Config, ngram_hash: NgramHash | None, mesh: AnyMesh) -> None:
+    """Checks that the devices of a mesh can run a configuration.
+
+    Raises:
+        InputError: the mesh does not divide the sizes, or its devices do not support the named
+            implementations.
+    """
+    if jax.config.read("jax_enable_x64"):
+        raise InputError(
+            "64-bit types of JAX are enabled, so parameters would be float64; unset JAX_ENABLE_X64."
+        )
+    if ngram_hash is not None and any(rows % mesh.size for rows in ngram_hash.padded_rows):
+        raise InputError(
+            f"The rows of a table, a multiple of 4,096, cannot be split over {mesh.size} "
+            "devices; use a number of devices that is a power of two."
+        )
+    words, platform = config.memory.layout.words, platform_of(mesh)
+    if ngram_hash is not None and platform == "tpu" and words % LANES:
+        raise InputError(
+            f"memory.row_width {config.memory.row_width} gives records of {words} words, which "
+            f"are not a multiple of a TPU's {LANES} lanes: a TPU would copy the tables at "
+            "every step. Raise memory.row_width; in float32 the minimum is 22, and 42, 85 and "
+            "127 waste the least space."
+        )
+    for part, chosen in foreign_kernels(config, platform).items():
+        raise InputError(
+            f"--{part} {chosen} needs a {NEEDS[chosen].upper()}, and this runs on {platform}; "
+            "leave the flag out."
+        )
+    if ngram_hash is not None and config.memory.gather in NEEDS and words % LANES:
+        raise InputError(
+            f"--memory.gather {config.memory.gather} reads lines of {LANES} words, and "
+            f"memory.row_width {config.memory.row_width} gives records of {words} words; leave "
+            "the flag out, or raise memory.row_width (in float32, to at least 22)."
+        )
+    rows = config.data.batch_size // config.train.accumulation
+    if rows % mesh.size:
+        raise InputError(
+            f"A micro-batch of {rows} rows does not divide over {mesh.size} devices; set "
+            "data.batch_size to a multiple of devices × train.accumulation."
+        )

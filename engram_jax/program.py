@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +19,19 @@ from jaxtyping import Array, Float, UInt32
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config
-from engram_jax.data.packing import Batch
+from engram_jax.data.packing import Batch, MicroBatch, SentBatch
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.memory import lookup
-from engram_jax.memory.layout import LANES, Table, init_table
+from engram_jax.memory.layout import Table, init_table
 from engram_jax.memory.lookup import OwnGradients, ReadRows
-from engram_jax.memory.plan import BufferPlan, MemoryPlan, Planner, SlotPlan
+from engram_jax.memory.plan import MemoryPlan, Planner
 from engram_jax.memory.row_adam import RowAdam, make_row_adam
 from engram_jax.memory.store import TableInfo
 from engram_jax.model import Decoder, ExpertBias, Report
 from engram_jax.optimizer import make_optimizer, make_schedule
 from engram_jax.parameters import roles
-from engram_jax.platforms import NEEDS, foreign_kernels
+from engram_jax.platforms import check_devices
 from engram_jax.sharding import (
     BATCH_ABT,
     REPLICATED,
@@ -41,39 +41,9 @@ from engram_jax.sharding import (
     AnyMesh,
     optimizer_sharding,
     parameter_sharding,
-    platform_of,
 )
 from engram_jax.train_state import TrainState, Weights
 from engram_jax.typing import Parameters, PyTree
-
-
-class MicroBatch(NamedTuple):
-    """One of the A micro-batches of a step, or all of them, stacked.
-
-    Attributes:
-        batch: the tokens, without a plan.
-        slots: the slots of their rows, by layer id.
-    """
-
-    batch: Batch
-    slots: dict[int, SlotPlan]
-
-
-class SentBatch(NamedTuple):
-    """A batch on the devices.
-
-    Attributes:
-        batch: the batch.
-        buffers: on the host, the rows that owners need, if tables are outside the devices.
-    """
-
-    batch: Batch
-    buffers: dict[int, BufferPlan]
-
-
-def micro_batches(batch: Batch) -> MicroBatch:
-    """The A micro-batches of a step's batch, stacked."""
-    return MicroBatch(batch._replace(plan=None), batch.plan.slots if batch.plan else {})
 
 
 @dataclass(frozen=True)
@@ -106,41 +76,7 @@ class Program:
             InputError: the mesh does not divide the sizes, or its devices do not support the named
                 implementations.
         """
-        if jax.config.read("jax_enable_x64"):
-            raise InputError(
-                "64-bit types of JAX are enabled, so parameters would be float64; unset "
-                "JAX_ENABLE_X64."
-            )
-        if ngram_hash is not None and any(rows % mesh.size for rows in ngram_hash.padded_rows):
-            raise InputError(
-                f"The rows of a table, a multiple of 4,096, cannot be split over {mesh.size} "
-                "devices; use a number of devices that is a power of two."
-            )
-        words, platform = config.memory.layout.words, platform_of(mesh)
-        if ngram_hash is not None and platform == "tpu" and words % LANES:
-            raise InputError(
-                f"memory.row_width {config.memory.row_width} gives records of {words} words, which "
-                f"are not a multiple of a TPU's {LANES} lanes: a TPU would copy the tables at "
-                "every step. Raise memory.row_width; in float32 the minimum is 22, and 42, 85 and "
-                "127 waste the least space."
-            )
-        for part, chosen in foreign_kernels(config, platform).items():
-            raise InputError(
-                f"--{part} {chosen} needs a {NEEDS[chosen].upper()}, and this runs on {platform}; "
-                "leave the flag out."
-            )
-        if ngram_hash is not None and config.memory.gather in NEEDS and words % LANES:
-            raise InputError(
-                f"--memory.gather {config.memory.gather} reads lines of {LANES} words, and "
-                f"memory.row_width {config.memory.row_width} gives records of {words} words; leave "
-                "the flag out, or raise memory.row_width (in float32, to at least 22)."
-            )
-        rows = config.data.batch_size // config.train.accumulation
-        if rows % mesh.size:
-            raise InputError(
-                f"A micro-batch of {rows} rows does not divide over {mesh.size} devices; set "
-                "data.batch_size to a multiple of devices × train.accumulation."
-            )
+        check_devices(config, ngram_hash, mesh)
         graph, shapes = nnx.split(nnx.eval_shape(lambda: _make_decoder(config, jax.random.key(0))))
         return Program(
             config=config,

@@ -5,7 +5,6 @@ A run folder contains `config.json`, the tokenizer, `hash.json` (if the model ha
 event files, `checkpoints/`, and the results of evaluation.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jaxtyping import Array, Int32
 
 from engram_jax.checkpoint import Checkpoints
-from engram_jax.compression import VocabularyProjection, project_vocabulary
 from engram_jax.config import Config, load_config, save_config
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
@@ -38,7 +35,6 @@ from engram_jax.identity import (
     row_adam_facts,
     stored_hash,
 )
-from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table
 from engram_jax.platforms import default_workers, without_foreign_kernels
 from engram_jax.processes import check_same_everywhere, collective, is_leader
@@ -47,18 +43,16 @@ from engram_jax.run_folder import (
     check_empty,
     load_run_tokenizer,
     lock_run,
+    make_hash,
     store_tokenizer,
+    warn_of_settings,
     write_beginning,
 )
 from engram_jax.sharding import MeshConfig, make_mesh, platform_of
 from engram_jax.stored_tables import (
     Stores,
-    fill_from_tables,
-    fill_stores,
-    load_tables,
-    row_files,
     save_stores,
-    settle_stores,
+    take_over,
 )
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import TrainState, Weights
@@ -140,7 +134,7 @@ class Run:
                     write_beginning(
                         *(folder, config, run.tokenizer, run.program.ngram_hash, run._texts())
                     )
-                _warn(config)
+                warn_of_settings(config)
             elif is_leader():
                 store_tokenizer(folder, run.tokenizer)
                 if reschedule:
@@ -157,7 +151,7 @@ class Run:
             check_same_run(config, folder, reschedule=reschedule)
         else:
             check_empty(folder)
-        tokenizer, ngram_hash = _make_hash(config, folder)
+        tokenizer, ngram_hash = make_hash(config, folder)
         if resumes and ngram_hash is not None:
             ngram_hash = stored_hash(ngram_hash, config, folder)
         run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
@@ -294,7 +288,7 @@ class Run:
         """
         abstract = self.program.on_device().abstract_state()
         found, state = self.checkpoints.restore(abstract, step)
-        return replace(state, tables=self._take_over(found, state.tables, state.step, stores))
+        return replace(state, tables=self._tables(found, state.weights, stores))
 
     def restore_weights(
         self,
@@ -313,51 +307,32 @@ class Run:
         """
         abstract = self.program.on_device().abstract_state().weights
         found, weights = self.checkpoints.restore(abstract, step, partial=True)
-        tables = self._take_over(found, weights.tables, weights.step, stores, reset=reset_rows)
+        tables = self._tables(found, weights, stores, reset=reset_rows)
         return replace(weights, tables=tables)
 
-    def _take_over(
-        self,
-        checkpoint: int,
-        tables: dict[int, Table],
-        step: Int32[Array, ""],
-        stores: Stores | None,
-        *,
-        reset: bool = False,
+    def _tables(
+        self, step: int, weights: Weights, stores: Stores | None, *, reset: bool = False
     ) -> dict[int, Table]:
-        """The rows of a checkpoint as tables, or in stores; then there are no tables.
+        """The rows of a checkpoint as tables of this run, or in stores; then there are no tables.
 
-        Converts them to this run's row optimizer, if the checkpoint had another; with `reset`,
-        always. Pending updates are those of the optimizer that wrote the checkpoint.
+        Args:
+            step: step of the checkpoint.
+            weights: what was restored; its tables have no arrays if their rows are in files.
+            stores: as for `restore`.
+            reset: as `reset_rows`.
         """
-        folder = self.checkpoints.path(checkpoint)
+        folder = self.checkpoints.path(step)
         theirs = load_config(folder / "config.json")
-        is_another = row_adam_facts(theirs) != row_adam_facts(self.config)
-        before, keep = make_config_row_adam(theirs), not (reset or self.config.memory.frozen)
-        if tables and is_another and is_leader():
-            print(
-                f"The checkpoint of step {checkpoint} in {self.checkpoints.folder} has another row "
-                "optimizer or schedule: applying the pending updates of its idle rows."
-            )
-        files = row_files(folder, self.program.tables())
-        with self.program.use_mesh():
-            if stores and files:
-                changes = is_another or reset
-                fill_stores(stores, files, in_place=self.program.has_tables and not changes)
-                if changes:
-                    settle_stores(stores, before, step, keep_moments=keep)
-                return {}
-            if files:
-                tables = load_tables(self.program, files)
-            if is_another or reset:
-                tables = {
-                    layer: lookup.settle(table, before, step, keep_moments=keep)
-                    for layer, table in tables.items()
-                }
-            if stores:
-                fill_from_tables(stores, tables)
-                return {}
-        return tables
+        before = None
+        if reset or row_adam_facts(theirs) != row_adam_facts(self.config):
+            before = make_config_row_adam(theirs)
+            if weights.tables and not reset and is_leader():
+                print(
+                    f"The checkpoint of step {step} in {self.checkpoints.folder} has another row "
+                    "optimizer or schedule: applying the pending updates of its idle rows."
+                )
+        keep_moments = not (reset or self.config.memory.frozen)
+        return take_over(self.program, folder, weights, before, keep_moments, stores)
 
     @cached_property
     def generator(self) -> Generator:
@@ -407,40 +382,3 @@ class Run:
             write_parts=lambda folder: save_stores(stores, folder) if stores else None,
             more_bytes=sum(store.bytes for store in stores.values()) if stores else 0,
         )
-
-
-def _warn(config: Config) -> None:
-    """Warns of settings that work, but are probably not intended."""
-    layout, warm_up, steps = config.memory.layout, config.optimizer.warmup_steps, config.train.steps
-    if config.memory.layers and layout.padding > 0.25:
-        narrower, wider = layout.better_widths()
-        print(
-            f"{layout.padding:.0%} of every table row is padding at memory.row_width "
-            f"{layout.width}; {narrower} or {wider} use the memory better.",
-            file=sys.stderr,
-        )
-    if warm_up >= steps:
-        print(
-            f"The learning rate only rises in this run, because optimizer.warmup_steps is {warm_up}"
-            f" and train.steps is {steps}.",
-            file=sys.stderr,
-        )
-
-
-def _make_hash(config: Config, folder: Path) -> tuple[Tokenizer, NgramHash | None]:
-    """The tokenizer, and the hash if the model has memory."""
-    tokenizer = load_run_tokenizer(config, folder)
-    if tokenizer.vocab_size > config.model.vocabulary:
-        raise InputError(
-            f"Tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces, but the model "
-            f"has {config.model.vocabulary}; set model.vocabulary to {tokenizer.vocab_size}."
-        )
-    if not config.memory.layers:
-        return tokenizer, None
-    is_qwen = config.memory.hash_variant == "qwen"
-    spec = config.memory.hash_spec(tokenizer.eos_id if is_qwen else tokenizer.pad_id)
-    if not config.memory.project_vocabulary:
-        vocabulary = config.model.vocabulary if is_qwen else tokenizer.vocab_size
-        identity = VocabularyProjection.identity(vocabulary)
-        return tokenizer, NgramHash.build(spec, identity)
-    return tokenizer, NgramHash.build(spec, project_vocabulary(tokenizer))

@@ -7,7 +7,7 @@ devices. Both can be restored by runs of any placement, on any mesh.
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from engram_jax.memory.row_file import read_rows, save_rows
 from engram_jax.memory.store import PART, Placement, RowStore, TableInfo, Written
 from engram_jax.program import Program
 from engram_jax.sharding import TABLE_RW, TOKEN_AXES
+from engram_jax.train_state import Weights
 
 type Stores = Mapping[int, RowStore]  # by layer id; empty: the tables are on the devices
 
@@ -82,6 +83,8 @@ def open_stores(
             store.close()
         for path in paths:
             path.unlink(missing_ok=True)
+            with suppress(OSError):  # another program has files in it
+                path.parent.rmdir()
 
 
 def save_stores(stores: Stores, folder: Path) -> None:
@@ -105,6 +108,45 @@ def row_files(checkpoint: Path, tables: Mapping[int, TableInfo]) -> dict[int, li
     if missing := [layer for layer, paths in found.items() if not paths]:
         raise InputError(f"{folder} has no rows of layer {missing[0]}; restore another checkpoint.")
     return found
+
+
+def take_over(
+    program: Program,
+    checkpoint: Path,
+    weights: Weights,
+    before: RowAdam | None,
+    keep_moments: bool,
+    stores: Stores | None,
+) -> dict[int, Table]:
+    """The rows of a checkpoint as tables on the devices, or in stores; then there are no tables.
+
+    Args:
+        program: the program that will use them.
+        checkpoint: folder of the checkpoint.
+        weights: what was restored; its tables have no arrays if their rows are in files.
+        before: the row optimizer that wrote the checkpoint, if its pending updates are to be
+            applied.
+        keep_moments: keep the moments then.
+        stores: empty stores, which get the rows.
+    """
+    files, tables, step = row_files(checkpoint, program.tables()), weights.tables, weights.step
+    with program.use_mesh():
+        if stores and files:
+            fill_stores(stores, files, in_place=program.has_tables and before is None)
+            if before is not None:
+                settle_stores(stores, before, step, keep_moments=keep_moments)
+            return {}
+        if files:
+            tables = load_tables(program, files)
+        if before is not None:
+            tables = {
+                layer: lookup.settle(table, before, step, keep_moments=keep_moments)
+                for layer, table in tables.items()
+            }
+        if stores:
+            fill_from_tables(stores, tables)
+            return {}
+    return tables
 
 
 def fill_stores(stores: Stores, files: Mapping[int, list[Path]], *, in_place: bool = False) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Int32
 from lively import enliven
 
 from engram_jax import run as run_module
-from engram_jax import train_step, trainer
+from engram_jax import run_folder, train_step, trainer
 from engram_jax.compression import VocabularyProjection, project_vocabulary
 from engram_jax.config import Config, DataConfig, MemoryConfig, TrainConfig
 from engram_jax.decoding import generate
@@ -173,7 +173,7 @@ def share_programs() -> None:
             projections[tokenizer.fingerprint] = project_vocabulary(tokenizer)
         return projections[tokenizer.fingerprint]
 
-    run_module.project_vocabulary = project_once
+    run_folder.project_vocabulary = project_once
     for name, modules in (
         ("make_train_step", (train_step, trainer)),
         ("make_scorer", (held_out, report, trainer)),

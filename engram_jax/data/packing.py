@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt64
 
 from engram_jax.data.corpus import CorpusView
 from engram_jax.errors import InputError
+from engram_jax.memory.plan import BufferPlan, SlotPlan
 
 
 class Batch(NamedTuple):
@@ -47,6 +48,35 @@ class _Stream(NamedTuple):
     starts: Int64[np.ndarray, "documents"]  # in the corpus's ids
     ends: Int64[np.ndarray, "documents"]  # in the stream
     lengths: Int64[np.ndarray, "documents"]
+
+
+class MicroBatch(NamedTuple):
+    """One of the A micro-batches of a step, or all of them, stacked.
+
+    Attributes:
+        batch: the tokens, without a plan.
+        slots: the slots of their rows, by layer id.
+    """
+
+    batch: Batch
+    slots: dict[int, SlotPlan]
+
+
+class SentBatch(NamedTuple):
+    """A batch on the devices.
+
+    Attributes:
+        batch: the batch.
+        buffers: on the host, the rows that owners need, if tables are outside the devices.
+    """
+
+    batch: Batch
+    buffers: dict[int, BufferPlan]
+
+
+def micro_batches(batch: Batch) -> MicroBatch:
+    """The A micro-batches of a step's batch, stacked."""
+    return MicroBatch(batch._replace(plan=None), batch.plan.slots if batch.plan else {})
 
 
 class PackedRows:

@@ -12,13 +12,13 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Float32, Float64
 
 from engram_jax.data.corpus import Corpus, CorpusView
-from engram_jax.data.packing import Batch, pack_held_out
+from engram_jax.data.packing import Batch, MicroBatch, micro_batches, pack_held_out
 from engram_jax.layers.engram import MemoryHealth
 from engram_jax.loss import token_losses
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.memory.row_feed import RowFeed
 from engram_jax.model import Gates
-from engram_jax.program import MicroBatch, Program, micro_batches
+from engram_jax.program import Program
 from engram_jax.train_state import Weights
 
 type Suppress = Literal["nothing", "output", "rows"]
