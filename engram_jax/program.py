@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, UInt32
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config
-from engram_jax.data.packing import Batch, MicroBatch, SentBatch
+from engram_jax.data.packing import Batch, MicroBatch, SentBatch, split_buffers
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.memory import lookup
@@ -138,12 +138,12 @@ class Program:
 
     def send(self, batch: Batch) -> SentBatch:
         """Sends a batch to the devices, except for the plan's buffers (see `memory.row_feed`)."""
-        return SentBatch(self.put(batch), batch.plan.buffers if batch.plan else {})
+        batch, buffers = split_buffers(batch)
+        return SentBatch(self.put(batch), buffers)
 
     def put(self, batch: Batch) -> Batch:
         """Sends this process's part of a batch to the devices, with the sharding of the step."""
-        if batch.plan is not None:
-            batch = batch._replace(plan=batch.plan._replace(buffers={}))
+        batch, _ = split_buffers(batch)
         shardings = self.batch_sharding(batch)
         if jax.process_count() == 1:  # one call for all arrays takes half the time
             return jax.device_put(batch, shardings)

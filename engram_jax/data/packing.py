@@ -4,7 +4,7 @@ The stream is the concatenation of documents, each as bos … eos. Row i has the
 of the stream; the last of them is only a target. Training and evaluation use the same rule.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,7 +71,14 @@ class SentBatch(NamedTuple):
     """
 
     batch: Batch
-    buffers: dict[int, BufferPlan]
+    buffers: Mapping[int, BufferPlan]
+
+
+def split_buffers(batch: Batch) -> tuple[Batch, Mapping[int, BufferPlan]]:
+    """A batch for the devices, and the plan of its buffers, which stays on the host."""
+    if batch.plan is None:
+        return batch, {}
+    return batch._replace(plan=batch.plan._replace(buffers={})), batch.plan.buffers
 
 
 def micro_batches(batch: Batch) -> MicroBatch:
