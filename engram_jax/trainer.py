@@ -260,7 +260,7 @@ class _Progress:
         )
 
 
-def _first_state(run: Run, stores: Stores | None) -> TrainState:
+def _first_state(run: Run, stores: Stores | None = None) -> TrainState:
     """The state of the newest checkpoint, or a new state, random or with another run's weights.
 
     If the tables are outside the devices, `stores` are empty, and get the rows.
