@@ -141,7 +141,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
         except Exception as error:  # of YAML, templates, data files, and functions of the task
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(
-                f"Task {name} cannot be loaded ({reason[0].rstrip('.')}); correct the file. Its "
+                f"Task {name} cannot be loaded ({reason[0].rstrip('.')}); correct the file, whose "
                 "data must be local, because nothing is downloaded."
             ) from error
         if again := loaded["tasks"].keys() & found["tasks"].keys():
