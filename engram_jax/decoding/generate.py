@@ -135,14 +135,13 @@ class Generator:
         batches = make_batches(config, self.tokenizer, prompts, settings, self.program.mesh.size)
         for number, batch in enumerate(batches):
             if number == 0:
-                self._warn(batch)
+                lengths = map(len, batch.prompts)
+                self.warn_beyond_training(max(map(sum, zip(lengths, batch.limits, strict=True))))
             yield self._continue(batch, settings, show)
 
-    def _warn(self, longest: PromptBatch) -> None:
-        """Says so if tokens exceed the length of the training rows."""
+    def warn_beyond_training(self, used: int) -> None:
+        """Says so if tokens of a sequence exceed the length of the training rows."""
         trained = self.program.config.data.sequence_length
-        lengths = map(len, longest.prompts)
-        used = max(sum(parts) for parts in zip(lengths, longest.limits, strict=True))
         if used > trained:
             print(
                 f"Up to {used:,} tokens are used, and the model was trained on rows of "

@@ -84,7 +84,7 @@ class TextScorer:
         Raises:
             InputError: a text is not valid Unicode, or too long; or logits are not finite.
         """
-        tokenizer, program = self.generator.tokenizer, self.generator.program
+        tokenizer = self.generator.tokenizer
         rows, begins = [], []
         for number, (context, continuation) in enumerate(pairs, 1):
             before = encode_start(tokenizer, number, context)
@@ -92,9 +92,23 @@ class TextScorer:
             rows.append(whole + [tokenizer.eos_id] * ends)
             shared = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
             begins.append(len(list(shared)))
+        return self.score_tokens(rows, begins)
+
+    def score_tokens(self, rows: Sequence[list[int]], begins: Sequence[int]) -> list[Likelihood]:
+        """The likelihood of every row's tokens from one of them on, given those before it.
+
+        Args:
+            rows: token ids, of one document in each row.
+            begins: number of the first token whose likelihood counts, from 1.
+
+        Raises:
+            InputError: a row is too long, or logits are not finite.
+        """
+        program = self.generator.program
         scored = [Likelihood(0.0, 0, True)] * len(rows)
         parts = [number for number, row in enumerate(rows) if len(row) > begins[number]]
         lengths = [len(rows[number]) for number in parts]
+        self.generator.warn_beyond_training(max(lengths, default=1) - 1)  # the last is not read
         for places, capacity in split_by_length(program.config, lengths, program.mesh.size):
             numbers = [parts[place] for place in places]
             found = self._score_batch([rows[number] for number in numbers], capacity)
