@@ -91,7 +91,7 @@ def touched_rows(rows: int) -> Advance:
 
     @partial(jax.jit, donate_argnums=0)
     def step(table: Table, plan: tuple[RowPlan, SlotPlan], adam: RowAdam, done: jax.Array) -> Table:
-        row_plan, slots = plan.rows, plan.slots
+        row_plan, slots = plan
         read = lookup.read_rows(table, row_plan, adam, done)
         memory, pullback = jax.vjp(lambda rows: lookup.expand(rows, slots), read.values)
         (gradient,) = pullback(memory)  # the gradient of half the sum of squares
