@@ -1,10 +1,11 @@
 """The cost of tables in host memory or in a file, compared with tables on the device.
 
-    python -m benchmarks.placement [--config default] [--rounds 30] [--decode]
+    python -m benchmarks.placement [--config default] [--rounds 30] [--decode | --times 25]
 
 All placements train alternately in this process, from equal states, and each round times a few
 steps of each. Printed: the median and the quartiles of wall time and of CPU time of the process,
-relative to the device; and the time of the host's thread alone (write and read of a step's rows).
+relative to the device. `--decode` times generation instead, and `--times` compares a table in a
+file with one of so many times as many rows, which may be larger than memory.
 """
 
 import statistics
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 
 from engram_jax.command_line import load_named_config, parse_flags
-from engram_jax.config import Config
+from engram_jax.config import Config, MemoryConfig
 from engram_jax.data.pipeline import prefetch_to_device
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.settings import GenerationSettings
@@ -45,6 +46,7 @@ class Options:
         steps: training steps of a round.
         decode: measure generation instead of training.
         batch: with `decode`, number of sequences.
+        times: compare tables in files, one with this many times the rows of the other.
     """
 
     config: str = "default"
@@ -52,15 +54,18 @@ class Options:
     steps: int = 2
     decode: bool = False
     batch: int = 1
+    times: int | None = None
 
 
 class _Training:
     """A run of one placement, which goes on with every round."""
 
     def __init__(self, config: Config, folder: Path, stack: ExitStack) -> None:
+        start = time.perf_counter()
         run = Run.start(config, folder)
-        self._program = run.program
+        self.program = run.program
         self.feed: RowFeed | None = stack.enter_context(open_feed(run.program, folder))
+        self.opened = time.perf_counter() - start
         self._state = run.program.initial_state()
         self._step = make_train_step(run.program)
         batches = stack.enter_context(run.batches())
@@ -73,7 +78,7 @@ class _Training:
             if self.feed:
                 tables = self.feed.load(self._state.tables, sent.buffers, following.buffers)
                 self._state = replace(self._state, tables=tables)
-            self._state, metrics = self._step(self._state, sent.batch, self._program.row_adam)
+            self._state, metrics = self._step(self._state, sent.batch, self.program.row_adam)
         jax.block_until_ready(metrics)
 
 
@@ -82,18 +87,43 @@ def training(options: Options, stack: ExitStack) -> dict[str, Callable[[], objec
     config = load_named_config(options.config)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     timed: dict[str, Callable[[], object]] = {}
-    for placement in PLACEMENTS:
-        memory = replace(config.memory, placement=placement)
-        placed = _Training(replace(config, memory=memory), folder / placement, stack)
-        with placed._program.use_mesh():
+    for name, memory in _memories(config.memory, options.times).items():
+        placed = _Training(replace(config, memory=memory), folder / name, stack)
+        with placed.program.use_mesh():
             placed.run(3)  # compiles
-        timed[placement] = _in_mesh(placed, options.steps)
+        timed[name] = _in_mesh(placed, options.steps)
+        size = sum(
+            4 * table.rows * table.layout.words for table in placed.program.tables().values()
+        )
+        print(f"{name}: {size / 1e9:.1f} GB of tables, opened in {placed.opened:.2f} s")
+        stack.callback(_print_feed, name, placed.feed)
     return timed
+
+
+def _memories(memory: MemoryConfig, times: int | None) -> dict[str, MemoryConfig]:
+    """What is compared; the first is the reference."""
+    if times is None:
+        return {placement: replace(memory, placement=placement) for placement in PLACEMENTS}
+    in_file = replace(memory, placement="file")
+    rows = tuple(times * rows for rows in memory.rows_per_head)
+    return {"file": in_file, f"{times} times": replace(in_file, rows_per_head=rows)}
+
+
+def _print_feed(name: str, feed: RowFeed | None) -> None:
+    if feed is None:
+        return
+    touched = sum(store.bytes for store in feed.stores.values())
+    status = Path("/proc/self/status").read_text()
+    anonymous = status.partition("RssAnon:")[2].split()[0] if "RssAnon:" in status else "?"
+    print(
+        f"{name}: {touched / 1e9:.2f} GB of written rows; steps waited {feed.waited:.2f} s for the "
+        f"thread; the process has {anonymous} kB of anonymous memory"
+    )
 
 
 def _in_mesh(placed: _Training, steps: int) -> Callable[[], object]:
     def run() -> None:
-        with placed._program.use_mesh():
+        with placed.program.use_mesh():
             placed.run(steps)
 
     return run
@@ -144,13 +174,14 @@ def main() -> None:
     with ExitStack() as stack:
         timed = (decoding if options.decode else training)(options, stack)
         taken = list(rounds(timed, options.rounds))
-    device = np.array([one["device"] for one in taken])
-    print(f"device: {1000 * statistics.median(device[:, 0]):.1f} ms a round")
-    for name in PLACEMENTS[1:]:
-        ratios = np.array([one[name] for one in taken]) / device
+    first, *others = timed
+    reference = np.array([one[first] for one in taken])
+    print(f"{first}: {1000 * statistics.median(reference[:, 0]):.1f} ms a round")
+    for name in others:
+        ratios = np.array([one[name] for one in taken]) / reference
         for column, what in enumerate(("wall", "CPU")):
             low, middle, high = np.percentile(ratios[:, column], (25, 50, 75))
-            print(f"{name}, {what}: {middle:.3f} ({low:.3f} to {high:.3f}) of the device's time")
+            print(f"{name}, {what}: {middle:.3f} ({low:.3f} to {high:.3f}) of the time of {first}")
 
 
 if __name__ == "__main__":

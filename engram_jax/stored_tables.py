@@ -160,10 +160,11 @@ def fill_stores(stores: Stores, files: Mapping[int, list[Path]], *, in_place: bo
     """
     for layer, store in stores.items():
         for path in files[layer]:
-            table, written = read_rows(path)
+            maps = in_place and len(files[layer]) == 1
+            table, written = read_rows(path, random=maps)
             _check_fitting(path, store.table, table)
             store.table = table  # its initial rows may have another seed
-            if in_place and len(files[layer]) == 1:
+            if maps:
                 store.adopt(written)
                 continue
             for places, records in _parts(written):

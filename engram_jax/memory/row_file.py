@@ -9,6 +9,7 @@ little-endian.
 """
 
 import json
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,12 @@ def save_rows(store: RowStore, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def read_rows(path: Path) -> tuple[TableInfo, Written]:
+def read_rows(path: Path, *, random: bool = False) -> tuple[TableInfo, Written]:
     """The table and its written rows, mapped and not read.
+
+    Args:
+        path: the file.
+        random: rows will be read in random order, so the system should not read ahead.
 
     Raises:
         InputError: it is no such file, or it has another size than its header says.
@@ -61,6 +66,10 @@ def read_rows(path: Path) -> tuple[TableInfo, Written]:
         raise InputError(f"{path} is damaged ({error}); restore another checkpoint.") from error
     if not count:
         return table, Written(np.empty(0, np.int32), np.empty((0, words), np.uint32))
-    mapped = np.memmap(path, np.uint32, "r", offset=begin)
-    records, places = np.split(np.asarray(mapped), [count * words])
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if random:
+        mapping.madvise(mmap.MADV_RANDOM)
+    numbers = np.frombuffer(mapping, np.uint32, offset=begin)
+    records, places = np.split(numbers, [count * words])
     return table, Written(places.view(np.int32), records.reshape(count, words))
