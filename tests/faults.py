@@ -225,8 +225,8 @@ engram_jax/memory/layout.py < memory/test_layout.py
     + words = self._clock
 engram_jax/program.py < test_run.py
   two tables start equal
-    - jax.random.fold_in(tables_key, layer)
-    + tables_key
+    - init_table(seed, table.rows, table.layout, layer, table.scale)
+    + init_table(seed, table.rows, table.layout, 0, table.scale)
 
 # Data
 
@@ -249,8 +249,8 @@ engram_jax/data/pipeline.py < data/test_pipeline.py
     - MapDataset.range(first_batch,
     + MapDataset.range(0,
   all processes build the first slice
-    - slice(self.process_index * local, (self.process_index + 1) * local)
-    + slice(0, local)
+    - self.process_index * local : (self.process_index + 1) * local
+    + 0:local
 engram_jax/data/corpus.py < data/test_corpus.py data/test_packing.py
   training reads what is held out
     - np.flatnonzero(~self._is_held_out())
