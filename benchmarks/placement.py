@@ -1,13 +1,15 @@
 """The cost of tables in host memory or in a file, compared with tables on the device.
 
-    python -m benchmarks.placement [--config default] [--rounds 30] [--decode | --times 25]
+    python -m benchmarks.placement [--config default] [--rounds 30] [--decode | --times 25 | --read]
 
 All placements train alternately in this process, from equal states, and each round times a few
 steps of each. Printed: the median and the quartiles of wall time and of CPU time of the process,
 relative to the device. `--decode` times generation instead, and `--times` compares a table in a
-file with one of so many times as many rows, which may be larger than memory.
+file with one of so many times as many rows, which may be larger than memory. `--read` reads random
+rows of a finished table from the file of a checkpoint.
 """
 
+import os
 import statistics
 import tempfile
 import time
@@ -28,7 +30,8 @@ from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import one_sentence
 from engram_jax.memory.row_feed import RowFeed
-from engram_jax.memory.store import Placement
+from engram_jax.memory.row_file import read_rows, save_rows
+from engram_jax.memory.store import Placement, RowStore, TableInfo
 from engram_jax.run import Run
 from engram_jax.stored_tables import fill_from_tables, open_feed, open_stores
 from engram_jax.train_step import make_train_step
@@ -46,6 +49,7 @@ class Options:
         steps: training steps of a round.
         decode: measure generation instead of training.
         batch: with `decode`, number of sequences.
+        read: measure the reading of a file instead.
         times: compare tables in files, one with this many times the rows of the other.
     """
 
@@ -54,6 +58,7 @@ class Options:
     steps: int = 2
     decode: bool = False
     batch: int = 1
+    read: bool = False
     times: int | None = None
 
 
@@ -168,9 +173,48 @@ def rounds(timed: dict[str, Callable[[], object]], count: int) -> Iterator[dict[
         yield seconds
 
 
+def print_reading(options: Options) -> None:
+    """Rows/s of reading a table in a checkpoint's file, warm and cold, with both kinds of advice.
+
+    Cold: the system drops the pages of the file before every read, as far as it follows advice.
+    """
+    config, generator = load_named_config(options.config), np.random.default_rng(0)
+    rows = -(-config.memory.heads * sum(config.memory.rows_per_head) // 4096) * 4096
+    table = TableInfo(1, rows, config.memory.layout, 0, config.memory.init_scale, "")
+    with tempfile.TemporaryDirectory() as folder:
+        path, written = Path(folder) / "rows", RowStore(table, 0, rows)
+        for start in range(0, rows, 1 << 16):
+            places = np.arange(start, min(start + (1 << 16), rows), dtype=np.int32)
+            written.write(places, table.initial_records(places))
+        save_rows(written, path)
+        for random in (True, False):
+            for count in (16, 256, 8192, 65_536):
+                out = np.empty((count, table.layout.words), np.uint32)
+                rates: dict[str, list[float]] = {"cold": [], "warm": []}
+                for _ in range(options.rounds):
+                    with path.open("rb") as file:
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    store = RowStore(table, 0, rows)
+                    store.adopt(read_rows(path, random=random)[1])
+                    places = generator.integers(0, rows, count, dtype=np.int32)
+                    for name in rates:
+                        start_time = time.perf_counter()
+                        store.read(places, out)
+                        rates[name].append(count / (time.perf_counter() - start_time))
+                    del store
+                cold, warm = (statistics.median(rates[name]) for name in rates)
+                print(
+                    f"{count} rows, {'random' if random else 'usual'} advice: {warm:,.0f} rows/s "
+                    f"warm, {cold:,.0f} rows/s cold"
+                )
+
+
 def main() -> None:
     """Measures and prints."""
     options = parse_flags(Options, prog="benchmarks.placement", description=__doc__ or "")
+    if options.read:
+        print_reading(options)
+        return
     with ExitStack() as stack:
         timed = (decoding if options.decode else training)(options, stack)
         taken = list(rounds(timed, options.rounds))
