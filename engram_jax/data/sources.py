@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engram_jax.errors import InputError
-from engram_jax.files import check_utf8
+from engram_jax.files import check_utf8, parse_json
 
 CORPORA = Path(__file__).parent / "corpora"
 
@@ -111,10 +111,10 @@ def source_files(path: Path) -> list[Path]:
     return scan(path)[0] if path.is_dir() else [path]
 
 
-def scan(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the files of a folder that can be read, and the others, both sorted by path.
+def scan(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Return the files of a folder that are read, and why the others are not, sorted by path.
 
-    Links are followed; a folder that is reached again is read once.
+    Links are followed. A file or folder that is reached again, by another link, is read once.
 
     Raises:
         InputError: a folder cannot be read, or a link leads nowhere.
@@ -123,8 +123,7 @@ def scan(folder: Path) -> tuple[list[Path], list[Path]]:
     def refuse(error: OSError) -> None:
         raise InputError(f"cannot read {error.filename}: {error.strerror}.") from error
 
-    read: list[Path] = []
-    others: list[Path] = []
+    files: list[Path] = []
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         folders.sort()
@@ -132,14 +131,19 @@ def scan(folder: Path) -> tuple[list[Path], list[Path]]:
             folders.clear()
             continue
         seen.add(real)
-        for file in (Path(place, name) for name in names):
-            if _ending(file) is None:
-                others.append(file)
-            elif not file.exists():
-                raise InputError(f"{file} is a link to a file that does not exist; remove it.")
-            elif file.is_file():
-                read.append(file)
-    return sorted(read), sorted(others)
+        files += (Path(place, name) for name in names)
+    read: dict[tuple[int, int], Path] = {}
+    others: dict[Path, str] = {}
+    for file in sorted(files):
+        if _ending(file) is None:
+            others[file] = "the ending of its name"
+        elif not file.exists():
+            raise InputError(f"{file} is a link to a file that does not exist; remove it.")
+        elif not file.is_file():
+            others[file] = "no regular file"
+        elif (first := read.setdefault((file.stat().st_dev, file.stat().st_ino), file)) != file:
+            others[file] = f"the same file as {first.relative_to(folder)}"
+    return list(read.values()), others
 
 
 def read_documents(name_or_path: str | Path) -> Iterator[Document]:
@@ -150,7 +154,7 @@ def read_documents(name_or_path: str | Path) -> Iterator[Document]:
     - Text: one file is one document.
     - Parquet: column "text" and optionally "title".
     - ArrayRecord: each record is a JSON object as above. If the first record of a file is not a
-      JSON object, all of its records are UTF-8 text.
+      JSON object, all of its records are UTF-8 text, and none may be such an object.
     - A folder: all such files in it and in its subfolders, sorted by path. Links are followed.
 
     Raises:
@@ -284,19 +288,25 @@ def _read_array_record(file: Path) -> Iterator[Document]:
         except RuntimeError as error:
             raise InputError(f"{where}: damaged ({error}); write the file again.") from error
         if index == 0:
-            is_json = _is_json_object(record)
+            is_json = _json_object(record) is not None
         if is_json:
             yield _parse(record, where)
+        elif "text" in (_json_object(record) or {}):
+            raise InputError(
+                f'{where} is a JSON object with "text", but the first record of the file is plain '
+                "text; write all records as JSON objects, or all as text."
+            )
         else:
             yield _check(Document(_decode(record, where)), where)
     reader.close()
 
 
-def _is_json_object(record: bytes) -> bool:
+def _json_object(record: bytes) -> dict[str, Any] | None:
     try:
-        return isinstance(json.loads(record), dict)
+        content = parse_json(record) if record.lstrip().startswith(b"{") else None
     except ValueError:
-        return False
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _parse(line: bytes, where: str) -> Document:

@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import os
 import time
 from pathlib import Path
 
@@ -76,9 +77,19 @@ def test_a_text_file_is_one_document_and_a_folder_holds_one_a_file(tmp_path):
 
 
 def test_array_records_may_be_plain_text(tmp_path):
-    write_array_record(tmp_path / "a.arrayrecord", ["Größe".encode(), b'{"text": "kept"}'])
-    texts = [document.text for document in read_documents(tmp_path / "a.arrayrecord")]
-    assert texts == ["Größe", '{"text": "kept"}']
+    records = ["Größe", '{"a": "kept"}', '{"text": "kept}', '"text"', "{" + '"a":[' * 10_000]
+    write_array_record(tmp_path / "a.arrayrecord", [record.encode() for record in records])
+    assert [document.text for document in read_documents(tmp_path / "a.arrayrecord")] == records
+
+
+@pytest.mark.parametrize("text", [b"Text", b"", b'"text"', b'{"text": "cut', b"[" * 10_000])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_array_records_of_two_types_are_refused(tmp_path, text, is_first):
+    record = b'{"text": "an object"}'
+    records = [text, record, record] if is_first else [record, record, text]
+    write_array_record(tmp_path / "a.arrayrecord", records)
+    with pytest.raises(InputError, match=r"a\.arrayrecord, record \d\b.*(JSON|text)"):
+        list(read_documents(tmp_path / "a.arrayrecord"))
 
 
 # The counts are from the description of the corpora.
@@ -127,6 +138,18 @@ def test_a_folder_is_read_with_its_links_and_capitals(tmp_path):
     files, others = sources.scan(folder)
     assert [file.name for file in files] == ["B.JSONL", "a.jsonl"]
     assert [file.name for file in others] == ["notes.md"]
+    os.mkfifo(folder / "pipe.jsonl")
+    os.link(folder / "B.JSONL", folder / "C.jsonl")
+    (folder / "D.jsonl").symlink_to("B.JSONL")
+    (folder / "linked" / "deep" / "b.txt").symlink_to(elsewhere / "deep" / "a.jsonl")
+    assert sources.scan(folder)[0] == files
+    assert [(file.name, why) for file, why in sources.scan(folder)[1].items()] == [
+        ("C.jsonl", "the same file as B.JSONL"),
+        ("D.jsonl", "the same file as B.JSONL"),
+        ("b.txt", "the same file as linked/deep/a.jsonl"),
+        ("notes.md", "the ending of its name"),
+        ("pipe.jsonl", "no regular file"),
+    ]
     assert list(read_documents(folder)) == DOCUMENTS * 2
     assert sources.source_name(folder / "B.JSONL") == "B"
     (folder / "named.jsonl").symlink_to(elsewhere / "deep" / "a.jsonl")
