@@ -107,18 +107,18 @@ class Checkpoints:
             raise
         return final
 
-    def require_space(self, state: PyTree, *, all_to_come: bool = False) -> None:
+    def require_space(self, state: PyTree, to_come: int = 1) -> None:
         """Checks that a checkpoint of the state (arrays, or their shapes) fits on the disk.
 
-        With `all_to_come`, that all checkpoints which the run keeps and a new one fit.
+        With several `to_come`, that those fit which the run keeps, and a new one.
 
         Raises:
             InputError: the disk has too little space, or the folder cannot be one.
         """
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise InputError(f"{self.folder} is no folder, or a link to nothing; remove it.")
-        count = max(self._keep + 1 - len(self.steps()), 1) if all_to_come else 1
-        if self._free() < count * _size(state):
+        count = min(max(self._keep + 1 - len(self.steps()), 1), to_come)
+        if self._free() < count * array_bytes(state):
             raise self._full(state, count)
 
     def require(self, step: int | None = None) -> list[int]:
@@ -272,14 +272,14 @@ class Checkpoints:
         return shutil.disk_usage(there).free
 
     def _full(self, state: PyTree, count: int = 1) -> InputError:
-        what = "A checkpoint does" if count == 1 else f"{count} checkpoints do"
+        what = "The checkpoint does" if count == 1 else f"{count} checkpoints do"
         return InputError(
-            f"{what} not fit in {self.folder}: it needs {count * _size(state):,} bytes, and "
-            f"{self._free():,} are free; free some space or keep fewer checkpoints."
+            f"{what} not fit in {self.folder}: {count * array_bytes(state):,} bytes needed, "
+            f"{self._free():,} free; free some space, or lower train.keep_checkpoints."
         )
 
 
-def _size(state: PyTree) -> int:
+def array_bytes(state: PyTree) -> int:
     """Total bytes of all arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 

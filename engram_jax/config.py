@@ -277,7 +277,17 @@ def _check_numbers(values: Any, name: str = "") -> None:
         raise InputError(f"{name} is {values}; give a number of at most 18 digits.")
     elif isinstance(values, int) and abs(values) >= 2**31 and name != "memory.hash_seed":
         raise InputError(f"{name} is {values}; give a number below 2³¹.")
+    elif name in _COUNTED_OUT and isinstance(values, int) and values > _MOST_COUNTED:
+        raise InputError(f"{name} is {values}; give at most {_MOST_COUNTED}.")
 
+
+# Each of these is built one after another, so a larger number would take hours to start.
+_COUNTED_OUT = (
+    *("model.layers", "memory.heads", "memory.max_order", "model.engram.kernel"),
+    *("model.hyper_connections.branches", "model.hyper_connections.sinkhorn_iterations"),
+    *("data.workers", "data.prefetch"),
+)
+_MOST_COUNTED = 1000
 
 _SECTIONS = {"name", "model", "memory", "data", "optimizer", "train", "mesh"}  # since version 0.1.0
 

@@ -14,6 +14,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Errors of JAX and pathlib: JAX_PLATFORMS names no platform, and ~NAME names no user.
 _OF_ENVIRONMENT = re.compile("Unable to initialize backend|Could not determine home directory")
+_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED: .*?([Oo]ut of memory|allocat)", re.DOTALL)
 
 
 class InputError(ValueError):
@@ -61,10 +62,14 @@ def one_sentence() -> Iterator[None]:
             problem = "The current folder does not exist any more; change to another one."
         else:
             raise
-    except RuntimeError as error:
-        if not _OF_ENVIRONMENT.match(str(error)):
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        if isinstance(error, MemoryError) or _OF_MEMORY.match(str(error)):
+            problem = f"The memory is full ({reason}); lower data.batch_size or other sizes."
+        elif _OF_ENVIRONMENT.match(str(error)):
+            problem = f"{reason}; correct the name."
+        else:
             raise
-        problem = f"{str(error).splitlines()[0].rstrip('.')}; correct the name."
     else:
         return
     print(f"error: {problem}", file=sys.stderr)

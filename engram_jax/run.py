@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Int32
 
-from engram_jax.checkpoint import Checkpoints
+from engram_jax.checkpoint import Checkpoints, array_bytes
 from engram_jax.compression import VocabularyProjection, project_vocabulary
 from engram_jax.config import Config, load_config, save_config
 from engram_jax.data.corpus import Corpus
@@ -40,7 +40,7 @@ from engram_jax.identity import (
 )
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table
-from engram_jax.platforms import default_workers, without_foreign_kernels
+from engram_jax.platforms import check_memory, default_workers, without_foreign_kernels
 from engram_jax.processes import check_same_everywhere, collective, is_leader
 from engram_jax.program import Program, make_config_row_adam
 from engram_jax.run_folder import (
@@ -152,6 +152,7 @@ class Run:
         if resumes and ngram_hash is not None:
             ngram_hash = stored_hash(ngram_hash, config, folder)
         run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
+        check_memory(config, array_bytes(run.program.abstract_state()))
         make_config_row_adam(config)  # an error in its betas is found here
         start, width = config.memory.start_from, config.memory.row_width
         if not resumes and start is not None and ngram_hash is not None:
@@ -395,6 +396,5 @@ def _make_hash(config: Config, folder: Path) -> tuple[Tokenizer, NgramHash | Non
     spec = config.memory.hash_spec(tokenizer.eos_id if is_qwen else tokenizer.pad_id)
     if not config.memory.project_vocabulary:
         vocabulary = config.model.vocabulary if is_qwen else tokenizer.vocab_size
-        identity = VocabularyProjection.identity(vocabulary)
-        return tokenizer, NgramHash.build(spec, identity)
+        return tokenizer, NgramHash.build(spec, VocabularyProjection.identity(vocabulary))
     return tokenizer, NgramHash.build(spec, project_vocabulary(tokenizer))

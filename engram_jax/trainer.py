@@ -49,7 +49,9 @@ def train(run: Run, *, profile: bool = False) -> TrainState:
     with program.use_mesh(), run.exclusively(), ExitStack() as stack:
         corpora = run.corpora()
         with collective("find disk space for the checkpoints"):
-            run.checkpoints.require_space(program.abstract_state(), all_to_come=True)
+            left = config.steps - max(run.checkpoints.steps(), default=0)
+            to_come = -(-left // (config.checkpoint_every or config.steps))
+            run.checkpoints.require_space(program.abstract_state(), max(to_come, 1))
         state = _first_state(run)
         step = int(state.step)
         saved = step if run.checkpoints.steps() else None

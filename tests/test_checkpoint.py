@@ -231,8 +231,11 @@ def test_a_disk_too_small_is_found_before_writing(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(saved.states[10]))
-    with pytest.raises(InputError, match=f"needs {needed:,} bytes, and 999 are free"):
+    with pytest.raises(InputError, match=f": {needed:,} bytes needed, 999 free"):
         saved.checkpoints.save(30, saved.states[10], config={})
+    many = Checkpoints(saved.folder, keep=10**9, identity={})
+    with pytest.raises(InputError, match=f"3 checkpoints do not fit .*: {3 * needed:,} bytes"):
+        many.require_space(saved.states[10], to_come=3)
     assert {path.name for path in saved.folder.iterdir()} == {"00000010", "00000020"}
 
 

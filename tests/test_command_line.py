@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import pytest
 from programs import ROOT, run_program, run_program_in_fork
 
@@ -113,10 +114,17 @@ def test_sentence_and_status_of_bad_input(capfd: pytest.CaptureFixture[str]) -> 
         (IsADirectoryError(21, "Is a directory", "/x"), "Cannot use /x (Is a directory)"),
         (OSError(28, "No space left on device", "/x"), "Cannot write /x (No space left on device)"),
         (OSError(27, "File too large"), "Cannot write a file (File too large)"),
+        (MemoryError("Unable to allocate 7 GiB"), "The memory is full (Unable to allocate 7 GiB)"),
+        (
+            jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n\nx"
+            ),
+            "The memory is full (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes)",
+        ),
     ],
 )
 def test_errors_of_files_are_one_sentence(
-    error: OSError, sentence: str, capsys: pytest.CaptureFixture[str]
+    error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended, one_sentence():
         raise error

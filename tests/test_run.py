@@ -25,7 +25,7 @@ from tiny_runs import (
 
 from engram_jax import files, platforms, program
 from engram_jax.compression import VocabularyProjection
-from engram_jax.config import Config, save_config
+from engram_jax.config import Config, TrainConfig, save_config
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
@@ -172,7 +172,7 @@ def test_a_full_disk_is_found_before_the_first_step(
 ) -> None:
     run = Run.start(config, tmp_path / "run")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
-    with pytest.raises(InputError, match="999 are free"):
+    with pytest.raises(InputError, match="999 free"):
         train(run)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -552,3 +552,38 @@ def test_the_initial_state_does_not_depend_on_the_mesh(
             run = Run.start(tiny, tmp_path / str(sizes))
         states.append(draw_on_the_mesh(run.program))
     assert_identical(*states)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("model", "width", 10**8),
+        ("model", "vocabulary", 10**9),
+        ("memory", "row_width", 10**8),
+        ("data", "batch_size", 10**9),
+        ("data", "sequence_length", 10**9),
+        ("data", "workers", 999),
+        ("train", "steps", 2**31 - 1),
+    ],
+)
+def test_a_run_that_no_memory_can_hold_is_refused_at_once(
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    section: str,
+    field: str,
+    value: int,
+) -> None:
+    monkeypatch.setattr(platforms, "_memory", lambda: (1.6e10, 1.6e10))
+    config = vary(config, memory={"adam": RowAdamConfig(form="lazy")})
+    with (
+        on_devices(1),
+        pytest.raises(InputError, match=r"at least [\d,.]+ GB .*16\.0 GB of memory"),
+    ):
+        Run.start(vary(config, **{section: {field: value}}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_exact_adam_of_a_run_without_end_is_refused_at_once() -> None:
+    with pytest.raises(InputError, match=r"1000000000; lower .* or set memory\.adam\.form to lazy"):
+        program.make_config_row_adam(Config(train=TrainConfig(steps=10**9)))
