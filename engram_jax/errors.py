@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def one_sentence() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        _check_limits()
         yield
     except InputError as error:
         problem = str(error)
@@ -53,7 +55,9 @@ def one_sentence() -> Iterator[None]:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         path = error.filename
-        if error.errno in DISK_FULL:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            problem = "Too many files are open; raise the limit (ulimit -n), or use fewer workers."
+        elif error.errno in DISK_FULL:
             problem = f"Cannot write {path or 'a file'} ({error.strerror}); free some space and "
             problem += "run again."
         elif path is not None:
@@ -74,3 +78,30 @@ def one_sentence() -> Iterator[None]:
         return
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
+
+
+def _check_limits() -> None:
+    """Checks the limits of this process, because native code ends without a reason above them.
+
+    Raises:
+        InputError: one is too low.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft != unlimited and soft < _MOST_FILES:
+        allowed = _MOST_FILES if hard == unlimited else min(hard, _MOST_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+        if max(soft, allowed) < _LEAST_FILES:
+            raise InputError(
+                f"Only {hard} files may be open; raise the limit (ulimit -n) to {_LEAST_FILES}."
+            )
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != unlimited and address_space < _LEAST_ADDRESS_SPACE:
+        raise InputError(
+            f"Only {address_space / 1e9:.1f} GB of virtual memory is allowed; raise the limit "
+            f"(ulimit -v) to {_LEAST_ADDRESS_SPACE / 1e9:.0f} GB or more."
+        )
+
+
+# A tiny run was seen to fail with 24 files, to fail with 40 and four workers, and with 1 GB.
+_LEAST_FILES, _MOST_FILES, _LEAST_ADDRESS_SPACE = 128, 4096, 2 * 10**9

@@ -13,7 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from engram_jax.errors import InputError
+from engram_jax.errors import DISK_FULL, InputError
 from engram_jax.files import parse_json
 
 LINES = "metrics.jsonl"
@@ -107,9 +107,11 @@ class MetricsLog:
         return RecordWriter(final.open("ab", buffering=0))
 
     def _cannot_write(self, error: OSError) -> InputError:
+        full = error.errno in DISK_FULL
+        remedy = "free some disk space" if full else f"move what is at {error.filename} away"
         return InputError(
-            f"The metrics in {self._folder} cannot be written ({error.strerror}): free some disk "
-            "space or choose another run folder, then resume."
+            f"The metrics in {self._folder} cannot be written ({error.strerror}): {remedy} or "
+            "choose another run folder, then resume."
         )
 
 

@@ -223,7 +223,8 @@ def checked_text(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"the text has half of a surrogate pair at character {error.start}; remove it."
+            f"the text has half of a surrogate pair, or bytes that are not UTF-8, at character "
+            f"{error.start}; remove it."
         ) from error
     return text
 

@@ -114,6 +114,7 @@ def test_sentence_and_status_of_bad_input(capfd: pytest.CaptureFixture[str]) -> 
         (IsADirectoryError(21, "Is a directory", "/x"), "Cannot use /x (Is a directory)"),
         (OSError(28, "No space left on device", "/x"), "Cannot write /x (No space left on device)"),
         (OSError(27, "File too large"), "Cannot write a file (File too large)"),
+        (OSError(24, "Too many open files", "/x"), "Too many files are open"),
         (MemoryError("Unable to allocate 7 GiB"), "The memory is full (Unable to allocate 7 GiB)"),
         (
             jax.errors.JaxRuntimeError(
@@ -198,3 +199,40 @@ def test_no_other_processes_to_join(tmp_path: Path) -> None:
     ended = run_program_in_fork(tmp_path, "train.py", "--distributed")
     assert ended.status == 2 and len(ended.err.splitlines()) == 1
     assert ended.err.startswith("error: --distributed finds no other processes")
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "sentence"),
+    [
+        ("NOFILE", 40, "error: Only 40 files may be open; raise the limit (ulimit -n) to 128."),
+        (
+            "AS",
+            10**9,
+            "error: Only 1.0 GB of virtual memory is allowed; raise the limit (ulimit -v)",
+        ),
+    ],
+)
+def test_limits_of_the_shell_that_are_too_low_are_told(
+    kind: str, limit: int, sentence: str
+) -> None:
+    program = (
+        f"import resource as r; r.setrlimit(r.RLIMIT_{kind}, ({limit}, {limit}))\n"
+        "from engram_jax.errors import one_sentence\nwith one_sentence(): print('runs')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith(sentence)
+
+
+def test_a_low_limit_of_open_files_that_may_be_raised_is_raised() -> None:
+    """As on macOS, where it is 256 at first."""
+    program = (
+        "import resource as r\nn = r.RLIMIT_NOFILE\nr.setrlimit(n, (30, r.getrlimit(n)[1]))\n"
+        "from engram_jax.errors import one_sentence\n"
+        "with one_sentence(): print(r.getrlimit(n)[0])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert int(result.stdout) >= 128

@@ -199,6 +199,11 @@ def _read_json_lines(file: Path) -> Iterator[Document]:
             if line.strip():
                 yield _parse(line, f"{file}, line {number}")
     except damaged as error:
+        if "ictionary" in str(error):
+            raise InputError(
+                f"{file} was compressed with a dictionary, which is not supported; compress it "
+                "again without one."
+            ) from error
         raise InputError(
             f"{file} is damaged or cut short after line {number} ({error}); download it again."
         ) from error
@@ -340,7 +345,20 @@ def _decode(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8-sig")  # some editors write a byte order mark first
     except UnicodeDecodeError as error:
+        for ending, first in _FIRST_BYTES.items():
+            if content.startswith(first):
+                raise InputError(
+                    f"{where}: it is compressed; let the name of the file end in {ending}."
+                ) from error
         raise InputError(f"{where}: not UTF-8 ({error}); convert it.") from error
+
+
+_FIRST_BYTES = {
+    ".jsonl.gz": b"\x1f\x8b",
+    ".jsonl.xz": b"\xfd7zXZ",
+    ".jsonl.zst": b"\x28\xb5\x2f\xfd",
+    ".parquet": b"PAR1",
+}
 
 
 def _optional(module: str, file: Path) -> Any:

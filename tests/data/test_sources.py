@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -255,6 +256,25 @@ def test_a_zstandard_file_cut_at_a_line_is_no_complete_file(tmp_path):
     part = compressor.compress(LINES + b"\n") + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     (tmp_path / "a.jsonl.zst").write_bytes(part)
     with pytest.raises(InputError, match="damaged or cut short after line 3"):
+        list(read_documents(tmp_path / "a.jsonl.zst"))
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.xz", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize("wrong", [".jsonl", ".txt"])
+def test_a_compressed_file_without_its_ending_is_told_it(tmp_path, ending, wrong):
+    path = tmp_path / f"a.{ending}"
+    write_documents(path)
+    path.rename(tmp_path / f"a{wrong}")
+    with pytest.raises(InputError, match=rf"a\{wrong}.*let the name of the file end in \.{ending}"):
+        list(read_documents(tmp_path / f"a{wrong}"))
+
+
+def test_a_zstandard_file_with_a_dictionary_is_refused(tmp_path):
+    random = np.random.default_rng(0)
+    samples = [random.bytes(8).hex().encode() * 4 for _ in range(200)]
+    compressor = zstandard.ZstdCompressor(dict_data=zstandard.train_dictionary(1000, samples))
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(LINES))
+    with pytest.raises(InputError, match=r"a\.jsonl\.zst was compressed with a dictionary"):
         list(read_documents(tmp_path / "a.jsonl.zst"))
 
 
