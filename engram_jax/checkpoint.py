@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from engram_jax.errors import DISK_FULL, InputError
-from engram_jax.files import parse_json
+from engram_jax.errors import InputError, disk_reason
+from engram_jax.files import parse_json, remove, sync_folder
 from engram_jax.processes import all_agree, collective, is_leader
 
 try:
@@ -60,9 +60,17 @@ class Checkpoints:
         self._identity = dict(identity)
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, ascending; only those have their final name."""
-        names = {path.name.removesuffix(REPLACED) for path in self.folder.glob("*")}
-        return sorted(int(name) for name in names if re.fullmatch(r"\d{8,}", name))
+        """The steps of all complete checkpoints, ascending; only those have their final name.
+
+        Entries of the folder that cannot be checkpoints, such as files, are left out.
+        """
+        steps = set()
+        for path in self.folder.glob("*"):
+            name = path.name.removesuffix(REPLACED)
+            is_step = re.fullmatch(r"\d{8,10}", name) and name == f"{int(name):08d}"
+            if is_step and ((path / STATE).exists() or (path / MANIFEST).exists()):
+                steps.add(int(name))
+        return sorted(steps)
 
     def save(
         self,
@@ -101,7 +109,7 @@ class Checkpoints:
         except BaseException as error:
             if is_leader():  # the next save removes files that Orbax still writes after this
                 shutil.rmtree(partial, ignore_errors=True)
-            if (reason := _disk_reason(error)) is not None:
+            if (reason := disk_reason(error)) is not None:
                 problem = f"Cannot write the checkpoint of step {step} to {self.folder} ({reason})"
                 raise InputError(f"{problem}; free some space.") from error
             raise
@@ -156,7 +164,22 @@ class Checkpoints:
             InputError: there is no checkpoint, the requested one (or all) is damaged, or it has
                 another identity or other arrays.
         """
-        found = self.require(step)
+        before = self.require(step)
+        try:
+            return self._restore(before, abstract, step, partial)
+        except Exception:
+            # Another program may have removed the checkpoint meanwhile, because it saved a newer.
+            if step is not None or jax.process_count() > 1 or self.steps() == before:
+                raise
+        return self.restore(abstract, partial=partial)
+
+    def _restore(
+        self,
+        found: list[int],
+        abstract: PyTree[jax.ShapeDtypeStruct],
+        step: int | None,
+        partial: bool,
+    ) -> tuple[int, PyTree[jax.Array]]:
         wanted = {
             name: leaf
             if leaf.sharding is not None
@@ -171,6 +194,8 @@ class Checkpoints:
                     arrays = ocp.load(self.path(candidate) / STATE, wanted)
                 leaves = [arrays[name] for name in wanted]
                 return candidate, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+            if step is None and not self.path(candidate).exists():
+                raise InputError(f"{self.path(candidate)} was just removed; try again.")
             if is_leader() and step is None:
                 print(
                     f"The checkpoint of step {candidate} is damaged "
@@ -205,7 +230,7 @@ class Checkpoints:
             content = _read_manifest(folder / MANIFEST)
         except FileNotFoundError:
             return f"{MANIFEST} is missing"
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, IsADirectoryError, NotADirectoryError):
             return f"{MANIFEST} is unreadable"
         self._check_identity(step, content)
         saved = content["arrays"]
@@ -246,22 +271,22 @@ class Checkpoints:
     def _tidy(self) -> None:
         """Removes the remains of a killed save, and completes an interrupted replacement."""
         for leftover in self.folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(leftover)
+            remove(leftover)
         for replaced in self.folder.glob(f"*{REPLACED}"):
             final = replaced.with_name(replaced.name.removesuffix(REPLACED))
             if final.exists():
-                shutil.rmtree(replaced)
+                remove(replaced)
             else:
                 replaced.rename(final)
 
     def _publish(self, partial: Path, final: Path) -> None:
         """Renames a complete checkpoint to its final name, then removes superseded ones."""
         replaced = final.with_name(final.name + REPLACED)
-        if final.exists():
+        if os.path.lexists(final):
             final.rename(replaced)
         partial.rename(final)
-        _sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        sync_folder(self.folder)
+        remove(replaced)
         for path in [self.path(step) for step in self.steps()[: -self._keep]]:
             if path != final:
                 # Rename first: a killed process must not leave an incomplete checkpoint.
@@ -355,7 +380,7 @@ def _write_manifest(
         file.flush()
         os.fsync(file.fileno())
     partial.rename(folder / MANIFEST)
-    _sync(folder)
+    sync_folder(folder)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -366,34 +391,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return content
 
 
-def _sync(folder: Path) -> None:
-    """Flushes the renames in a folder to the disk, so that they survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _checksum(path: Path) -> int:
     checksum = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(1 << 22):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def _disk_reason(error: BaseException) -> str | None:
-    """Why a write failed, if it was a full disk, a quota, or a limit on file size; else None.
-
-    TensorStore raises ValueError with the operating system's error number in the text.
-    """
-    texts = [f"os_error_code='{getattr(cause, 'errno', '')}' {cause}" for cause in _causes(error)]
-    found = (n for n in DISK_FULL if any(f"os_error_code='{n}'" in text for text in texts))
-    return next(map(os.strerror, found), None)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

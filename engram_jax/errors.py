@@ -105,3 +105,19 @@ def _check_limits() -> None:
 
 # A tiny run was seen to fail with 24 files, to fail with 40 and four workers, and with 1 GB.
 _LEAST_FILES, _MOST_FILES, _LEAST_ADDRESS_SPACE = 128, 4096, 2 * 10**9
+
+
+def disk_reason(error: BaseException) -> str | None:
+    """Why a write failed, if it was a full disk, a quota, or a limit on file size; else None.
+
+    TensorStore raises ValueError with the operating system's error number in the text.
+    """
+    texts = [f"os_error_code='{getattr(cause, 'errno', '')}' {cause}" for cause in _causes(error)]
+    found = (n for n in DISK_FULL if any(f"os_error_code='{n}'" in text for text in texts))
+    return next(map(os.strerror, found), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
