@@ -51,11 +51,11 @@ class Checkpoints:
     folder. Nothing on disk changes before the first `save`, so opening for reading is safe.
     """
 
-    def __init__(self, folder: Path, *, keep: int, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, *, keep: int, identity: Mapping[str, Any]) -> None:
         """Raises InputError if `keep` is less than 1."""
         if keep < 1:
             raise InputError(f"At least 1 checkpoint must be kept, not {keep}: raise `keep`.")
-        self.folder = folder.absolute()  # Orbax does not accept a relative path
+        self.folder = Path(folder).absolute()  # Orbax does not accept a relative path
         self._keep = keep
         self._identity = dict(identity)
 

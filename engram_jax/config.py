@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -289,16 +290,35 @@ _COUNTED_OUT = (
 )
 _MOST_COUNTED = 1000
 
+
+def warn_of_settings(config: Config) -> None:
+    """Warns of settings that work, but are probably not intended."""
+    layout, warm_up, steps = config.memory.layout, config.optimizer.warmup_steps, config.train.steps
+    if config.memory.layers and layout.padding > 0.25:
+        narrower, wider = layout.better_widths()
+        print(
+            f"{layout.padding:.0%} of every table row is padding at memory.row_width "
+            f"{layout.width}; {narrower} or {wider} use the memory better.",
+            file=sys.stderr,
+        )
+    if warm_up >= steps:
+        print(
+            f"The learning rate only rises in this run, because optimizer.warmup_steps is {warm_up}"
+            f" and train.steps is {steps}.",
+            file=sys.stderr,
+        )
+
+
 _SECTIONS = {"name", "model", "memory", "data", "optimizer", "train", "mesh"}  # since version 0.1.0
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Config, path: str | Path) -> None:
     """Writes a configuration as JSON; the file is replaced atomically."""
-    with atomic_write(path) as partial:
+    with atomic_write(Path(path)) as partial:
         partial.write_text(json.dumps(asdict(config), indent=1) + "\n")
 
 
-def load_config(path: Path) -> Config:
+def load_config(path: str | Path) -> Config:
     """Reads a configuration that this or an earlier version saved.
 
     A field that is missing in the file has its default. The default of a new field must be the
@@ -308,7 +328,7 @@ def load_config(path: Path) -> Config:
         InputError: the file is missing or damaged, or has fields that this version does not have.
     """
     try:
-        plain = parse_json(path.read_text())
+        plain = parse_json(Path(path).read_text())
         if lacking := _SECTIONS - set(plain):
             raise TypeError(f"it lacks {', '.join(sorted(lacking))}")
         return _from_plain(Config, plain)

@@ -36,9 +36,9 @@ class MetricsLog:
         InputError: a line before the last one is not JSON, or the disk is full.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+    def __init__(self, folder: str | Path, *, resume_step: int | None = None) -> None:
         """Opens the log in `folder`, which is created if it does not exist."""
-        self._folder = folder
+        self._folder = folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lines = [
@@ -115,7 +115,7 @@ class MetricsLog:
         )
 
 
-def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+def read_metrics(folder: str | Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of one kind in a run folder, in the order written, as {"step": int, name: float}.
 
     An incomplete last line is skipped. If there is no file, the list is empty.
@@ -129,7 +129,7 @@ def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
             for name, value in line.items()
             if name != "kind"
         }
-        for line in _read_lines(folder / LINES)
+        for line in _read_lines(Path(folder) / LINES)
         if line["kind"] == kind
     ]
 

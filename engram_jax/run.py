@@ -5,7 +5,6 @@ A run folder contains `config.json`, the tokenizer, `hash.json` (if the model ha
 event files, `checkpoints/`, and the results of evaluation.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from jaxtyping import Array, Int32
 
 from engram_jax.checkpoint import Checkpoints, array_bytes
 from engram_jax.compression import VocabularyProjection, project_vocabulary
-from engram_jax.config import Config, load_config, save_config
+from engram_jax.config import Config, load_config, save_config, warn_of_settings
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
 from engram_jax.data.sources import resolve_source, source_names
@@ -84,9 +83,9 @@ class Run:
     def start(
         cls,
         config: Config,
-        folder: Path,
+        folder: str | Path,
         *,
-        start_from: Path | None = None,
+        start_from: str | Path | None = None,
         start_step: int | None = None,
         reschedule: bool = False,
     ) -> "Run":
@@ -106,6 +105,8 @@ class Run:
                 the mesh does not divide the sizes, the run has more steps than the configuration,
                 or the other run's weights do not fit.
         """
+        folder = Path(folder).expanduser()
+        start_from = None if start_from is None else Path(start_from).expanduser()
         with collective(f"start the run in {folder}"):
             run = cls._check_start(config, folder, reschedule)
             done = run.checkpoints.steps()
@@ -131,7 +132,7 @@ class Run:
                     write_beginning(
                         *(folder, config, run.tokenizer, run.program.ngram_hash, run._texts())
                     )
-                _warn(config)
+                warn_of_settings(config)
             elif is_leader():
                 store_tokenizer(folder, run.tokenizer)
                 if reschedule:
@@ -169,12 +170,13 @@ class Run:
         return {"tokenizer": self.tokenizer.fingerprint, "corpora": corpora}
 
     @classmethod
-    def open(cls, folder: Path) -> "Run":
+    def open(cls, folder: str | Path) -> "Run":
         """Opens a run for reading, on one device. It may be from another mesh or platform.
 
         Raises:
             InputError: the folder holds no run, or its tokenizer is missing.
         """
+        folder = Path(folder).expanduser()
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
         config = without_foreign_kernels(load_config(folder / "config.json"), platform_of(mesh))
         tokenizer = load_run_tokenizer(config, folder)
@@ -361,24 +363,6 @@ class Run:
 
         return self.checkpoints.save(
             int(state.step), state, config=asdict(self.config), write_files=write_files
-        )
-
-
-def _warn(config: Config) -> None:
-    """Warns of settings that work, but are probably not intended."""
-    layout, warm_up, steps = config.memory.layout, config.optimizer.warmup_steps, config.train.steps
-    if config.memory.layers and layout.padding > 0.25:
-        narrower, wider = layout.better_widths()
-        print(
-            f"{layout.padding:.0%} of every table row is padding at memory.row_width "
-            f"{layout.width}; {narrower} or {wider} use the memory better.",
-            file=sys.stderr,
-        )
-    if warm_up >= steps:
-        print(
-            f"The learning rate only rises in this run, because optimizer.warmup_steps is {warm_up}"
-            f" and train.steps is {steps}.",
-            file=sys.stderr,
         )
 
 

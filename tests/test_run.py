@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,14 +26,16 @@ from tiny_runs import (
 
 from engram_jax import files, platforms, program
 from engram_jax.compression import VocabularyProjection
-from engram_jax.config import Config, TrainConfig, save_config
+from engram_jax.config import Config, TrainConfig, load_config, save_config
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
+from engram_jax.formats.export import export_run, import_run
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.engram import EngramConfig
 from engram_jax.memory.row_adam import RowAdamConfig
+from engram_jax.metrics import read_metrics
 from engram_jax.run import Run
 from engram_jax.sharding import MeshConfig, make_mesh
 from engram_jax.tokenizer import DEFAULT_MODEL
@@ -587,3 +590,25 @@ def test_a_run_that_no_memory_can_hold_is_refused_at_once(
 def test_exact_adam_of_a_run_without_end_is_refused_at_once() -> None:
     with pytest.raises(InputError, match=r"1000000000; lower .* or set memory\.adam\.form to lazy"):
         program.make_config_row_adam(Config(train=TrainConfig(steps=10**9)))
+
+
+def test_paths_may_be_strings(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everywhere in the interface; ~ is the home folder."""
+    folder = str(tmp_path)
+    monkeypatch.setenv("HOME", folder)
+    with on_devices(1):
+        fresh = Run.start(config, "~/run")
+        with pytest.raises(InputError, match="no complete checkpoint"):
+            Run.start(config, f"{folder}/other", start_from="~/run")
+    opened = Run.open("~/run")
+    assert fresh.folder == opened.folder == tmp_path / "run"
+    assert load_config(f"{folder}/run/config.json") == config
+    save_config(config, f"{folder}/config.json")
+    NgramHash.load(f"{folder}/run/hash.json").save(f"{folder}/hash.json")
+    assert read_metrics(f"{folder}/run") == []
+    with pytest.raises(InputError, match="exists and is not empty"):
+        export_run(opened, fresh.program.initial_state().weights, f"{folder}/run")
+    with pytest.raises(InputError, match="No configuration"):
+        import_run(f"{folder}/none", f"{folder}/imported")
