@@ -1,5 +1,6 @@
 """Tokenizers with a common protocol: SentencePiece models and `tokenizer.json` files."""
 
+import errno
 import hashlib
 import re
 import unicodedata
@@ -91,6 +92,8 @@ def load_tokenizer(
             "give one of these."
         )
     try:
+        if file.exists() and not (file.is_file() or file.is_dir()):  # reading may not end
+            raise OSError(errno.EINVAL, "no regular file")
         model = file.read_bytes()
     except OSError as error:
         raise InputError(

@@ -1,5 +1,6 @@
 import io
 import multiprocessing
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -415,6 +416,7 @@ def test_json_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("missing.model", None),
         ("missing.json", None),
         ("folder.model", "folder"),
+        ("pipe.model", "pipe"),
         ("empty.model", b""),
         ("text.model", b"no SentencePiece file"),
         ("cut.model", DEFAULT_MODEL.read_bytes()[:1000]),
@@ -430,6 +432,8 @@ def test_what_is_no_tokenizer_gets_one_sentence(
 ) -> None:
     if content == "folder":
         (tmp_path / name).mkdir()
+    elif content == "pipe":
+        os.mkfifo(tmp_path / name)
     elif isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:

@@ -270,6 +270,8 @@ def _read_parquet(file: Path) -> Iterator[Document]:
                     f'{file} has no column "text" (it has {_listed(tuple(columns))}); rename the '
                     "column that holds the documents."
                 )
+            if columns.count("text") > 1:
+                raise InputError(f'{file} has several columns "text"; rename all but one.')
             wanted = [name for name in ("text", "title") if name in columns]
             for batch in table.iter_batches(columns=wanted, batch_size=1024):
                 for record in batch.to_pylist():
@@ -308,7 +310,8 @@ def _read_array_record(file: Path) -> Iterator[Document]:
 
 def _json_object(record: bytes) -> dict[str, Any] | None:
     try:
-        content = parse_json(record) if record.lstrip().startswith(b"{") else None
+        text = record.removeprefix(b"\xef\xbb\xbf").lstrip()
+        content = parse_json(text) if text.startswith(b"{") else None
     except ValueError:
         return None
     return content if isinstance(content, dict) else None
@@ -348,7 +351,7 @@ def _decode(content: bytes, where: str) -> str:
         for ending, first in _FIRST_BYTES.items():
             if content.startswith(first):
                 raise InputError(
-                    f"{where}: it is compressed; let the name of the file end in {ending}."
+                    f"{where}: its content is that of a file *{ending}; decompress or rename it."
                 ) from error
         raise InputError(f"{where}: not UTF-8 ({error}); convert it.") from error
 

@@ -83,6 +83,11 @@ def test_array_records_may_be_plain_text(tmp_path):
     assert [document.text for document in read_documents(tmp_path / "a.arrayrecord")] == records
 
 
+def test_array_records_may_begin_with_a_byte_order_mark(tmp_path):
+    write_array_record(tmp_path / "a.arrayrecord", [b'\xef\xbb\xbf {"text": "a"}'] * 2)
+    assert list(read_documents(tmp_path / "a.arrayrecord")) == [Document("a")] * 2
+
+
 @pytest.mark.parametrize("text", [b"Text", b"", b'"text"', b'{"text": "cut', b"[" * 10_000])
 @pytest.mark.parametrize("is_first", [False, True])
 def test_array_records_of_two_types_are_refused(tmp_path, text, is_first):
@@ -265,7 +270,7 @@ def test_a_compressed_file_without_its_ending_is_told_it(tmp_path, ending, wrong
     path = tmp_path / f"a.{ending}"
     write_documents(path)
     path.rename(tmp_path / f"a{wrong}")
-    with pytest.raises(InputError, match=rf"a\{wrong}.*let the name of the file end in \.{ending}"):
+    with pytest.raises(InputError, match=rf"a\{wrong}.* of a file \*\.{ending}; decompress or"):
         list(read_documents(tmp_path / f"a{wrong}"))
 
 
@@ -281,6 +286,14 @@ def test_a_zstandard_file_with_a_dictionary_is_refused(tmp_path):
 def test_a_parquet_file_without_texts_is_told_its_columns(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r'no column "text" \(it has body\)'):
+        list(read_documents(tmp_path / "a.parquet"))
+
+
+def test_a_parquet_file_with_two_columns_of_texts_is_refused(tmp_path):
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    table = pyarrow.Table.from_arrays(columns, names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match='several columns "text"'):
         list(read_documents(tmp_path / "a.parquet"))
 
 
