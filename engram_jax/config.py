@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram_jax.errors import InputError
-from engram_jax.files import atomic_write, parse_json
+from engram_jax.files import atomic_write, parse_json, read_regular
 from engram_jax.hashing import HashSpec, HashVariant
 from engram_jax.memory.layout import RecordLayout, StorageConfig
 from engram_jax.memory.row_adam import RowAdamConfig
@@ -328,7 +328,7 @@ def load_config(path: str | Path) -> Config:
         InputError: the file is missing or damaged, or has fields that this version does not have.
     """
     try:
-        plain = parse_json(Path(path).read_text())
+        plain = parse_json(read_regular(Path(path)))
         if lacking := _SECTIONS - set(plain):
             raise TypeError(f"it lacks {', '.join(sorted(lacking))}")
         return _from_plain(Config, plain)

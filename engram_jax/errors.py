@@ -8,7 +8,8 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -24,6 +25,42 @@ class InputError(ValueError):
     Entry points print only the message, and exit with status 2. Any other exception is a bug, and
     is printed with its traceback.
     """
+
+
+class UnbreakableErrors(io.TextIOBase):
+    """The error output, without errors: a closed terminal or a full log must not end a run.
+
+    Args:
+        stream: the output; None: the value of `sys.stderr` at each call.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+
+    @property
+    def _now(self) -> TextIO:
+        return self._stream or sys.stderr
+
+    encoding = property(lambda self: getattr(self._now, "encoding", None))
+
+    def write(self, text: str) -> int:
+        """Writes as much as is possible."""
+        with suppress(OSError, ValueError, AttributeError):
+            self._now.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes as much as is possible."""
+        with suppress(OSError, ValueError, AttributeError):
+            self._now.flush()
+
+    def fileno(self) -> int:
+        """The number of the file."""
+        return self._now.fileno()
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return self._now.isatty()
 
 
 @contextmanager
@@ -42,6 +79,8 @@ def one_sentence() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = UnbreakableErrors(sys.stderr)
     try:
         _check_limits()
         yield

@@ -26,6 +26,17 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is too deeply nested") from error
 
 
+def read_regular(path: Path) -> bytes:
+    """Returns the content of a file.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or device, whose content may never end.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return path.read_bytes()
+
+
 def check_utf8(path: Path, what: str) -> None:
     """Checks that a path can be written into JSON, logs and messages.
 

@@ -18,7 +18,7 @@ from sympy import nextprime
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
-from engram_jax.files import atomic_write, parse_json
+from engram_jax.files import atomic_write, parse_json, read_regular
 
 # The token id of an image placeholder (a dead position). The data sources here produce none.
 DEAD = -1
@@ -271,7 +271,7 @@ class NgramHash:
             InputError: the file is missing, damaged, or uses other conventions.
         """
         try:
-            document = parse_json(Path(path).read_text())
+            document = parse_json(read_regular(Path(path)))
             spec: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in document["spec"].items()

@@ -1,5 +1,6 @@
 """The metrics of a run, as JSON Lines and as TensorBoard event files."""
 
+import io
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from engram_jax.errors import DISK_FULL, InputError
-from engram_jax.files import parse_json
+from engram_jax.files import parse_json, read_regular
 
 LINES = "metrics.jsonl"
 EVENTS = "events.out.tfevents."
@@ -140,20 +141,19 @@ _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return  # incomplete: the writer was killed, or is writing now
-            try:
-                content = parse_json(line)
-                if (reason := _wrong(content)) is not None:
-                    raise ValueError(reason)
-            except ValueError as error:
-                raise InputError(
-                    f"Line {number} of {path} is no line of metrics ({error}): repair or delete "
-                    "the line, then resume."
-                ) from error
-            yield content
+    for number, line in enumerate(io.BytesIO(read_regular(path)), start=1):
+        if not line.endswith(b"\n"):
+            return  # incomplete: the writer was killed, or is writing now
+        try:
+            content = parse_json(line)
+            if (reason := _wrong(content)) is not None:
+                raise ValueError(reason)
+        except ValueError as error:
+            raise InputError(
+                f"Line {number} of {path} is no line of metrics ({error}): repair or delete the "
+                "line, then resume."
+            ) from error
+        yield content
 
 
 def _wrong(line: Any) -> str | None:

@@ -1,6 +1,5 @@
 """Tokenizers with a common protocol: SentencePiece models and `tokenizer.json` files."""
 
-import errno
 import hashlib
 import re
 import unicodedata
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from engram_jax.errors import InputError
+from engram_jax.files import read_regular
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "tokenizers" / "default.model"
 
@@ -92,9 +92,7 @@ def load_tokenizer(
             "give one of these."
         )
     try:
-        if file.exists() and not (file.is_file() or file.is_dir()):  # reading may not end
-            raise OSError(errno.EINVAL, "no regular file")
-        model = file.read_bytes()
+        model = read_regular(file)
     except OSError as error:
         raise InputError(
             f"cannot read tokenizer {file} ({error.strerror}); check the path or use 'default'."

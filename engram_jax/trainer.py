@@ -1,13 +1,12 @@
 """The training loop: runs steps, and writes checkpoints, metrics and held-out losses."""
 
-import io
 import math
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import prefetch_to_device
+from engram_jax.errors import UnbreakableErrors
 from engram_jax.evaluation.health import HealthStudy, warn_of_inert
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
 from engram_jax.formats.start_memory import start_with
@@ -153,7 +153,7 @@ def _open_progress(run: Run, step: int) -> Iterator["_Progress"]:
             total=run.config.train.steps,
             initial=step,
             unit="step",
-            file=_Unbreakable(),
+            file=UnbreakableErrors(),
             disable=not is_leader(),
             mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 30,  # keeps log files short
         )
@@ -273,21 +273,6 @@ _STOP_SIGNALS = (
     *(signal.SIGINT, signal.SIGTERM),
     *(signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU),
 )
-
-
-class _Unbreakable(io.TextIOBase):
-    """The error output, without errors: a closed terminal or a full log must not end a run."""
-
-    encoding = property(lambda self: getattr(sys.stderr, "encoding", None))
-
-    def write(self, text: str) -> int:
-        with suppress(OSError, ValueError, AttributeError):
-            sys.stderr.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError, AttributeError):
-            sys.stderr.flush()
 
 
 @contextmanager

@@ -236,3 +236,19 @@ def test_a_low_limit_of_open_files_that_may_be_raised_is_raised() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
     )
     assert int(result.stdout) >= 128
+
+
+def test_a_full_log_ends_no_program() -> None:
+    program = (
+        "import sys\nfrom engram_jax.errors import one_sentence\n"
+        "with one_sentence(): print('warning', file=sys.stderr, flush=True); print('runs')"
+    )
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=full,
+            text=True,
+        )
+    assert (result.returncode, result.stdout) == (0, "runs\n")

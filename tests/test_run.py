@@ -34,7 +34,7 @@ from engram_jax.hashing import NgramHash
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.engram import EngramConfig
 from engram_jax.memory.row_adam import RowAdamConfig
-from engram_jax.metrics import read_metrics
+from engram_jax.metrics import MetricsLog, read_metrics
 from engram_jax.run import Run
 from engram_jax.sharding import MeshConfig, make_mesh
 from engram_jax.tokenizer import DEFAULT_MODEL
@@ -611,3 +611,18 @@ def test_paths_may_be_strings(
         export_run(opened, fresh.program.initial_state().weights, f"{folder}/run")
     with pytest.raises(InputError, match="No configuration"):
         import_run(f"{folder}/none", f"{folder}/imported")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "hash.json", "texts.json", "metrics.jsonl", "tokenizer.model"]
+)
+def test_a_pipe_in_a_run_folder_is_not_waited_for(
+    config: Config, tmp_path: Path, name: str
+) -> None:
+    with on_devices(1):
+        run = Run.start(config, tmp_path / "run")
+        (run.folder / name).unlink(missing_ok=True)
+        os.mkfifo(run.folder / name)
+        with pytest.raises(InputError, match="no regular file"):
+            with MetricsLog(Run.start(config, run.folder).folder):
+                pass
