@@ -624,5 +624,4 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(
         (run.folder / name).unlink(missing_ok=True)
         os.mkfifo(run.folder / name)
         with pytest.raises(InputError, match="no regular file"):
-            with MetricsLog(Run.start(config, run.folder).folder):
-                pass
+            MetricsLog(Run.start(config, run.folder).folder)
