@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -34,11 +34,11 @@ class UnbreakableErrors(io.TextIOBase):
         stream: the output; None: the value of `sys.stderr` at each call.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: Any = None) -> None:
         self._stream = stream
 
     @property
-    def _now(self) -> TextIO:
+    def _now(self) -> Any:
         return self._stream or sys.stderr
 
     encoding = property(lambda self: getattr(self._now, "encoding", None))
@@ -56,11 +56,11 @@ class UnbreakableErrors(io.TextIOBase):
 
     def fileno(self) -> int:
         """The number of the file."""
-        return self._now.fileno()
+        return int(self._now.fileno())
 
     def isatty(self) -> bool:
         """Whether it is a terminal."""
-        return self._now.isatty()
+        return bool(self._now.isatty())
 
 
 @contextmanager
