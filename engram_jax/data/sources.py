@@ -86,7 +86,8 @@ def source_names(paths: Sequence[Path]) -> list[str]:
     Sources with the same file name also get the folders that distinguish them, as in "en/train".
 
     Raises:
-        InputError: two sources cannot be distinguished, or one has the name of their sum.
+        InputError: two sources cannot be distinguished or share a file, or one has the name of
+            their sum.
     """
     parts = [[*Path(os.path.abspath(path)).parts[:-1], source_name(path)] for path in paths]
     names = [of_path[-1] for of_path in parts]
@@ -103,6 +104,11 @@ def source_names(paths: Sequence[Path]) -> list[str]:
             )
         if name == ALL_SOURCES:
             raise InputError(f"Results for all sources are called {name!r}; rename {path}.")
+    owners: dict[Path, Path] = {}
+    for path in paths:
+        for file in source_files(path):
+            if (owner := owners.setdefault(file.resolve(), path)) != path:
+                raise InputError(f"{file} is also in the source {owner}; remove one of them.")
     return names
 
 

@@ -304,7 +304,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         list(read_documents(tmp_path / "a.parquet"))
 
 
-def test_sources_of_one_name_are_called_by_the_folders_that_distinguish_them():
+def test_sources_of_one_name_are_called_by_the_folders_that_distinguish_them(tmp_path):
     paths = ["/a/en/train.jsonl", "/b/en/train.txt", "/a/de/train.jsonl", "/a/test.jsonl.xz"]
     names = ["a/en/train", "b/en/train", "de/train", "test"]
     assert source_names([Path(path) for path in paths]) == names
@@ -312,5 +312,11 @@ def test_sources_of_one_name_are_called_by_the_folders_that_distinguish_them():
     for same in (["a/en.txt"] * 2, ["/a/en.txt", "/a/en.jsonl"]):
         with pytest.raises(InputError, match="Two sources are called 'en'"):
             source_names([Path(path) for path in same])
+    (tmp_path / "folder").mkdir()
+    write_documents(tmp_path / "folder" / "a.jsonl")
+    (tmp_path / "linked.jsonl").symlink_to("folder/a.jsonl")
+    for pair in (["folder", "folder/a.jsonl"], ["linked.jsonl", "folder"]):
+        with pytest.raises(InputError, match=r"is also in the source .*; remove one of them"):
+            source_names([tmp_path / name for name in pair])
     with pytest.raises(InputError, match="'all sources'; rename"):
         source_names([Path("all sources.txt")])
