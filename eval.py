@@ -1,6 +1,7 @@
 """Evaluates a trained run, with and without its memory.
 
     python eval.py RUN [--flag VALUE …]
+    python eval.py RUN --tasks NAME_OR_FILE …
 
 Prints held-out loss, perplexity and bits per byte of every source, the loss
 with the memory suppressed, statistics of the memory, and a sampled
@@ -8,6 +9,9 @@ continuation. Writes `eval.json`, a gate map (`gates.html`, `gates.png`) and a
 picture of the statistics (`memory.png`) into the run folder. A partial
 evaluation (--sources, --step, --max-tokens, --no-statistics) writes
 `eval_part.json` and so on.
+
+With --tasks, it runs only tasks of lm-evaluation-harness (offline), prints a
+table, and writes `tasks.json`.
 """
 
 import json
@@ -17,12 +21,13 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 os.environ["MPLBACKEND"] = "agg"  # pictures are only written
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # for --tasks
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/xla")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
@@ -73,6 +78,8 @@ class EvalOptions:
         temperature: divisor of the logits; 0 takes the most likely token.
         top_k: sample from this many most likely tokens; by default, from all.
         seed: seed of the continuation.
+        tasks: evaluate only these tasks of lm-evaluation-harness: names of shipped tasks
+            (engram_jax/evaluation/tasks), or YAML files.
     """
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
@@ -88,6 +95,7 @@ class EvalOptions:
     temperature: float = 0.8
     top_k: int | None = None
     seed: int = 0
+    tasks: tuple[str, ...] = ()
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -99,6 +107,9 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse_flags(EvalOptions, args=args, prog="eval.py", description=__doc__ or "")
     options = replace(options, run=options.run.expanduser())
     settings = _check(options)
+    if options.tasks:
+        _evaluate_tasks(options)
+        return
     text = _given_text(options)
     run = Run.open(options.run)
     has_gates = bool(run.config.memory.sites.layers)
@@ -147,6 +158,31 @@ def main(args: Sequence[str] | None = None) -> None:
     if failures:
         raise failures[0]
     print(f"\nWritten: {', '.join(map(str, outputs))}")
+
+
+def _evaluate_tasks(options: EvalOptions) -> None:
+    """Runs tasks, prints a table, and writes the results."""
+    used = {"run", "step", "output", "tasks"}
+    for field in fields(EvalOptions):
+        if field.name not in used and getattr(options, field.name) != field.default:
+            flag = field.name.replace("_", "-")
+            raise InputError(f"With --tasks, only tasks are evaluated; leave out --{flag}.")
+    try:
+        from engram_jax.evaluation.harness import load_tasks, run_tasks
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--tasks needs the package {error.name}; run pip install engram-jax[lm-eval]."
+        ) from error
+    run = Run.open(options.run)
+    loaded = load_tasks(options.tasks)
+    weights = run.restore_weights(options.step)
+    step = int(weights.step)
+    print(f"{options.run}: {run.config.name}, step {step} of {run.config.train.steps}\n")
+    results, table = run_tasks(Generator(run.program, run.tokenizer, weights), loaded)
+    print(table)
+    path = _output(options, "tasks.json")
+    _write_json({"run": run.config.name, "step": step} | results, path)
+    print(f"\nWritten: {path}")
 
 
 def _write_json(results: dict[str, Any], path: Path) -> None:

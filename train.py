@@ -90,7 +90,7 @@ def main(options: TrainOptions, config: Config) -> int:
             print(following)
     if stopped:
         return INTERRUPTED
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 and run.program.has_tables:
         generator = Generator(run.program, run.tokenizer, state.weights)
         settings = GenerationSettings(tokens=40, temperature=0.7, top_k=40)
         print(f"Sample: {PROMPT}|{generator.generate([PROMPT], settings)[0].text}")

@@ -28,7 +28,7 @@ import numpy as np
 from engram_jax.command_line import load_named_config, run_function
 from engram_jax.compression import project_vocabulary
 from engram_jax.config import Config
-from engram_jax.data.packing import Batch
+from engram_jax.data.packing import Batch, micro_batches
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.programs import BURST, Drawing, Limits
 from engram_jax.decoding.sampling import DrawSettings, draw
@@ -36,7 +36,7 @@ from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.hashing import NgramHash
 from engram_jax.hashing_device import HashConstants, hash_tokens, stored_places
 from engram_jax.layers.attention import AttentionConfig
-from engram_jax.program import Program, micro_batches
+from engram_jax.program import Program
 from engram_jax.sharding import make_mesh
 from engram_jax.tokenizer import load_tokenizer
 from engram_jax.train_state import Weights

@@ -25,6 +25,7 @@ from jaxtyping import PyTree
 from engram_jax.errors import InputError, disk_reason
 from engram_jax.files import parse_json, remove, sync_folder
 from engram_jax.processes import all_agree, collective, is_leader
+from engram_jax.train_state import array_bytes, named_leaves
 
 try:
     from orbax.checkpoint import v1 as ocp
@@ -34,6 +35,7 @@ except ImportError:  # the path until Orbax moves it
 FORMAT = 4  # in format 1 models did not scale the embedding; in 2 a table was four arrays
 RECORD_AS_TEXT = 3  # in format 3 the identity described the row records by a Python repr
 STATE = "state"
+TABLES = "tables"  # prefix of the tables' arrays, or folder of the files with their rows
 MANIFEST = "manifest.json"
 PARTIAL = "partial-"  # prefix of a folder that is being written or removed
 REPLACED = ".replaced"  # suffix of a complete checkpoint that a second save of its step replaces
@@ -79,26 +81,31 @@ class Checkpoints:
         *,
         config: Mapping[str, Any],
         write_files: Callable[[Path], object] = lambda folder: None,
+        write_parts: Callable[[Path], object] = lambda folder: None,
+        more_bytes: int = 0,
     ) -> Path:
         """Writes the checkpoint of `step`, waits until it is complete, and returns its folder.
 
         `write_files` writes more files into it, so that it can be read without its run folder.
+        `write_parts` does so on every process, and needs `more_bytes` of disk space.
 
         An earlier checkpoint of the same step is kept until the new one is complete.
 
         Raises:
             InputError: the disk is too small or full. The earlier checkpoints are unchanged.
         """
-        arrays = _named(state)
+        arrays = named_leaves(state)
         final = self.folder / f"{step:08d}"
         partial = self.folder / f"{PARTIAL}{step:08d}"
         with collective(f"begin the checkpoint of step {step}"):
             if is_leader():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._tidy()
-                self.require_space(arrays)
+                self.require_space(arrays, more_bytes=more_bytes)
                 partial.mkdir()
         try:
+            with collective(f"write the rows of step {step}"):
+                write_parts(partial)
             with collective(f"write the checkpoint of step {step}"):
                 with _orbax_context():
                     ocp.save(partial / STATE, arrays)
@@ -115,10 +122,11 @@ class Checkpoints:
             raise
         return final
 
-    def require_space(self, state: PyTree, to_come: int = 1) -> None:
+    def require_space(self, state: PyTree, to_come: int = 1, *, more_bytes: int = 0) -> None:
         """Checks that a checkpoint of the state (arrays, or their shapes) fits on the disk.
 
-        With several `to_come`, that those fit which the run keeps, and a new one.
+        With several `to_come`, that those fit which the run keeps, and a new one. `more_bytes` are
+        those of a checkpoint's other files.
 
         Raises:
             InputError: the disk has too little space, or the folder cannot be one.
@@ -126,8 +134,9 @@ class Checkpoints:
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise InputError(f"{self.folder} is no folder, or a link to nothing; remove it.")
         count = min(max(self._keep + 1 - len(self.steps()), 1), to_come)
-        if self._free() < count * array_bytes(state):
-            raise self._full(state, count)
+        needed = count * (array_bytes(state) + more_bytes)
+        if self._free() < needed:
+            raise self._full(needed, count)
 
     def require(self, step: int | None = None) -> list[int]:
         """Returns `steps()`, after checking that it contains `step`, or any step if None.
@@ -156,7 +165,8 @@ class Checkpoints:
         """Restores the newest intact checkpoint, or that of `step`, as (step, state), bit for bit.
 
         `abstract` gives structure, shapes, dtypes and shardings. The mesh may differ from the one
-        at saving. A leaf without a sharding goes to the first device. With `partial`, only the
+        at saving. A leaf without a sharding goes to the first device. Tables whose rows are in
+        files (see `stored_tables`) are not read; their arrays are None. With `partial`, only the
         leaves of `abstract` are read, and the checkpoint may contain more. Without `step`, damaged
         checkpoints are skipped, with a message on stderr.
 
@@ -173,26 +183,21 @@ class Checkpoints:
                 raise
         return self.restore(abstract, partial=partial)
 
-    def _restore(
-        self,
-        found: list[int],
-        abstract: PyTree[jax.ShapeDtypeStruct],
-        step: int | None,
-        partial: bool,
-    ) -> tuple[int, PyTree[jax.Array]]:
+    def _restore(self, found: list[int], abstract: PyTree, step: int | None, partial: bool) -> Any:
         wanted = {
             name: leaf
             if leaf.sharding is not None
             else leaf.update(sharding=SingleDeviceSharding(jax.devices()[0]))
-            for name, leaf in _named(abstract).items()
+            for name, leaf in named_leaves(abstract).items()
         }
         for candidate in [step] if step is not None else reversed(found):
+            here = self._saved_arrays(candidate, wanted)
             with collective(f"read the checkpoint of step {candidate}"):
-                damage = self._damage(candidate, wanted, partial)
+                damage = self._damage(candidate, here, partial)
             if all_agree(damage is None):
                 with _orbax_context(partial):
-                    arrays = ocp.load(self.path(candidate) / STATE, wanted)
-                leaves = [arrays[name] for name in wanted]
+                    arrays = ocp.load(self.path(candidate) / STATE, here)
+                leaves = [arrays.get(name) for name in wanted]
                 return candidate, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
             if step is None and not self.path(candidate).exists():
                 raise InputError(f"{self.path(candidate)} was just removed; try again.")
@@ -214,6 +219,14 @@ class Checkpoints:
         """The folder of a checkpoint."""
         final = self.folder / f"{step:08d}"
         return final if final.exists() else final.with_name(final.name + REPLACED)
+
+    def _saved_arrays(
+        self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """The leaves that a checkpoint has as arrays: all, or all except the tables."""
+        if not (self.path(step) / TABLES).is_dir():
+            return wanted
+        return {name: leaf for name, leaf in wanted.items() if not name.startswith(f"{TABLES}/")}
 
     def _damage(
         self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], partial: bool
@@ -296,17 +309,12 @@ class Checkpoints:
         there = next(path for path in [self.folder, *self.folder.parents] if path.exists())
         return shutil.disk_usage(there).free
 
-    def _full(self, state: PyTree, count: int = 1) -> InputError:
+    def _full(self, needed: int, count: int) -> InputError:
         what = "The checkpoint does" if count == 1 else f"{count} checkpoints do"
         return InputError(
-            f"{what} not fit in {self.folder}: {count * array_bytes(state):,} bytes needed, "
-            f"{self._free():,} free; free some space, or lower train.keep_checkpoints."
+            f"{what} not fit in {self.folder}: {needed:,} bytes needed, {self._free():,} free; "
+            "free some space, or lower train.keep_checkpoints."
         )
-
-
-def array_bytes(state: PyTree) -> int:
-    """Total bytes of all arrays."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def _orbax_context(partial: bool = False) -> Any:
@@ -315,15 +323,6 @@ def _orbax_context(partial: bool = False) -> Any:
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     return context
-
-
-def _named(tree: PyTree) -> dict[str, Any]:
-    """The leaves by path, such as "params/blocks/0/norm/scale", in the order of the tree."""
-    leaves = jax.tree.leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(named) != len(leaves):
-        raise ValueError("Two leaves of the state have the same path.")
-    return named
 
 
 def _described(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -14,6 +13,7 @@ from engram_jax.files import atomic_write, parse_json, read_regular
 from engram_jax.hashing import HashSpec, HashVariant
 from engram_jax.memory.layout import RecordLayout, StorageConfig
 from engram_jax.memory.row_adam import RowAdamConfig
+from engram_jax.memory.store import Placement
 from engram_jax.model import DecoderConfig, MemorySites
 from engram_jax.optimizer import OptimizerConfig
 from engram_jax.sharding import MeshConfig
@@ -46,6 +46,8 @@ class MemoryConfig:
         storage: precision of the rows and of their moments.
         gather: implementation of `pallas_kernels.hashed_gather`, which reads rows and copies them
             to tokens; None is "xla".
+        placement: where training keeps the tables: "device", "host" (memory) or "file" (in the run
+            folder). Results are equal bit for bit.
     """
 
     layers: tuple[int, ...] = (1,)
@@ -63,6 +65,7 @@ class MemoryConfig:
     adam: RowAdamConfig = field(default_factory=lambda: RowAdamConfig(factor=10.0))
     storage: StorageConfig = field(default_factory=StorageConfig)
     gather: GatherImplementation | None = None
+    placement: Placement = "device"
 
     def __post_init__(self) -> None:
         if self.layers:
@@ -289,24 +292,6 @@ _COUNTED_OUT = (
     *("data.workers", "data.prefetch"),
 )
 _MOST_COUNTED = 1000
-
-
-def warn_of_settings(config: Config) -> None:
-    """Warns of settings that work, but are probably not intended."""
-    layout, warm_up, steps = config.memory.layout, config.optimizer.warmup_steps, config.train.steps
-    if config.memory.layers and layout.padding > 0.25:
-        narrower, wider = layout.better_widths()
-        print(
-            f"{layout.padding:.0%} of every table row is padding at memory.row_width "
-            f"{layout.width}; {narrower} or {wider} use the memory better.",
-            file=sys.stderr,
-        )
-    if warm_up >= steps:
-        print(
-            f"The learning rate only rises in this run, because optimizer.warmup_steps is {warm_up}"
-            f" and train.steps is {steps}.",
-            file=sys.stderr,
-        )
 
 
 _SECTIONS = {"name", "model", "memory", "data", "optimizer", "train", "mesh"}  # since version 0.1.0

@@ -31,7 +31,9 @@ from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.decoding.text import Continuation
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.files import parse_json
+from engram_jax.memory.store import Placement
 from engram_jax.run import Run
+from engram_jax.stored_tables import open_stores
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class GenerateOptions:
         seed: seed of the first prompt; prompt n has seed + n.
         capacity: maximum number of tokens of prompt and continuation; by default, as many as
             needed.
+        tables: where the tables are: on the "device", in "host" memory, or read in a "file". The
+            texts are the same.
         compare_without_memory: also continue with the same seeds without the memory.
         json: print one JSON object per prompt, with its number, from 1.
     """
@@ -68,6 +72,7 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
     seed: int = 0
     capacity: int | None = None
+    tables: Placement = "device"
     compare_without_memory: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
@@ -97,10 +102,20 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     # Errors in prompts and settings are found before the checkpoint is read.
     make_batches(run.config, run.tokenizer, prompts or [], settings, run.program.mesh.size)
-    weights = run.restore_weights(options.step)
-    generators = {"": Generator(run.program, run.tokenizer, weights)}
-    if options.compare_without_memory:
-        generators["without memory"] = Generator(run.program, run.tokenizer, weights, memory=False)
+    with open_stores(run.program, run.folder, options.tables, read_only=True) as stores:
+        weights = run.restore_weights(options.step, stores)
+        parts = run.program, run.tokenizer, weights, stores
+        generators = {"": Generator(*parts)}
+        if options.compare_without_memory:
+            generators["without memory"] = Generator(*parts, memory=False)
+        _answer(generators, prompts, options)
+
+
+def _answer(
+    generators: dict[str, Generator], prompts: list[str] | None, options: GenerateOptions
+) -> None:
+    """Continues the given prompts, or those that a person types."""
+    settings = options.settings
     if prompts is not None:
         _continue(generators, prompts, settings, as_json=options.json)
         return

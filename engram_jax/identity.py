@@ -24,6 +24,7 @@ from engram_jax.typing import PyTree
 # Fields that may change when a run is resumed. They change results by rounding only.
 CHANGEABLE = (
     "memory.gather",
+    "memory.placement",
     "model.attention.implementation",
     "model.engram.implementation",
     "model.experts.implementation",
@@ -200,7 +201,9 @@ def check_fitting(
             f"{folder} stores its rows as {other_layout}, this run as {layout}; give this run the "
             "same memory.row_width and memory.storage."
         )
-    wanted, found = (_shapes(each.abstract_state().weights) for each in (program, other))
+    wanted, found = (
+        _shapes(each.on_device().abstract_state().weights) for each in (program, other)
+    )
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise InputError(

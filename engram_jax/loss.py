@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import optax
 from jaxtyping import Array, Float
 
+from engram_jax.data.packing import MicroBatch
 from engram_jax.model import ExpertBias, Report
-from engram_jax.program import MicroBatch, Program
+from engram_jax.program import Program
 from engram_jax.typing import Parameters
 
 

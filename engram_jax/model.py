@@ -161,7 +161,8 @@ class Decoder(nnx.Module):
             head: the transposed output head.
             count: how many of the T tokens each sequence has; None: all. The others are ignored.
             expert_bias: biases that balance the experts, by layer id.
-            token_mask: False at image placeholders.
+            token_mask: False at image placeholders, as in a call. (`Generator` has prompts of text
+                only.)
             logits: those of "all" new positions, or of each sequence's "last".
         """
         tokens, positions = slots.window(state.tokens, 0), slots.window(state.positions, 0)

@@ -12,6 +12,10 @@ import jax
 
 from engram_jax.config import Config
 from engram_jax.errors import InputError
+from engram_jax.hashing import NgramHash
+from engram_jax.memory.layout import LANES
+from engram_jax.sharding import AnyMesh, platform_of
+from engram_jax.train_state import TrainState, array_bytes
 
 if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # JAX sets this where it finds no TPU
     # Then an installed libtpu complains at every start that it does not know these.
@@ -51,25 +55,33 @@ def foreign_kernels(config: Config, platform: str) -> dict[str, str]:
     }
 
 
-def check_memory(config: Config, state_bytes: int) -> None:
+def check_memory(config: Config, state: TrainState) -> None:
     """Refuses a run that cannot fit in the memory of its machines.
 
     Only parts that every run needs are counted, so a run that passes can still be too large.
 
     Args:
         config: the configuration.
-        state_bytes: bytes of one copy of the parameters, their optimizer state and the tables.
+        state: the state of a training run, or its shapes.
 
     Raises:
         InputError: one part does not fit; the message names its flags.
     """
     model, data, train = config.model, config.data, config.train
     host, devices = _memory()
+    in_tables = array_bytes(state.tables)
+    of_table = {"device": devices, "host": host * jax.process_count(), "file": math.inf}
     tokens, processes = data.batch_size * data.sequence_length, jax.process_count()
     value_bytes = 2 if model.dtype == "bfloat16" else 4
     fields, worker_bytes, entry_bytes = 6, 1 << 26, 16
     for what, flags, needed, there in (
-        ("the model and its tables", "the sizes in model and memory", state_bytes, devices),
+        ("the model", "the sizes in model", array_bytes(state) - in_tables, devices),
+        (
+            "the tables",
+            "memory.rows_per_head, memory.heads or memory.row_width",
+            in_tables,
+            of_table[config.memory.placement],
+        ),
         (
             "the inputs of the blocks",
             "data.batch_size or data.sequence_length",
@@ -115,3 +127,46 @@ def default_workers(platform: str) -> int:
     if hasattr(os, "sched_getaffinity"):  # a task of a cluster may use a part of the cores
         return min(4, len(os.sched_getaffinity(0)) // 2)
     return min(4, (os.cpu_count() or 1) // 2)
+
+
+def check_devices(config: Config, ngram_hash: NgramHash | None, mesh: AnyMesh) -> None:
+    """Checks that the devices of a mesh can run a configuration.
+
+    Raises:
+        InputError: the mesh does not divide the sizes, or its devices do not support the named
+            implementations.
+    """
+    if jax.config.read("jax_enable_x64"):
+        raise InputError(
+            "64-bit types of JAX are enabled, so parameters would be float64; unset JAX_ENABLE_X64."
+        )
+    if ngram_hash is not None and any(rows % mesh.size for rows in ngram_hash.padded_rows):
+        raise InputError(
+            f"The rows of a table, a multiple of 4,096, cannot be split over {mesh.size} "
+            "devices; use a number of devices that is a power of two."
+        )
+    words, platform = config.memory.layout.words, platform_of(mesh)
+    if ngram_hash is not None and platform == "tpu" and words % LANES:
+        raise InputError(
+            f"memory.row_width {config.memory.row_width} gives records of {words} words, which "
+            f"are not a multiple of a TPU's {LANES} lanes: a TPU would copy the tables at "
+            "every step. Raise memory.row_width; in float32 the minimum is 22, and 42, 85 and "
+            "127 waste the least space."
+        )
+    for part, chosen in foreign_kernels(config, platform).items():
+        raise InputError(
+            f"--{part} {chosen} needs a {NEEDS[chosen].upper()}, and this runs on {platform}; "
+            "leave the flag out."
+        )
+    if ngram_hash is not None and config.memory.gather in NEEDS and words % LANES:
+        raise InputError(
+            f"--memory.gather {config.memory.gather} reads lines of {LANES} words, and "
+            f"memory.row_width {config.memory.row_width} gives records of {words} words; leave "
+            "the flag out, or raise memory.row_width (in float32, to at least 22)."
+        )
+    rows = config.data.batch_size // config.train.accumulation
+    if rows % mesh.size:
+        raise InputError(
+            f"A micro-batch of {rows} rows does not divide over {mesh.size} devices; set "
+            "data.batch_size to a multiple of devices × train.accumulation."
+        )

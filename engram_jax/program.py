@@ -8,28 +8,30 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config
-from engram_jax.data.packing import Batch
+from engram_jax.data.packing import Batch, MicroBatch, SentBatch, split_buffers
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.memory import lookup
-from engram_jax.memory.layout import LANES, Table, init_table
+from engram_jax.memory.layout import Table, init_table
 from engram_jax.memory.lookup import OwnGradients, ReadRows
-from engram_jax.memory.plan import MemoryPlan, Planner, SlotPlan
+from engram_jax.memory.plan import MemoryPlan, Planner
 from engram_jax.memory.row_adam import RowAdam, make_row_adam
+from engram_jax.memory.store import TableInfo
 from engram_jax.model import Decoder, ExpertBias, Report
 from engram_jax.optimizer import make_optimizer, make_schedule
 from engram_jax.parameters import roles
-from engram_jax.platforms import NEEDS, foreign_kernels
+from engram_jax.platforms import check_devices
 from engram_jax.sharding import (
     BATCH_ABT,
     REPLICATED,
@@ -39,27 +41,9 @@ from engram_jax.sharding import (
     AnyMesh,
     optimizer_sharding,
     parameter_sharding,
-    platform_of,
 )
 from engram_jax.train_state import TrainState, Weights
 from engram_jax.typing import Parameters, PyTree
-
-
-class MicroBatch(NamedTuple):
-    """One of the A micro-batches of a step, or all of them, stacked.
-
-    Attributes:
-        batch: the tokens, without a plan.
-        slots: the slots of their rows, by layer id.
-    """
-
-    batch: Batch
-    slots: dict[int, SlotPlan]
-
-
-def micro_batches(batch: Batch) -> MicroBatch:
-    """The A micro-batches of a step's batch, stacked."""
-    return MicroBatch(batch._replace(plan=None), batch.plan.slots if batch.plan else {})
 
 
 @dataclass(frozen=True)
@@ -92,41 +76,7 @@ class Program:
             InputError: the mesh does not divide the sizes, or its devices do not support the named
                 implementations.
         """
-        if jax.config.read("jax_enable_x64"):
-            raise InputError(
-                "64-bit types of JAX are enabled, so parameters would be float64; unset "
-                "JAX_ENABLE_X64."
-            )
-        if ngram_hash is not None and any(rows % mesh.size for rows in ngram_hash.padded_rows):
-            raise InputError(
-                f"The rows of a table, a multiple of 4,096, cannot be split over {mesh.size} "
-                "devices; use a number of devices that is a power of two."
-            )
-        words, platform = config.memory.layout.words, platform_of(mesh)
-        if ngram_hash is not None and platform == "tpu" and words % LANES:
-            raise InputError(
-                f"memory.row_width {config.memory.row_width} gives records of {words} words, which "
-                f"are not a multiple of a TPU's {LANES} lanes: a TPU would copy the tables at "
-                "every step. Raise memory.row_width; in float32 the minimum is 22, and 42, 85 and "
-                "127 waste the least space."
-            )
-        for part, chosen in foreign_kernels(config, platform).items():
-            raise InputError(
-                f"--{part} {chosen} needs a {NEEDS[chosen].upper()}, and this runs on {platform}; "
-                "leave the flag out."
-            )
-        if ngram_hash is not None and config.memory.gather in NEEDS and words % LANES:
-            raise InputError(
-                f"--memory.gather {config.memory.gather} reads lines of {LANES} words, and "
-                f"memory.row_width {config.memory.row_width} gives records of {words} words; leave "
-                "the flag out, or raise memory.row_width (in float32, to at least 22)."
-            )
-        rows = config.data.batch_size // config.train.accumulation
-        if rows % mesh.size:
-            raise InputError(
-                f"A micro-batch of {rows} rows does not divide over {mesh.size} devices; set "
-                "data.batch_size to a multiple of devices × train.accumulation."
-            )
+        check_devices(config, ngram_hash, mesh)
         graph, shapes = nnx.split(nnx.eval_shape(lambda: _make_decoder(config, jax.random.key(0))))
         return Program(
             config=config,
@@ -160,11 +110,40 @@ class Program:
         """The planner of this process's batches; None for a model without memory."""
         if self.ngram_hash is None:
             return None
-        local = len(self.mesh.local_devices)
-        return Planner(self.ngram_hash, shards=self.mesh.size, local_shards=local)
+        buffered, shards = not self.has_tables, self.mesh.size
+        local = shards if buffered else len(self.mesh.local_devices)
+        return Planner(self.ngram_hash, shards=shards, local_shards=local, buffered=buffered)
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether the state contains the tables. Otherwise they are outside the devices."""
+        return self.config.memory.placement == "device"
+
+    def on_device(self) -> "Program":
+        """This program with its tables on the devices."""
+        memory = replace(self.config.memory, placement="device")
+        return replace(self, config=replace(self.config, memory=memory))
+
+    def tables(self) -> dict[int, TableInfo]:
+        """All tables, by layer id, wherever they are."""
+        if self.ngram_hash is None:
+            return {}
+        memory, facts = self.config.memory, self.ngram_hash.fingerprint
+        return {
+            layer: TableInfo(
+                layer, rows, memory.layout, self.config.train.seed, memory.init_scale, facts
+            )
+            for layer, rows in zip(memory.layers, self.ngram_hash.padded_rows, strict=True)
+        }
+
+    def send(self, batch: Batch) -> SentBatch:
+        """Sends a batch to the devices, except for the plan's buffers (see `memory.row_feed`)."""
+        batch, buffers = split_buffers(batch)
+        return SentBatch(self.put(batch), buffers)
 
     def put(self, batch: Batch) -> Batch:
         """Sends this process's part of a batch to the devices, with the sharding of the step."""
+        batch, _ = split_buffers(batch)
         shardings = self.batch_sharding(batch)
         if jax.process_count() == 1:  # one call for all arrays takes half the time
             return jax.device_put(batch, shardings)
@@ -310,10 +289,10 @@ class Program:
     def initial_state(self) -> TrainState:
         """The random state before the first step, created on the devices."""
         with self.use_mesh():
-            return self.initializer()(jax.random.key(self.config.train.seed))
+            return self.initializer()(np.uint32(self.config.train.seed))
 
-    def initializer(self) -> Callable[[jax.Array], TrainState]:
-        """The jitted function from a random key to the state before the first step.
+    def initializer(self) -> Callable[[UInt32[Any, ""]], TrainState]:
+        """The jitted function from a seed to the state before the first step.
 
         Call it inside `use_mesh()`. It uses auto axes, so that the compiler splits the drawing of
         random numbers. With explicit axes, every device would draw complete tables and parameters.
@@ -343,18 +322,13 @@ class Program:
             self._shardings(),
         )
 
-    def _make_state(self, key: jax.Array) -> TrainState:
-        params_key, tables_key = jax.random.split(key)
+    def _make_state(self, seed: UInt32[Any, ""]) -> TrainState:
+        params_key, _ = jax.random.split(jax.random.key(seed))
         params: Parameters = nnx.to_pure_dict(nnx.split(_make_decoder(self.config, params_key))[1])
-        memory = self.config.memory
         tables = {
-            layer: init_table(
-                *(jax.random.fold_in(tables_key, layer), rows, memory.layout, layer),
-                memory.init_scale,
-            )
-            for layer, rows in zip(
-                memory.layers, self.ngram_hash.padded_rows if self.ngram_hash else [], strict=True
-            )
+            layer: init_table(seed, table.rows, table.layout, layer, table.scale)
+            for layer, table in self.tables().items()
+            if self.has_tables
         }
         model = self.config.model
         routed = model.experts.routed if model.experts else 0
@@ -368,7 +342,7 @@ class Program:
 
     @cached_property
     def _shapes(self) -> Any:
-        return jax.eval_shape(self._make_state, jax.eval_shape(jax.random.key, 0))
+        return jax.eval_shape(self._make_state, np.uint32(0))
 
     def _shardings(self) -> Any:
         shapes = self._shapes

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jaxtyping import Array, Int32
 
-from engram_jax.checkpoint import Checkpoints, array_bytes
-from engram_jax.compression import VocabularyProjection, project_vocabulary
-from engram_jax.config import Config, load_config, save_config, warn_of_settings
+from engram_jax.checkpoint import Checkpoints
+from engram_jax.config import Config, load_config, save_config
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
 from engram_jax.data.sources import resolve_source, source_names
@@ -37,7 +35,6 @@ from engram_jax.identity import (
     row_adam_facts,
     stored_hash,
 )
-from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table
 from engram_jax.platforms import check_memory, default_workers, without_foreign_kernels
 from engram_jax.processes import check_same_everywhere, collective, is_leader
@@ -46,10 +43,17 @@ from engram_jax.run_folder import (
     check_empty,
     load_run_tokenizer,
     lock_run,
+    make_hash,
     store_tokenizer,
+    warn_of_settings,
     write_beginning,
 )
 from engram_jax.sharding import MeshConfig, make_mesh, platform_of
+from engram_jax.stored_tables import (
+    Stores,
+    save_stores,
+    take_over,
+)
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import TrainState, Weights
 
@@ -149,11 +153,11 @@ class Run:
             check_same_run(config, folder, reschedule=reschedule)
         else:
             check_empty(folder)
-        tokenizer, ngram_hash = _make_hash(config, folder)
+        tokenizer, ngram_hash = make_hash(config, folder)
         if resumes and ngram_hash is not None:
             ngram_hash = stored_hash(ngram_hash, config, folder)
         run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
-        check_memory(config, array_bytes(run.program.abstract_state()))
+        check_memory(config, run.program.abstract_state())
         make_config_row_adam(config)  # an error in its betas is found here
         start, width = config.memory.start_from, config.memory.row_width
         if not resumes and start is not None and ngram_hash is not None:
@@ -179,6 +183,7 @@ class Run:
         folder = Path(folder).expanduser()
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
         config = without_foreign_kernels(load_config(folder / "config.json"), platform_of(mesh))
+        config = replace(config, memory=replace(config.memory, placement="device"))
         tokenizer = load_run_tokenizer(config, folder)
         ngram_hash = NgramHash.load(folder / "hash.json") if config.memory.layers else None
         return cls._assemble(folder, config, tokenizer, ngram_hash, mesh)
@@ -272,63 +277,71 @@ class Run:
             prefetch=data.prefetch,
         )
 
-    def restore(self, step: int | None = None) -> TrainState:
+    def restore(self, step: int | None = None, stores: Stores | None = None) -> TrainState:
         """The state of the newest intact checkpoint, or of the checkpoint of `step`.
 
         If the checkpoint has another row optimizer or schedule, pending updates are applied to its
         tables under that schedule, with a message.
 
+        Args:
+            step: step of the checkpoint; None: the newest intact one.
+            stores: empty stores, which get the rows; None: the state has tables on the devices.
+
         Raises:
             InputError: there is no checkpoint, or it has another tokenizer, hash or model.
         """
-        found, state = self.checkpoints.restore(self.program.abstract_state(), step)
-        return replace(state, tables=self._take_over(found, state.tables, state.step))
+        abstract = self.program.on_device().abstract_state()
+        found, state = self.checkpoints.restore(abstract, step)
+        return replace(state, tables=self._tables(found, state.weights, stores))
 
-    def restore_weights(self, step: int | None = None, *, reset_rows: bool = False) -> Weights:
+    def restore_weights(
+        self,
+        step: int | None = None,
+        stores: Stores | None = None,
+        *,
+        reset_rows: bool = False,
+    ) -> Weights:
         """Like `restore`, without the state of the dense parameters' optimizer.
 
         Args:
             step: step of the checkpoint; None: the newest intact one.
+            stores: as for `restore`.
             reset_rows: apply all pending updates, and reset the rows' moments and clocks, for a run
                 that begins with these weights.
         """
-        abstract = self.program.abstract_state().weights
+        abstract = self.program.on_device().abstract_state().weights
         found, weights = self.checkpoints.restore(abstract, step, partial=True)
-        tables = self._take_over(found, weights.tables, weights.step, reset=reset_rows)
+        tables = self._tables(found, weights, stores, reset=reset_rows)
         return replace(weights, tables=tables)
 
-    def _take_over(
-        self,
-        checkpoint: int,
-        tables: dict[int, Table],
-        step: Int32[Array, ""],
-        *,
-        reset: bool = False,
+    def _tables(
+        self, step: int, weights: Weights, stores: Stores | None, *, reset: bool = False
     ) -> dict[int, Table]:
-        """Converts a checkpoint's tables to this run's row optimizer, if it had another.
+        """The rows of a checkpoint as tables of this run, or in stores; then there are no tables.
 
-        With `reset`, always. Pending updates are those of the optimizer that wrote the checkpoint.
+        Args:
+            step: step of the checkpoint.
+            weights: what was restored; its tables have no arrays if their rows are in files.
+            stores: as for `restore`.
+            reset: as `reset_rows`.
         """
-        theirs = load_config(self.checkpoints.path(checkpoint) / "config.json")
-        is_another = row_adam_facts(theirs) != row_adam_facts(self.config)
-        if not tables or not (is_another or reset):
-            return tables
-        if is_another and is_leader():
-            print(
-                f"The checkpoint of step {checkpoint} in {self.checkpoints.folder} has another row "
-                "optimizer or schedule: applying the pending updates of its idle rows."
-            )
-        before, keep = make_config_row_adam(theirs), not (reset or self.config.memory.frozen)
-        with self.program.use_mesh():
-            return {
-                layer: lookup.settle(table, before, step, keep_moments=keep)
-                for layer, table in tables.items()
-            }
+        folder = self.checkpoints.path(step)
+        theirs = load_config(folder / "config.json")
+        before = None
+        if reset or row_adam_facts(theirs) != row_adam_facts(self.config):
+            before = make_config_row_adam(theirs)
+            if weights.tables and not reset and is_leader():
+                print(
+                    f"The checkpoint of step {step} in {self.checkpoints.folder} has another row "
+                    "optimizer or schedule: applying the pending updates of its idle rows."
+                )
+        keep_moments = not (reset or self.config.memory.frozen)
+        return take_over(self.program, folder, weights, before, keep_moments, stores)
 
     @cached_property
     def generator(self) -> Generator:
         """Continues prompts with the weights of the newest checkpoint."""
-        return Generator(self.program, self.tokenizer, self.restore_weights())
+        return Generator(self.program.on_device(), self.tokenizer, self.restore_weights())
 
     def generate(self, prompts: Sequence[str], **settings: Any) -> list[Continuation]:
         """Continues prompts with the newest checkpoint.
@@ -349,10 +362,14 @@ class Run:
         check_fitting(folder, (self.program, self.tokenizer), (other.program, other.tokenizer))
         return other
 
-    def save(self, state: TrainState) -> Path:
+    def save(self, state: TrainState, stores: Stores | None = None) -> Path:
         """Saves the state as a checkpoint of its step, with what is needed to read it.
 
         The run folder may have been moved since: nothing is read from it.
+
+        Args:
+            state: the state.
+            stores: the rows, if the tables are outside the devices.
         """
 
         def write_files(folder: Path) -> None:
@@ -362,23 +379,10 @@ class Run:
             store_tokenizer(folder, self.tokenizer)
 
         return self.checkpoints.save(
-            int(state.step), state, config=asdict(self.config), write_files=write_files
+            int(state.step),
+            replace(state, tables={}) if stores else state,
+            config=asdict(self.config),
+            write_files=write_files,
+            write_parts=lambda folder: save_stores(stores, folder) if stores else None,
+            more_bytes=sum(store.bytes for store in stores.values()) if stores else 0,
         )
-
-
-def _make_hash(config: Config, folder: Path) -> tuple[Tokenizer, NgramHash | None]:
-    """The tokenizer, and the hash if the model has memory."""
-    tokenizer = load_run_tokenizer(config, folder)
-    if tokenizer.vocab_size > config.model.vocabulary:
-        raise InputError(
-            f"Tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces, but the model "
-            f"has {config.model.vocabulary}; set model.vocabulary to {tokenizer.vocab_size}."
-        )
-    if not config.memory.layers:
-        return tokenizer, None
-    is_qwen = config.memory.hash_variant == "qwen"
-    spec = config.memory.hash_spec(tokenizer.eos_id if is_qwen else tokenizer.pad_id)
-    if not config.memory.project_vocabulary:
-        vocabulary = config.model.vocabulary if is_qwen else tokenizer.vocab_size
-        return tokenizer, NgramHash.build(spec, VocabularyProjection.identity(vocabulary))
-    return tokenizer, NgramHash.build(spec, project_vocabulary(tokenizer))

@@ -7,12 +7,14 @@ with. It contains no training text.
 import json
 import platform
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from engram_jax.compression import VocabularyProjection, project_vocabulary
 from engram_jax.config import Config, save_config
 from engram_jax.errors import InputError
 from engram_jax.files import atomic_write, hold_lock
@@ -108,3 +110,40 @@ def lock_run(folder: Path) -> Iterator[None]:
                 "folder."
             ) from error
         yield
+
+
+def make_hash(config: Config, folder: Path) -> tuple[Tokenizer, NgramHash | None]:
+    """The tokenizer, and the hash if the model has memory."""
+    tokenizer = load_run_tokenizer(config, folder)
+    if tokenizer.vocab_size > config.model.vocabulary:
+        raise InputError(
+            f"Tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} pieces, but the model "
+            f"has {config.model.vocabulary}; set model.vocabulary to {tokenizer.vocab_size}."
+        )
+    if not config.memory.layers:
+        return tokenizer, None
+    is_qwen = config.memory.hash_variant == "qwen"
+    spec = config.memory.hash_spec(tokenizer.eos_id if is_qwen else tokenizer.pad_id)
+    if not config.memory.project_vocabulary:
+        vocabulary = config.model.vocabulary if is_qwen else tokenizer.vocab_size
+        identity = VocabularyProjection.identity(vocabulary)
+        return tokenizer, NgramHash.build(spec, identity)
+    return tokenizer, NgramHash.build(spec, project_vocabulary(tokenizer))
+
+
+def warn_of_settings(config: Config) -> None:
+    """Warns of settings that work, but are probably not intended."""
+    layout, warm_up, steps = config.memory.layout, config.optimizer.warmup_steps, config.train.steps
+    if config.memory.layers and layout.padding > 0.25:
+        narrower, wider = layout.better_widths()
+        print(
+            f"{layout.padding:.0%} of every table row is padding at memory.row_width "
+            f"{layout.width}; {narrower} or {wider} use the memory better.",
+            file=sys.stderr,
+        )
+    if warm_up >= steps:
+        print(
+            f"The learning rate only rises in this run, because optimizer.warmup_steps is {warm_up}"
+            f" and train.steps is {steps}.",
+            file=sys.stderr,
+        )

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from engram_jax.data.packing import Batch
+from engram_jax.data.packing import Batch, MicroBatch, micro_batches
 from engram_jax.layers.mixture_of_experts import balance
 from engram_jax.loss import token_losses
 from engram_jax.memory.lookup import ReadRows
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.model import Report
-from engram_jax.program import MicroBatch, Program, micro_batches
+from engram_jax.program import Program
 from engram_jax.train_state import TrainState, Weights
 from engram_jax.typing import Parameters
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,9 +22,11 @@ from engram_jax.errors import UnbreakableErrors
 from engram_jax.evaluation.health import HealthStudy, warn_of_inert
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
 from engram_jax.formats.start_memory import start_with
+from engram_jax.memory.row_feed import RowFeed
 from engram_jax.metrics import MetricsLog, read_metrics
 from engram_jax.processes import all_agree, collective, is_leader
 from engram_jax.run import Run
+from engram_jax.stored_tables import Stores, open_feed
 from engram_jax.train_state import TrainState
 from engram_jax.train_step import Metrics, make_train_step
 
@@ -52,11 +55,12 @@ def train(run: Run, *, profile: bool = False) -> TrainState:
             left = config.steps - max(run.checkpoints.steps(), default=0)
             to_come = -(-left // (config.checkpoint_every or config.steps))
             run.checkpoints.require_space(program.abstract_state(), max(to_come, 1))
-        state = _first_state(run)
+        feed = stack.enter_context(open_feed(program, run.folder))
+        state = _first_state(run, feed.stores if feed else None)
         step = int(state.step)
         saved = step if run.checkpoints.steps() else None
         train_step = make_train_step(program)
-        evaluate = _Evaluation(run, corpora)
+        evaluate = _Evaluation(run, corpora, feed)
         progress = stack.enter_context(_open_progress(run, step))
         stopped = stack.enter_context(_stop_signal())
         batches = stack.enter_context(run.batches(step))
@@ -64,33 +68,41 @@ def train(run: Run, *, profile: bool = False) -> TrainState:
         # If the run was killed after saving this step but before evaluating it, evaluate it now.
         if step and evaluate.is_due(step) and all_agree(not is_leader() or _lacks_score(run, step)):
             evaluate(state, progress)
-        for batch in prefetch_to_device(batches, program.put):
+
+        def save(state: TrainState) -> None:
+            progress.drain()
+            if feed:
+                feed.flush(state.tables)
+            run.save(state, feed.stores if feed else None)
+            progress.restart_clock()
+
+        for sent, following in pairwise(prefetch_to_device(batches, program.send)):
             if step == config.steps or stopped(step):
                 break
             trace.before(step)
-            state, metrics = train_step(state, batch, program.row_adam)
+            if feed:
+                tables = feed.load(state.tables, sent.buffers, following.buffers)
+                state = replace(state, tables=tables)
+            state, metrics = train_step(state, sent.batch, program.row_adam)
             step += 1
             progress.update(step, metrics)
             if is_due(step, config.checkpoint_every, config.steps):
-                progress.drain()
-                run.save(state)
+                save(state)
                 saved = step
-                progress.restart_clock()
             if evaluate.is_due(step):
                 progress.drain()
                 evaluate(state, progress)
-        progress.drain()
         if step != saved:
-            run.save(state)
-    return state
+            save(state)
+        progress.drain()
+    return state if feed is None else replace(state, tables={})
 
 
 class _Evaluation:
     """Evaluates held-out losses during training."""
 
-    def __init__(self, run: Run, corpora: Sequence[Corpus]) -> None:
-        self._run = run
-        self._corpora = corpora
+    def __init__(self, run: Run, corpora: Sequence[Corpus], feed: RowFeed | None) -> None:
+        self._run, self._corpora, self._feed = run, corpora, feed
         self._scorer = make_scorer(run.program)
 
     def is_due(self, step: int) -> bool:
@@ -100,6 +112,8 @@ class _Evaluation:
     def __call__(self, state: TrainState, progress: "_Progress") -> None:
         """Scores the state and logs the losses."""
         health = HealthStudy()
+        if self._feed:
+            self._feed.flush(state.tables)
         scores = evaluate_held_out(
             self._run.program,
             self._scorer,
@@ -107,6 +121,7 @@ class _Evaluation:
             self._corpora,
             max_tokens=self._run.config.train.evaluate_tokens,
             watch=health,
+            feed=self._feed,
         )
         progress.report(int(state.step), scores, warn_of_inert(health.report()))
 
@@ -247,25 +262,34 @@ class _Progress:
         )
 
 
-def _first_state(run: Run) -> TrainState:
-    """The state of the newest checkpoint, or a new state, random or with another run's weights."""
+def _first_state(run: Run, stores: Stores | None = None) -> TrainState:
+    """The state of the newest checkpoint, or a new state, random or with another run's weights.
+
+    If the tables are outside the devices, `stores` are empty, and get the rows.
+    """
     start_from, program = run.start_from, run.program
     if run.checkpoints.steps():
         if start_from is not None and is_leader():
             print(f"{run.folder} has checkpoints: resuming from them, not from {start_from}.")
-        return run.restore()
+        return run.restore(stores=stores)
     if start_from is None:
         state, memory = program.initial_state(), run.config.memory.start_from
-        return state if memory is None else start_with(program, state, Path(memory).expanduser())
+        return (
+            state
+            if memory is None
+            else start_with(*(program, state, Path(memory).expanduser(), stores))
+        )
     with collective(f"start from {start_from}"):
         other = run.fitting(start_from)
     # The other run's checkpoints, restored with the shapes and devices of this run.
     theirs = replace(run, checkpoints=other.checkpoints)
-    weights = theirs.restore_weights(run.start_step, reset_rows=True)
+    weights = theirs.restore_weights(run.start_step, stores, reset_rows=True)
     state = program.state_from_weights(weights)
     if is_leader():
         print(f"{run.folder} begins with the weights of step {int(weights.step)} of {start_from}.")
-    run.save(state)  # otherwise a run killed before its first checkpoint would start at random
+    run.save(
+        state, stores
+    )  # otherwise a run killed before its first checkpoint would start at random
     return state
 
 

@@ -40,6 +40,7 @@ from dataclasses import replace  # noqa: E402
 from functools import cache  # noqa: E402
 
 import pytest  # noqa: E402
+from programs import ROOT  # noqa: E402
 from tiny_runs import (  # noqa: E402
     TrainWhole,
     make_run,
@@ -91,6 +92,16 @@ def libtpu() -> None:
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     """A function that gives the run of `make_run`, created once. Tests must only read it."""
     return cache(lambda form: make_run(tmp_path_factory.mktemp(form), form))
+
+
+@pytest.fixture(scope="session")
+def eval_program() -> Iterator[Callable[[list[str]], None]]:
+    """The main function of eval.py."""
+    sys.path.insert(0, str(ROOT))
+    import eval
+
+    yield eval.main
+    sys.path.remove(str(ROOT))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from engram_jax.config import (
     load_config,
     save_config,
 )
-from engram_jax.costs.ahead_of_time import abstract_batch
+from engram_jax.costs.ahead_of_time import abstract_step
 from engram_jax.errors import InputError
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.engram import EngramConfig
@@ -264,7 +264,7 @@ def test_the_training_step_of_every_named_configuration_keeps_the_states_types(n
     """Other types, including weak types, would cause a second compilation."""
     program = on_eight_devices(load_named_config(name))
     with program.use_mesh():
-        state, batch = program.abstract_state(), abstract_batch(program)
+        state, batch = abstract_step(program)
         new_state, metrics = jax.eval_shape(
             make_train_step(program), state, batch, program.abstract_row_adam()
         )

@@ -4,21 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import ROOT, run_program
+from programs import run_program
 
 from engram_jax.config import save_config
 from engram_jax.errors import InputError
 from engram_jax.evaluation.report import POOLED
 from engram_jax.run import Run
-
-
-@pytest.fixture(scope="module")
-def eval_program():
-    sys.path.insert(0, str(ROOT))
-    import eval
-
-    yield eval.main
-    sys.path.remove(str(ROOT))
 
 
 @pytest.fixture(scope="module")

@@ -61,12 +61,13 @@ def be_one_of_two(rank: int, port: int, data: Path, folder: Path, first: Path, h
     share_programs()
     jax.distributed.initialize(f"127.0.0.1:{port}", len(RANKS), rank)
     train_all(data, folder, first)
-    # Resumes from the checkpoint of two processes.
+    # Resumes from the checkpoint of two processes, with tables in files of the processes.
     with collective("lose the last checkpoint"):
         if rank == 0:
             shutil.copytree(folder / "first", folder / "again")
             shutil.rmtree(folder / "again" / "checkpoints" / f"{STEPS:08}")
-    train(Run.start(tiny(data, steps=STEPS), folder / "again"))
+    outside = vary(tiny(data, steps=STEPS), memory={"placement": "file"})
+    train(Run.start(outside, folder / "again"))
     try:
         train(Run.start(tiny(data, steps=2), held))
     except InputError as error:
@@ -82,7 +83,7 @@ def write_memory(start: Path, run: Run, path: Path) -> None:
         source = Run.open(start).checkpoints
         weights = replace(run, checkpoints=source).restore_weights(STEPS)
         batch = run.program.put(next(batches))
-        plans, slots = batch.plan
+        plans, slots = batch.plan.rows, batch.plan.slots
 
         def read(weights: Weights, plans: Any, slots: Any) -> jax.Array:
             rows = lookup.read_rows(weights.tables[1], plans[1], run.program.row_adam, weights.step)

@@ -18,7 +18,7 @@ from jaxtyping import Int32
 from lively import enliven
 
 from engram_jax import run as run_module
-from engram_jax import train_step, trainer
+from engram_jax import run_folder, train_step, trainer
 from engram_jax.compression import VocabularyProjection, project_vocabulary
 from engram_jax.config import Config, DataConfig, MemoryConfig, TrainConfig
 from engram_jax.decoding import generate
@@ -129,7 +129,7 @@ def place_initial_state(program: Program) -> TrainState:
     key = config.model, config.memory, config.train.seed
     state = _DRAWN.get(key)
     if state is None:
-        state = _DRAWN[key] = jax.device_get(program._make_state(jax.random.key(key[-1])))
+        state = _DRAWN[key] = jax.device_get(program._make_state(np.uint32(key[-1])))
     state = replace(state, optimizer=jax.device_get(program.optimizer.init(state.params)))
     return jax.device_put(state, program._shardings())
 
@@ -173,7 +173,7 @@ def share_programs() -> None:
             projections[tokenizer.fingerprint] = project_vocabulary(tokenizer)
         return projections[tokenizer.fingerprint]
 
-    run_module.project_vocabulary = project_once
+    run_folder.project_vocabulary = project_once
     for name, modules in (
         ("make_train_step", (train_step, trainer)),
         ("make_scorer", (held_out, report, trainer)),

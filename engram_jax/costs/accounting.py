@@ -26,6 +26,7 @@ from engram_jax.command_line import parse
 from engram_jax.config import Config
 from engram_jax.errors import InputError
 from engram_jax.layers.latent_attention import LatentAttentionConfig
+from engram_jax.memory.places import exchange_capacity
 from engram_jax.model import Decoder
 from engram_jax.parameters import Connection, Matrix, VocabularyMatrix
 from engram_jax.program import Program
@@ -48,6 +49,8 @@ class Account:
             multiplication of a matrix product, attention over all T × T positions.
         training_flops: the same for forward and backward pass.
         state_bytes: bytes per chip between two steps: parameters, optimizer state, tables.
+        outside_bytes: bytes per chip of tables outside the chips, if every row is written.
+        bus_bytes: bytes per chip that a step receives from such tables and sends back, at most.
         chips: number of chips.
     """
 
@@ -61,6 +64,8 @@ class Account:
     forward_flops: float
     training_flops: float
     state_bytes: int
+    outside_bytes: int
+    bus_bytes: int
     chips: int
 
     @property
@@ -128,6 +133,12 @@ def account(config: Config) -> Account:
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for leaf in jax.tree.leaves(state)
         ),
+        outside_bytes=sum(
+            4 * table.rows * (table.layout.words + 1) // mesh.size
+            for table in program.tables().values()
+            if not program.has_tables
+        ),
+        bus_bytes=_bus_bytes(program, config),
         chips=mesh.size,
     )
 
@@ -195,6 +206,19 @@ def decode_state_bytes(config: Config, *, sequences: int, slots: int) -> int:
         branches = 1 if model.single_fusion else model.branches
         of_slot += len(config.memory.sites.layers) * (model.width * number + branches * 4)
     return sequences * (slots * of_slot + 4)
+
+
+def _bus_bytes(program: Program, config: Config) -> int:
+    """Bytes per chip of the records that a step receives and sends, with padding."""
+    if program.has_tables or program.ngram_hash is None:
+        return 0
+    chips, words = program.mesh.size, config.memory.layout.words
+    tokens = config.data.batch_size * config.data.sequence_length // chips
+    total = 0
+    for table in program.tables().values():
+        bound = min(tokens * program.ngram_hash.columns, table.rows)
+        total += min(exchange_capacity(bound * chips, chips), table.rows // chips)
+    return 2 * 4 * words * total
 
 
 def _flops_per_token(config: Config) -> tuple[float, float]:
@@ -299,6 +323,13 @@ def main(args: Sequence[str] | None = None) -> None:
             f"{_giga(counted.training_flops):>10}{_giga(counted.state_bytes):>9}"
             f"{counted.chips:>7}"
         )
+    for _, counted in accounts:
+        if counted.outside_bytes:
+            print(
+                f"{counted.name}: tables outside the chips of up to "
+                f"{_giga(counted.outside_bytes)} GB per chip; a step moves up to "
+                f"{_giga(counted.bus_bytes)} GB per chip in both directions together."
+            )
     print(
         "\nParameters in millions (M) or billions (B); forward and training in GFLOP per token;\n"
         "state in GB per chip.\n"

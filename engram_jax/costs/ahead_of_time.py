@@ -30,7 +30,7 @@ from jax.experimental import topologies
 from jaxtyping import Array, Float, Int32
 
 from engram_jax.command_line import parse
-from engram_jax.data.packing import Batch
+from engram_jax.data.packing import Batch, split_buffers
 from engram_jax.errors import InputError
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table
@@ -38,7 +38,8 @@ from engram_jax.memory.lookup import ReadRows
 from engram_jax.memory.plan import Planner, RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.program import Program
-from engram_jax.sharding import ROWS_SU, MeshConfig, make_mesh
+from engram_jax.sharding import ROWS_SU, TABLE_RW, MeshConfig, make_mesh
+from engram_jax.train_state import TrainState
 from engram_jax.train_step import make_train_step
 from engram_jax.typing import Parameters, PyTree
 
@@ -124,11 +125,11 @@ def topology_mesh(topology: str, config: MeshConfig) -> jax.sharding.Mesh:
 
 def compile_costs(program: Program) -> Iterator[tuple[str, Cost]]:
     """Compiles the five programs for a mesh (see the module's docstring), one after another."""
-    state, batch = program.abstract_state(), abstract_batch(program)
+    state, batch = abstract_step(program)
     row_adam = program.abstract_row_adam()
     with program.use_mesh():
-        key = jax.eval_shape(jax.random.key, 0)
-        yield "first state", compile_cost(program.initializer(), key)
+        seed = jax.ShapeDtypeStruct((), jnp.uint32)
+        yield "first state", compile_cost(program.initializer(), seed)
         for layer in list(state.tables)[:1]:
             table, plan = state.tables[layer], batch.plan.rows[layer]
             slots = jax.tree.map(_without_first_axis, batch.plan.slots[layer])
@@ -163,20 +164,34 @@ def compile_cost(jitted: Any, *arguments: Any) -> Cost:
     )
 
 
-def abstract_batch(program: Program) -> Batch:
-    """Shapes, dtypes and shardings of a batch of all processes."""
+def abstract_step(program: Program) -> tuple[TrainState, Batch]:
+    """Shapes, dtypes and shardings of a step's state and batch, of all processes.
+
+    If the tables are outside the devices, the state has the buffers of a step.
+    """
     data, accumulation = program.config.data, program.config.train.accumulation
     shape = (accumulation, data.batch_size // accumulation, data.sequence_length)
     tokens = np.zeros(shape, np.int32)
     plan = None
     if program.ngram_hash is not None:
-        plan = Planner(program.ngram_hash, shards=program.mesh.size)(tokens)
+        shards, buffered = program.mesh.size, not program.has_tables
+        plan = Planner(program.ngram_hash, shards=shards, buffered=buffered)(tokens)
     batch = Batch(tokens, tokens, np.zeros(shape, np.float32), tokens, tokens, plan=plan)
-    return jax.tree.map(
+    batch, buffers = split_buffers(batch)
+    state, sharding = program.abstract_state(), jax.NamedSharding(program.mesh, TABLE_RW)
+    for layer, buffer in buffers.items():
+        table, count = program.tables()[layer], buffer.places.size
+        records = jax.ShapeDtypeStruct((count, table.layout.words), jnp.uint32, sharding=sharding)
+        places = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=sharding)
+        state.tables[layer] = Table(
+            *(records, table.layout, layer, places, table.rows)  # type: ignore[arg-type]
+        )
+    abstract = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         batch,
         program.batch_sharding(batch),
     )
+    return state, abstract
 
 
 def read_collectives(text: str) -> Iterator[Collective]:

@@ -149,8 +149,15 @@ class Corpus:
         return CorpusView(self, "held_out", np.flatnonzero(self._is_held_out()))
 
     def _is_held_out(self) -> Bool[np.ndarray, "documents"]:
-        # With 53 bits of the hash, both sides of the comparison are exact in float64.
-        return (self.hashes >> np.uint64(11)) < self._held_out_share * 2.0**53
+        return is_held_out(self.hashes, self._held_out_share)
+
+
+def is_held_out(
+    hashes: UInt64[np.ndarray, "documents"], share: float
+) -> Bool[np.ndarray, "documents"]:
+    """Whether documents with these hashes are held out, if this share of all is."""
+    # With 53 bits of the hash, both sides of the comparison are exact in float64.
+    return (hashes >> np.uint64(11)) < share * 2.0**53
 
 
 class CorpusView:

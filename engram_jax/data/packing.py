@@ -4,7 +4,7 @@ The stream is the concatenation of documents, each as bos … eos. Row i has the
 of the stream; the last of them is only a target. Training and evaluation use the same rule.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt64
 
 from engram_jax.data.corpus import CorpusView
 from engram_jax.errors import InputError
+from engram_jax.memory.plan import BufferPlan, SlotPlan
 
 
 class Batch(NamedTuple):
@@ -47,6 +48,42 @@ class _Stream(NamedTuple):
     starts: Int64[np.ndarray, "documents"]  # in the corpus's ids
     ends: Int64[np.ndarray, "documents"]  # in the stream
     lengths: Int64[np.ndarray, "documents"]
+
+
+class MicroBatch(NamedTuple):
+    """One of the A micro-batches of a step, or all of them, stacked.
+
+    Attributes:
+        batch: the tokens, without a plan.
+        slots: the slots of their rows, by layer id.
+    """
+
+    batch: Batch
+    slots: dict[int, SlotPlan]
+
+
+class SentBatch(NamedTuple):
+    """A batch on the devices.
+
+    Attributes:
+        batch: the batch.
+        buffers: on the host, the rows that owners need, if tables are outside the devices.
+    """
+
+    batch: Batch
+    buffers: Mapping[int, BufferPlan]
+
+
+def split_buffers(batch: Batch) -> tuple[Batch, Mapping[int, BufferPlan]]:
+    """A batch for the devices, and the plan of its buffers, which stays on the host."""
+    if batch.plan is None:
+        return batch, {}
+    return batch._replace(plan=batch.plan._replace(buffers={})), batch.plan.buffers
+
+
+def micro_batches(batch: Batch) -> MicroBatch:
+    """The A micro-batches of a step's batch, stacked."""
+    return MicroBatch(batch._replace(plan=None), batch.plan.slots if batch.plan else {})
 
 
 class PackedRows:

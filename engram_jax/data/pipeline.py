@@ -3,16 +3,17 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from grain import DatasetIterator, MapDataset, ReadOptions
+from jaxtyping import Int, Shaped
 
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.mixture import RowMixture
 from engram_jax.data.packing import Batch, PackedRows
 from engram_jax.data.workers import WorkerPool
 from engram_jax.errors import InputError
+from engram_jax.memory.plan import Planner
 
 # Grain's datasets need a length. No run has this many batches.
 _ENDLESS = 1 << 48
@@ -30,8 +31,7 @@ class BatchBuilder:
         rows: the mixture.
         batch_size: rows of one optimizer step, over all micro-batches and processes.
         accumulation: number A of micro-batches.
-        planner: maps this process's tokens and segments, int32 [A, B, T], to the memory plan; None
-            for a model without memory.
+        planner: plans the memory of this process's tokens; None for a model without memory.
         process_index: p, the number of this process.
         process_count: P, the number of processes.
 
@@ -42,7 +42,7 @@ class BatchBuilder:
     rows: RowMixture
     batch_size: int
     accumulation: int = 1
-    planner: Callable[[np.ndarray, np.ndarray], Any] | None = None
+    planner: Planner | None = None
     process_index: int = 0
     process_count: int = 1
 
@@ -65,15 +65,27 @@ class BatchBuilder:
     def __call__(self, number: int) -> Batch:
         """Return this process's part of global batch `number`."""
         micro = self.batch_size // self.accumulation
-        local = micro // self.process_count
-        mine = slice(self.process_index * local, (self.process_index + 1) * local)
         first = number * self.batch_size
         indices = first + np.arange(self.batch_size).reshape(self.accumulation, micro)
-        rows = self.rows.rows(indices[:, mine].reshape(-1))
-        batch = rows.map(lambda field: field.reshape(self.accumulation, local, -1))
-        if self.planner is None:
+        planner = self.planner
+        if planner is not None and planner.buffered:  # the plan depends on all tokens
+            whole = self._read(indices)
+            part = self.process_index, self.process_count
+            plan = planner.plan_part(whole.tokens, whole.segments, *part)
+            return whole.map(lambda field: self._own(field))._replace(plan=plan)
+        batch = self._read(self._own(indices))
+        if planner is None:
             return batch
-        return batch._replace(plan=self.planner(batch.tokens, batch.segments))
+        return batch._replace(plan=planner(batch.tokens, batch.segments))
+
+    def _own(self, array: Shaped[np.ndarray, "A _ ..."]) -> Shaped[np.ndarray, "A _ ..."]:
+        """This process's part of the micro-batches."""
+        local = array.shape[1] // self.process_count
+        return array[:, self.process_index * local : (self.process_index + 1) * local]
+
+    def _read(self, indices: Int[np.ndarray, "A B"]) -> Batch:
+        rows = self.rows.rows(indices.reshape(-1))
+        return rows.map(lambda field: field.reshape(*indices.shape, -1))
 
 
 class BatchIterator(Iterator[Batch]):
@@ -128,7 +140,7 @@ def make_batches(
     batch_size: int,
     accumulation: int = 1,
     seed: int = 0,
-    planner: Callable[[np.ndarray, np.ndarray], Any] | None = None,
+    planner: Planner | None = None,
     first_batch: int = 0,
     process_index: int = 0,
     process_count: int = 1,

@@ -221,6 +221,11 @@ def _publish(partial: Path, folder: Path) -> None:
             raise
 
 
+def document_hash(text: bytes) -> int:
+    """The 64-bit hash of a document's text in UTF-8, by which it is held out."""
+    return int.from_bytes(hashlib.blake2b(text).digest()[:8], "little")
+
+
 def _tokenize(
     path: Path,
     name: str,
@@ -244,10 +249,9 @@ def _tokenize(
                     )
                 ids.write(np.concatenate([bos, of_text.astype(dtype), eos]).tobytes())
                 encoded = text.encode()
-                digest = hashlib.blake2b(encoded).digest()
-                fingerprint.update(digest)
+                fingerprint.update(hashlib.blake2b(encoded).digest())
                 lengths.append(of_text.size + 2)
-                hashes.append(int.from_bytes(digest[:8], "little"))
+                hashes.append(document_hash(encoded))
                 byte_lengths.append(len(encoded))
                 progress.update(len(encoded))
     if fingerprint.hexdigest() != survey.fingerprint:

@@ -6,16 +6,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt32
 
 from engram_jax.decoding.weights import WEIGHT_SPECS, DecodeWeights
 from engram_jax.hashing_device import hash_after, stored_places
 from engram_jax.layers.decode_state import DecodeState
 from engram_jax.layers.slots import Slots
-from engram_jax.memory.lookup import read_places
+from engram_jax.memory.lookup import current_values, read_places
 from engram_jax.model import Memory
 from engram_jax.program import Program
 from engram_jax.sharding import TOKEN_AXES
+
+type FetchedRecords = dict[int, UInt32[Any, "B T H words"]]  # by layer id
 
 BY_SEQUENCE = jax.P(TOKEN_AXES)  # everything that begins with B
 
@@ -27,6 +29,7 @@ def extend(
     tokens: Int32[Array, "B T"],
     count: Int32[Array, "B"],
     logits: Literal["all", "last"] = "last",
+    fetched: FetchedRecords | None = None,
 ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], DecodeState]:
     """Appends tokens to sequences of one document each; see `Decoder.extend`.
 
@@ -39,11 +42,12 @@ def extend(
         tokens: the new tokens.
         count: how many of the T tokens each sequence has.
         logits: those of "all" new positions, or of each sequence's "last".
+        fetched: records of the tokens' rows, if the host has read them.
     """
     positions = state.length[:, None] + jnp.arange(tokens.shape[1])[None]
     state, slots = state.append(tokens, jnp.ones_like(tokens), positions)
     return nnx.merge(program.graph, weights.params).extend(
-        *(state, slots, _read_memory(program, weights, state, slots), weights.head),
+        *(state, slots, _read_memory(program, weights, state, slots, fetched), weights.head),
         count=count,
         expert_bias=weights.expert_bias,
         logits=logits,
@@ -51,11 +55,23 @@ def extend(
 
 
 def _read_memory(
-    program: Program, weights: DecodeWeights, state: DecodeState, slots: Slots
+    program: Program,
+    weights: DecodeWeights,
+    state: DecodeState,
+    slots: Slots,
+    fetched: FetchedRecords | None,
 ) -> Memory:
     """The memory vectors of appended tokens, by layer id."""
     if weights.hash is None or program.ngram_hash is None:
         return {}
+    if fetched is not None:
+        layout = program.config.memory.layout
+        return {
+            layer: current_values(
+                *(words.reshape(-1, layout.words), layout, weights.row_adam, weights.step)
+            ).reshape(*words.shape[:2], -1)
+            for layer, words in fetched.items()
+        }
     spec = program.ngram_hash.spec
     orders = spec.max_order - 1
     tokens, segments = slots.window(state.tokens, orders), slots.segments_of_window(orders)

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from engram_jax.decoding.batches import PromptBatch, make_batches, padded_batch
 from engram_jax.decoding.extend import BY_SEQUENCE
 from engram_jax.decoding.programs import Drawing, Limits, ProgramCache, Programs
+from engram_jax.decoding.prompt_rows import PromptRows
 from engram_jax.decoding.sampling import DrawSettings
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.decoding.text import Continuation, GrowingText
@@ -21,6 +22,7 @@ from engram_jax.decoding.weights import prepare
 from engram_jax.errors import InputError
 from engram_jax.layers.decode_state import DecodeState
 from engram_jax.program import Program
+from engram_jax.stored_tables import Stores
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import Weights
 
@@ -70,15 +72,22 @@ class Generator:
         program: the program.
         tokenizer: the tokenizer.
         weights: parameters and tables, which must not be donated meanwhile.
+        stores: the tables by layer id, if they are outside the devices.
         memory: use the memory; without it, memory layers add nothing.
     """
 
     def __init__(
-        self, program: Program, tokenizer: Tokenizer, weights: Weights, *, memory: bool = True
+        self,
+        program: Program,
+        tokenizer: Tokenizer,
+        weights: Weights,
+        stores: Stores | None = None,
+        *,
+        memory: bool = True,
     ) -> None:
         self.program = program
         self.tokenizer = tokenizer
-        self.weights = prepare(program, weights, memory=memory)
+        self.weights = prepare(program, weights, stores, memory=memory)
         self.speed = Speed()
         self.programs = ProgramCache(program)
         self.by_sequence = jax.NamedSharding(program.mesh, BY_SEQUENCE)
@@ -126,14 +135,13 @@ class Generator:
         batches = make_batches(config, self.tokenizer, prompts, settings, self.program.mesh.size)
         for number, batch in enumerate(batches):
             if number == 0:
-                self._warn(batch)
+                lengths = map(len, batch.prompts)
+                self.warn_beyond_training(max(map(sum, zip(lengths, batch.limits, strict=True))))
             yield self._continue(batch, settings, show)
 
-    def _warn(self, longest: PromptBatch) -> None:
-        """Says so if tokens exceed the length of the training rows."""
+    def warn_beyond_training(self, used: int) -> None:
+        """Says so if tokens of a sequence exceed the length of the training rows."""
         trained = self.program.config.data.sequence_length
-        lengths = map(len, longest.prompts)
-        used = max(sum(parts) for parts in zip(lengths, longest.limits, strict=True))
         if used > trained:
             print(
                 f"Up to {used:,} tokens are used, and the model was trained on rows of "
@@ -193,9 +201,10 @@ class Generator:
         for number, ids in enumerate(batch.prompts):
             tokens[number, : len(ids) - 1] = ids[:-1]
         begin = time.perf_counter()
+        rows = PromptRows(self.program, self.weights, tokens)
         for first in range(0, tokens.shape[1], chunk):
             part = tokens[:, first : first + chunk], np.clip(lengths - first, 0, chunk)
-            inputs = jax.device_put(part, self.by_sequence)
+            inputs = jax.device_put((*part, rows.chunk(first, chunk)), self.by_sequence)
             state = programs.prefill(self.weights, state, *inputs)
         jax.block_until_ready(state)
         self.speed += Speed(int(lengths.sum()), time.perf_counter() - begin)

@@ -9,10 +9,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int32
 
-from engram_jax.decoding.extend import BY_SEQUENCE, extend, on_all_devices
+from engram_jax.decoding.extend import BY_SEQUENCE, FetchedRecords, extend, on_all_devices
 from engram_jax.decoding.sampling import DrawSettings, draw
 from engram_jax.decoding.weights import DecodeWeights
 from engram_jax.layers.decode_state import DecodeState
+from engram_jax.memory.host_table import HostTable
 from engram_jax.program import Program
 from engram_jax.sharding import TOKEN_AXES
 
@@ -57,16 +58,20 @@ class Programs(NamedTuple):
 def make_prefill(program: Program) -> jax.stages.Wrapped:
     """The jitted function that appends a chunk of the prompts.
 
-    Its arguments are prepared weights, state, tokens [B, T] and their counts [B]. It returns the
-    state.
+    Its arguments are prepared weights, state, tokens [B, T], their counts [B], and the records of
+    their rows, if the tables are outside the devices. It returns the state.
     """
 
     def prefill(
-        weights: DecodeWeights, state: DecodeState, tokens: Array, count: Array
+        weights: DecodeWeights,
+        state: DecodeState,
+        tokens: Array,
+        count: Array,
+        fetched: FetchedRecords | None,
     ) -> DecodeState:
-        return extend(program, weights, state, tokens, count)[1]
+        return extend(program, weights, state, tokens, count, fetched=fetched)[1]
 
-    return on_all_devices(prefill, [True] * 3, donate=(1,))
+    return on_all_devices(prefill, [True] * 4, donate=(1,))
 
 
 def make_burst(program: Program) -> jax.stages.Wrapped:
@@ -135,6 +140,12 @@ class ProgramCache:
         """Number of tokens of every sequence in a call that reads texts."""
         return min(_PROMPT_CHUNK, max(_PROMPT_TOKENS * self.program.mesh.size // batch, 1))
 
+    @property
+    def columns(self) -> int:
+        """Rows H of every token in each layer; 0 without memory."""
+        ngram_hash = self.program.ngram_hash
+        return ngram_hash.columns if ngram_hash else 0
+
     def empty(self, weights: DecodeWeights, batch: int, capacity: int) -> DecodeState:
         """A new state without tokens."""
 
@@ -176,8 +187,14 @@ class ProgramCache:
         whole, number = shape(np.int32), shape(np.float32)
         settings = DrawSettings(number, whole, number, number, shape(np.uint32))
         drawing, limits = Drawing(whole, whole, shape(bool)), Limits(np.int32(0), np.int32(0))
+        chunk = self.chunk(batch)
+        fetched = {
+            layer: shape(np.uint32, chunk, self.columns, table.layout.words)
+            for layer, table in weights.tables.items()
+            if isinstance(table, HostTable)
+        }
         lowered = (
-            self._prefill.lower(weights, state, shape(np.int32, self.chunk(batch)), whole),
+            self._prefill.lower(weights, state, shape(np.int32, chunk), whole, fetched or None),
             self._burst.lower(weights, state, drawing, settings, whole, limits),
         )
         # Not in threads: after parallel loads from the compilation cache, programs that were loaded

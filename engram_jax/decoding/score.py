@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array
 
 from engram_jax.decoding.batches import encode_start, padded_batch, split_by_length
-from engram_jax.decoding.extend import extend, on_all_devices
+from engram_jax.decoding.extend import FetchedRecords, extend, on_all_devices
 from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.prompt_rows import PromptRows
 from engram_jax.decoding.sampling import log_probabilities
 from engram_jax.decoding.weights import DecodeWeights
 from engram_jax.errors import InputError
@@ -37,9 +38,9 @@ class Likelihood:
 def make_likelihoods(program: Program) -> jax.stages.Wrapped:
     """The jitted function from tokens to the likelihood of the tokens after them.
 
-    Its arguments are prepared weights, state, tokens [B, T], targets [B, T], counts [B], and the
-    number of ids that the tokenizer has. It returns the state, the log-probability of every target,
-    and whether it is the most likely token.
+    Its arguments are prepared weights, state, tokens [B, T], targets [B, T], counts [B], records of
+    the rows (see `PromptRows`), and the number of ids that the tokenizer has. It returns the state,
+    the log-probability of every target, and whether it is the most likely token.
     """
 
     def likelihoods(
@@ -48,14 +49,15 @@ def make_likelihoods(program: Program) -> jax.stages.Wrapped:
         tokens: Array,
         targets: Array,
         count: Array,
+        fetched: FetchedRecords | None,
         pieces: Array,
     ) -> tuple[DecodeState, Array, Array]:
-        logits, state = extend(program, weights, state, tokens, count, "all")
+        logits, state = extend(program, weights, state, tokens, count, "all", fetched)
         flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
         of_targets, is_greedy = log_probabilities(*flat, pieces)
         return state, of_targets.reshape(targets.shape), is_greedy.reshape(targets.shape)
 
-    return on_all_devices(likelihoods, [True] * 4 + [False], donate=(1,))
+    return on_all_devices(likelihoods, [True] * 5 + [False], donate=(1,))
 
 
 class TextScorer:
@@ -82,7 +84,7 @@ class TextScorer:
         Raises:
             InputError: a text is not valid Unicode, or too long; or logits are not finite.
         """
-        tokenizer, program = self.generator.tokenizer, self.generator.program
+        tokenizer = self.generator.tokenizer
         rows, begins = [], []
         for number, (context, continuation) in enumerate(pairs, 1):
             before = encode_start(tokenizer, number, context)
@@ -90,9 +92,23 @@ class TextScorer:
             rows.append(whole + [tokenizer.eos_id] * ends)
             shared = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
             begins.append(len(list(shared)))
+        return self.score_tokens(rows, begins)
+
+    def score_tokens(self, rows: Sequence[list[int]], begins: Sequence[int]) -> list[Likelihood]:
+        """The likelihood of every row's tokens from one of them on, given those before it.
+
+        Args:
+            rows: token ids, of one document in each row.
+            begins: number of the first token whose likelihood counts, from 1.
+
+        Raises:
+            InputError: a row is too long, or logits are not finite.
+        """
+        program = self.generator.program
         scored = [Likelihood(0.0, 0, True)] * len(rows)
         parts = [number for number, row in enumerate(rows) if len(row) > begins[number]]
         lengths = [len(rows[number]) for number in parts]
+        self.generator.warn_beyond_training(max(lengths, default=1) - 1)  # the last is not read
         for places, capacity in split_by_length(program.config, lengths, program.mesh.size):
             numbers = [parts[place] for place in places]
             found = self._score_batch([rows[number] for number in numbers], capacity)
@@ -123,9 +139,11 @@ class TextScorer:
             lengths[number] = len(row) - 1
         with generator.program.use_mesh():
             state = programs.empty(generator.weights, batch, capacity)
+            memory = PromptRows(generator.program, generator.weights, tokens)
             for first in range(0, longest - 1, chunk):
                 here, there = slice(first, first + chunk), slice(first + 1, first + chunk + 1)
-                inputs = tokens[:, here], tokens[:, there], np.clip(lengths - first, 0, chunk)
+                counts = np.clip(lengths - first, 0, chunk)
+                inputs = tokens[:, here], tokens[:, there], counts, memory.chunk(first, chunk)
                 state, *found = self._likelihoods(
                     generator.weights, state, *jax.device_put(inputs, generator.by_sequence), pieces
                 )

@@ -1,5 +1,6 @@
 """The weights of decoding: prepared once, so that a step reads every one of them once."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import no_type_check
 
@@ -7,8 +8,10 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from engram_jax.hashing_device import HashConstants
+from engram_jax.memory.host_table import HostTable
 from engram_jax.memory.layout import Table
 from engram_jax.memory.row_adam import RowAdam
+from engram_jax.memory.store import RowStore
 from engram_jax.parameters import Plain, Role
 from engram_jax.program import Program
 from engram_jax.sharding import REPLICATED, TABLE_RW
@@ -26,8 +29,8 @@ class DecodeWeights:
         params: dense parameters, complete on every device; all except `Plain` ones are cast to the
             dtype of the computation. An untied head is empty here.
         head: the transposed output head. (On a CPU, x @ headᵀ takes 2 to 4 times as long.)
-        tables: memory tables by layer id, as in training; their values do not include pending
-            updates, which reading applies to its copy.
+        tables: memory tables by layer id, as in training, or outside the devices. Their values do
+            not include pending updates, which reading applies to its copy.
         step: number of finished optimizer steps.
         expert_bias: biases that balance the experts, by layer id.
         row_adam: the row optimizer, which computes pending updates.
@@ -36,19 +39,26 @@ class DecodeWeights:
 
     params: Parameters
     head: Float[Array, "D V"]
-    tables: dict[int, Table]
+    tables: dict[int, Table | HostTable]
     step: Int32[Array, ""]
     expert_bias: dict[int, Float[Array, "X"]]
     row_adam: RowAdam
     hash: HashConstants | None
 
 
-def prepare(program: Program, weights: Weights, *, memory: bool = True) -> DecodeWeights:
+def prepare(
+    program: Program,
+    weights: Weights,
+    stores: Mapping[int, RowStore] | None = None,
+    *,
+    memory: bool = True,
+) -> DecodeWeights:
     """Prepares a run's weights. The tables are not copied.
 
     Args:
         program: the program.
         weights: parameters and tables.
+        stores: the tables by layer id, if they are outside the devices.
         memory: keep the memory; without it, memory layers add nothing.
     """
     model = program.config.model
@@ -63,6 +73,7 @@ def prepare(program: Program, weights: Weights, *, memory: bool = True) -> Decod
         return whole if model.tie_embeddings else whole | {"head": head[:0]}, head.T
 
     has_memory = memory and program.ngram_hash is not None
+    on_host = {layer: HostTable(store) for layer, store in (stores or {}).items()}
     with program.use_mesh():
         params, head = jax.jit(prepare_params)(weights.params)
         constants = None
@@ -72,7 +83,7 @@ def prepare(program: Program, weights: Weights, *, memory: bool = True) -> Decod
         return DecodeWeights(
             params=params,
             head=head,
-            tables=weights.tables if has_memory else {},
+            tables={**weights.tables, **on_host} if has_memory else {},
             step=weights.step,
             expert_bias=weights.expert_bias,
             row_adam=program.row_adam,

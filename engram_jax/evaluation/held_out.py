@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import jax
@@ -12,12 +12,13 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Float32, Float64
 
 from engram_jax.data.corpus import Corpus, CorpusView
-from engram_jax.data.packing import Batch, pack_held_out
+from engram_jax.data.packing import Batch, MicroBatch, micro_batches, pack_held_out
 from engram_jax.layers.engram import MemoryHealth
 from engram_jax.loss import token_losses
 from engram_jax.memory.row_adam import RowAdam
+from engram_jax.memory.row_feed import RowFeed
 from engram_jax.model import Gates
-from engram_jax.program import MicroBatch, Program, micro_batches
+from engram_jax.program import Program
 from engram_jax.train_state import Weights
 
 type Suppress = Literal["nothing", "output", "rows"]
@@ -125,6 +126,7 @@ def evaluate_held_out(
     *,
     max_tokens: int | None = None,
     watch: Callable[[ScoredBatch], object] = lambda scored: None,
+    feed: RowFeed | None = None,
 ) -> dict[str, Score]:
     """Scores the held-out documents of every corpus; call it inside `program.use_mesh()`.
 
@@ -136,6 +138,7 @@ def evaluate_held_out(
         max_tokens: number of tokens to score per corpus, in a random order of its documents that is
             the same for all models; None: all.
         watch: called after every batch.
+        feed: reads the rows, if the tables are outside the devices.
 
     Returns:
         Scores by corpus name. They cover the rows of all processes, and are equal on all processes.
@@ -150,9 +153,14 @@ def evaluate_held_out(
         view = corpus.held_out if max_tokens is None else corpus.held_out.by_hash()
         sums = DocumentSums(np.zeros(len(view)), np.zeros(len(view)))
         for packed in pack_held_out(view, data.sequence_length, rows):
-            batch = _own_rows(packed._replace(documents=None).map(lambda field: field[None]))
+            whole = packed._replace(documents=None).map(lambda field: field[None])
+            batch = _own_rows(whole)
             if planner:
-                batch = batch._replace(plan=planner(batch.tokens, batch.segments))
+                part = jax.process_index(), jax.process_count()
+                plan = planner.plan_part(whole.tokens, whole.segments, *part)
+                batch = batch._replace(plan=plan)
+                if feed:
+                    weights = replace(weights, tables=feed.read(plan.buffers))
             scored = scorer(weights, program.put(batch), program.row_adam)
             read = multihost_utils.process_allgather(scored, tiled=True)
             by_token, gates, health = jax.tree.map(lambda array: np.asarray(array)[0], read)

@@ -15,6 +15,7 @@ from engram_jax.formats.safetensors import Parts, Tensors
 from engram_jax.hashing import NgramHash
 from engram_jax.memory.layout import Table
 from engram_jax.memory.places import stored_places
+from engram_jax.memory.store import RowStore, Written
 from engram_jax.program import Program
 from engram_jax.train_state import Weights
 
@@ -43,17 +44,35 @@ def make_table(program: Program, layer: int, parts: Iterable[Float32[np.ndarray,
         layer: layer id.
         parts: the rows, in parts as those of `settled_rows`.
     """
-    assert program.ngram_hash is not None
     abstract = program.abstract_state().tables[layer]
-    layout = abstract.layout
-    columns = layout.columns[0]
-    encode = jax.jit(layout.value.encode)
     records = np.zeros(abstract.records.shape, np.uint32)
+    for places, part in _make_records(program, layer, parts):
+        records[places] = part
+    return replace(abstract, records=jax.device_put(records, abstract.records.sharding))
+
+
+def fill_store(
+    program: Program, store: RowStore, parts: Iterable[Float32[np.ndarray, "n F"]]
+) -> None:
+    """Writes rows to a store that has none; arguments as for `make_table`."""
+    for places, records in _make_records(program, store.table.layer, parts):
+        own = (places >= store.first) & (places < store.first + store.count)
+        store.write(places[own], records[own])
+
+
+def _make_records(
+    program: Program, layer: int, parts: Iterable[Float32[np.ndarray, "n F"]]
+) -> Iterator[Written]:
+    """Places and records of rows, in parts."""
+    assert program.ngram_hash is not None
+    layout = program.config.memory.layout
+    encode, columns = jax.jit(layout.value.encode), layout.columns[0]
     for places, values in zip(_place_parts(program.ngram_hash, layer), parts, strict=True):
         whole = np.zeros((PART, layout.width), np.float32)
         whole[: len(values)] = values
-        records[places, columns] = np.asarray(encode(whole))[: len(values)]
-    return replace(abstract, records=jax.device_put(records, abstract.records.sharding))
+        records = np.zeros((len(values), layout.words), np.uint32)
+        records[:, columns] = np.asarray(encode(whole))[: len(values)]
+        yield Written(places, records)
 
 
 def table_tensors(

@@ -13,10 +13,11 @@ from engram_jax.errors import InputError
 from engram_jax.formats import deepseek, qwen
 from engram_jax.formats.json_config import positive, read_json
 from engram_jax.formats.mapped_table import MappedTable
-from engram_jax.formats.own_table import PART, make_table, map_table
+from engram_jax.formats.own_table import PART, fill_store, make_table, map_table
 from engram_jax.formats.safetensors import SINGLE, Tensors
 from engram_jax.hashing import NgramHash
 from engram_jax.program import Program
+from engram_jax.stored_tables import Stores
 from engram_jax.train_state import TrainState
 
 
@@ -50,8 +51,16 @@ def open_start(folder: Path, ngram_hash: NgramHash, row_width: int) -> dict[int,
     return {layer: tables[layer] for layer in ngram_hash.spec.layers}
 
 
-def start_with(program: Program, state: TrainState, folder: Path) -> TrainState:
+def start_with(
+    program: Program, state: TrainState, folder: Path, stores: Stores | None = None
+) -> TrainState:
     """The state with the tables of a checkpoint; the optimizer state of their rows is reset.
+
+    Args:
+        program: the program.
+        state: the state before the first step.
+        folder: the checkpoint.
+        stores: get the rows, if the tables are outside the devices.
 
     Raises:
         InputError: as in `open_start`.
@@ -65,7 +74,10 @@ def start_with(program: Program, state: TrainState, folder: Path) -> TrainState:
             mapped[layer].read(np.arange(start, min(start + PART, rows)))
             for start in range(0, rows, PART)
         )
-        tables[layer] = make_table(program, layer, parts)
+        if stores:
+            fill_store(program, stores[layer], parts)
+        else:
+            tables[layer] = make_table(program, layer, parts)
     return replace(state, tables=tables)
 
 

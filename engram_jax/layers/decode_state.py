@@ -60,5 +60,10 @@ class DecodeState:
         return state, Slots(self.length, written[1], new)
 
     def rewind(self, count: Int32[Array, "B"]) -> "DecodeState":
-        """Removes the last `count` tokens of every sequence."""
+        """Removes the last `count` tokens of every sequence, at most its length.
+
+        It is for speculative decoding and for editing a text, where `Decoder.extend` verifies
+        several tokens and some are refused. `Generator` does not need it: after a stop string, the
+        sequence has ended, and its state is not used again.
+        """
         return replace(self, length=self.length - count)

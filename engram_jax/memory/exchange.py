@@ -26,12 +26,20 @@ class Route:
         rounds: rounds n of this step, the same on all devices.
         owned: rows that each device owns, R / S.
         axes: mesh axes over which tables and tokens are split.
+        buffered: where the owners keep these rows, if they only have the rows of this step (see
+            `plan.BufferPlan`). Rounds and order remain those of the places.
     """
 
     places: Int32[Array, "U"]
     rounds: Int32[Array, ""]
     owned: int
     axes: tuple[str, ...]
+    buffered: Int32[Array, "U"] | None = None
+
+    @property
+    def own_places(self) -> Int32[Array, "U"]:
+        """On one device: where its records are."""
+        return self.places if self.buffered is None else self.buffered
 
     @property
     def shards(self) -> int:
@@ -108,7 +116,10 @@ class Route:
 
         starts, ends = begin(number), begin(number + 1)
         index = starts[:, None] + jnp.arange(self.capacity)[None]
-        wanted = self.places.at[index].get(mode="clip") - first[:, None]
+        if self.buffered is None:
+            wanted = self.places.at[index].get(mode="clip") - first[:, None]
+        else:
+            wanted = self.buffered.at[index].get(mode="clip")
         wanted = jnp.where(index < ends[:, None], wanted, self.owned)
         return starts, ends, self._swap(wanted).reshape(-1)
 

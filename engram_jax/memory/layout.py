@@ -18,12 +18,14 @@ TPU: XLA would store such a table transposed there, and copy all of it at every 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Literal, NamedTuple, no_type_check
+from typing import Any, Literal, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
+from engram_jax.memory.initial_rows import initial_values, mix
+from engram_jax.sharding import TOKEN_AXES
 from pallas_kernels.hashed_gather import RowFormat
 from pallas_kernels.hashed_gather.format import pack_planes
 
@@ -176,17 +178,34 @@ class RecordLayout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Table:
-    """One layer's table.
+    """One layer's table; or a buffer with the rows of one step, if the table is not on the device.
 
     Attributes:
         records: one per row, in the order of `places.stored_places`.
         layout: layout of a record.
         layer: layer id; part of the seed of stochastic rounding.
+        places: of a buffer, the places of its records in the complete table, by owner; None: record
+            i of a table is that of place i.
+        buffered_rows: of a buffer, the rows R of the complete table.
     """
 
     records: UInt32[Array, "R words"]
     layout: RecordLayout = field(metadata={"static": True})
     layer: int = field(metadata={"static": True})
+    places: Int32[Array, "R"] | None = None
+    buffered_rows: int | None = field(default=None, metadata={"static": True})
+
+    @property
+    def rows(self) -> int:
+        """Rows R of the complete table. (Inside `shard_map`, use `owned_rows`.)"""
+        return len(self.records) if self.buffered_rows is None else self.buffered_rows
+
+    @property
+    def owned_rows(self) -> int:
+        """Rows that each device owns, R / S, inside `shard_map`."""
+        if self.buffered_rows is None:
+            return len(self.records)
+        return self.buffered_rows // jax.lax.axis_size(TOKEN_AXES)
 
     def unpack(self) -> RowState:
         """Decodes all rows. On the device, this is a copy of the table."""
@@ -197,30 +216,26 @@ class Table:
         return self.layout.clocks(self.records)
 
 
-def init_table(key: Array, rows: int, layout: RecordLayout, layer: int, scale: float) -> Table:
-    """A table of normally distributed rows with standard deviation `scale`; 0: zeros.
+def init_table(
+    seed: UInt32[Any, ""] | int, rows: int, layout: RecordLayout, layer: int, scale: float
+) -> Table:
+    """A table of initial rows (see `initial_rows`); moments and clocks are zero.
 
     Args:
-        key: JAX random key.
+        seed: seed of the table, below 2³².
         rows: padded number of rows R.
         layout: layout of a record.
         layer: layer id.
-        scale: standard deviation of every element.
+        scale: standard deviation of every element; 0: zeros.
     """
     if not scale:
         return Table(jnp.zeros((rows, layout.words), jnp.uint32), layout, layer)
-    value = scale * jax.random.normal(key, (rows, layout.width))
+    places = jnp.arange(rows, dtype=jnp.int32)
+    value = initial_values(places, layout.width, seed=seed, layer=layer, scale=scale)
     zeros = jnp.zeros_like(value)
     square = zeros[:, :1] if layout.storage.second_moment == "row" else zeros
     records = layout.pack(RowState(value, zeros, square, jnp.zeros(rows, jnp.int32)))
     return Table(records, layout, layer)
-
-
-def mix(bits: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
-    """Random bits from consecutive numbers: a bijection of 32 bits (C. Wellons's lowbias32)."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return bits ^ (bits >> 16)
 
 
 def _round(part: Float[Array, "n F"], noise: UInt32[Array, "n"]) -> UInt32[Array, "n F"]:

@@ -12,11 +12,12 @@ from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from engram_jax.memory import records
 from engram_jax.memory.exchange import Route
-from engram_jax.memory.layout import Table
+from engram_jax.memory.host_table import HostTable
+from engram_jax.memory.layout import RecordLayout, RowState, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.sharding import TOKEN_AXES
@@ -65,8 +66,8 @@ def read_rows(
         route = _route(table, plan)
         if route.shards == 1:
             if adam.tail is None:
-                return ReadRows(records.read_values(table, route.places, gather)[None], None)
-            current = adam.current(records.read(table, route.places, gather), step)[None]
+                return ReadRows(records.read_values(table, route.own_places, gather)[None], None)
+            current = adam.current(records.read(table, route.own_places, gather), step)[None]
             return ReadRows(current, current)
 
         def answer(own_rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
@@ -95,7 +96,7 @@ def read_rows(
 
 
 def read_places(
-    table: Table,
+    table: Table | HostTable,
     places: Int32[Array, "B T H"],
     adam: RowAdam,
     step: Int32[Array, ""],
@@ -107,19 +108,24 @@ def read_places(
     every device requests its rows from all: for a few tokens, this needs less time than a plan.
 
     Args:
-        table: a device's part of the table.
+        table: a device's part of the table, or a table outside the devices.
         places: places of the rows in the complete table.
         adam: the row optimizer.
         step: number of finished optimizer steps.
         gather: implementation of `hashed_gather` that reads records; None is "xla".
     """
 
+    flat = places.reshape(-1)
+    if isinstance(table, HostTable):
+        rows = current_values(table.read(flat), table.layout, adam, step)
+        return rows.reshape(*places.shape[:2], -1)
+
     def read_own(rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
         if adam.tail is None:
             return records.read_values(table, rows, gather)
         return adam.current(records.read(table, rows, gather), step)
 
-    flat, owned = places.reshape(-1), len(table.records)
+    owned = len(table.records)
     if jax.lax.axis_size(TOKEN_AXES) == 1:
         rows = _in_parts(read_own, flat)
     else:
@@ -134,6 +140,15 @@ def read_places(
         bits = jax.lax.psum_scatter(bits, TOKEN_AXES, tiled=True)
         rows = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return rows.reshape(*places.shape[:2], -1)
+
+
+def current_values(
+    words: UInt32[Array, "n words"], layout: RecordLayout, adam: RowAdam, step: Int32[Array, ""]
+) -> Float[Array, "n F"]:
+    """The embeddings of records that were read outside the devices, with pending updates."""
+    if adam.tail is None:
+        return layout.value.decode(words[:, : layout.value.words])
+    return adam.current(layout.unpack(words), step)
 
 
 def expand(
@@ -181,7 +196,7 @@ def send_gradients(table: Table, plan: RowPlan, gradient: Float[Array, "S U F"])
     def deliver_own(table: Table, plan: RowPlan, gradient: Array) -> OwnGradients:
         route = _route(table, plan)
         if route.shards == 1:
-            rows, sums = route.places, gradient[0]
+            rows, sums = route.own_places, gradient[0]
             return OwnGradients(rows[None], sums[None], jax.lax.psum(jnp.sum(sums**2), TOKEN_AXES))
 
         def add_norm(state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -312,9 +327,7 @@ def settle(
             # The last part overlaps with the one before. Rows in both are changed only once.
             start = jnp.minimum(number * size, len(words) - size)
             part = jax.lax.dynamic_slice_in_dim(words, start, size)
-            rows = adam.apply_pending(layout.unpack(part), step)
-            if not keep_moments:
-                rows = jax.tree.map(jnp.zeros_like, rows)._replace(value=rows.value)
+            rows = settle_rows(layout.unpack(part), adam, step, keep_moments)
             done = start + jnp.arange(size) < number * size
             part = jnp.where(done[:, None], part, layout.pack(rows))
             return jax.lax.dynamic_update_slice_in_dim(words, part, start, 0)
@@ -329,10 +342,21 @@ def settle(
     return jax.jit(settle_all, donate_argnums=0)(table, adam, step)
 
 
+def settle_rows(
+    rows: RowState, adam: RowAdam, step: Int32[Array, ""], keep_moments: bool
+) -> RowState:
+    """Rows with their pending updates applied; arguments as for `settle`."""
+    rows = adam.apply_pending(rows, step)
+    if keep_moments:
+        return rows
+    return jax.tree.map(jnp.zeros_like, rows)._replace(value=rows.value)
+
+
 def _route(table: Table, plan: RowPlan) -> Route:
     """The route of this device's distinct rows. Call it inside `shard_map`."""
     rounds = jax.lax.pmax(plan.rounds[0], TOKEN_AXES)
-    return Route(plan.places[0], rounds, len(table.records), TOKEN_AXES)
+    buffered = None if plan.buffered is None else plan.buffered[0]
+    return Route(plan.places[0], rounds, table.owned_rows, TOKEN_AXES, buffered)
 
 
 def _further_rounds[State](

@@ -6,6 +6,8 @@ Shapes are static: the bound is U = tokens × columns, or all rows of a small ta
 part is padding. Plans have NumPy arrays on the host and JAX arrays on the devices.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,11 +27,14 @@ class RowPlan(NamedTuple):
         places: places of the distinct rows, ascending; then padding R, R+1, … (R: padded rows).
         rounds: rounds of the exchange that the device needs, a power of two; usually 1.
         distinct: number of `places` that are not padding.
+        buffered: where the owners keep these rows in the step's buffer (see `BufferPlan`); from V
+            up, padding. None: the tables are on the devices.
     """
 
     places: Int32[Any, "S U"]
     rounds: Int32[Any, "S"]
     distinct: Int32[Any, "S"]
+    buffered: Int32[Any, "S U"] | None = None
 
 
 class SlotPlan(NamedTuple):
@@ -45,11 +50,33 @@ class SlotPlan(NamedTuple):
     order: Int32[Any, "A B T H"]
 
 
+class BufferPlan(NamedTuple):
+    """The rows of one layer that any device requests in a step, by owner.
+
+    Tables outside the devices send only these rows, in a buffer of V rows for each owner.
+
+    Attributes:
+        places: places of the rows of each owner, ascending; then padding R, R+1, …
+        distinct: number of `places` that are not padding.
+    """
+
+    places: Int32[np.ndarray, "S V"]
+    distinct: Int32[np.ndarray, "S"]
+
+
 class MemoryPlan(NamedTuple):
-    """The plan of one optimizer step, by layer id."""
+    """The plan of one optimizer step, by layer id.
+
+    Attributes:
+        rows: the rows that devices request.
+        slots: the rows of the tokens.
+        buffers: the rows that owners need, if tables are outside the devices. They stay on the
+            host.
+    """
 
     rows: dict[int, RowPlan]
     slots: dict[int, SlotPlan]
+    buffers: Mapping[int, BufferPlan] = MappingProxyType({})
 
 
 class Planner:
@@ -59,14 +86,23 @@ class Planner:
         ngram_hash: the hash.
         shards: number S of devices of all processes, over which tables and tokens are split.
         local_shards: number of this process's devices, over which its B is split evenly.
+        buffered: the tables are outside the devices, so also plan the buffers of the owners. They
+            depend on the tokens of all devices: `local_shards` must be `shards`, and
+            `plan_part` gives the part of a process.
     """
 
     def __init__(
-        self, ngram_hash: NgramHash, *, shards: int = 1, local_shards: int | None = None
+        self,
+        ngram_hash: NgramHash,
+        *,
+        shards: int = 1,
+        local_shards: int | None = None,
+        buffered: bool = False,
     ) -> None:
         self.ngram_hash = ngram_hash
         self.shards = shards
         self.local_shards = shards if local_shards is None else local_shards
+        self.buffered = buffered
 
     def __call__(
         self, tokens: Int[np.ndarray, "A B T"], segments: Int[np.ndarray, "A B T"] | None = None
@@ -82,7 +118,7 @@ class Planner:
             InputError: a token id is outside the vocabulary, or the hash is degenerate.
         """
         window = [ids.reshape(-1) for ids in self.ngram_hash.look_back(tokens, segments)]
-        rows, slots = {}, {}
+        rows, slots, buffers = {}, {}, {}
         for index, layer in enumerate(self.ngram_hash.spec.layers):
             padded_rows = self.ngram_hash.padded_rows[index]
             by_column = self.ngram_hash.hash_window(layer, window)
@@ -90,7 +126,34 @@ class Planner:
             rows[layer], slots[layer] = plan_places(
                 places, padded_rows, shards=self.shards, local_shards=self.local_shards
             )
-        return MemoryPlan(rows, slots)
+            if self.buffered:
+                buffers[layer], buffered = plan_buffers(rows[layer], padded_rows)
+                rows[layer] = rows[layer]._replace(buffered=buffered)
+        return MemoryPlan(rows, slots, buffers)
+
+    def plan_part(
+        self,
+        tokens: Int[np.ndarray, "A B T"],
+        segments: Int[np.ndarray, "A B T"],
+        part: int,
+        parts: int,
+    ) -> MemoryPlan:
+        """The plan of one of several equal parts of B, that of a process.
+
+        Args:
+            tokens: token ids of all processes.
+            segments: document number of every position.
+            part: number of the process.
+            parts: number of processes.
+        """
+
+        def slice_of(size: int) -> slice:
+            return slice(part * (size // parts), (part + 1) * (size // parts))
+
+        mine = slice_of(tokens.shape[1])
+        if not self.buffered:
+            return self(tokens[:, mine], segments[:, mine])
+        return _part_of_plan(self(tokens, segments), slice_of(self.shards), mine)
 
 
 def plan_places(
@@ -135,6 +198,60 @@ def plan_places(
         return np.ascontiguousarray(parted).reshape(places.shape)
 
     return RowPlan(rows, rounds, distinct), SlotPlan(by_token(slots), by_token(order))
+
+
+def plan_buffers(rows: RowPlan, padded_rows: int) -> tuple[BufferPlan, Int32[np.ndarray, "S U"]]:
+    """Plans the buffers of all owners, and finds the requested rows in them.
+
+    V is U on one device. On several it is 1.25 × the mean + 6σ of the rows of an owner, or twice
+    that, four times …, if an owner needs more. (Then the step is compiled again.)
+
+    Args:
+        rows: the requests of all S devices.
+        padded_rows: rows R of the table.
+
+    Returns:
+        The buffers, and `RowPlan.buffered`.
+    """
+    shards, bound = rows.places.shape
+    requests = [places[:count] for places, count in zip(rows.places, rows.distinct, strict=True)]
+    needed = requests[0] if shards == 1 else np.unique(np.concatenate(requests))
+    owned = padded_rows // shards
+    starts = np.searchsorted(needed, np.arange(shards + 1) * owned)
+    distinct = np.diff(starts).astype(np.int32)
+    size = bound if shards == 1 else exchange_capacity(bound * shards, shards)
+    while size < distinct.max():
+        size *= 2
+    size = min(size, owned)
+    places = padded_rows + np.zeros((shards, 1), np.int32) + np.arange(size, dtype=np.int32)
+    buffered = size + np.zeros((shards, 1), np.int32) + np.arange(bound, dtype=np.int32)
+    for shard, request in enumerate(requests):
+        places[shard, : distinct[shard]] = needed[starts[shard] : starts[shard + 1]]
+        owner_start = starts[request // owned]
+        buffered[shard, : len(request)] = np.searchsorted(needed, request) - owner_start
+    return BufferPlan(places, distinct), buffered
+
+
+def _part_of_plan(plan: MemoryPlan, shards: slice, tokens: slice) -> MemoryPlan:
+    """The plan of one process, from the plan of all.
+
+    Args:
+        plan: the plan of all devices.
+        shards: the devices of the process.
+        tokens: its part of B.
+    """
+
+    def of_shards[Part: (RowPlan, BufferPlan)](part: Part) -> Part:
+        return type(part)(*(None if array is None else array[shards] for array in part))
+
+    return MemoryPlan(
+        {layer: of_shards(rows) for layer, rows in plan.rows.items()},
+        {
+            layer: SlotPlan(*(array[:, tokens] for array in slots))
+            for layer, slots in plan.slots.items()
+        },
+        {layer: of_shards(buffer) for layer, buffer in plan.buffers.items()},
+    )
 
 
 def exchange_rounds(found: Int32[np.ndarray, "distinct"], capacity: int, owned: int) -> int:

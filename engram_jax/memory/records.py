@@ -1,7 +1,8 @@
 """Reads and writes records of a table.
 
 On CPU, each part of a record (embedding, moments, clock) has a separate gather and scatter, without
-padding. That takes half the time. On other platforms, a gather or scatter moves complete records.
+padding. That takes half the time; but few rows, as in decoding, are copied one by one. On other
+platforms, a gather or scatter moves complete records.
 """
 
 from dataclasses import replace
@@ -10,10 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
-from engram_jax.memory.layout import RowState, Table, mix
+from engram_jax.memory.initial_rows import mix
+from engram_jax.memory.layout import RowState, Table
 from engram_jax.sharding import TOKEN_AXES
 from pallas_kernels import hashed_gather
 from pallas_kernels.hashed_gather import GatherImplementation
+
+FEW = 1024  # rows that a CPU copies one by one
 
 
 def read_values(
@@ -43,6 +47,11 @@ def read(
 
     def read_parts(records: Array, rows: Array) -> RowState:
         inside = (rows < len(records))[:, None]
+        if len(rows) <= FEW:
+            # XLA divides every gather from a large array among threads. Starting them takes longer.
+            used = 1, layout.record.width
+            copied = jax.lax.map(lambda row: jax.lax.dynamic_slice(records, (row, 0), used), rows)
+            return layout.unpack(jnp.where(inside, copied[:, 0], 0))
         parts = [_gather(records, rows, columns) for columns in layout.columns]
         return layout.decode([jnp.where(inside, part, 0) for part in parts])
 
@@ -64,7 +73,10 @@ def write(table: Table, rows: Int32[Array, "n"], new: RowState, step: Int32[Arra
     """
     # The random bits depend on the table, the place in the complete table and the step, so they are
     # the same on every mesh.
-    place = rows + jax.lax.axis_index(TOKEN_AXES) * len(table.records)
+    if table.places is None:
+        place = rows + jax.lax.axis_index(TOKEN_AXES) * len(table.records)
+    else:
+        place = table.places.at[rows].get(mode="clip")
     noise = mix(mix(place.astype(jnp.uint32)) + mix(step.astype(jnp.uint32)) + table.layer)
     layout = table.layout
 

@@ -12,7 +12,7 @@ from engram_jax.command_line import load_named_config
 from engram_jax.costs.ahead_of_time import (
     Collective,
     Cost,
-    abstract_batch,
+    abstract_step,
     compile_cost,
     compile_costs,
     read_collectives,
@@ -119,7 +119,7 @@ def test_on_v5p_a_step_does_not_grow_with_the_table(mesh: jax.sharding.Mesh, wid
     costs = []
     for rows in (200_000, 800_000):  # too large for on-chip memory
         program = Program.of_sizes(vary(config, memory={"rows_per_head": (rows, rows)}), mesh)
-        state, batch = program.abstract_state(), abstract_batch(program)
+        state, batch = abstract_step(program)
         with jax.set_mesh(mesh):
             row_adam = program.abstract_row_adam()
             costs.append(compile_cost(make_train_step(program), state, batch, row_adam))
@@ -154,7 +154,7 @@ def test_what_a_loop_over_layers_sends_is_counted_for_every_layer(mesh: jax.shar
         load_named_config("dense"), model=model | {"remat": "nothing_saveable"}, mesh={"fsdp": 2}
     )
     program = Program.of_sizes(config, mesh)
-    state, batch = program.abstract_state(), abstract_batch(program)
+    state, batch = abstract_step(program)
     with jax.set_mesh(mesh):
         cost = compile_cost(make_train_step(program), state, batch, program.abstract_row_adam())
     assert {part.trips for part in cost.collectives} == {1, 5}

@@ -19,6 +19,7 @@ from engram_jax.decoding.programs import ProgramCache, Programs
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
 from engram_jax.run import Run
+from engram_jax.stored_tables import open_stores
 
 PROMPTS = ["Alexander the Great", "", "born in Wales and on café", "東京", "the"]
 GREEDY = GenerationSettings(tokens=6, temperature=0.0)
@@ -70,6 +71,31 @@ def test_a_text_does_not_depend_on_the_others(untrained) -> None:
     assert len(generator.programs._compiled) == 2  # one batch size and capacity
     assert [one.log_probabilities for one in near[:3]] == [one.log_probabilities for one in far[:3]]
     assert near[:3] == far[:3] and near[3] != far[3]
+
+
+@pytest.mark.parametrize(
+    ("form", "placement"),
+    [
+        ("engram", "host"),
+        ("bfloat16", "file"),
+        pytest.param("two_layers", "file", marks=pytest.mark.slow),
+        pytest.param("over_encoding", "host", marks=pytest.mark.slow),
+    ],
+)
+def test_texts_do_not_depend_on_where_the_tables_are(untrained, tmp_path, form, placement) -> None:
+    """Bit for bit; rows of prompts are read by the host, those of new tokens by a callback."""
+    run = Run.open(untrained(form).folder)
+    weights, settings = run.restore_weights(), GenerationSettings(tokens=20, top_p=0.9)
+    prompts = [*PROMPTS, "the " * 300]
+    expected = Generator(run.program, run.tokenizer, weights).generate(prompts, settings)
+    with open_stores(run.program, tmp_path, placement, read_only=True) as stores:
+        dense = run.restore_weights(None, stores)
+        assert not dense.tables and all(store.used for store in stores.values())
+        found = Generator(run.program, run.tokenizer, dense, stores).generate(prompts, settings)
+        assert found == expected
+        without = Generator(run.program, run.tokenizer, dense, stores, memory=False)
+        assert without.generate(prompts[:1], settings) != expected[:1]
+    assert not (tmp_path / "tables").exists()
 
 
 @contextmanager

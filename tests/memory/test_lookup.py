@@ -178,12 +178,14 @@ def test_reading_places_is_reading_with_a_plan(name: str, form: RowAdamForm) -> 
     assert signs.any() and not np.asarray(found).reshape(-1, WIDTH)[:, 2].any()
 
 
-def test_padding_reads_zero_and_not_the_last_row() -> None:
+@pytest.mark.parametrize("count", [4, records.FEW + 4])
+def test_padding_reads_zero_and_not_the_last_row(count: int) -> None:
+    """Few rows are copied one by one, and more are gathered."""
     table = jax.tree.map(jnp.asarray, jax.device_get(draw_table(mesh_of("1"), used=True)))
-    rows = jnp.array([0, ROWS - 1, ROWS, ROWS + 1], jnp.int32)
-    read = records.read(table, rows)
-    np.testing.assert_array_equal(read.value[:2], table.unpack().value[jnp.array([0, -1])])
-    assert not np.any(read.value[2:]) and not np.any(read.clock[2:])
+    read = records.read(table, jnp.resize(jnp.array([0, ROWS - 1, ROWS, ROWS + 1]), count))
+    for part, stored in zip(read, table.unpack(), strict=True):
+        np.testing.assert_array_equal(part[:2], stored[jnp.array([0, -1])])
+        assert not np.any(part[2:4])
 
 
 @pytest.mark.parametrize("form", ["exact", "lazy"])

@@ -1,0 +1,263 @@
+"""Tables outside the device: the rows that training has changed, in host memory or in a file.
+
+Which rows a step needs depends on its tokens only, so the host knows them before the device needs
+them. A store keeps the records of one layer that were ever written, in *slots* in the order of
+their first write, and an index from places to slots. All other rows have their initial values
+(`initial_rows`). So memory and file grow with the rows that training touches, not with the table.
+
+The file of a store is a sparse mapping of full size. Its disk space is allocated in extents before
+slots in them are written: a write through a mapping into a hole on a full disk would kill the
+process.
+"""
+
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Int32, UInt32
+
+from engram_jax.errors import InputError
+from engram_jax.memory.initial_rows import initial_values
+from engram_jax.memory.layout import RecordLayout
+
+type Placement = Literal["device", "host", "file"]
+
+EXTENT = 64 << 20  # bytes of a file that are allocated together
+PART = 1 << 16  # slots that are copied or compared together
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+@dataclass(frozen=True)
+class TableInfo:
+    """A table that exists without being written.
+
+    Attributes:
+        layer: layer id.
+        rows: padded rows R.
+        layout: layout of a record.
+        seed: seed of the initial rows.
+        scale: standard deviation of the initial rows.
+        hash: fingerprint of the hash.
+    """
+
+    layer: int
+    rows: int
+    layout: RecordLayout
+    seed: int
+    scale: float
+    hash: str
+
+    def initial_records(self, places: Int32[np.ndarray, "n"]) -> UInt32[np.ndarray, "n words"]:
+        """The records of rows that were never written."""
+        layout = self.layout
+        records = np.zeros((len(places), layout.words), np.uint32)
+        values = initial_values(
+            places, layout.width, seed=self.seed, layer=self.layer, scale=self.scale
+        )
+        columns = layout.columns[0]
+        if layout.storage.value == "float32":
+            records[:, columns] = values.view(np.uint32)
+        else:
+            halves = values.astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32)
+            words = columns.stop - columns.start
+            records[:, columns] = halves[:, :words]
+            records[:, : layout.width - words] |= halves[:, words:] << 16
+        return records
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields as plain JSON."""
+        return asdict(self)
+
+
+class Written(NamedTuple):
+    """Rows of a store, in the order of their first write.
+
+    Attributes:
+        places: places in the complete table.
+        records: their records.
+    """
+
+    places: Int32[np.ndarray, "n"]
+    records: UInt32[np.ndarray, "n words"]
+
+
+class RowStore:
+    """The written rows of a contiguous part of a table.
+
+    Args:
+        table: the table.
+        first: first place of the part.
+        count: number of places.
+        path: the file of the records, which is created or replaced; None: host memory.
+
+    Raises:
+        InputError: the file cannot be created, or the system refuses a mapping of this size.
+    """
+
+    def __init__(self, table: TableInfo, first: int, count: int, path: Path | None = None) -> None:
+        self.table, self.first, self.count = table, first, count
+        self.used = 0  # slots
+        words = table.layout.words
+        self._slot = _reserve(count, 1, None).reshape(-1).view(np.int32)  # of a place; 0: none
+        self._place = _reserve(count, 1, None).reshape(-1).view(np.int32)  # of a slot
+        self._file = None if path is None else _Extents(path, 4 * words * count)
+        self._records = _reserve(count, words, self._file)
+        self._whole = self._records.view(np.dtype((np.void, 4 * words)))[:, 0]  # moved as one
+
+    def close(self) -> None:
+        """Closes the file, which remains. Its mapping ends when nothing refers to its rows."""
+        if self._file is not None:
+            self._file.file.close()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the written records, and of their places."""
+        return self.used * 4 * (self.table.layout.words + 1)
+
+    def read(self, places: Int32[np.ndarray, "n"], out: UInt32[np.ndarray, "n words"]) -> None:
+        """Copies the records of places to `out`; initial ones for rows that were never written."""
+        slots = self._slot[places - self.first]
+        if self.used:
+            np.take(self._records, np.maximum(slots, 1) - 1, axis=0, out=out, mode="clip")
+        missing = np.flatnonzero(slots == 0)
+        if len(missing):
+            out[missing] = self.table.initial_records(places[missing])
+
+    def write(self, places: Int32[np.ndarray, "n"], records: UInt32[np.ndarray, "n words"]) -> None:
+        """Writes the records of distinct places.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        own = places - self.first
+        slots = self._slot[own]
+        new = np.flatnonzero(slots == 0)
+        if len(new):
+            used = self.used + len(new)
+            if self._file is not None:
+                self._file.allocate(used * records[0].nbytes)
+            slots[new] = np.arange(self.used + 1, used + 1, dtype=np.int32)
+            self._place[self.used : used] = places[new]
+            self._slot[own[new]] = slots[new]
+            self.used = used
+        whole = np.ascontiguousarray(records).view(self._whole.dtype)[:, 0]
+        self._whole[slots - 1] = whole
+
+    def adopt(self, written: Written) -> None:
+        """Takes over the rows of a file where they are. Then the store can only be read."""
+        self._slot[written.places - self.first] = np.arange(1, len(written.places) + 1)
+        self._place, self._records, self.used = written.places, written.records, len(written.places)
+
+    def written(self) -> Iterator[Written]:
+        """All written rows, in parts, without a copy."""
+        for start in range(0, self.used, PART):
+            part = slice(start, min(start + PART, self.used))
+            yield Written(self._place[part], self._records[part])
+
+    def copy_records(self, file: BinaryIO) -> None:
+        """Appends all written records to an open file, after flushing it."""
+        file.flush()
+        if self._file is not None:
+            self._file.copy(file, self.used * 4 * self.table.layout.words)
+        else:
+            for part in self.written():
+                file.write(part.records)
+
+    def write_changed(self, start: int, records: UInt32[np.ndarray, "n words"]) -> None:
+        """Writes those of consecutive records that differ from the initial ones.
+
+        Args:
+            start: place of the first record.
+            records: records of places of this part.
+        """
+        for begin in range(0, len(records), PART):
+            part = records[begin : begin + PART]
+            places = np.arange(start + begin, start + begin + len(part), dtype=np.int32)
+            changed = np.any(part != self.table.initial_records(places), axis=1)
+            self.write(places[changed], part[changed])
+
+
+class _Extents:
+    """A sparse file of full size, whose disk space is allocated in extents."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._path, self._size, self._allocated = path, size, 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # another process may still map the old file
+            self.file = path.open("x+b")
+            try:
+                self.file.truncate(size)
+            except OSError:
+                self.file.close()
+                raise
+        except OSError as error:
+            raise InputError(
+                f"Cannot create {path} for a table of {size:,} bytes ({error.strerror}); give "
+                "write permission, or choose another --run folder or --memory.placement."
+            ) from error
+
+    def map(self) -> mmap.mmap:
+        mapping = mmap.mmap(self.file.fileno(), self._size)
+        mapping.madvise(mmap.MADV_RANDOM)
+        return mapping
+
+    def copy(self, file: BinaryIO, size: int) -> None:
+        """Appends the first `size` bytes to an open file, without passing them through memory."""
+        offset, end = 0, file.tell()
+        while offset < size:
+            copied = os.copy_file_range(
+                *(self.file.fileno(), file.fileno(), size - offset),
+                offset_src=offset,
+                offset_dst=end + offset,
+            )
+            if not copied:
+                raise OSError(f"{self._path} ends after {offset:,} of {size:,} bytes")
+            offset += copied
+        file.seek(end + size)
+
+    def allocate(self, size: int) -> None:
+        """Allocates disk space for the first `size` bytes.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        while self._allocated < size:
+            length = min(EXTENT, self._size - self._allocated)
+            try:
+                os.posix_fallocate(self.file.fileno(), self._allocated, length)
+            except OSError as error:
+                raise InputError(
+                    f"Cannot extend {self._path} to {self._allocated + length:,} bytes "
+                    f"({error.strerror}); free some space, and start again to continue from the "
+                    "newest checkpoint."
+                ) from error
+            self._allocated += length
+
+
+def _reserve(rows: int, words: int, file: _Extents | None) -> UInt32[np.ndarray, "{rows} {words}"]:
+    """An array of zeros in a mapping. Memory (or disk) is used only for what is written.
+
+    Raises:
+        InputError: the system refuses a mapping of this size.
+    """
+    size = 4 * rows * words
+    try:
+        if file is not None:
+            mapping = file.map()
+        else:
+            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+            mapping = mmap.mmap(-1, size, flags=private)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"The system does not map a table of {size:,} bytes ({error}); choose fewer "
+            "memory.rows-per-head."
+        ) from error
+    return np.frombuffer(mapping, np.uint32).reshape(rows, words)

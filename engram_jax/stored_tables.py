@@ -1,0 +1,265 @@
+"""Tables outside the devices in a run: their stores, and their rows in checkpoints.
+
+A checkpoint of a run whose tables are on the devices has arrays of R rows. Otherwise it has files
+`tables/LAYER-FIRST.rows` with the written rows (`memory.row_file`), of each process those of its
+devices. Both can be restored by runs of any placement, on any mesh.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32, UInt32
+
+from engram_jax.checkpoint import TABLES
+from engram_jax.errors import InputError
+from engram_jax.memory import lookup
+from engram_jax.memory.layout import RecordLayout, Table, init_table
+from engram_jax.memory.row_adam import RowAdam
+from engram_jax.memory.row_feed import RowFeed
+from engram_jax.memory.row_file import read_rows, save_rows
+from engram_jax.memory.store import PART, Placement, RowStore, TableInfo, Written
+from engram_jax.program import Program
+from engram_jax.sharding import TABLE_RW, TOKEN_AXES
+from engram_jax.train_state import Weights
+
+type Stores = Mapping[int, RowStore]  # by layer id; empty: the tables are on the devices
+
+
+@contextmanager
+def open_feed(program: Program, folder: Path) -> Iterator[RowFeed | None]:
+    """Empty stores for a training run and their feed; None if its tables are on the devices.
+
+    Raises:
+        InputError: a file cannot be created.
+    """
+    memory = program.config.memory
+    with open_stores(program, folder, memory.placement) as stores:
+        if not stores:
+            yield None
+            return
+        assert isinstance(program.mesh, jax.sharding.Mesh)
+        with RowFeed(stores, program.mesh, frozen=memory.frozen) as feed:
+            yield feed
+
+
+@contextmanager
+def open_stores(
+    program: Program, folder: Path, placement: Placement, *, read_only: bool = False
+) -> Iterator[dict[int, RowStore]]:
+    """Empty stores for the tables of this process's devices; none if they are on the devices.
+
+    Working files are deleted at the end: checkpoints have all that is in them.
+
+    Args:
+        program: the program.
+        folder: the run folder.
+        placement: where the rows are.
+        read_only: several programs may do this at the same time, with files of their own.
+
+    Raises:
+        InputError: a file cannot be created.
+    """
+    mesh, stores, paths = program.mesh, {}, []
+    assert isinstance(mesh, jax.sharding.Mesh)
+    ours, first = len(mesh.local_devices), jax.process_index() * len(mesh.local_devices)
+    for layer, table in program.tables().items() if placement != "device" else ():
+        owned, path = table.rows // mesh.size, None
+        if placement == "file":
+            name = _file_name(layer, first * owned)
+            path = folder / TABLES / (f"reading-{os.getpid()}-{name}" if read_only else name)
+            paths.append(path)
+        stores[layer] = RowStore(table, first * owned, ours * owned, path)
+    try:
+        yield stores
+    finally:
+        for store in stores.values():
+            store.close()
+        for path in paths:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # another program has files in it
+                path.parent.rmdir()
+
+
+def save_stores(stores: Stores, folder: Path) -> None:
+    """Writes this process's files of a checkpoint."""
+    folder = folder / TABLES
+    folder.mkdir(exist_ok=True)
+    for layer, store in stores.items():
+        save_rows(store, folder / _file_name(layer, store.first))
+
+
+def row_files(checkpoint: Path, tables: Mapping[int, TableInfo]) -> dict[int, list[Path]]:
+    """The files of a checkpoint's tables, by layer id; none if it has arrays.
+
+    Raises:
+        InputError: a layer has none.
+    """
+    folder = checkpoint / TABLES
+    if not tables or not folder.is_dir():
+        return {}
+    found = {layer: sorted(folder.glob(_file_name(layer, None))) for layer in tables}
+    if missing := [layer for layer, paths in found.items() if not paths]:
+        raise InputError(f"{folder} has no rows of layer {missing[0]}; restore another checkpoint.")
+    return found
+
+
+def take_over(
+    program: Program,
+    checkpoint: Path,
+    weights: Weights,
+    before: RowAdam | None,
+    keep_moments: bool,
+    stores: Stores | None,
+) -> dict[int, Table]:
+    """The rows of a checkpoint as tables on the devices, or in stores; then there are no tables.
+
+    Args:
+        program: the program that will use them.
+        checkpoint: folder of the checkpoint.
+        weights: what was restored; its tables have no arrays if their rows are in files.
+        before: the row optimizer that wrote the checkpoint, if its pending updates are to be
+            applied.
+        keep_moments: keep the moments then.
+        stores: empty stores, which get the rows.
+    """
+    files, tables, step = row_files(checkpoint, program.tables()), weights.tables, weights.step
+    with program.use_mesh():
+        if stores and files:
+            fill_stores(stores, files, in_place=program.has_tables and before is None)
+            if before is not None:
+                settle_stores(stores, before, step, keep_moments=keep_moments)
+            return {}
+        if files:
+            tables = load_tables(program, files)
+        if before is not None:
+            tables = {
+                layer: lookup.settle(table, before, step, keep_moments=keep_moments)
+                for layer, table in tables.items()
+            }
+        if stores:
+            fill_from_tables(stores, tables)
+            return {}
+    return tables
+
+
+def fill_stores(stores: Stores, files: Mapping[int, list[Path]], *, in_place: bool = False) -> None:
+    """Writes the rows of a checkpoint's files to empty stores.
+
+    Args:
+        stores: the stores.
+        files: by layer id.
+        in_place: map the rows of a single file instead of copying them. The stores can only be
+            read.
+    """
+    for layer, store in stores.items():
+        for path in files[layer]:
+            maps = in_place and len(files[layer]) == 1
+            table, written = read_rows(path, random=maps)
+            _check_fitting(path, store.table, table)
+            store.table = table  # its initial rows may have another seed
+            if maps:
+                store.adopt(written)
+                continue
+            for places, records in _parts(written):
+                own = (places >= store.first) & (places < store.first + store.count)
+                store.write(places[own], records[own])
+
+
+def fill_from_tables(stores: Stores, tables: Mapping[int, Table]) -> None:
+    """Writes the rows of tables on the devices that differ from the initial ones."""
+    for layer, store in stores.items():
+        for shard in tables[layer].records.addressable_shards:
+            store.write_changed(shard.index[0].start or 0, np.asarray(shard.data))
+
+
+def load_tables(program: Program, files: Mapping[int, list[Path]]) -> dict[int, Table]:
+    """Tables on the devices from a checkpoint's files."""
+    return {
+        layer: _load_table(program, table, files[layer])
+        for layer, table in program.tables().items()
+    }
+
+
+def settle_stores(
+    stores: Stores, adam: RowAdam, step: Int32[Array, ""], *, keep_moments: bool
+) -> None:
+    """Applies the pending updates of all written rows (see `lookup.settle`)."""
+
+    @partial(jax.jit, static_argnums=0)
+    def settle(layout: RecordLayout, records: Array, adam: RowAdam, step: Array) -> Array:
+        rows = lookup.settle_rows(layout.unpack(records), adam, step, keep_moments)
+        return layout.pack(rows)
+
+    adam, step = jax.device_get((adam, step))
+    for store in stores.values():
+        layout = store.table.layout
+        for places, records in store.written():
+            whole = np.resize(records, (PART, layout.words))  # one shape
+            settled = settle(layout, whole, adam, step)
+            store.write(places, np.asarray(settled)[: len(places)])
+
+
+def _file_name(layer: int, first: int | None) -> str:
+    return f"{layer}-{'*' if first is None else first}.rows"
+
+
+def _check_fitting(path: Path, ours: TableInfo, theirs: TableInfo) -> None:
+    """Checks that a file has rows of this table; only the seed and the scale may differ."""
+    if replace(theirs, seed=ours.seed, scale=ours.scale) != ours:
+        raise InputError(
+            f"{path} has the rows of another table than this run ({theirs}, here {ours}); give "
+            "this run the same memory."
+        )
+
+
+def _parts(written: Written) -> Iterator[Written]:
+    for start in range(0, len(written.places), PART):
+        yield Written(*(array[start : start + PART] for array in written))
+
+
+def _load_table(program: Program, ours: TableInfo, paths: list[Path]) -> Table:
+    found = [read_rows(path) for path in paths]
+    for path, (table, _) in zip(paths, found, strict=True):
+        _check_fitting(path, ours, table)
+    seed, scale = found[0][0].seed, found[0][0].scale
+    sharding = jax.NamedSharding(program.mesh, TABLE_RW)
+
+    def initial(seed: Array) -> UInt32[Array, "R words"]:
+        return init_table(seed, ours.rows, ours.layout, ours.layer, scale).records
+
+    records = jax.jit(jax.sharding.auto_axes(initial, axes=TOKEN_AXES, out_sharding=sharding))(
+        np.uint32(seed)
+    )
+    for _, written in found:
+        for places, part in _parts(written):
+            missing = PART - len(places)
+            records = _place(
+                records,
+                np.pad(places, (0, missing), constant_values=ours.rows),
+                np.pad(part, ((0, missing), (0, 0))),
+            )
+    return Table(records, ours.layout, ours.layer)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _place(
+    records: UInt32[Array, "R words"], places: Int32[Array, "n"], rows: UInt32[Array, "n words"]
+) -> UInt32[Array, "R words"]:
+    """Replaces records at places; those from R up are dropped."""
+
+    def place_own(records: Array, places: Array, rows: Array) -> Array:
+        own = places - len(records) * jax.lax.axis_index(TOKEN_AXES)
+        own = jnp.where(own < 0, len(records), own)  # negative numbers would count from the end
+        return records.at[own].set(rows, mode="drop")
+
+    split = jax.P(TOKEN_AXES)
+    return jax.shard_map(place_own, in_specs=(split, jax.P(), jax.P()), out_specs=split)(
+        records, places, rows
+    )

@@ -1,0 +1,126 @@
+"""Stores of written rows: against a dictionary, in memory and in files."""
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram_jax.errors import InputError
+from engram_jax.memory.layout import RecordLayout, StorageConfig, init_table
+from engram_jax.memory.row_file import read_rows, save_rows
+from engram_jax.memory.store import EXTENT, RowStore, TableInfo
+
+TABLE = TableInfo(layer=3, rows=8192, layout=RecordLayout(5), seed=9, scale=0.02, hash="abc")
+SMALL = replace(TABLE, layout=RecordLayout(5, StorageConfig("bfloat16", "bfloat16", "row")))
+
+
+def make_store(path: Path | None, table: TableInfo = TABLE) -> RowStore:
+    return RowStore(table, 4096, 4096, path)
+
+
+def read(store: RowStore, places: np.ndarray) -> np.ndarray:
+    out = np.full((len(places), store.table.layout.words), 7, np.uint32)
+    store.read(places, out)
+    return out
+
+
+@pytest.mark.parametrize("table", [TABLE, SMALL], ids=["float32", "bfloat16"])
+def test_rows_that_were_never_written_are_those_of_a_table_on_the_device(table: TableInfo) -> None:
+    expected = init_table(9, 8192, table.layout, 3, 0.02).records
+    places = np.random.default_rng(0).permutation(np.arange(4096, 8192, dtype=np.int32))
+    np.testing.assert_array_equal(read(make_store(None, table), places), expected[places])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    writes=st.lists(st.sets(st.integers(4096, 8191), max_size=40), max_size=6),
+    asked=st.sets(st.integers(4096, 8191), max_size=40),
+    in_file=st.booleans(),
+)
+def test_a_store_is_a_dictionary_in_the_order_of_first_writes(
+    tmp_path_factory: pytest.TempPathFactory,
+    writes: list[set[int]],
+    asked: set[int],
+    in_file: bool,
+) -> None:
+    folder = tmp_path_factory.mktemp("store")
+    store = make_store(folder / "a" / "rows" if in_file else None)
+    generator, known = np.random.default_rng(1), {}
+    for number in writes:
+        places = generator.permutation(np.array(sorted(number), np.int32))
+        records = generator.integers(2**32, size=(len(places), TABLE.layout.words), dtype=np.uint32)
+        store.write(places, records)
+        known |= dict(zip(places.tolist(), records, strict=True))
+    places = np.array(sorted(asked), np.int32)
+    expected = TABLE.initial_records(places)
+    for row, place in enumerate(places.tolist()):
+        expected[row] = known.get(place, expected[row])
+    np.testing.assert_array_equal(read(store, places), expected)
+    save_rows(store, folder / "saved")
+    table, written = read_rows(folder / "saved")
+    assert table == TABLE and written.places.tolist() == list(known)
+    np.testing.assert_array_equal(written.records, np.array(list(known.values())).reshape(-1, 16))
+    store.close()
+
+
+def test_only_changed_records_are_written() -> None:
+    store = make_store(None)
+    places = np.arange(4096, 8192, dtype=np.int32)
+    records = TABLE.initial_records(places)
+    records[[5, 4000]] += 1
+    store.write_changed(4096, records)
+    assert store.used == 2
+    np.testing.assert_array_equal(read(store, places), records)
+
+
+def test_a_full_disk_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = replace(TABLE, rows=1 << 20, layout=RecordLayout(42))
+    store = RowStore(wide, 0, 1 << 20, tmp_path / "rows")
+    first = np.arange(1000, dtype=np.int32)
+    store.write(first, np.ones((1000, 128), np.uint32))
+    assert EXTENT <= os.stat(tmp_path / "rows").st_blocks * 512 < 2 * EXTENT  # the rest is a hole
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    store.write(first, np.full((1000, 128), 2, np.uint32))  # needs no space
+    many = np.arange(500, 200_000, dtype=np.int32)
+    with pytest.raises(InputError, match=r"Cannot extend .*No space left on device"):
+        store.write(many, np.zeros((len(many), 128), np.uint32))
+    assert store.used == 1000 and (read(store, first) == 2).all()
+    np.testing.assert_array_equal(read(store, many[500:]), wide.initial_records(many[500:]))
+    store.close()
+
+
+def test_a_file_of_the_wrong_kind_or_size_is_one_sentence(tmp_path: Path) -> None:
+    store = make_store(None)
+    store.write(np.array([5000], np.int32), np.ones((1, 16), np.uint32))
+    save_rows(store, tmp_path / "good")
+    content = (tmp_path / "good").read_bytes()
+    assert len(content) % 64 == 4 and read_rows(tmp_path / "good")[1].places == [5000]
+    bad = [b"", content[:-1], content + b"1234", content.replace(b'"rows"', b'"cows"')]
+    bad += [content.replace(b'"written": 1', b'"written": 2'), b"ENGRAMRW" + b"\xff" * 80]
+    for number, damaged in enumerate(bad):
+        (tmp_path / "bad").write_bytes(damaged)
+        with pytest.raises(InputError, match="bad is damaged"):
+            read_rows(tmp_path / "bad")
+        assert number >= 0
+    with pytest.raises(InputError, match="missing is damaged"):
+        read_rows(tmp_path / "missing")
+
+
+def test_a_table_that_no_system_maps_is_one_sentence(tmp_path: Path) -> None:
+    huge = replace(TABLE, rows=2**31 - 4096, layout=RecordLayout(1 << 20))
+    with pytest.raises(InputError, match=r"map|Cannot create"):
+        RowStore(huge, 0, huge.rows, tmp_path / "rows")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="Cannot create"):
+        make_store(tmp_path / "file" / "rows")

@@ -1,0 +1,146 @@
+"""Training with tables in host memory or in a file: bit for bit that with tables on the devices."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import FORMS, TrainWhole, assert_identical, losses, on_devices, vary
+
+from engram_jax import trainer
+from engram_jax.config import Config
+from engram_jax.errors import InputError
+from engram_jax.memory import exchange, plan, store
+from engram_jax.memory.row_file import read_rows
+from engram_jax.metrics import read_metrics
+from engram_jax.run import Run
+from engram_jax.trainer import train
+
+
+@pytest.fixture(scope="module")
+def smallest(tiny: Config) -> Config:
+    """bfloat16 and one second moment a row, two micro-batches, active clipping, evaluation."""
+    return vary(
+        tiny,
+        **FORMS["bfloat16"],
+        optimizer={"clip_norm": 0.01},
+        train={"accumulation": 2, "evaluate_every": 2, "checkpoint_every": 4},
+    )
+
+
+def placed(config: Config, placement: store.Placement) -> Config:
+    return vary(config, memory={"placement": placement})
+
+
+def assert_same_run(folder: Path, whole: Run) -> None:
+    """The run in a folder has the lines and the final state of another."""
+    for kind in ("train", "held_out"):
+        assert losses(folder, kind) == losses(whole.folder, kind)
+    norms = [
+        [line["gradient_norm"] for line in read_metrics(run)] for run in (folder, whole.folder)
+    ]
+    assert norms[0] == norms[1]
+    assert_identical(Run.open(folder).restore(), Run.open(whole.folder).restore())
+
+
+@pytest.mark.parametrize("placement", ["host", "file"])
+def test_training_equals_that_on_the_device(
+    smallest: Config, train_whole: TrainWhole, placement: store.Placement
+) -> None:
+    whole, _ = train_whole(smallest, 1, 1)
+    run, state = train_whole(placed(smallest, placement), 1, 1)
+    assert state.tables == {}
+    assert_same_run(run.folder, whole)
+    assert not (run.folder / "tables").exists() or not any((run.folder / "tables").iterdir())
+    [path] = (run.folder / "checkpoints" / "00000006" / "tables").iterdir()
+    table, written = read_rows(path)
+    assert table == whole.program.tables()[1]
+    assert 0 < len(written.places) < 0.7 * table.rows  # only rows that were read
+
+
+def test_runs_change_their_placement_when_they_resume(
+    smallest: Config, train_whole: TrainWhole, tmp_path: Path
+) -> None:
+    """Two steps each; the runs have the same compiled steps as those above."""
+    whole, _ = train_whole(smallest, 1, 1)
+    for last, placement in ((2, "device"), (4, "host"), (5, "file"), (6, "device")):
+        with on_devices(1), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "_stop_signal", lambda last=last: _StopAt(last))
+            train(Run.start(placed(smallest, placement), tmp_path / "run"))
+    assert_same_run(tmp_path / "run", whole)
+
+
+class _StopAt:
+    """Stands in for the stop signal: stops before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __enter__(self) -> Any:
+        return lambda step: step == self.step
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("placement", "mesh"),
+    [("file", (2, 1)), pytest.param("host", (2, 4), marks=pytest.mark.slow)],
+)
+def test_several_devices_and_rounds_of_exchange(
+    tiny: Config,
+    train_whole: TrainWhole,
+    monkeypatch: pytest.MonkeyPatch,
+    placement: store.Placement,
+    mesh: tuple[int, int],
+) -> None:
+    def small(distinct_rows: int, shards: int) -> int:
+        return max(distinct_rows // shards // 4, 8)
+
+    for module in (exchange, plan):
+        monkeypatch.setattr(module, "exchange_capacity", small)
+    tiny = vary(tiny, memory={"init_scale": 0.9}, optimizer={"clip_norm": 0.1})  # own programs
+    whole, _ = train_whole(tiny, *mesh)
+    run, _ = train_whole(placed(tiny, placement), *mesh)
+    assert max(line["exchange_rounds_1"] for line in read_metrics(run.folder)) >= 2
+    assert_same_run(run.folder, whole)
+    files = sorted((run.folder / "checkpoints" / "00000006" / "tables").iterdir())
+    assert [path.name for path in files] == ["1-0.rows"]  # of this process
+
+
+def test_a_run_starts_with_the_rows_of_another(
+    smallest: Config, train_whole: TrainWhole, tmp_path: Path
+) -> None:
+    """Of another placement and seed: its initial rows remain those of the other seed."""
+    other, _ = train_whole(placed(smallest, "host"), 1, 1)
+    starting = vary(smallest, train={"seed": 5})
+    states = []
+    for placement in ("device", "file"):
+        with on_devices(1):
+            folder = tmp_path / placement
+            train(Run.start(placed(starting, placement), folder, start_from=other.folder))
+        states.append(Run.open(folder).restore())
+    assert_identical(*states)
+    table = states[0].tables[1]
+    places = np.arange(table.rows, dtype=np.int32)
+    initial = other.program.tables()[1].initial_records(places)
+    assert np.all(np.asarray(table.records) == initial, axis=1).mean() > 0.2
+
+
+def test_a_disk_that_fills_ends_the_run_and_keeps_its_checkpoint(
+    smallest: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate, calls = store._Extents.allocate, iter(range(10))
+
+    def fill(extents: store._Extents, size: int) -> None:
+        if next(calls) == 5:
+            raise InputError("Cannot extend it (No space left on device).")
+        allocate(extents, size)
+
+    monkeypatch.setattr(store._Extents, "allocate", fill)
+    config = placed(smallest, "file")
+    with on_devices(1), pytest.raises(InputError, match="Cannot extend"):
+        train(Run.start(config, tmp_path / "run"))
+    assert Run.open(tmp_path / "run").checkpoints.steps() == [4]
+    assert jax.device_get(Run.open(tmp_path / "run").restore().step) == 4
