@@ -17,6 +17,7 @@ import jax
 from tqdm import tqdm
 
 from engram_jax.data.corpus import Corpus
+from engram_jax.data.packing import SentBatch
 from engram_jax.data.pipeline import prefetch_to_device
 from engram_jax.errors import UnbreakableErrors
 from engram_jax.evaluation.health import HealthStudy, warn_of_inert
@@ -51,51 +52,67 @@ def train(run: Run, *, profile: bool = False) -> TrainState:
     config, program = run.config.train, run.program
     with program.use_mesh(), run.exclusively(), ExitStack() as stack:
         corpora = run.corpora()
-        with collective("find disk space for the checkpoints"):
-            left = config.steps - max(run.checkpoints.steps(), default=0)
-            to_come = -(-left // (config.checkpoint_every or config.steps))
-            run.checkpoints.require_space(program.abstract_state(), max(to_come, 1))
+        _require_space(run)
         feed = stack.enter_context(open_feed(program, run.folder))
         state = _first_state(run, feed.stores if feed else None)
         step = int(state.step)
+        _require_space(run, feed)
         saved = step if run.checkpoints.steps() else None
         train_step = make_train_step(program)
         evaluate = _Evaluation(run, corpora, feed)
-        progress = stack.enter_context(_open_progress(run, step))
+        progress = stack.enter_context(_open_progress(run, step, feed))
         stopped = stack.enter_context(_stop_signal())
         batches = stack.enter_context(run.batches(step))
         trace = stack.enter_context(_Trace(run.folder / "profile", step + 5 if profile else None))
         # If the run was killed after saving this step but before evaluating it, evaluate it now.
         if step and evaluate.is_due(step) and all_agree(not is_leader() or _lacks_score(run, step)):
             evaluate(state, progress)
-
-        def save(state: TrainState) -> None:
-            progress.drain()
-            if feed:
-                feed.flush(state.tables)
-            run.save(state, feed.stores if feed else None)
-            progress.restart_clock()
-
         for sent, following in pairwise(prefetch_to_device(batches, program.send)):
             if step == config.steps or stopped(step):
                 break
             trace.before(step)
-            if feed:
-                tables = feed.load(state.tables, sent.buffers, following.buffers)
-                state = replace(state, tables=tables)
+            state = _with_rows(feed, state, sent, following)
             state, metrics = train_step(state, sent.batch, program.row_adam)
             step += 1
             progress.update(step, metrics)
             if is_due(step, config.checkpoint_every, config.steps):
-                save(state)
+                _save(run, feed, state, progress)
                 saved = step
             if evaluate.is_due(step):
                 progress.drain()
                 evaluate(state, progress)
         if step != saved:
-            save(state)
+            _save(run, feed, state, progress)
         progress.drain()
     return state if feed is None else replace(state, tables={})
+
+
+def _require_space(run: Run, feed: RowFeed | None = None) -> None:
+    """Checks that the checkpoints to come fit on the disk."""
+    rows = sum(store.bytes for store in feed.stores.values()) if feed else 0
+    config, abstract = run.config.train, run.program.abstract_state()
+    with collective("find disk space for the checkpoints"):
+        left = config.steps - max(run.checkpoints.steps(), default=0)
+        to_come = -(-left // (config.checkpoint_every or config.steps))
+        run.checkpoints.require_space(abstract, max(to_come, 1), more_bytes=rows)
+
+
+def _with_rows(
+    feed: RowFeed | None, state: TrainState, sent: SentBatch, following: SentBatch
+) -> TrainState:
+    """The state with the rows of the next step, if the tables are outside the devices."""
+    if feed is None:
+        return state
+    return replace(state, tables=feed.load(state.tables, sent.buffers, following.buffers))
+
+
+def _save(run: Run, feed: RowFeed | None, state: TrainState, progress: "_Progress") -> None:
+    """Saves a checkpoint of the newest step, after checking the step."""
+    progress.drain()
+    if feed:
+        feed.flush(state.tables)
+    run.save(state, feed.stores if feed else None)
+    progress.restart_clock()
 
 
 class _Evaluation:
@@ -157,7 +174,7 @@ class _Trace:
 
 
 @contextmanager
-def _open_progress(run: Run, step: int) -> Iterator["_Progress"]:
+def _open_progress(run: Run, step: int, feed: RowFeed | None) -> Iterator["_Progress"]:
     """Opens the log and the progress bar of a run that starts or resumes at a step."""
     with ExitStack() as stack:
         log = None
@@ -172,7 +189,7 @@ def _open_progress(run: Run, step: int) -> Iterator["_Progress"]:
             disable=not is_leader(),
             mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 30,  # keeps log files short
         )
-        yield _Progress(run, log, stack.enter_context(bar))
+        yield _Progress(run, log, stack.enter_context(bar), feed)
 
 
 def _lacks_score(run: Run, step: int) -> bool:
@@ -187,8 +204,10 @@ def is_due(step: int, every: int, last: int) -> bool:
 class _Progress:
     """Logs metrics one step late, so that reading them does not make the device wait."""
 
-    def __init__(self, run: Run, log: MetricsLog | None, bar: "tqdm[Any]") -> None:
-        self._run = run
+    def __init__(
+        self, run: Run, log: MetricsLog | None, bar: "tqdm[Any]", feed: RowFeed | None
+    ) -> None:
+        self._run, self._feed = run, feed
         self._log = log
         self._bar = bar
         self._pending: tuple[int, Metrics] | None = None
@@ -231,7 +250,8 @@ class _Progress:
             f"loss {metrics['loss']:.3f}, {metrics.get('tokens_per_second', 0):,.0f} tokens/s"
         )
         if self._log:
-            self._log.write(step, metrics)
+            counters = self._feed.counters() if self._feed else {}
+            self._log.write(step, metrics | counters)
 
     def report(self, step: int, scores: Mapping[str, Score], warnings: Sequence[str]) -> None:
         """Logs held-out losses, and prints them and the warnings."""

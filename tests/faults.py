@@ -153,12 +153,48 @@ engram_jax/memory/lookup.py < memory/test_lookup.py
   without a plan, devices add floats, and a row loses the sign of its zeros
     - bits = jax.lax.psum_scatter(bits, TOKEN_AXES, tiled=True)
     + bits = jax.lax.psum_scatter(bits.view("float32"), TOKEN_AXES, tiled=True).view("uint32")
+engram_jax/memory/initial_rows.py < memory/test_initial_rows.py
+  initial rows have a mean
+    - - 510)
+    + - 509)
+  all layers begin with the same rows
+    - mix(xp.asarray(seed, xp.uint32).reshape(1)) + np.uint32(layer)
+    + mix(xp.asarray(seed, xp.uint32).reshape(1))
+engram_jax/memory/store.py < memory/test_store.py
+  a row that was never written reads as the first one written
+    - out[missing] = self.table.initial_records(places[missing])
+    + self.table.initial_records(places[missing])
+  disk space is allocated for the new rows only
+    - used * records[0].nbytes
+    + len(new) * records[0].nbytes
+  the first slot is given out twice
+    - np.arange(self.used + 1, used + 1, dtype=np.int32)
+    + np.arange(self.used or 1, used + (not self.used), dtype=np.int32)
+engram_jax/memory/row_feed.py < test_placement.py
+  a row that the running step changes is read from the store
+    - np.where(same, index, -1)
+    + np.where(same, -1, -1)
+  buffers are written one step late
+    - self._submit(following, before, tables)
+    + self._submit(following, before, None)
+engram_jax/memory/plan.py < test_placement.py
+  rows of all owners are counted from the first one
+    - np.searchsorted(needed, request) - owner_start
+    + np.searchsorted(needed, request) - owner_start[:1]
+engram_jax/stored_tables.py < test_placement.py
+  the initial rows of another run get this run's seed
+    - store.table = table
+    + store.table
 engram_jax/memory/records.py < memory/test_lookup.py
   padding is written to the last row
     -    mode="drop",
     +    mode="clip",
   noise is drawn by the row's number on its device
     - rows + jax.lax.axis_index(TOKEN_AXES) * len(table.records)
+    + rows
+engram_jax/memory/records.py < test_placement.py
+  noise is drawn by the place in the buffer
+    - table.places.at[rows].get(mode="clip")
     + rows
 
 # Row Adam
@@ -189,8 +225,8 @@ engram_jax/memory/layout.py < memory/test_layout.py
     + words = self._clock
 engram_jax/program.py < test_run.py
   two tables start equal
-    - jax.random.fold_in(tables_key, layer)
-    + tables_key
+    - init_table(seed, table.rows, table.layout, layer, table.scale)
+    + init_table(seed, table.rows, table.layout, 0, table.scale)
 
 # Data
 
@@ -213,8 +249,8 @@ engram_jax/data/pipeline.py < data/test_pipeline.py
     - MapDataset.range(first_batch,
     + MapDataset.range(0,
   all processes build the first slice
-    - slice(self.process_index * local, (self.process_index + 1) * local)
-    + slice(0, local)
+    - self.process_index * local : (self.process_index + 1) * local
+    + 0:local
 engram_jax/data/corpus.py < data/test_corpus.py data/test_packing.py
   training reads what is held out
     - np.flatnonzero(~self._is_held_out())

@@ -57,6 +57,9 @@ def test_training_equals_that_on_the_device(
     table, written = read_rows(path)
     assert table == whole.program.tables()[1]
     assert 0 < len(written.places) < 0.7 * table.rows  # only rows that were read
+    last = read_metrics(run.folder)[-1]
+    assert (last["stored_rows"], last["stored_bytes"]) <= (len(written.places), path.stat().st_size)
+    assert last["stored_rows"] > 0 and last["seconds_waited_for_rows"] >= 0
 
 
 def test_runs_change_their_placement_when_they_resume(

@@ -56,13 +56,12 @@ class RowFeed:
     Attributes:
         stores: the stores.
         waited: seconds for which `load` has waited for the thread.
-        rows: rows that were sent.
     """
 
     def __init__(
         self, stores: Mapping[int, RowStore], mesh: jax.sharding.Mesh, *, frozen: bool = False
     ) -> None:
-        self.stores, self.waited, self.rows = stores, 0.0, 0
+        self.stores, self.waited = stores, 0.0
         self._sharding, self._frozen = jax.NamedSharding(mesh, TABLE_RW), frozen
         self._thread = ThreadPoolExecutor(1, "row-feed")
         self._next: Future[dict[int, _Rows]] | None = None
@@ -116,6 +115,15 @@ class RowFeed:
         """Buffers for reading, such as for evaluation. Call `flush` before."""
         rows = {layer: self._fetch(layer, plan, None, {}) for layer, plan in plans.items()}
         return {layer: self._send(layer, of_layer, None) for layer, of_layer in rows.items()}
+
+    def counters(self) -> dict[str, float | int]:
+        """For the log: rows and bytes in the stores of this process, and seconds of waiting."""
+        stores = self.stores.values()
+        return {
+            "stored_rows": sum(store.used for store in stores),
+            "stored_bytes": sum(store.bytes for store in stores),
+            "seconds_waited_for_rows": self.waited,
+        }
 
     def _wait(self) -> dict[int, _Rows]:
         if self._next is None:
@@ -196,7 +204,6 @@ class RowFeed:
 
     def _send(self, layer: int, rows: _Rows, previous: Table | None) -> Table:
         table = self.stores[layer].table
-        self.rows += rows.places.size
 
         def put(array: np.ndarray) -> Array:
             flat = array.reshape(-1, *array.shape[2:])

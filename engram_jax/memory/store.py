@@ -12,6 +12,7 @@ process.
 
 import mmap
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ type Placement = Literal["device", "host", "file"]
 
 EXTENT = 64 << 20  # bytes of a file that are allocated together
 PART = 1 << 16  # slots that are copied or compared together
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # Python 3.12 has no name for it
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,11 @@ class _Extents:
 
     def __init__(self, path: Path, size: int) -> None:
         self._path, self._size, self._allocated = path, size, 0
+        if not hasattr(os, "posix_fallocate"):
+            raise InputError(
+                "Tables in a file need posix_fallocate, which this system does not have; choose "
+                "--memory.placement host."
+            )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # another process may still map the old file

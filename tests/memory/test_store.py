@@ -117,10 +117,15 @@ def test_a_file_of_the_wrong_kind_or_size_is_one_sentence(tmp_path: Path) -> Non
         read_rows(tmp_path / "missing")
 
 
-def test_a_table_that_no_system_maps_is_one_sentence(tmp_path: Path) -> None:
+def test_a_table_that_no_system_maps_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     huge = replace(TABLE, rows=2**31 - 4096, layout=RecordLayout(1 << 20))
     with pytest.raises(InputError, match=r"map|Cannot create"):
         RowStore(huge, 0, huge.rows, tmp_path / "rows")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="Cannot create"):
         make_store(tmp_path / "file" / "rows")
+    monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
+    with pytest.raises(InputError, match="posix_fallocate"):
+        make_store(tmp_path / "rows")
