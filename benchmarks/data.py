@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 
 import jax
-import tyro
 
 from configs.default import config
+from engram_jax.command_line import run_function
 from engram_jax.data.pipeline import make_batches
 from engram_jax.run import Run
 from engram_jax.train_step import make_train_step
@@ -88,4 +88,4 @@ def _print(what: str, rates: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_function(main)

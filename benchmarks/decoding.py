@@ -24,9 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from engram_jax.command_line import load_named_config
+from engram_jax.command_line import load_named_config, run_function
 from engram_jax.compression import project_vocabulary
 from engram_jax.config import Config
 from engram_jax.data.packing import Batch, micro_batches
@@ -34,7 +33,6 @@ from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.programs import BURST, Drawing, Limits
 from engram_jax.decoding.sampling import DrawSettings, draw
 from engram_jax.decoding.settings import GenerationSettings
-from engram_jax.errors import one_sentence
 from engram_jax.hashing import NgramHash
 from engram_jax.hashing_device import HashConstants, hash_tokens, stored_places
 from engram_jax.layers.attention import AttentionConfig
@@ -320,5 +318,4 @@ def main(rounds: int = 15, large_width: int = 1024) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
-        tyro.cli(main)
+    run_function(main)

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tyro
 from jax.sharding import AxisType
 from jaxtyping import Array
 
+from engram_jax.command_line import run_function
 from engram_jax.costs.ahead_of_time import Cost, compile_cost, topology_mesh
-from engram_jax.errors import one_sentence
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import RecordLayout, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan
@@ -122,5 +121,4 @@ def main(topology: str = "v5p:4x4x4", tokens: int = 4096) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
-        tyro.cli(main)
+    run_function(main)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
+
+from engram_jax.command_line import run_function
 
 ROOT = Path(__file__).parent.parent
 TWINS = (("dense", "default"), ("dense_10m", "engram_10m"), ("dense_100m", "engram_100m"))
@@ -113,4 +114,4 @@ def main(minutes: float = 12.0) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_function(main)

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from engram_jax import HashSpec, NgramHash, load_tokenizer, project_vocabulary
+from engram_jax.command_line import run_function
 from engram_jax.data.token_cache import build_corpus
 
 ROUNDS = 15
@@ -91,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_function(main)

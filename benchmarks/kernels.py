@@ -21,10 +21,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.sharding import AxisType
 from jaxtyping import Array
 
+from engram_jax.command_line import run_function
 from engram_jax.costs.ahead_of_time import topology_mesh
 from engram_jax.sharding import MeshConfig
 from pallas_kernels import gated_fusion, hashed_gather
@@ -258,4 +258,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_function(main)

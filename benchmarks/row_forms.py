@@ -14,9 +14,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from benchmarks.table_update import MESH, fill_table, put
+from engram_jax.command_line import run_function
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import RecordLayout, Table
 from engram_jax.memory.plan import RowPlan
@@ -86,4 +86,4 @@ def main(rounds: int = 15) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_function(main)

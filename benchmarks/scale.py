@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from engram_jax.command_line import load_named_config
+from engram_jax.command_line import load_named_config, parse_flags
 from engram_jax.costs.accounting import account
 from engram_jax.costs.ahead_of_time import compile_costs, topology_mesh
 from engram_jax.errors import one_sentence
@@ -108,7 +108,7 @@ def main() -> None:
     third configuration exceeded 21 GB.
     """
     jax.config.update("jax_platforms", "cpu")
-    options = tyro.cli(Options, description=__doc__)
+    options = parse_flags(Options, description=__doc__ or "")
     if len(options.names) != 1:
         for name in options.names:
             command = ["-m", "benchmarks.scale", name, "--topology", options.topology]

@@ -26,11 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from matplotlib.figure import Figure
 
 from benchmarks.throughput import Training
-from engram_jax.command_line import load_named_config
+from engram_jax.command_line import load_named_config, run_function
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import RecordLayout, RowState, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan, plan_places
@@ -230,4 +229,4 @@ def main(most_rows: int = 1 << 26, most_dense: int = 1 << 24, rounds: int = 9) -
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_function(main)

@@ -16,12 +16,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 
-from engram_jax.command_line import load_named_config
+from engram_jax.command_line import load_named_config, run_function
 from engram_jax.config import Config
 from engram_jax.data.pipeline import prefetch_to_device
-from engram_jax.errors import one_sentence
 from engram_jax.run import Run
 from engram_jax.train_step import make_train_step
 
@@ -99,5 +97,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with one_sentence():
-        tyro.cli(main)
+    run_function(main)

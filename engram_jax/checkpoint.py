@@ -23,8 +23,9 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from engram_jax.errors import InputError, disk_reason
-from engram_jax.files import parse_json
+from engram_jax.files import parse_json, remove, sync_folder
 from engram_jax.processes import all_agree, collective, is_leader
+from engram_jax.train_state import array_bytes, named_leaves
 
 try:
     from orbax.checkpoint import v1 as ocp
@@ -52,18 +53,26 @@ class Checkpoints:
     folder. Nothing on disk changes before the first `save`, so opening for reading is safe.
     """
 
-    def __init__(self, folder: Path, *, keep: int, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, *, keep: int, identity: Mapping[str, Any]) -> None:
         """Raises InputError if `keep` is less than 1."""
         if keep < 1:
             raise InputError(f"At least 1 checkpoint must be kept, not {keep}: raise `keep`.")
-        self.folder = folder.absolute()  # Orbax does not accept a relative path
+        self.folder = Path(folder).absolute()  # Orbax does not accept a relative path
         self._keep = keep
         self._identity = dict(identity)
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, ascending; only those have their final name."""
-        names = {path.name.removesuffix(REPLACED) for path in self.folder.glob("*")}
-        return sorted(int(name) for name in names if re.fullmatch(r"\d{8,}", name))
+        """The steps of all complete checkpoints, ascending; only those have their final name.
+
+        Entries of the folder that cannot be checkpoints, such as files, are left out.
+        """
+        steps = set()
+        for path in self.folder.glob("*"):
+            name = path.name.removesuffix(REPLACED)
+            is_step = re.fullmatch(r"\d{8,10}", name) and name == f"{int(name):08d}"
+            if is_step and ((path / STATE).exists() or (path / MANIFEST).exists()):
+                steps.add(int(name))
+        return sorted(steps)
 
     def save(
         self,
@@ -85,7 +94,7 @@ class Checkpoints:
         Raises:
             InputError: the disk is too small or full. The earlier checkpoints are unchanged.
         """
-        arrays = _named(state)
+        arrays = named_leaves(state)
         final = self.folder / f"{step:08d}"
         partial = self.folder / f"{PARTIAL}{step:08d}"
         with collective(f"begin the checkpoint of step {step}"):
@@ -113,21 +122,19 @@ class Checkpoints:
             raise
         return final
 
-    def require_space(
-        self, state: PyTree, *, all_to_come: bool = False, more_bytes: int = 0
-    ) -> None:
+    def require_space(self, state: PyTree, to_come: int = 1, *, more_bytes: int = 0) -> None:
         """Checks that a checkpoint of the state (arrays, or their shapes) fits on the disk.
 
-        With `all_to_come`, that all checkpoints which the run keeps and a new one fit. `more_bytes`
-        are those of a checkpoint's other files.
+        With several `to_come`, that those fit which the run keeps, and a new one. `more_bytes` are
+        those of a checkpoint's other files.
 
         Raises:
             InputError: the disk has too little space, or the folder cannot be one.
         """
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise InputError(f"{self.folder} is no folder, or a link to nothing; remove it.")
-        count = max(self._keep + 1 - len(self.steps()), 1) if all_to_come else 1
-        needed = count * (_size(state) + more_bytes)
+        count = min(max(self._keep + 1 - len(self.steps()), 1), to_come)
+        needed = count * (array_bytes(state) + more_bytes)
         if self._free() < needed:
             raise self._full(needed, count)
 
@@ -167,12 +174,21 @@ class Checkpoints:
             InputError: there is no checkpoint, the requested one (or all) is damaged, or it has
                 another identity or other arrays.
         """
-        found = self.require(step)
+        before = self.require(step)
+        try:
+            return self._restore(before, abstract, step, partial)
+        except Exception:
+            # Another program may have removed the checkpoint meanwhile, because it saved a newer.
+            if step is not None or jax.process_count() > 1 or self.steps() == before:
+                raise
+        return self.restore(abstract, partial=partial)
+
+    def _restore(self, found: list[int], abstract: PyTree, step: int | None, partial: bool) -> Any:
         wanted = {
             name: leaf
             if leaf.sharding is not None
             else leaf.update(sharding=SingleDeviceSharding(jax.devices()[0]))
-            for name, leaf in _named(abstract).items()
+            for name, leaf in named_leaves(abstract).items()
         }
         for candidate in [step] if step is not None else reversed(found):
             here = self._saved_arrays(candidate, wanted)
@@ -183,6 +199,8 @@ class Checkpoints:
                     arrays = ocp.load(self.path(candidate) / STATE, here)
                 leaves = [arrays.get(name) for name in wanted]
                 return candidate, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+            if step is None and not self.path(candidate).exists():
+                raise InputError(f"{self.path(candidate)} was just removed; try again.")
             if is_leader() and step is None:
                 print(
                     f"The checkpoint of step {candidate} is damaged "
@@ -225,7 +243,7 @@ class Checkpoints:
             content = _read_manifest(folder / MANIFEST)
         except FileNotFoundError:
             return f"{MANIFEST} is missing"
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, IsADirectoryError, NotADirectoryError):
             return f"{MANIFEST} is unreadable"
         self._check_identity(step, content)
         saved = content["arrays"]
@@ -266,22 +284,22 @@ class Checkpoints:
     def _tidy(self) -> None:
         """Removes the remains of a killed save, and completes an interrupted replacement."""
         for leftover in self.folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(leftover)
+            remove(leftover)
         for replaced in self.folder.glob(f"*{REPLACED}"):
             final = replaced.with_name(replaced.name.removesuffix(REPLACED))
             if final.exists():
-                shutil.rmtree(replaced)
+                remove(replaced)
             else:
                 replaced.rename(final)
 
     def _publish(self, partial: Path, final: Path) -> None:
         """Renames a complete checkpoint to its final name, then removes superseded ones."""
         replaced = final.with_name(final.name + REPLACED)
-        if final.exists():
+        if os.path.lexists(final):
             final.rename(replaced)
         partial.rename(final)
-        _sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        sync_folder(self.folder)
+        remove(replaced)
         for path in [self.path(step) for step in self.steps()[: -self._keep]]:
             if path != final:
                 # Rename first: a killed process must not leave an incomplete checkpoint.
@@ -292,16 +310,11 @@ class Checkpoints:
         return shutil.disk_usage(there).free
 
     def _full(self, needed: int, count: int) -> InputError:
-        what = "A checkpoint does" if count == 1 else f"{count} checkpoints do"
+        what = "The checkpoint does" if count == 1 else f"{count} checkpoints do"
         return InputError(
-            f"{what} not fit in {self.folder}: it needs {needed:,} bytes, and "
-            f"{self._free():,} are free; free some space or keep fewer checkpoints."
+            f"{what} not fit in {self.folder}: {needed:,} bytes needed, {self._free():,} free; "
+            "free some space, or lower train.keep_checkpoints."
         )
-
-
-def _size(state: PyTree) -> int:
-    """Total bytes of all arrays."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def _orbax_context(partial: bool = False) -> Any:
@@ -310,15 +323,6 @@ def _orbax_context(partial: bool = False) -> Any:
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     return context
-
-
-def _named(tree: PyTree) -> dict[str, Any]:
-    """The leaves by path, such as "params/blocks/0/norm/scale", in the order of the tree."""
-    leaves = jax.tree.leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(named) != len(leaves):
-        raise ValueError("Two leaves of the state have the same path.")
-    return named
 
 
 def _described(
@@ -375,7 +379,7 @@ def _write_manifest(
         file.flush()
         os.fsync(file.fileno())
     partial.rename(folder / MANIFEST)
-    _sync(folder)
+    sync_folder(folder)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -384,15 +388,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if zlib.crc32(json.dumps(content).encode()) != manifest["crc32"]:
         raise ValueError(f"{path} has a wrong checksum")
     return content
-
-
-def _sync(folder: Path) -> None:
-    """Flushes the renames in a folder to the disk, so that they survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(path: Path) -> int:

@@ -6,16 +6,17 @@ import io
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass, make_dataclass
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import tyro
 
 from engram_jax.config import Config
-from engram_jax.errors import InputError
+from engram_jax.errors import InputError, one_sentence
 
 
 def named_configs() -> dict[str, str]:
@@ -140,6 +141,24 @@ def parse_flags(options: Any, *, description: str, **settings: Any) -> Any:
     # Tyro names a section by its place in the code.
     sentence = re.sub(r"^Error parsing (config\.)?", "", sentence)
     raise InputError(f"{sentence.rstrip('.') or errors.getvalue()}. See --help.")
+
+
+def run_function(
+    function: Callable[..., object], args: Sequence[str] | None = None, prog: str | None = None
+) -> None:
+    """Calls a function with the arguments of the command line, which are flags of the same names.
+
+    On an invalid value or another error that the user can correct, it ends the program with one
+    sentence and status 2.
+    """
+
+    @wraps(function)
+    def bind(*values: Any, **named: Any) -> Callable[[], object]:
+        return partial(function, *values, **named)
+
+    description = (function.__doc__ or "").partition("Args:")[0].strip()
+    with one_sentence():
+        parse_flags(bind, description=description, args=args, prog=prog)()
 
 
 class _Utf8(io.StringIO):

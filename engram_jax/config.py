@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram_jax.errors import InputError
-from engram_jax.files import atomic_write, parse_json
+from engram_jax.files import atomic_write, parse_json, read_regular
 from engram_jax.hashing import HashSpec, HashVariant
 from engram_jax.memory.layout import RecordLayout, StorageConfig
 from engram_jax.memory.row_adam import RowAdamConfig
@@ -281,18 +281,29 @@ def _check_numbers(values: Any, name: str = "") -> None:
         raise InputError(f"{name} is {values}; give a number of at most 18 digits.")
     elif isinstance(values, int) and abs(values) >= 2**31 and name != "memory.hash_seed":
         raise InputError(f"{name} is {values}; give a number below 2³¹.")
+    elif name in _COUNTED_OUT and isinstance(values, int) and values > _MOST_COUNTED:
+        raise InputError(f"{name} is {values}; give at most {_MOST_COUNTED}.")
+
+
+# Each of these is built one after another, so a larger number would take hours to start.
+_COUNTED_OUT = (
+    *("model.layers", "memory.heads", "memory.max_order", "model.engram.kernel"),
+    *("model.hyper_connections.branches", "model.hyper_connections.sinkhorn_iterations"),
+    *("data.workers", "data.prefetch"),
+)
+_MOST_COUNTED = 1000
 
 
 _SECTIONS = {"name", "model", "memory", "data", "optimizer", "train", "mesh"}  # since version 0.1.0
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Config, path: str | Path) -> None:
     """Writes a configuration as JSON; the file is replaced atomically."""
-    with atomic_write(path) as partial:
+    with atomic_write(Path(path)) as partial:
         partial.write_text(json.dumps(asdict(config), indent=1) + "\n")
 
 
-def load_config(path: Path) -> Config:
+def load_config(path: str | Path) -> Config:
     """Reads a configuration that this or an earlier version saved.
 
     A field that is missing in the file has its default. The default of a new field must be the
@@ -302,7 +313,7 @@ def load_config(path: Path) -> Config:
         InputError: the file is missing or damaged, or has fields that this version does not have.
     """
     try:
-        plain = parse_json(path.read_text())
+        plain = parse_json(read_regular(Path(path)))
         if lacking := _SECTIONS - set(plain):
             raise TypeError(f"it lacks {', '.join(sorted(lacking))}")
         return _from_plain(Config, plain)

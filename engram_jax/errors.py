@@ -4,16 +4,19 @@ import errno
 import io
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 # Errors of JAX and pathlib: JAX_PLATFORMS names no platform, and ~NAME names no user.
 _OF_ENVIRONMENT = re.compile("Unable to initialize backend|Could not determine home directory")
+_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED: .*?([Oo]ut of memory|allocat)", re.DOTALL)
 
 
 class InputError(ValueError):
@@ -22,6 +25,42 @@ class InputError(ValueError):
     Entry points print only the message, and exit with status 2. Any other exception is a bug, and
     is printed with its traceback.
     """
+
+
+class UnbreakableErrors(io.TextIOBase):
+    """The error output, without errors: a closed terminal or a full log must not end a run.
+
+    Args:
+        stream: the output; None: the value of `sys.stderr` at each call.
+    """
+
+    def __init__(self, stream: Any = None) -> None:
+        self._stream = stream
+
+    @property
+    def _now(self) -> Any:
+        return self._stream or sys.stderr
+
+    encoding = property(lambda self: getattr(self._now, "encoding", None))
+
+    def write(self, text: str) -> int:
+        """Writes as much as is possible."""
+        with suppress(OSError, ValueError, AttributeError):
+            self._now.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes as much as is possible."""
+        with suppress(OSError, ValueError, AttributeError):
+            self._now.flush()
+
+    def fileno(self) -> int:
+        """The number of the file."""
+        return int(self._now.fileno())
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return bool(self._now.isatty())
 
 
 @contextmanager
@@ -40,7 +79,10 @@ def one_sentence() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = UnbreakableErrors(sys.stderr)
     try:
+        _check_limits()
         yield
     except InputError as error:
         problem = str(error)
@@ -52,7 +94,9 @@ def one_sentence() -> Iterator[None]:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         path = error.filename
-        if error.errno in DISK_FULL:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            problem = "Too many files are open; raise the limit (ulimit -n), or use fewer workers."
+        elif error.errno in DISK_FULL:
             problem = f"Cannot write {path or 'a file'} ({error.strerror}); free some space and "
             problem += "run again."
         elif path is not None:
@@ -61,14 +105,45 @@ def one_sentence() -> Iterator[None]:
             problem = "The current folder does not exist any more; change to another one."
         else:
             raise
-    except RuntimeError as error:
-        if not _OF_ENVIRONMENT.match(str(error)):
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        if isinstance(error, MemoryError) or _OF_MEMORY.match(str(error)):
+            problem = f"The memory is full ({reason}); lower data.batch_size or other sizes."
+        elif _OF_ENVIRONMENT.match(str(error)):
+            problem = f"{reason}; correct the name."
+        else:
             raise
-        problem = f"{str(error).splitlines()[0].rstrip('.')}; correct the name."
     else:
         return
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
+
+
+def _check_limits() -> None:
+    """Checks the limits of this process, because native code ends without a reason above them.
+
+    Raises:
+        InputError: one is too low.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft != unlimited and soft < _MOST_FILES:
+        allowed = _MOST_FILES if hard == unlimited else min(hard, _MOST_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+        if max(soft, allowed) < _LEAST_FILES:
+            raise InputError(
+                f"Only {hard} files may be open; raise the limit (ulimit -n) to {_LEAST_FILES}."
+            )
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != unlimited and address_space < _LEAST_ADDRESS_SPACE:
+        raise InputError(
+            f"Only {address_space / 1e9:.1f} GB of virtual memory is allowed; raise the limit "
+            f"(ulimit -v) to {_LEAST_ADDRESS_SPACE / 1e9:.0f} GB or more."
+        )
+
+
+# A tiny run was seen to fail with 24 files, to fail with 40 and four workers, and with 1 GB.
+_LEAST_FILES, _MOST_FILES, _LEAST_ADDRESS_SPACE = 128, 4096, 2 * 10**9
 
 
 def disk_reason(error: BaseException) -> str | None:

@@ -26,6 +26,17 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is too deeply nested") from error
 
 
+def read_regular(path: Path) -> bytes:
+    """Returns the content of a file.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or device, whose content may never end.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return path.read_bytes()
+
+
 def check_utf8(path: Path, what: str) -> None:
     """Checks that a path can be written into JSON, logs and messages.
 
@@ -120,3 +131,20 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes the renames in a folder to the disk, so that they survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder; what cannot be removed of a folder stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

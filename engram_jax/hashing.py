@@ -18,7 +18,7 @@ from sympy import nextprime
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
-from engram_jax.files import atomic_write, parse_json
+from engram_jax.files import atomic_write, parse_json, read_regular
 
 # The token id of an image placeholder (a dead position). The data sources here produce none.
 DEAD = -1
@@ -251,7 +251,7 @@ class NgramHash:
         facts["projection"] = self.projection.fingerprint
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the hash as JSON: spec, conventions, multipliers, primes, projection.
 
         The file is replaced atomically.
@@ -260,18 +260,18 @@ class NgramHash:
             "projection": self.projection.to_json(),
             "fingerprint": self.fingerprint,
         }
-        with atomic_write(path) as partial:
+        with atomic_write(Path(path)) as partial:
             partial.write_text(json.dumps(document, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "NgramHash":
+    def load(cls, path: str | Path) -> "NgramHash":
         """Reads what `save` wrote.
 
         Raises:
             InputError: the file is missing, damaged, or uses other conventions.
         """
         try:
-            document = parse_json(path.read_text())
+            document = parse_json(read_regular(Path(path)))
             spec: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in document["spec"].items()

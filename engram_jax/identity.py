@@ -13,7 +13,7 @@ import jax
 
 from engram_jax.config import Config, load_config
 from engram_jax.errors import InputError
-from engram_jax.files import parse_json
+from engram_jax.files import parse_json, read_regular
 from engram_jax.hashing import NgramHash
 from engram_jax.memory.layout import RecordLayout
 from engram_jax.optimizer import OptimizerConfig
@@ -143,7 +143,7 @@ def check_texts(texts: dict[str, Any], folder: Path) -> None:
     """Checks that tokenizer and corpora have the fingerprints that a resumed run started with."""
     path = folder / "texts.json"
     try:
-        begun = parse_json(path.read_text())
+        begun = parse_json(read_regular(path))
         tokenizer, theirs = begun["tokenizer"], dict(begun["corpora"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(

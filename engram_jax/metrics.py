@@ -1,5 +1,6 @@
 """The metrics of a run, as JSON Lines and as TensorBoard event files."""
 
+import io
 import json
 import math
 import os
@@ -13,8 +14,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from engram_jax.errors import InputError
-from engram_jax.files import parse_json
+from engram_jax.errors import DISK_FULL, InputError
+from engram_jax.files import parse_json, read_regular
 
 LINES = "metrics.jsonl"
 EVENTS = "events.out.tfevents."
@@ -36,9 +37,9 @@ class MetricsLog:
         InputError: a line before the last one is not JSON, or the disk is full.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+    def __init__(self, folder: str | Path, *, resume_step: int | None = None) -> None:
         """Opens the log in `folder`, which is created if it does not exist."""
-        self._folder = folder
+        self._folder = folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lines = [
@@ -107,13 +108,15 @@ class MetricsLog:
         return RecordWriter(final.open("ab", buffering=0))
 
     def _cannot_write(self, error: OSError) -> InputError:
+        full = error.errno in DISK_FULL
+        remedy = "free some disk space" if full else f"move what is at {error.filename} away"
         return InputError(
-            f"The metrics in {self._folder} cannot be written ({error.strerror}): free some disk "
-            "space or choose another run folder, then resume."
+            f"The metrics in {self._folder} cannot be written ({error.strerror}): {remedy} or "
+            "choose another run folder, then resume."
         )
 
 
-def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+def read_metrics(folder: str | Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of one kind in a run folder, in the order written, as {"step": int, name: float}.
 
     An incomplete last line is skipped. If there is no file, the list is empty.
@@ -127,7 +130,7 @@ def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
             for name, value in line.items()
             if name != "kind"
         }
-        for line in _read_lines(folder / LINES)
+        for line in _read_lines(Path(folder) / LINES)
         if line["kind"] == kind
     ]
 
@@ -138,20 +141,19 @@ _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return  # incomplete: the writer was killed, or is writing now
-            try:
-                content = parse_json(line)
-                if (reason := _wrong(content)) is not None:
-                    raise ValueError(reason)
-            except ValueError as error:
-                raise InputError(
-                    f"Line {number} of {path} is no line of metrics ({error}): repair or delete "
-                    "the line, then resume."
-                ) from error
-            yield content
+    for number, line in enumerate(io.BytesIO(read_regular(path)), start=1):
+        if not line.endswith(b"\n"):
+            return  # incomplete: the writer was killed, or is writing now
+        try:
+            content = parse_json(line)
+            if (reason := _wrong(content)) is not None:
+                raise ValueError(reason)
+        except ValueError as error:
+            raise InputError(
+                f"Line {number} of {path} is no line of metrics ({error}): repair or delete the "
+                "line, then resume."
+            ) from error
+        yield content
 
 
 def _wrong(line: Any) -> str | None:

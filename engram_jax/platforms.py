@@ -1,8 +1,11 @@
-"""What depends on the platform: which kernels run there, and how many processes build batches."""
+"""What depends on the platform: its kernels, its memory, and how many processes build batches."""
 
+import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +15,12 @@ from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.memory.layout import LANES
 from engram_jax.sharding import AnyMesh, platform_of
+from engram_jax.train_state import TrainState, array_bytes
+
+if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # JAX sets this where it finds no TPU
+    # Then an installed libtpu complains at every start that it does not know these.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
 
 # The platform of each implementation that does not run on all platforms.
 NEEDS = {"cudnn": "gpu", "splash": "tpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
@@ -44,6 +53,66 @@ def foreign_kernels(config: Config, platform: str) -> dict[str, str]:
         for part, name in chosen.items()
         if name is not None and NEEDS.get(name, platform) != platform
     }
+
+
+def check_memory(config: Config, state: TrainState) -> None:
+    """Refuses a run that cannot fit in the memory of its machines.
+
+    Only parts that every run needs are counted, so a run that passes can still be too large.
+
+    Args:
+        config: the configuration.
+        state: the state of a training run, or its shapes.
+
+    Raises:
+        InputError: one part does not fit; the message names its flags.
+    """
+    model, data, train = config.model, config.data, config.train
+    host, devices = _memory()
+    in_tables = array_bytes(state.tables)
+    of_table = {"device": devices, "host": host * jax.process_count(), "file": math.inf}
+    tokens, processes = data.batch_size * data.sequence_length, jax.process_count()
+    value_bytes = 2 if model.dtype == "bfloat16" else 4
+    fields, worker_bytes, entry_bytes = 6, 1 << 26, 16
+    for what, flags, needed, there in (
+        ("the model", "the sizes in model", array_bytes(state) - in_tables, devices),
+        (
+            "the tables",
+            "memory.rows_per_head, memory.heads or memory.row_width",
+            in_tables,
+            of_table[config.memory.placement],
+        ),
+        (
+            "the inputs of the blocks",
+            "data.batch_size or data.sequence_length",
+            tokens // train.accumulation * model.width * model.layers * value_bytes,
+            devices,
+        ),
+        (
+            "batches that are built ahead",
+            "data.batch_size or data.prefetch",
+            tokens * fields * 4 // processes * (data.prefetch + 1),
+            host,
+        ),
+        ("the schedule", "train.steps", entry_bytes << train.steps.bit_length(), host),
+        ("the processes", "data.workers", (data.workers or 0) * worker_bytes, host),
+    ):
+        if needed > there:
+            raise InputError(
+                f"This run needs at least {needed / 1e9:,.1f} GB for {what}, and there are "
+                f"{there / 1e9:,.1f} GB of memory; lower {flags}."
+            )
+
+
+def _memory() -> tuple[float, float]:
+    """Bytes of this machine's memory, and of all devices together (infinity: not known)."""
+    host = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError):  # there is none, or it is "max"
+        host = min(host, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    if jax.default_backend() == "cpu":
+        return host, host * jax.process_count()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return host, stats.get("bytes_limit", math.inf) * len(jax.devices())
 
 
 def default_workers(platform: str) -> int:

@@ -36,7 +36,7 @@ from engram_jax.identity import (
     stored_hash,
 )
 from engram_jax.memory.layout import Table
-from engram_jax.platforms import default_workers, without_foreign_kernels
+from engram_jax.platforms import check_memory, default_workers, without_foreign_kernels
 from engram_jax.processes import check_same_everywhere, collective, is_leader
 from engram_jax.program import Program, make_config_row_adam
 from engram_jax.run_folder import (
@@ -87,9 +87,9 @@ class Run:
     def start(
         cls,
         config: Config,
-        folder: Path,
+        folder: str | Path,
         *,
-        start_from: Path | None = None,
+        start_from: str | Path | None = None,
         start_step: int | None = None,
         reschedule: bool = False,
     ) -> "Run":
@@ -109,6 +109,8 @@ class Run:
                 the mesh does not divide the sizes, the run has more steps than the configuration,
                 or the other run's weights do not fit.
         """
+        folder = Path(folder).expanduser()
+        start_from = None if start_from is None else Path(start_from).expanduser()
         with collective(f"start the run in {folder}"):
             run = cls._check_start(config, folder, reschedule)
             done = run.checkpoints.steps()
@@ -155,6 +157,7 @@ class Run:
         if resumes and ngram_hash is not None:
             ngram_hash = stored_hash(ngram_hash, config, folder)
         run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
+        check_memory(config, run.program.abstract_state())
         make_config_row_adam(config)  # an error in its betas is found here
         start, width = config.memory.start_from, config.memory.row_width
         if not resumes and start is not None and ngram_hash is not None:
@@ -171,12 +174,13 @@ class Run:
         return {"tokenizer": self.tokenizer.fingerprint, "corpora": corpora}
 
     @classmethod
-    def open(cls, folder: Path) -> "Run":
+    def open(cls, folder: str | Path) -> "Run":
         """Opens a run for reading, on one device. It may be from another mesh or platform.
 
         Raises:
             InputError: the folder holds no run, or its tokenizer is missing.
         """
+        folder = Path(folder).expanduser()
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
         config = without_foreign_kernels(load_config(folder / "config.json"), platform_of(mesh))
         config = replace(config, memory=replace(config.memory, placement="device"))

@@ -6,7 +6,6 @@ device. Experts are also split over "expert" (expert parallelism). They are not 
 axis: the tokens are exchanged instead.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +23,6 @@ from engram_jax.typing import PyTree
 type AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 TOKEN_AXES = ("data", "fsdp", "expert")
-
-if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # JAX sets this where it finds no TPU
-    # Then an installed libtpu complains at every start that it does not know these.
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from engram_jax.errors import InputError
+from engram_jax.files import read_regular
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "tokenizers" / "default.model"
 
@@ -90,7 +92,7 @@ def load_tokenizer(
             "give one of these."
         )
     try:
-        model = file.read_bytes()
+        model = read_regular(file)
     except OSError as error:
         raise InputError(
             f"cannot read tokenizer {file} ({error.strerror}); check the path or use 'default'."
@@ -140,10 +142,13 @@ def keep_special_ids_out(
     character of the name.
 
     Raises:
-        InputError: a text has a surrogate; or it has such an id without the id's name, or with a
-            name of one character.
+        InputError: a text has a surrogate; it is not blank, and has no ids at all; or it has such
+            an id without the id's name, or with a name of one character.
     """
     encoded = encode([checked_text(text) for text in texts])
+    for text, ids in zip(texts, encoded, strict=True):
+        if not len(ids) and has_visible(text):
+            raise deletes_text(tokenizer.name, text)
     special = sorted({tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id})
     for index, ids in enumerate(encoded):
         if np.isin(ids, special).any():
@@ -168,6 +173,47 @@ def _cut_names(text: str, names: Sequence[str]) -> list[str]:
     return re.split(inside, text) if inside else [text]
 
 
+def check_characters_kept(
+    name: str, texts: Sequence[str], normalize: Callable[[str], str], known: set[str]
+) -> None:
+    """Checks that a tokenizer's normalizer deletes no visible character of some texts.
+
+    Otherwise the text would be lost without a trace. Other changes, such as of case, accents or
+    compatibility forms, are the tokenizer's choice.
+
+    Args:
+        name: the tokenizer's name.
+        texts: the texts.
+        normalize: the normalizer.
+        known: characters that were checked before; this adds those of the texts.
+
+    Raises:
+        InputError: it deletes one.
+    """
+    new = set().union(*texts) - known
+    for character in sorted(filter(has_visible, new)):
+        if not normalize(character).strip(" \u2581"):
+            raise deletes_text(name, character)
+    known |= new
+
+
+def has_visible(text: str) -> bool:
+    """Whether a text has more than spaces, control characters, marks (accents) and U+FFFD."""
+    # Some accents are not marks, but compatibility forms of a space with a mark.
+    decomposed = text if text.isascii() else unicodedata.normalize("NFKD", text)
+    return any(
+        unicodedata.category(c)[0] not in "CMZ" and c not in "\u2581\ufffd" for c in decomposed
+    )
+
+
+def deletes_text(name: str, text: str) -> InputError:
+    """The error for a tokenizer that deletes text."""
+    return InputError(
+        f"{name} deletes text, such as {text[:40]!r}, so it would be lost; give a tokenizer whose "
+        "normalizer and pre-tokenizer keep all visible characters."
+    )
+
+
 def checked_text(text: str) -> str:
     """Return the text.
 
@@ -178,7 +224,8 @@ def checked_text(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"the text has half of a surrogate pair at character {error.start}; remove it."
+            f"the text has half of a surrogate pair, or bytes that are not UTF-8, at character "
+            f"{error.start}; remove it."
         ) from error
     return text
 

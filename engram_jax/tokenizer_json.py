@@ -1,7 +1,9 @@
 """`tokenizer.json` files as tokenizers."""
 
+import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -10,8 +12,11 @@ from jaxtyping import Int32
 
 from engram_jax.errors import InputError
 from engram_jax.tokenizer import (
+    check_characters_kept,
     checked_ids,
+    deletes_text,
     fingerprint,
+    has_visible,
     keep_special_ids_out,
     special_ids,
 )
@@ -33,7 +38,8 @@ class JsonTokenizer:
 
     The name of a special token in a text is encoded as ordinary text, so a document cannot contain
     a false document boundary. Truncation, padding and dropout of the file are disabled. Whether
-    encoding is lossless depends on the file; a byte-level BPE without a normalizer is.
+    encoding is lossless depends on the file; a byte-level BPE without a normalizer is. Visible
+    characters that the file's normalizer or pre-tokenizer deletes are an error.
     """
 
     suffix = ".json"
@@ -50,8 +56,9 @@ class JsonTokenizer:
         """Build from the content of a file; ids not given here are found by well-known names.
 
         Raises:
-            InputError: `tokenizers` is not installed; the content is not a tokenizer; or it has no
-                token with a well-known name for pad, bos or eos and no id is given.
+            InputError: `tokenizers` is not installed; the content is not a tokenizer, or has ids of
+                more than 31 bits; or it has no token with a well-known name for pad, bos or eos and
+                no id is given.
         """
         try:
             import tokenizers
@@ -59,24 +66,23 @@ class JsonTokenizer:
             raise InputError(
                 f"{name} needs the package tokenizers; run pip install engram-jax[hf]."
             ) from error
-        try:
+        problem = f"{name} is not a tokenizer.json file of the package tokenizers"
+        with _refusals(problem, "give the tokenizer.json of a model"):
             backend = tokenizers.Tokenizer.from_buffer(model)
-        except Exception as error:  # `tokenizers` raises this very class
-            raise InputError(
-                f"{name} is not a tokenizer.json file of the package tokenizers ({error}); give "
-                "the tokenizer.json of a model."
-            ) from error
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         if isinstance(backend.model, tokenizers.models.BPE):
             backend.model.dropout = None  # equal texts always get equal ids
-        self._drops = _may_drop(backend)
+        self._drops, self._deletes = _may_drop(backend), _may_delete(backend)
+        self._kept: set[str] = set()  # characters that the normalizer does not delete
         self._backend = backend
         self.file = model
         self.name = name
         # Some ids may be unused. An unused id has an empty piece and decodes to nothing.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if self.vocab_size > 2**31 - 1:
+            raise InputError(f"{name} has token ids above 2³¹; give a tokenizer with smaller ids.")
         self._special = frozenset(
             i for i, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -99,8 +105,8 @@ class JsonTokenizer:
         """Return the token ids of a text, without bos, eos or any other special token.
 
         Raises:
-            InputError: the text has a surrogate, pieces that stand for pad, bos or eos, or
-                characters for which the file has no piece.
+            InputError: the text has a surrogate, pieces that stand for pad, bos or eos, characters
+                for which the file has no piece, or visible characters that it deletes.
         """
         return self.encode_batch([text])[0]
 
@@ -111,17 +117,21 @@ class JsonTokenizer:
     def _encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "_"]]:
         # The fast call does not compute offsets, which tell what was dropped.
         encode = self._backend.encode_batch if self._drops else self._backend.encode_batch_fast
-        try:
+        remedy = "give a tokenizer with a piece for unknown characters, or with byte pieces"
+        with _refusals(f"{self.name} cannot encode a text", remedy):
             encodings = encode(texts, add_special_tokens=False)
-        except Exception as error:  # `tokenizers` raises this very class
-            raise InputError(
-                f"{self.name} cannot encode a text ({error}); give a tokenizer with a piece for "
-                "unknown characters, or with byte pieces."
-            ) from error
+            self._check_nothing_deleted(texts)
         if self._drops:
             for text, encoding in zip(texts, encodings, strict=True):
                 self._check_nothing_dropped(text, encoding)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def _check_nothing_deleted(self, texts: Sequence[str]) -> None:
+        if (normalizer := self._backend.normalizer) is not None:
+            check_characters_kept(self.name, texts, normalizer.normalize_str, self._kept)
+        for text in texts if self._deletes else []:
+            for deleted in filter(has_visible, _deleted(self._backend, text)):
+                raise deletes_text(self.name, deleted)
 
     def _check_nothing_dropped(self, text: str, encoding: Any) -> None:
         is_encoded = np.zeros(len(text), bool)
@@ -182,6 +192,55 @@ def _may_drop(backend: Any) -> bool:
     else:
         return True
     return any(backend.token_to_id(name) is None for name in names)
+
+
+@contextmanager
+def _refusals(problem: str, remedy: str) -> Iterator[None]:
+    """Raises InputError for an error of `tokenizers`, which raises Exception itself, or panics."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{problem} ({' '.join(str(error).split())}); {remedy}.") from error
+
+
+def _may_delete(backend: Any) -> bool:
+    """Whether a tokenizer can delete text of more than single characters."""
+    splits = repr(backend.pre_tokenizer)
+    deletes = "Removed" in splits or "CharDelimiterSplit" in splits
+    return deletes or 'content=""' in repr(backend.normalizer)
+
+
+def _deleted(backend: Any, text: str) -> Iterator[str]:
+    """The parts of a text that the normalizer deletes by a pattern, or the pre-tokenizer."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import Split
+
+    for step in _steps(backend.normalizer):
+        content = json.loads(step.__getstate__())
+        if content["type"] == "Replace" and not content["content"]:
+            pattern = content["pattern"]
+            found = pattern.get("String") or Regex(pattern["Regex"])
+            matches = Split(found, "removed", invert=True)
+            yield from (match for match, _ in matches.pre_tokenize_str(text))
+        text = step.normalize_str(text)
+    if backend.pre_tokenizer is not None:
+        is_deleted = np.ones(len(text), bool)
+        for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text):
+            is_deleted[start:end] = False
+        yield "".join(text[place] for place in np.flatnonzero(is_deleted))
+
+
+def _steps(normalizer: Any) -> list[Any]:
+    """The normalizers of a sequence, one after another."""
+    if normalizer is None:
+        return []
+    if type(normalizer).__name__ != "Sequence":
+        return [normalizer]
+    return [step for part in normalizer for step in _steps(part)]
 
 
 def _is_byte_level(backend: Any) -> bool:

@@ -11,6 +11,7 @@ from jaxtyping import Int32
 
 from engram_jax.errors import InputError
 from engram_jax.tokenizer import (
+    check_characters_kept,
     checked_ids,
     fingerprint,
     keep_special_ids_out,
@@ -35,7 +36,8 @@ class SentencePieceTokenizer:
     If a model has byte pieces, does not normalize, and does not add or remove spaces, then
     `decode(encode(text)) == text` for every text without surrogates. Models of
     `tokenizer_training` are such models. Others behave as in SentencePiece itself: U+2581 becomes a
-    space, text is normalized, and missing characters become the unknown piece.
+    space, text is normalized, and missing characters become the unknown piece. But visible
+    characters that a model deletes are an error.
     """
 
     suffix = ".model"
@@ -56,12 +58,17 @@ class SentencePieceTokenizer:
                 given.
         """
         try:
-            processor = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
-        except RuntimeError:
-            processor = None
-        if processor is None or processor.vocab_size() == 0:
+            if not model:
+                raise RuntimeError
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+            keeps_spaces = processor.normalize("  a  b ").replace(_SPACE, " ") == "  a  b "
+        except (RuntimeError, UnicodeDecodeError):  # the latter: damaged pieces, or error messages
+            pieces = []
+        if not pieces:
             raise InputError(f"{name} is not a SentencePiece model; give a .model file of one.")
         self._processor = processor
+        self._kept: set[str] = set()  # characters that the normalizer does not delete
         self.file = model
         self.name = name
         self.vocab_size = processor.vocab_size()
@@ -70,8 +77,6 @@ class SentencePieceTokenizer:
         self.pad_id, self.bos_id, self.eos_id = special
         self.fingerprint = fingerprint(model, special, own)
 
-        pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
-        keeps_spaces = processor.normalize("  a  b ").replace(_SPACE, " ") == "  a  b "
         # If no piece has a space after another character, a text can be cut before a space that
         # follows another character. No merge can cross that cut, so the ids do not change.
         inner_space = re.compile(f"[^{_SPACE}]{_SPACE}")
@@ -92,7 +97,8 @@ class SentencePieceTokenizer:
         """Return the token ids of a text, without bos, eos or any other control piece.
 
         Raises:
-            InputError: the text has a surrogate, or pieces that stand for pad, bos or eos.
+            InputError: the text has a surrogate, pieces that stand for pad, bos or eos, or visible
+                characters that the model deletes.
         """
         return self.encode_batch([text])[0]
 
@@ -101,6 +107,7 @@ class SentencePieceTokenizer:
         return keep_special_ids_out(self, texts, self._encode_batch)
 
     def _encode_batch(self, texts: list[str]) -> list[Int32[np.ndarray, "_"]]:
+        check_characters_kept(self.name, texts, self._processor.normalize, self._kept)
         parts = [list(self._split(text)) for text in texts]
         plain = [part for of_text in parts for part in of_text if isinstance(part, str)]
         ids = iter(self._processor.encode(plain, out_type=int, num_threads=-1))

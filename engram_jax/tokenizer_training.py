@@ -18,11 +18,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
-import tyro
 from tqdm import tqdm
 
+from engram_jax.command_line import run_function
 from engram_jax.data.sources import read_documents
-from engram_jax.errors import InputError, one_sentence
+from engram_jax.errors import InputError
 from engram_jax.files import atomic_write
 from engram_jax.tokenizer import checked_text
 from engram_jax.tokenizer_sentencepiece import SentencePieceTokenizer
@@ -159,8 +159,7 @@ def _write(out: Path, content: bytes) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line. Invalid input ends it with a one-sentence message and status 2."""
-    with one_sentence():
-        tyro.cli(train, prog="python -m engram_jax.tokenizer_training", args=args)
+    run_function(train, args, prog="python -m engram_jax.tokenizer_training")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The state of training, which a step changes."""
 
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 from jaxtyping import Array, Float, Int32
@@ -53,3 +53,17 @@ class TrainState:
     def weights(self) -> Weights:
         """The part that a forward pass reads."""
         return Weights(self.step, self.params, self.tables, self.expert_bias)
+
+
+def array_bytes(state: PyTree) -> int:
+    """Total bytes of all arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves by path, such as "params/blocks/0/norm/scale", in the order of the tree."""
+    leaves = jax.tree.leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("Two leaves of the state have the same path.")
+    return named

@@ -1,13 +1,12 @@
 """The training loop: runs steps, and writes checkpoints, metrics and held-out losses."""
 
-import io
 import math
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.packing import SentBatch
 from engram_jax.data.pipeline import prefetch_to_device
+from engram_jax.errors import UnbreakableErrors
 from engram_jax.evaluation.health import HealthStudy, warn_of_inert
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
 from engram_jax.formats.start_memory import start_with
@@ -90,9 +90,11 @@ def train(run: Run, *, profile: bool = False) -> TrainState:
 def _require_space(run: Run, feed: RowFeed | None = None) -> None:
     """Checks that the checkpoints to come fit on the disk."""
     rows = sum(store.bytes for store in feed.stores.values()) if feed else 0
+    config, abstract = run.config.train, run.program.abstract_state()
     with collective("find disk space for the checkpoints"):
-        abstract = run.program.abstract_state()
-        run.checkpoints.require_space(abstract, all_to_come=True, more_bytes=rows)
+        left = config.steps - max(run.checkpoints.steps(), default=0)
+        to_come = -(-left // (config.checkpoint_every or config.steps))
+        run.checkpoints.require_space(abstract, max(to_come, 1), more_bytes=rows)
 
 
 def _with_rows(
@@ -183,7 +185,7 @@ def _open_progress(run: Run, step: int, feed: RowFeed | None) -> Iterator["_Prog
             total=run.config.train.steps,
             initial=step,
             unit="step",
-            file=_Unbreakable(),
+            file=UnbreakableErrors(),
             disable=not is_leader(),
             mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 30,  # keeps log files short
         )
@@ -315,21 +317,6 @@ _STOP_SIGNALS = (
     *(signal.SIGINT, signal.SIGTERM),
     *(signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU),
 )
-
-
-class _Unbreakable(io.TextIOBase):
-    """The error output, without errors: a closed terminal or a full log must not end a run."""
-
-    encoding = property(lambda self: getattr(sys.stderr, "encoding", None))
-
-    def write(self, text: str) -> int:
-        with suppress(OSError, ValueError, AttributeError):
-            sys.stderr.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError, AttributeError):
-            sys.stderr.flush()
 
 
 @contextmanager

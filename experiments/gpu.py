@@ -10,9 +10,7 @@ import subprocess
 import sys
 import time
 
-import tyro
-
-from engram_jax.errors import one_sentence
+from engram_jax.command_line import run_function
 from experiments.allocation import SHARES
 
 SAVING = 20.0  # seconds in which stopped runs save their checkpoints
@@ -43,5 +41,4 @@ def main(minutes: float = 14.0, jobs: int = 6) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
-        tyro.cli(main)
+    run_function(main)

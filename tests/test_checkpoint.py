@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from programs import fork
 
 from engram_jax import checkpoint
-from engram_jax.checkpoint import Checkpoints
+from engram_jax.checkpoint import Checkpoints, ocp
 from engram_jax.errors import InputError
 
 IDENTITY = {"hash": "0123456789abcdef", "tokenizer": "fedcba9876543210"}
@@ -231,8 +231,11 @@ def test_a_disk_too_small_is_found_before_writing(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(saved.states[10]))
-    with pytest.raises(InputError, match=f"needs {needed:,} bytes, and 999 are free"):
+    with pytest.raises(InputError, match=f": {needed:,} bytes needed, 999 free"):
         saved.checkpoints.save(30, saved.states[10], config={})
+    many = Checkpoints(saved.folder, keep=10**9, identity={})
+    with pytest.raises(InputError, match=f"3 checkpoints do not fit .*: {3 * needed:,} bytes"):
+        many.require_space(saved.states[10], to_come=3)
     assert {path.name for path in saved.folder.iterdir()} == {"00000010", "00000020"}
 
 
@@ -316,3 +319,58 @@ def test_any_other_error_of_a_save_passes_and_leaves_nothing(saved: SimpleNamesp
     with pytest.raises(TypeError, match="not JSON serializable"):
         saved.checkpoints.save(30, {"a": jnp.ones(3)}, config={"bad": object()})
     assert {path.name for path in saved.folder.iterdir()} == {"00000010", "00000020"}
+
+
+@pytest.mark.parametrize("name", ["00000030", "000000021", "99999999999999999999"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link to nothing", "partial", "replaced"])
+def test_other_entries_of_the_folder_are_no_checkpoints(
+    saved: SimpleNamespace, name: str, kind: str
+) -> None:
+    """A link to nothing was counted, so that the oldest checkpoint was removed for it."""
+    entry = saved.folder / name
+    if kind == "folder":
+        entry.mkdir()
+    elif kind == "link to nothing":
+        entry.symlink_to("nothing")
+    elif kind == "file":
+        entry.write_text("x")
+    else:
+        entry = saved.folder / (f"partial-{name}" if kind == "partial" else f"{name}.replaced")
+        entry.write_text("x")
+    assert saved.checkpoints.steps() == [10, 20]
+    assert saved.checkpoints.require() == [10, 20]
+    if name == "00000030":  # the place of the next one
+        saved.checkpoints.save(30, saved.states[10], config={})
+        assert saved.checkpoints.steps() == [10, 20, 30]
+
+
+def test_a_checkpoint_without_a_readable_manifest_is_damaged(
+    saved: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = saved.folder / "00000020" / "manifest.json"
+    manifest.unlink()
+    manifest.mkdir()
+    assert saved.checkpoints.restore(saved.abstract)[0] == 10
+    assert "step 20 is damaged (manifest.json is unreadable)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", ["manifest", "arrays"])
+def test_a_newer_checkpoint_is_read_if_the_newest_goes_meanwhile(
+    saved: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    moment: str,
+) -> None:
+    """As when a training program saves and prunes while another one reads."""
+    owner, name = {"manifest": (checkpoint, "_read_manifest"), "arrays": (ocp, "load")}[moment]
+    original = getattr(owner, name)
+
+    def replace_first(*arguments: object) -> object:
+        monkeypatch.undo()
+        (saved.folder / "00000020").rename(saved.folder / "00000021")
+        shutil.rmtree(saved.folder / "00000010")
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, replace_first)
+    assert saved.checkpoints.restore(saved.abstract)[0] == 21
+    assert "damaged" not in capfd.readouterr().err

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import pytest
 from programs import ROOT, run_program, run_program_in_fork
 
@@ -113,10 +114,18 @@ def test_sentence_and_status_of_bad_input(capfd: pytest.CaptureFixture[str]) -> 
         (IsADirectoryError(21, "Is a directory", "/x"), "Cannot use /x (Is a directory)"),
         (OSError(28, "No space left on device", "/x"), "Cannot write /x (No space left on device)"),
         (OSError(27, "File too large"), "Cannot write a file (File too large)"),
+        (OSError(24, "Too many open files", "/x"), "Too many files are open"),
+        (MemoryError("Unable to allocate 7 GiB"), "The memory is full (Unable to allocate 7 GiB)"),
+        (
+            jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n\nx"
+            ),
+            "The memory is full (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes)",
+        ),
     ],
 )
 def test_errors_of_files_are_one_sentence(
-    error: OSError, sentence: str, capsys: pytest.CaptureFixture[str]
+    error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended, one_sentence():
         raise error
@@ -190,3 +199,56 @@ def test_no_other_processes_to_join(tmp_path: Path) -> None:
     ended = run_program_in_fork(tmp_path, "train.py", "--distributed")
     assert ended.status == 2 and len(ended.err.splitlines()) == 1
     assert ended.err.startswith("error: --distributed finds no other processes")
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "sentence"),
+    [
+        ("NOFILE", 40, "error: Only 40 files may be open; raise the limit (ulimit -n) to 128."),
+        (
+            "AS",
+            10**9,
+            "error: Only 1.0 GB of virtual memory is allowed; raise the limit (ulimit -v)",
+        ),
+    ],
+)
+def test_limits_of_the_shell_that_are_too_low_are_told(
+    kind: str, limit: int, sentence: str
+) -> None:
+    program = (
+        f"import resource as r; r.setrlimit(r.RLIMIT_{kind}, ({limit}, {limit}))\n"
+        "from engram_jax.errors import one_sentence\nwith one_sentence(): print('runs')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith(sentence)
+
+
+def test_a_low_limit_of_open_files_that_may_be_raised_is_raised() -> None:
+    """As on macOS, where it is 256 at first."""
+    program = (
+        "import resource as r\nn = r.RLIMIT_NOFILE\nr.setrlimit(n, (30, r.getrlimit(n)[1]))\n"
+        "from engram_jax.errors import one_sentence\n"
+        "with one_sentence(): print(r.getrlimit(n)[0])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert int(result.stdout) >= 128
+
+
+def test_a_full_log_ends_no_program() -> None:
+    program = (
+        "import sys\nfrom engram_jax.errors import one_sentence\n"
+        "with one_sentence(): print('warning', file=sys.stderr, flush=True); print('runs')"
+    )
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=full,
+            text=True,
+        )
+    assert (result.returncode, result.stdout) == (0, "runs\n")

@@ -202,6 +202,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("memory", {"hash_seed": 10**20}, "at most 18 digits"),
         ("optimizer", {"warmup_steps": 10**18}, "warmup_steps is 1000000000000000000.*2³¹"),
         ("data", {"batch_size": 10**18}, "batch_size is 1000000000000000000.*2³¹"),
+        ("model", {"layers": 10**9}, "layers is 1000000000; give at most 1000"),
+        ("memory", {"heads": 10**6}, "heads is 1000000; give at most 1000"),
+        ("data", {"workers": 10**9}, "workers is 1000000000; give at most 1000"),
+        ("data", {"prefetch": 10**6}, "prefetch is 1000000; give at most 1000"),
     ],
 )
 def test_impossible_configurations_are_refused(

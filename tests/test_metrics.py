@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engram_jax.errors import InputError
-from engram_jax.metrics import MetricsLog, read_metrics
+from engram_jax.metrics import LINES, MetricsLog, read_metrics
 
 
 def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -145,3 +145,11 @@ def test_a_line_with_another_type_is_refused(tmp_path: Path, change: dict[str, o
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(InputError, match="Line 1"):
         read_metrics(tmp_path)
+
+
+def test_a_folder_at_the_place_of_the_log_is_named(tmp_path: Path) -> None:
+    (tmp_path / LINES).mkdir()
+    with pytest.raises(
+        InputError, match=r"Is a directory\): move what is at .*metrics\.jsonl away"
+    ):
+        MetricsLog(tmp_path)

@@ -25,14 +25,16 @@ from tiny_runs import (
 
 from engram_jax import files, platforms, program
 from engram_jax.compression import VocabularyProjection
-from engram_jax.config import Config, save_config
+from engram_jax.config import Config, TrainConfig, load_config, save_config
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
+from engram_jax.formats.export import export_run, import_run
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.engram import EngramConfig
 from engram_jax.memory.row_adam import RowAdamConfig
+from engram_jax.metrics import MetricsLog, read_metrics
 from engram_jax.run import Run
 from engram_jax.sharding import MeshConfig, make_mesh
 from engram_jax.tokenizer import DEFAULT_MODEL
@@ -172,7 +174,7 @@ def test_a_full_disk_is_found_before_the_first_step(
 ) -> None:
     run = Run.start(config, tmp_path / "run")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
-    with pytest.raises(InputError, match="999 are free"):
+    with pytest.raises(InputError, match="999 free"):
         train(run)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -203,7 +205,6 @@ def test_a_kernel_that_reads_lines_needs_rows_of_lines(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platforms, "NEEDS", {"pallas_gpu": "cpu"})
-    monkeypatch.setattr(program, "NEEDS", {"pallas_gpu": "cpu"})
     change = {"gather": "pallas_gpu", "adam": RowAdamConfig(form="exact")}
     with pytest.raises(InputError, match=r"lines of 128 words.*at least 22"):
         Run.start(vary(config, memory=change), tmp_path / "run")
@@ -552,3 +553,74 @@ def test_the_initial_state_does_not_depend_on_the_mesh(
             run = Run.start(tiny, tmp_path / str(sizes))
         states.append(draw_on_the_mesh(run.program))
     assert_identical(*states)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("model", "width", 10**8),
+        ("model", "vocabulary", 10**9),
+        ("memory", "row_width", 10**8),
+        ("data", "batch_size", 10**9),
+        ("data", "sequence_length", 10**9),
+        ("data", "workers", 999),
+        ("train", "steps", 2**31 - 1),
+    ],
+)
+def test_a_run_that_no_memory_can_hold_is_refused_at_once(
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    section: str,
+    field: str,
+    value: int,
+) -> None:
+    monkeypatch.setattr(platforms, "_memory", lambda: (1.6e10, 1.6e10))
+    config = vary(config, memory={"adam": RowAdamConfig(form="lazy")})
+    with (
+        on_devices(1),
+        pytest.raises(InputError, match=r"at least [\d,.]+ GB .*16\.0 GB of memory"),
+    ):
+        Run.start(vary(config, **{section: {field: value}}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_exact_adam_of_a_run_without_end_is_refused_at_once() -> None:
+    with pytest.raises(InputError, match=r"1000000000; lower .* or set memory\.adam\.form to lazy"):
+        program.make_config_row_adam(Config(train=TrainConfig(steps=10**9)))
+
+
+def test_paths_may_be_strings(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everywhere in the interface; ~ is the home folder."""
+    folder = str(tmp_path)
+    monkeypatch.setenv("HOME", folder)
+    with on_devices(1):
+        fresh = Run.start(config, "~/run")
+        with pytest.raises(InputError, match="no complete checkpoint"):
+            Run.start(config, f"{folder}/other", start_from="~/run")
+    opened = Run.open("~/run")
+    assert fresh.folder == opened.folder == tmp_path / "run"
+    assert load_config(f"{folder}/run/config.json") == config
+    save_config(config, f"{folder}/config.json")
+    NgramHash.load(f"{folder}/run/hash.json").save(f"{folder}/hash.json")
+    assert read_metrics(f"{folder}/run") == []
+    with pytest.raises(InputError, match="exists and is not empty"):
+        export_run(opened, fresh.program.initial_state().weights, f"{folder}/run")
+    with pytest.raises(InputError, match="No configuration"):
+        import_run(f"{folder}/none", f"{folder}/imported")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "hash.json", "texts.json", "metrics.jsonl", "tokenizer.model"]
+)
+def test_a_pipe_in_a_run_folder_is_not_waited_for(
+    config: Config, tmp_path: Path, name: str
+) -> None:
+    with on_devices(1):
+        run = Run.start(config, tmp_path / "run")
+        (run.folder / name).unlink(missing_ok=True)
+        os.mkfifo(run.folder / name)
+        with pytest.raises(InputError, match="no regular file"):
+            MetricsLog(Run.start(config, run.folder).folder)

@@ -1,9 +1,11 @@
 import io
 import multiprocessing
+import os
 import pickle
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -253,6 +255,115 @@ def test_characters_without_a_piece_are_not_dropped(model: object) -> None:
     one_sentence(error, "toy.json", "byte pieces")
 
 
+NORMALIZERS, SPLITS = tokenizers.normalizers, tokenizers.pre_tokenizers
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "split", "deleted"),
+    [
+        (NORMALIZERS.Replace("b", ""), None, "b"),
+        (NORMALIZERS.Replace(tokenizers.Regex("[0-9]+"), ""), None, "1"),
+        (
+            NORMALIZERS.Sequence([NORMALIZERS.Lowercase(), NORMALIZERS.Replace("ab", "")]),
+            None,
+            "ab",
+        ),
+        (None, SPLITS.Split("b", "removed"), "b"),
+        (None, SPLITS.Split(tokenizers.Regex("[a-z]+"), "removed", invert=True), "12"),
+        (None, SPLITS.Sequence([SPLITS.Whitespace(), SPLITS.Punctuation("removed")]), "<>"),
+        (None, SPLITS.CharDelimiterSplit("<"), "<"),
+        (NORMALIZERS.Replace(tokenizers.Regex("."), " "), SPLITS.Whitespace(), "1"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_deletes_text_is_refused(
+    normalizer: object, split: object, deleted: str
+) -> None:
+    tokenizer = tokenizers.Tokenizer(UNIGRAM)
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    if split:
+        tokenizer.pre_tokenizer = split
+    toy = JsonTokenizer(tokenizer.to_str().encode(), "toy.json")
+    with pytest.raises(InputError) as error:
+        toy.encode("c d AB 12 ab <>")
+    one_sentence(error, "toy.json", "deletes text", f"'{deleted}" if len(deleted) < 2 else deleted)
+
+
+@settings(max_examples=50)
+@given(st.text() | tricky_texts)
+def test_what_a_normalizer_may_change(text: str) -> None:
+    """Case, accents, compatibility forms, spaces, control characters."""
+    tokenizer = tokenizers.Tokenizer(UNIGRAM)
+    tokenizer.normalizer = NORMALIZERS.Sequence(
+        [
+            *(NORMALIZERS.NFKD(), NORMALIZERS.StripAccents(), NORMALIZERS.BertNormalizer()),
+            *(NORMALIZERS.Strip(), NORMALIZERS.Replace("  ", "")),
+        ]
+    )
+    tokenizer.pre_tokenizer = SPLITS.Split(tokenizers.Regex(r"\s+"), "removed")
+    JsonTokenizer(tokenizer.to_str().encode(), "toy.json").encode(text)
+
+
+def test_a_sentencepiece_model_that_deletes_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rules.tsv").write_text("62\t\n43\t44\n")  # b is deleted, C becomes D
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat and the hat", "the rat sat on the mat"] * 5),
+        model_writer=file,
+        vocab_size=30,
+        hard_vocab_limit=False,
+        normalization_rule_tsv=str(tmp_path / "rules.tsv"),
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(file.getvalue(), "toy.model", pad_id=2)
+    assert len(tokenizer.encode("the Cat\u0301"))
+    with pytest.raises(InputError) as error:
+        tokenizer.encode_batch(["the cat", "the bat"])
+    one_sentence(error, "toy.model", "deletes text", "'b'")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_damaged_model_is_used_or_refused(seed: int) -> None:
+    """SentencePiece has no checksum; JSON also has ids of any size, and panics of Rust."""
+    random = np.random.default_rng(seed)
+    for _ in range(6):
+        content = bytearray(DEFAULT_MODEL.read_bytes())
+        content[random.integers(1200)] ^= 1 << random.integers(8)
+        with suppress(InputError):
+            SentencePieceTokenizer(bytes(content), "flipped.model").encode("the cat")
+    for old, new in (
+        ("Regex", "Rx"),
+        ("3", "4294967295"),
+        ("12", "9e99"),
+        ('"vocab":[', '"vocab":[[],'),
+    ):
+        content = make_json(UNIGRAM, special=SPECIAL).decode().replace(old, new, 1 + seed)
+        with suppress(InputError):
+            JsonTokenizer(content.encode(), "odd.json").encode("the cat")
+
+
+def test_an_id_of_more_than_31_bits_is_refused() -> None:
+    content = make_json(tokenizers.models.WordLevel(PIECES, unk_token="<unk>"))
+    large = content.replace(f'"a":{PIECES["a"]}'.encode(), b'"a":2147483647')
+    with pytest.raises(InputError) as error:
+        JsonTokenizer(large, "large.json")
+    one_sentence(error, "large.json", "2³¹")
+
+
+def test_a_panic_of_tokenizers_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no Exception."""
+    panic = type("PanicException", (BaseException,), {})
+
+    def fail(*_: object) -> None:
+        raise panic("index out of\nbounds")
+
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_buffer", fail)
+    with pytest.raises(InputError) as error:
+        JsonTokenizer(b"{}", "toy.json")
+    one_sentence(error, "toy.json", "index out of bounds")
+
+
 def byte_level(missing: str) -> bytes:
     """A byte-level BPE without merges, and without the pieces of some bytes."""
     pieces = SPECIAL + [
@@ -305,6 +416,7 @@ def test_json_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("missing.model", None),
         ("missing.json", None),
         ("folder.model", "folder"),
+        ("pipe.model", "pipe"),
         ("empty.model", b""),
         ("text.model", b"no SentencePiece file"),
         ("cut.model", DEFAULT_MODEL.read_bytes()[:1000]),
@@ -320,6 +432,8 @@ def test_what_is_no_tokenizer_gets_one_sentence(
 ) -> None:
     if content == "folder":
         (tmp_path / name).mkdir()
+    elif content == "pipe":
+        os.mkfifo(tmp_path / name)
     elif isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:

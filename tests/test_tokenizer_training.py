@@ -84,6 +84,9 @@ def test_train_command_takes_shares(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["a.model", "--sources", "texts.jsonl", "--shares", "0"], "--shares 0"),
         (["a.model", "--sources", "texts.jsonl", "--vocab-size", "200"], "200"),
         (["a.model", "--sources", "texts.jsonl", "--vocab-size", "-5"], "-5"),
+        (["a.model", "--sources", "texts.jsonl", "--vocab-size", "ten"], "--vocab-size: invalid"),
+        (["a.model", "--source", "texts.jsonl"], "--source"),
+        ([], "--sources"),
     ],
 )
 def test_train_command_with_bad_input(
@@ -99,6 +102,8 @@ def test_train_command_with_bad_input(
     with pytest.raises(SystemExit) as left:
         main(arguments)
     assert left.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    errors = capsys.readouterr().err
+    assert "│" not in errors
+    last = errors.splitlines()[-1]
     assert last.startswith("error: ") and name in last
     assert not list(tmp_path.glob("*.model*"))

@@ -10,9 +10,10 @@ from tiny_runs import TrainWhole, assert_identical, losses, on_devices, vary
 
 from engram_jax.config import Config
 from engram_jax.data.packing import Batch
+from engram_jax.errors import UnbreakableErrors
 from engram_jax.metrics import read_metrics
 from engram_jax.run import Run
-from engram_jax.trainer import Diverged, _Unbreakable, train
+from engram_jax.trainer import Diverged, train
 
 
 @pytest.mark.usefixtures("one_device")
@@ -133,5 +134,5 @@ def test_an_error_output_that_is_gone_ends_no_run(monkeypatch: pytest.MonkeyPatc
 
     for stream in (Full(), None):
         monkeypatch.setattr(sys, "stderr", stream)
-        assert _Unbreakable().write("a") == 1
-        _Unbreakable().flush()
+        assert UnbreakableErrors().write("a") == 1
+        UnbreakableErrors().flush()

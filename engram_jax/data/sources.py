@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engram_jax.errors import InputError
-from engram_jax.files import check_utf8
+from engram_jax.files import check_utf8, parse_json
 
 CORPORA = Path(__file__).parent / "corpora"
 
@@ -86,7 +86,8 @@ def source_names(paths: Sequence[Path]) -> list[str]:
     Sources with the same file name also get the folders that distinguish them, as in "en/train".
 
     Raises:
-        InputError: two sources cannot be distinguished, or one has the name of their sum.
+        InputError: two sources cannot be distinguished or share a file, or one has the name of
+            their sum.
     """
     parts = [[*Path(os.path.abspath(path)).parts[:-1], source_name(path)] for path in paths]
     names = [of_path[-1] for of_path in parts]
@@ -103,6 +104,11 @@ def source_names(paths: Sequence[Path]) -> list[str]:
             )
         if name == ALL_SOURCES:
             raise InputError(f"Results for all sources are called {name!r}; rename {path}.")
+    owners: dict[Path, Path] = {}
+    for path in paths:
+        for file in source_files(path):
+            if (owner := owners.setdefault(file.resolve(), path)) != path:
+                raise InputError(f"{file} is also in the source {owner}; remove one of them.")
     return names
 
 
@@ -111,10 +117,10 @@ def source_files(path: Path) -> list[Path]:
     return scan(path)[0] if path.is_dir() else [path]
 
 
-def scan(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the files of a folder that can be read, and the others, both sorted by path.
+def scan(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Return the files of a folder that are read, and why the others are not, sorted by path.
 
-    Links are followed; a folder that is reached again is read once.
+    Links are followed. A file or folder that is reached again, by another link, is read once.
 
     Raises:
         InputError: a folder cannot be read, or a link leads nowhere.
@@ -123,8 +129,7 @@ def scan(folder: Path) -> tuple[list[Path], list[Path]]:
     def refuse(error: OSError) -> None:
         raise InputError(f"cannot read {error.filename}: {error.strerror}.") from error
 
-    read: list[Path] = []
-    others: list[Path] = []
+    files: list[Path] = []
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         folders.sort()
@@ -132,14 +137,19 @@ def scan(folder: Path) -> tuple[list[Path], list[Path]]:
             folders.clear()
             continue
         seen.add(real)
-        for file in (Path(place, name) for name in names):
-            if _ending(file) is None:
-                others.append(file)
-            elif not file.exists():
-                raise InputError(f"{file} is a link to a file that does not exist; remove it.")
-            elif file.is_file():
-                read.append(file)
-    return sorted(read), sorted(others)
+        files += (Path(place, name) for name in names)
+    read: dict[tuple[int, int], Path] = {}
+    others: dict[Path, str] = {}
+    for file in sorted(files):
+        if _ending(file) is None:
+            others[file] = "the ending of its name"
+        elif not file.exists():
+            raise InputError(f"{file} is a link to a file that does not exist; remove it.")
+        elif not file.is_file():
+            others[file] = "no regular file"
+        elif (first := read.setdefault((file.stat().st_dev, file.stat().st_ino), file)) != file:
+            others[file] = f"the same file as {first.relative_to(folder)}"
+    return list(read.values()), others
 
 
 def read_documents(name_or_path: str | Path) -> Iterator[Document]:
@@ -150,7 +160,7 @@ def read_documents(name_or_path: str | Path) -> Iterator[Document]:
     - Text: one file is one document.
     - Parquet: column "text" and optionally "title".
     - ArrayRecord: each record is a JSON object as above. If the first record of a file is not a
-      JSON object, all of its records are UTF-8 text.
+      JSON object, all of its records are UTF-8 text, and none may be such an object.
     - A folder: all such files in it and in its subfolders, sorted by path. Links are followed.
 
     Raises:
@@ -195,6 +205,11 @@ def _read_json_lines(file: Path) -> Iterator[Document]:
             if line.strip():
                 yield _parse(line, f"{file}, line {number}")
     except damaged as error:
+        if "ictionary" in str(error):
+            raise InputError(
+                f"{file} was compressed with a dictionary, which is not supported; compress it "
+                "again without one."
+            ) from error
         raise InputError(
             f"{file} is damaged or cut short after line {number} ({error}); download it again."
         ) from error
@@ -261,6 +276,8 @@ def _read_parquet(file: Path) -> Iterator[Document]:
                     f'{file} has no column "text" (it has {_listed(tuple(columns))}); rename the '
                     "column that holds the documents."
                 )
+            if columns.count("text") > 1:
+                raise InputError(f'{file} has several columns "text"; rename all but one.')
             wanted = [name for name in ("text", "title") if name in columns]
             for batch in table.iter_batches(columns=wanted, batch_size=1024):
                 for record in batch.to_pylist():
@@ -284,19 +301,26 @@ def _read_array_record(file: Path) -> Iterator[Document]:
         except RuntimeError as error:
             raise InputError(f"{where}: damaged ({error}); write the file again.") from error
         if index == 0:
-            is_json = _is_json_object(record)
+            is_json = _json_object(record) is not None
         if is_json:
             yield _parse(record, where)
+        elif "text" in (_json_object(record) or {}):
+            raise InputError(
+                f'{where} is a JSON object with "text", but the first record of the file is plain '
+                "text; write all records as JSON objects, or all as text."
+            )
         else:
             yield _check(Document(_decode(record, where)), where)
     reader.close()
 
 
-def _is_json_object(record: bytes) -> bool:
+def _json_object(record: bytes) -> dict[str, Any] | None:
     try:
-        return isinstance(json.loads(record), dict)
+        text = record.removeprefix(b"\xef\xbb\xbf").lstrip()
+        content = parse_json(text) if text.startswith(b"{") else None
     except ValueError:
-        return False
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _parse(line: bytes, where: str) -> Document:
@@ -330,7 +354,20 @@ def _decode(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8-sig")  # some editors write a byte order mark first
     except UnicodeDecodeError as error:
+        for ending, first in _FIRST_BYTES.items():
+            if content.startswith(first):
+                raise InputError(
+                    f"{where}: its content is that of a file *{ending}; decompress or rename it."
+                ) from error
         raise InputError(f"{where}: not UTF-8 ({error}); convert it.") from error
+
+
+_FIRST_BYTES = {
+    ".jsonl.gz": b"\x1f\x8b",
+    ".jsonl.xz": b"\xfd7zXZ",
+    ".jsonl.zst": b"\x28\xb5\x2f\xfd",
+    ".parquet": b"PAR1",
+}
 
 
 def _optional(module: str, file: Path) -> Any:

@@ -146,10 +146,10 @@ def _read_once(path: Path) -> Survey:
     if path.is_dir():
         files, others = scan(path)
         if others:
-            shown = ", ".join(str(file.relative_to(path)) for file in others[:3])
+            shown = [f"{file.relative_to(path)} ({why})" for file, why in others.items()]
             print(
-                f"{source_name(path)}: {len(files)} files are read, and {len(others)} are not, "
-                f"because of the endings of their names: {shown}{' …' if others[3:] else ''}",
+                f"{source_name(path)}: {len(files)} files are read, and {len(others)} are not: "
+                f"{', '.join(shown[:3])}{' …' if shown[3:] else ''}",
                 file=sys.stderr,
             )
     with tqdm(desc=f"read {source_name(path)}", unit=" documents", delay=1) as progress:

@@ -9,7 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+
+from engram_jax.errors import InputError
 
 # A new process does not inherit the pipes of the others. So the death of a process closes its pipe,
 # and whoever reads from the pipe is told.
@@ -29,9 +32,13 @@ class WorkerPool[Item](Iterator[Item]):
         first: number of the first item.
         workers: number W of processes; the items number k·W + w are built by process w.
         ahead: number of items that this process holds ready. Each worker holds another one.
+
+    Raises:
+        InputError: the program is a script that a new process would run again from its start.
     """
 
     def __init__(self, build: Callable[[int], Item], first: int, workers: int, ahead: int) -> None:
+        _check_guard()
         self._workers = [_Worker(build, index, workers) for index in range(workers)]
         self._close = weakref.finalize(self, _close_all, self._workers)
         self._number = first
@@ -90,16 +97,18 @@ class _Worker[Item]:
         return self._build(number)
 
     def _start(self, number: int) -> None:
-        self._pipe, theirs = _CONTEXT.Pipe(duplex=False)
-        arguments = (theirs, self._build, number, self._stride)
-        process = _CONTEXT.Process(target=_send_items, args=arguments, daemon=True)
+        self._pipe, theirs = _CONTEXT.Pipe()
+        process = _CONTEXT.Process(target=_send_items, args=(theirs,), daemon=True)
         try:
             process.start()
         finally:
-            theirs.close()  # now the process holds the only writing end
+            theirs.close()  # now the process holds the only other end
         self._process = process
         if self._closed:  # by another thread
             process.kill()
+        # Not as arguments of the process: if it died before it read them, writing them would never
+        # end, because multiprocessing itself holds the reading end meanwhile.
+        self._pipe.send((self._build, number, self._stride))
 
     def _note_death(self, number: int, problem: Exception) -> None:
         self._pipe.close()
@@ -131,19 +140,30 @@ class _Worker[Item]:
             process.join()
 
 
-def _send_items(pipe: Connection, build: Callable[[int], object], number: int, stride: int) -> None:
-    """Sends (None, item) for each item, or (error, None) and ends.
+def _check_guard() -> None:
+    # A new process imports the main module. Without the guard, that runs all of it again.
+    file = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    if file.suffix == ".py" and file.is_file() and b"__main__" not in file.read_bytes():
+        raise InputError(
+            f"{file} starts processes that build batches, and each of them would run it again; put "
+            'its main part under `if __name__ == "__main__":`, or set data.workers to 0.'
+        )
 
-    The process ends when its parent has closed the pipe or has ended. It ignores signals to the
-    process group, because the parent may still need items.
+
+def _send_items(pipe: Connection) -> None:
+    """Receives (build, number, stride). Sends (None, item) for each item, or (error, None).
+
+    The process ends after an error, or when its parent has closed the pipe or has ended. It ignores
+    signals to the process group, because the parent may still need items.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
+        build, number, stride = pipe.recv()
         while True:
             pipe.send((None, build(number)))
             number += stride
-    except (BrokenPipeError, ConnectionResetError):
+    except (BrokenPipeError, ConnectionResetError, EOFError):
         pass
     except MemoryError:
         raise SystemExit(1) from None  # as if the operating system had killed it

@@ -42,7 +42,9 @@ from engram_jax.train_state import Weights
 FORMAT = "engram-jax 1"
 
 
-def export_run(run: Run, weights: Weights, folder: Path, table_type: TableType = "float32") -> None:
+def export_run(
+    run: Run, weights: Weights, folder: str | Path, table_type: TableType = "float32"
+) -> None:
     """Writes an export. Equal weights give equal bytes.
 
     Args:
@@ -60,7 +62,7 @@ def export_run(run: Run, weights: Weights, folder: Path, table_type: TableType =
     for layer in weights.tables:
         tensors |= table_tensors(run.program, weights, layer, table_type)
     metadata = {"format": FORMAT, "step": str(int(weights.step)), "tables": table_type}
-    with atomic_folder(folder) as partial:
+    with atomic_folder(Path(folder)) as partial:
         write(partial / "model.safetensors", tensors, metadata)
         if hashes is not None:
             hashes.save(partial / "hash.json")
@@ -78,7 +80,7 @@ def export_run(run: Run, weights: Weights, folder: Path, table_type: TableType =
         (partial / "README.md").write_text(card, "utf-8")
 
 
-def import_run(folder: Path, run_folder: Path) -> Run:
+def import_run(folder: str | Path, run_folder: str | Path) -> Run:
     """Creates a run folder from an export, with a checkpoint of the exported step.
 
     Rows have no moments, and the optimizer of the dense parameters starts anew. Exporting the run
@@ -87,6 +89,7 @@ def import_run(folder: Path, run_folder: Path) -> Run:
     Raises:
         InputError: the export is damaged, or the run folder is not empty.
     """
+    folder, run_folder = Path(folder), Path(run_folder)
     check_run_path(run_folder)
     config = load_config(folder / "config.json")
     tokenizer = load_run_tokenizer(config, folder)

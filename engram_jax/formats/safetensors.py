@@ -85,7 +85,7 @@ class Tensors:
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, path: Path) -> "Tensors":
+    def open(cls, path: str | Path) -> "Tensors":
         """Reads the headers of a file, or of a folder with an index or `model.safetensors`.
 
         It does not read data. Files are mapped by the first `view`.
@@ -94,6 +94,7 @@ class Tensors:
             InputError: a file is missing or not a valid safetensors file, or the index does not
                 match the files.
         """
+        path = Path(path)
         if path.is_dir():
             path = path / (INDEX if (path / INDEX).exists() else SINGLE)
         if path.suffix != ".json":

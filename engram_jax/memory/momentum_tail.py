@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Float64
+from tqdm import tqdm
 
 from engram_jax.errors import InputError
 
@@ -30,6 +31,7 @@ _TAIL = 1e-8
 _RULE = 1e-7
 _MOST_NODES = 24
 _MOST_TERMS = 4000
+_MOST_STEPS = 10_000_000  # about six minutes
 _TOO_SLOW = (
     "With b1 {b1} and b2 {b2}, the momentum of idle rows decays too slowly for exact row Adam; "
     "raise b2, lower b1, or choose lazy row Adam."
@@ -61,8 +63,8 @@ def make_momentum_tail(
         b2: decay of the second moment.
 
     Raises:
-        InputError: the updates of an idle row have no finite sum (b1² ≥ b2), or its momentum decays
-            too slowly for a short rule.
+        InputError: the updates of an idle row have no finite sum (b1² ≥ b2), its momentum decays
+            too slowly for a short rule, or there are too many steps.
     """
     if not 0 <= b1 < 1 or not b1**2 < b2 < 1:
         raise InputError(
@@ -71,6 +73,11 @@ def make_momentum_tail(
         )
     ratio = b1 / math.sqrt(b2)
     terms = 1 if b1 == 0 else max(1, math.ceil(math.log(_TAIL * (1 - ratio)) / math.log(ratio)))
+    if steps > _MOST_STEPS:
+        raise InputError(
+            f"Exact row Adam has a rule for every step, and train.steps is {steps}; lower it to "
+            f"{_MOST_STEPS}, or set memory.adam.form to lazy."
+        )
     if terms > _MOST_TERMS:
         raise InputError(_TOO_SLOW.format(b1=b1, b2=b2))
     rates = np.asarray(learning_rate(np.arange(steps + terms)), np.float64)
@@ -83,9 +90,10 @@ def make_momentum_tail(
             break
     else:
         raise InputError(_TOO_SLOW.format(b1=b1, b2=b2))
+    split = np.array_split(last_written, -(-len(last_written) // 512))
     blocks = [
         _gauss_rules(block, rates, terms, count, b1, b2)
-        for block in np.array_split(last_written, -(-len(last_written) // 512))
+        for block in tqdm(split, "rules of exact row Adam", unit="block", delay=2)
     ]
     nodes, weights = (
         np.concatenate(parts).astype(np.float32) for parts in zip(*blocks, strict=True)

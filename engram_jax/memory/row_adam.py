@@ -250,10 +250,12 @@ def make_row_adam(config: RowAdamConfig, schedule: Schedule, steps: int) -> RowA
         with jax.set_mesh(None):  # the mesh may be of a TPU slice without devices
             return np.asarray(jitted(done))
 
-    steps_or_last = np.minimum(np.arange(max(_LEAST_ENTRIES, 1 << steps.bit_length())), steps)
-    tail = None
+    by_step, tail = None, None
     if config.form == "exact":
         by_step = make_momentum_tail(rates, steps, config.b1, config.b2)
+    entries = max(_LEAST_ENTRIES, 1 << steps.bit_length())
+    steps_or_last = np.minimum(np.arange(entries, dtype=np.int32), np.int32(steps))
+    if by_step is not None:
         tail = MomentumTail(*(part[steps_or_last] for part in by_step))
     return RowAdam(rates(steps_or_last).astype(np.float32), tail, config)
 

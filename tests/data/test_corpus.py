@@ -261,7 +261,7 @@ def test_files_of_a_folder_that_are_not_read_are_told(tmp_path, tokenizer, capsy
         (folder / name).write_text("x")
     build_corpus(folder, tokenizer, tmp_path / "cache", 0.0)
     assert "folder: 1 files are read, and 4 are not" in (told := capsys.readouterr().err)
-    assert "b.json, c.md, d.csv …" in told
+    assert "b.json (the ending of its name), c.md (the ending of its name), d.csv" in told
 
 
 def test_empty_documents_are_left_out_and_told(tmp_path, tokenizer, capsys):

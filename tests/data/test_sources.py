@@ -1,9 +1,11 @@
 import gzip
 import json
 import lzma
+import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -76,9 +78,24 @@ def test_a_text_file_is_one_document_and_a_folder_holds_one_a_file(tmp_path):
 
 
 def test_array_records_may_be_plain_text(tmp_path):
-    write_array_record(tmp_path / "a.arrayrecord", ["Größe".encode(), b'{"text": "kept"}'])
-    texts = [document.text for document in read_documents(tmp_path / "a.arrayrecord")]
-    assert texts == ["Größe", '{"text": "kept"}']
+    records = ["Größe", '{"a": "kept"}', '{"text": "kept}', '"text"', "{" + '"a":[' * 10_000]
+    write_array_record(tmp_path / "a.arrayrecord", [record.encode() for record in records])
+    assert [document.text for document in read_documents(tmp_path / "a.arrayrecord")] == records
+
+
+def test_array_records_may_begin_with_a_byte_order_mark(tmp_path):
+    write_array_record(tmp_path / "a.arrayrecord", [b'\xef\xbb\xbf {"text": "a"}'] * 2)
+    assert list(read_documents(tmp_path / "a.arrayrecord")) == [Document("a")] * 2
+
+
+@pytest.mark.parametrize("text", [b"Text", b"", b'"text"', b'{"text": "cut', b"[" * 10_000])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_array_records_of_two_types_are_refused(tmp_path, text, is_first):
+    record = b'{"text": "an object"}'
+    records = [text, record, record] if is_first else [record, record, text]
+    write_array_record(tmp_path / "a.arrayrecord", records)
+    with pytest.raises(InputError, match=r"a\.arrayrecord, record \d\b.*(JSON|text)"):
+        list(read_documents(tmp_path / "a.arrayrecord"))
 
 
 # The counts are from the description of the corpora.
@@ -127,6 +144,18 @@ def test_a_folder_is_read_with_its_links_and_capitals(tmp_path):
     files, others = sources.scan(folder)
     assert [file.name for file in files] == ["B.JSONL", "a.jsonl"]
     assert [file.name for file in others] == ["notes.md"]
+    os.mkfifo(folder / "pipe.jsonl")
+    os.link(folder / "B.JSONL", folder / "C.jsonl")
+    (folder / "D.jsonl").symlink_to("B.JSONL")
+    (folder / "linked" / "deep" / "b.txt").symlink_to(elsewhere / "deep" / "a.jsonl")
+    assert sources.scan(folder)[0] == files
+    assert [(file.name, why) for file, why in sources.scan(folder)[1].items()] == [
+        ("C.jsonl", "the same file as B.JSONL"),
+        ("D.jsonl", "the same file as B.JSONL"),
+        ("b.txt", "the same file as linked/deep/a.jsonl"),
+        ("notes.md", "the ending of its name"),
+        ("pipe.jsonl", "no regular file"),
+    ]
     assert list(read_documents(folder)) == DOCUMENTS * 2
     assert sources.source_name(folder / "B.JSONL") == "B"
     (folder / "named.jsonl").symlink_to(elsewhere / "deep" / "a.jsonl")
@@ -235,9 +264,36 @@ def test_a_zstandard_file_cut_at_a_line_is_no_complete_file(tmp_path):
         list(read_documents(tmp_path / "a.jsonl.zst"))
 
 
+@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.xz", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize("wrong", [".jsonl", ".txt"])
+def test_a_compressed_file_without_its_ending_is_told_it(tmp_path, ending, wrong):
+    path = tmp_path / f"a.{ending}"
+    write_documents(path)
+    path.rename(tmp_path / f"a{wrong}")
+    with pytest.raises(InputError, match=rf"a\{wrong}.* of a file \*\.{ending}; decompress or"):
+        list(read_documents(tmp_path / f"a{wrong}"))
+
+
+def test_a_zstandard_file_with_a_dictionary_is_refused(tmp_path):
+    random = np.random.default_rng(0)
+    samples = [random.bytes(8).hex().encode() * 4 for _ in range(200)]
+    compressor = zstandard.ZstdCompressor(dict_data=zstandard.train_dictionary(1000, samples))
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(LINES))
+    with pytest.raises(InputError, match=r"a\.jsonl\.zst was compressed with a dictionary"):
+        list(read_documents(tmp_path / "a.jsonl.zst"))
+
+
 def test_a_parquet_file_without_texts_is_told_its_columns(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r'no column "text" \(it has body\)'):
+        list(read_documents(tmp_path / "a.parquet"))
+
+
+def test_a_parquet_file_with_two_columns_of_texts_is_refused(tmp_path):
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    table = pyarrow.Table.from_arrays(columns, names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match='several columns "text"'):
         list(read_documents(tmp_path / "a.parquet"))
 
 
@@ -248,7 +304,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         list(read_documents(tmp_path / "a.parquet"))
 
 
-def test_sources_of_one_name_are_called_by_the_folders_that_distinguish_them():
+def test_sources_of_one_name_are_called_by_the_folders_that_distinguish_them(tmp_path):
     paths = ["/a/en/train.jsonl", "/b/en/train.txt", "/a/de/train.jsonl", "/a/test.jsonl.xz"]
     names = ["a/en/train", "b/en/train", "de/train", "test"]
     assert source_names([Path(path) for path in paths]) == names
@@ -256,5 +312,11 @@ def test_sources_of_one_name_are_called_by_the_folders_that_distinguish_them():
     for same in (["a/en.txt"] * 2, ["/a/en.txt", "/a/en.jsonl"]):
         with pytest.raises(InputError, match="Two sources are called 'en'"):
             source_names([Path(path) for path in same])
+    (tmp_path / "folder").mkdir()
+    write_documents(tmp_path / "folder" / "a.jsonl")
+    (tmp_path / "linked.jsonl").symlink_to("folder/a.jsonl")
+    for pair in (["folder", "folder/a.jsonl"], ["linked.jsonl", "folder"]):
+        with pytest.raises(InputError, match=r"is also in the source .*; remove one of them"):
+            source_names([tmp_path / name for name in pair])
     with pytest.raises(InputError, match="'all sources'; rename"):
         source_names([Path("all sources.txt")])

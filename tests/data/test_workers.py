@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from functools import partial
+from multiprocessing import resource_tracker, util
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +90,32 @@ def test_a_pool_is_closed_while_its_workers_start(seconds: float) -> None:
     time.sleep(seconds)
     pool.close()
     assert not children()
+
+
+def test_a_worker_killed_before_it_has_read_its_arguments_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its arguments do not fit in a pipe, so that writing them waits for someone who reads."""
+    start, killed = util.spawnv_passfds, []
+
+    def kill_first(*arguments: object) -> int:
+        process = start(*arguments)
+        if not killed:
+            os.kill(process, signal.SIGKILL)
+            killed.append(process)
+        return process
+
+    resource_tracker.ensure_running()  # it is started by the same function
+    monkeypatch.setattr(util, "spawnv_passfds", kill_first)
+    pool = WorkerPool(partial(build, marks="x" * LARGE), 0, workers=1, ahead=1)
+    assert numbers(pool, 3) == [0, 1, 2]
+    pool.close()
+    assert "exit code -9" in capfd.readouterr().err
+
+
+def test_a_script_without_a_guard_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("from engram_jax import Run\n")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    with pytest.raises(InputError, match=r"script\.py .* `if __name__ == \"__main__\":`"):
+        WorkerPool(build, 0, workers=1, ahead=1)
