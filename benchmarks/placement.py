@@ -30,10 +30,10 @@ from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import one_sentence
 from engram_jax.memory.row_feed import RowFeed
-from engram_jax.memory.row_file import read_rows, save_rows
+from engram_jax.memory.row_file import map_rows, save_rows
 from engram_jax.memory.store import Placement, RowStore, TableInfo
+from engram_jax.placement import fill_from_tables, open_feed, open_stores
 from engram_jax.run import Run
-from engram_jax.stored_tables import fill_from_tables, open_feed, open_stores
 from engram_jax.train_step import make_train_step
 
 PLACEMENTS: tuple[Placement, ...] = ("device", "host", "file")
@@ -142,7 +142,7 @@ def decoding(options: Options, stack: ExitStack) -> dict[str, Callable[[], objec
     prompts, settings = ["The"] * options.batch, GenerationSettings(tokens=64, temperature=1.0)
     timed: dict[str, Callable[[], object]] = {}
     for placement in PLACEMENTS:
-        stores = stack.enter_context(open_stores(run.program, folder, placement, read_only=True))
+        stores = stack.enter_context(open_stores(run.program, folder, placement))
         tables = weights.tables
         if stores:
             for store in stores.values():  # every row has a slot, as after a long training
@@ -195,7 +195,7 @@ def print_reading(options: Options) -> None:
                     with path.open("rb") as file:
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                     store = RowStore(table, 0, rows)
-                    store.adopt(read_rows(path, random=random)[1])
+                    store.adopt(map_rows(path, random=random)[1])
                     places = generator.integers(0, rows, count, dtype=np.int32)
                     for name in rates:
                         start_time = time.perf_counter()

@@ -166,7 +166,7 @@ class Checkpoints:
 
         `abstract` gives structure, shapes, dtypes and shardings. The mesh may differ from the one
         at saving. A leaf without a sharding goes to the first device. Tables whose rows are in
-        files (see `stored_tables`) are not read; their arrays are None. With `partial`, only the
+        files (see `placement`) are not read; their arrays are None. With `partial`, only the
         leaves of `abstract` are read, and the checkpoint may contain more. Without `step`, damaged
         checkpoints are skipped, with a message on stderr.
 
@@ -224,7 +224,11 @@ class Checkpoints:
         self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """The leaves that a checkpoint has as arrays: all, or all except the tables."""
-        if not (self.path(step) / TABLES).is_dir():
+        try:
+            files = _read_manifest(self.path(step) / MANIFEST)["files"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return wanted  # `_damage` says what is wrong
+        if not any(name.startswith(f"{TABLES}/") for name in files):
             return wanted
         return {name: leaf for name, leaf in wanted.items() if not name.startswith(f"{TABLES}/")}
 

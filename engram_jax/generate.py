@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
@@ -32,8 +33,8 @@ from engram_jax.decoding.text import Continuation
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.files import parse_json
 from engram_jax.memory.store import Placement
+from engram_jax.placement import open_stores
 from engram_jax.run import Run
-from engram_jax.stored_tables import open_stores
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,18 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     # Errors in prompts and settings are found before the checkpoint is read.
     make_batches(run.config, run.tokenizer, prompts or [], settings, run.program.mesh.size)
-    with open_stores(run.program, run.folder, options.tables, read_only=True) as stores:
+    with open_stores(run.program, _scratch(run.folder), options.tables) as stores:
         weights = run.restore_weights(options.step, stores)
         parts = run.program, run.tokenizer, weights, stores
         generators = {"": Generator(*parts)}
         if options.compare_without_memory:
             generators["without memory"] = Generator(*parts, memory=False)
         _answer(generators, prompts, options)
+
+
+def _scratch(folder: Path) -> Path:
+    """Where a file can be created: in the run folder, if it is not an archive."""
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def _answer(

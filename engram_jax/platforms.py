@@ -70,7 +70,6 @@ def check_memory(config: Config, state: TrainState) -> None:
     model, data, train = config.model, config.data, config.train
     host, devices = _memory()
     in_tables = array_bytes(state.tables)
-    of_table = {"device": devices, "host": host * jax.process_count(), "file": math.inf}
     tokens, processes = data.batch_size * data.sequence_length, jax.process_count()
     value_bytes = 2 if model.dtype == "bfloat16" else 4
     fields, worker_bytes, entry_bytes = 6, 1 << 26, 16
@@ -80,7 +79,8 @@ def check_memory(config: Config, state: TrainState) -> None:
             "the tables",
             "memory.rows_per_head, memory.heads or memory.row_width",
             in_tables,
-            of_table[config.memory.placement],
+            # Elsewhere, memory follows the rows that are read.
+            devices if config.memory.placement == "device" else math.inf,
         ),
         (
             "the inputs of the blocks",

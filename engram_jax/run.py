@@ -36,6 +36,12 @@ from engram_jax.identity import (
     stored_hash,
 )
 from engram_jax.memory.layout import Table
+from engram_jax.placement import (
+    Stores,
+    bytes_of_all,
+    save_stores,
+    take_over,
+)
 from engram_jax.platforms import check_memory, default_workers, without_foreign_kernels
 from engram_jax.processes import check_same_everywhere, collective, is_leader
 from engram_jax.program import Program, make_config_row_adam
@@ -49,11 +55,6 @@ from engram_jax.run_folder import (
     write_beginning,
 )
 from engram_jax.sharding import MeshConfig, make_mesh, platform_of
-from engram_jax.stored_tables import (
-    Stores,
-    save_stores,
-    take_over,
-)
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import TrainState, Weights
 
@@ -384,5 +385,5 @@ class Run:
             config=asdict(self.config),
             write_files=write_files,
             write_parts=lambda folder: save_stores(stores, folder) if stores else None,
-            more_bytes=sum(store.bytes for store in stores.values()) if stores else 0,
+            more_bytes=bytes_of_all(stores) if stores else 0,
         )

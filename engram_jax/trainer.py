@@ -25,9 +25,9 @@ from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer
 from engram_jax.formats.start_memory import start_with
 from engram_jax.memory.row_feed import RowFeed
 from engram_jax.metrics import MetricsLog, read_metrics
+from engram_jax.placement import Stores, bytes_of_all, open_feed
 from engram_jax.processes import all_agree, collective, is_leader
 from engram_jax.run import Run
-from engram_jax.stored_tables import Stores, open_feed
 from engram_jax.train_state import TrainState
 from engram_jax.train_step import Metrics, make_train_step
 
@@ -89,7 +89,7 @@ def train(run: Run, *, profile: bool = False) -> TrainState:
 
 def _require_space(run: Run, feed: RowFeed | None = None) -> None:
     """Checks that the checkpoints to come fit on the disk."""
-    rows = sum(store.bytes for store in feed.stores.values()) if feed else 0
+    rows = bytes_of_all(feed.stores) if feed else 0
     config, abstract = run.config.train, run.program.abstract_state()
     with collective("find disk space for the checkpoints"):
         left = config.steps - max(run.checkpoints.steps(), default=0)
@@ -294,11 +294,9 @@ def _first_state(run: Run, stores: Stores | None = None) -> TrainState:
         return run.restore(stores=stores)
     if start_from is None:
         state, memory = program.initial_state(), run.config.memory.start_from
-        return (
-            state
-            if memory is None
-            else start_with(*(program, state, Path(memory).expanduser(), stores))
-        )
+        if memory is None:
+            return state
+        return start_with(program, state, Path(memory).expanduser(), stores)
     with collective(f"start from {start_from}"):
         other = run.fitting(start_from)
     # The other run's checkpoints, restored with the shapes and devices of this run.

@@ -181,7 +181,7 @@ engram_jax/memory/plan.py < test_placement.py
   rows of all owners are counted from the first one
     - np.searchsorted(needed, request) - owner_start
     + np.searchsorted(needed, request) - owner_start[:1]
-engram_jax/stored_tables.py < test_placement.py
+engram_jax/placement.py < test_placement.py
   the initial rows of another run get this run's seed
     - store.table = table
     + store.table

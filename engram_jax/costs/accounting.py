@@ -48,8 +48,11 @@ class Account:
         forward_flops: floating-point operations of the forward pass, per token: 2 for every
             multiplication of a matrix product, attention over all T × T positions.
         training_flops: the same for forward and backward pass.
-        state_bytes: bytes per chip between two steps: parameters, optimizer state, tables.
-        outside_bytes: bytes per chip of tables outside the chips, if every row is written.
+        state_bytes: bytes per chip between two steps: parameters, optimizer state, and tables, or
+            the rows of a step if the tables are outside the chips.
+        host_bytes: bytes of host memory per chip for tables outside the chips, with the index of
+            their rows, if every row is written.
+        disk_bytes: the same in files.
         bus_bytes: bytes per chip that a step receives from such tables and sends back, at most.
         chips: number of chips.
     """
@@ -64,7 +67,8 @@ class Account:
     forward_flops: float
     training_flops: float
     state_bytes: int
-    outside_bytes: int
+    host_bytes: int
+    disk_bytes: int
     bus_bytes: int
     chips: int
 
@@ -120,8 +124,15 @@ def account(config: Config) -> Account:
         counts["experts"] = counts["experts"] * experts.routed // experts.stored
         active = counts["experts"] * experts.active // experts.routed
     forward, training = _flops_per_token(config)
-    memory = config.memory
+    memory, bus_bytes = config.memory, _bus_bytes(program, config)
     rows = sum(program.ngram_hash.rows) if program.ngram_hash else 0
+    in_file = memory.placement == "file"
+    rows_outside = sum(table.rows // mesh.size for table in program.tables().values())
+    rows_outside *= not program.has_tables
+    state_bytes = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state)
+    )
     return Account(
         name=config.name,
         **counts,
@@ -129,16 +140,10 @@ def account(config: Config) -> Account:
         memory=rows * memory.row_width,
         forward_flops=forward,
         training_flops=training,
-        state_bytes=sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(state)
-        ),
-        outside_bytes=sum(
-            4 * table.rows * (table.layout.words + 1) // mesh.size
-            for table in program.tables().values()
-            if not program.has_tables
-        ),
-        bus_bytes=_bus_bytes(program, config),
+        state_bytes=state_bytes + bus_bytes // 2,
+        host_bytes=4 * rows_outside * (2 + (0 if in_file else memory.layout.words)),
+        disk_bytes=4 * rows_outside * memory.layout.words if in_file else 0,
+        bus_bytes=bus_bytes,
         chips=mesh.size,
     )
 
@@ -324,11 +329,11 @@ def main(args: Sequence[str] | None = None) -> None:
             f"{counted.chips:>7}"
         )
     for _, counted in accounts:
-        if counted.outside_bytes:
+        if counted.host_bytes:
             print(
-                f"{counted.name}: tables outside the chips of up to "
-                f"{_giga(counted.outside_bytes)} GB per chip; a step moves up to "
-                f"{_giga(counted.bus_bytes)} GB per chip in both directions together."
+                f"{counted.name}: tables outside the chips, up to {_giga(counted.host_bytes)} GB "
+                f"of host memory and {_giga(counted.disk_bytes)} GB of disk per chip; a step moves "
+                f"up to {_giga(counted.bus_bytes)} GB per chip, in both directions together."
             )
     print(
         "\nParameters in millions (M) or billions (B); forward and training in GFLOP per token;\n"

@@ -72,7 +72,7 @@ class BatchBuilder:
             whole = self._read(indices)
             part = self.process_index, self.process_count
             plan = planner.plan_part(whole.tokens, whole.segments, *part)
-            return whole.map(lambda field: self._own(field))._replace(plan=plan)
+            return whole.map(self._own)._replace(plan=plan)
         batch = self._read(self._own(indices))
         if planner is None:
             return batch

@@ -5,8 +5,8 @@ from jaxtyping import Int32
 
 from engram_jax.decoding.extend import FetchedRecords
 from engram_jax.decoding.weights import DecodeWeights
-from engram_jax.memory.host_table import HostTable
 from engram_jax.memory.places import stored_places
+from engram_jax.memory.store_table import StoreTable
 from engram_jax.program import Program
 
 
@@ -23,7 +23,7 @@ class PromptRows:
         self, program: Program, weights: DecodeWeights, tokens: Int32[np.ndarray, "B T"]
     ) -> None:
         self._tables = {
-            layer: table for layer, table in weights.tables.items() if isinstance(table, HostTable)
+            layer: table for layer, table in weights.tables.items() if isinstance(table, StoreTable)
         }
         ngram_hash = program.ngram_hash
         self._places = {

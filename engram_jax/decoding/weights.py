@@ -8,10 +8,10 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from engram_jax.hashing_device import HashConstants
-from engram_jax.memory.host_table import HostTable
 from engram_jax.memory.layout import Table
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.memory.store import RowStore
+from engram_jax.memory.store_table import StoreTable
 from engram_jax.parameters import Plain, Role
 from engram_jax.program import Program
 from engram_jax.sharding import REPLICATED, TABLE_RW
@@ -39,7 +39,7 @@ class DecodeWeights:
 
     params: Parameters
     head: Float[Array, "D V"]
-    tables: dict[int, Table | HostTable]
+    tables: dict[int, Table | StoreTable]
     step: Int32[Array, ""]
     expert_bias: dict[int, Float[Array, "X"]]
     row_adam: RowAdam
@@ -73,7 +73,7 @@ def prepare(
         return whole if model.tie_embeddings else whole | {"head": head[:0]}, head.T
 
     has_memory = memory and program.ngram_hash is not None
-    on_host = {layer: HostTable(store) for layer, store in (stores or {}).items()}
+    on_host = {layer: StoreTable(store) for layer, store in (stores or {}).items()}
     with program.use_mesh():
         params, head = jax.jit(prepare_params)(weights.params)
         constants = None

@@ -55,9 +55,8 @@ def fill_store(
     program: Program, store: RowStore, parts: Iterable[Float32[np.ndarray, "n F"]]
 ) -> None:
     """Writes rows to a store that has none; arguments as for `make_table`."""
-    for places, records in _make_records(program, store.table.layer, parts):
-        own = (places >= store.first) & (places < store.first + store.count)
-        store.write(places[own], records[own])
+    for rows in _make_records(program, store.table.layer, parts):
+        store.write_own(rows)
 
 
 def _make_records(

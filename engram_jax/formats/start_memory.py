@@ -16,8 +16,8 @@ from engram_jax.formats.mapped_table import MappedTable
 from engram_jax.formats.own_table import PART, fill_store, make_table, map_table
 from engram_jax.formats.safetensors import SINGLE, Tensors
 from engram_jax.hashing import NgramHash
+from engram_jax.placement import Stores
 from engram_jax.program import Program
-from engram_jax.stored_tables import Stores
 from engram_jax.train_state import TrainState
 
 

@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from engram_jax.memory import records
 from engram_jax.memory.exchange import Route
-from engram_jax.memory.host_table import HostTable
 from engram_jax.memory.layout import RecordLayout, RowState, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
+from engram_jax.memory.store_table import StoreTable
 from engram_jax.sharding import TOKEN_AXES
 from pallas_kernels import hashed_gather
 from pallas_kernels.hashed_gather import GatherImplementation
@@ -96,7 +96,7 @@ def read_rows(
 
 
 def read_places(
-    table: Table | HostTable,
+    table: Table | StoreTable,
     places: Int32[Array, "B T H"],
     adam: RowAdam,
     step: Int32[Array, ""],
@@ -116,7 +116,7 @@ def read_places(
     """
 
     flat = places.reshape(-1)
-    if isinstance(table, HostTable):
+    if isinstance(table, StoreTable):
         rows = current_values(table.read(flat), table.layout, adam, step)
         return rows.reshape(*places.shape[:2], -1)
 
@@ -355,7 +355,10 @@ def settle_rows(
 def _route(table: Table, plan: RowPlan) -> Route:
     """The route of this device's distinct rows. Call it inside `shard_map`."""
     rounds = jax.lax.pmax(plan.rounds[0], TOKEN_AXES)
-    buffered = None if plan.buffered is None else plan.buffered[0]
+    buffered = None
+    if table.places is not None:
+        assert plan.buffered is not None, "a buffer needs the plan of its program's planner"
+        buffered = plan.buffered[0]
     return Route(plan.places[0], rounds, table.owned_rows, TOKEN_AXES, buffered)
 
 

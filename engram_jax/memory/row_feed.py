@@ -29,7 +29,7 @@ type BufferPlans = Mapping[int, BufferPlan]  # by layer id
 _BY_DEVICE = jax.P(TOKEN_AXES)
 
 
-class _Rows(NamedTuple):
+class FetchedRows(NamedTuple):
     """The rows of a step on the host, for this process's S devices.
 
     Attributes:
@@ -64,9 +64,10 @@ class RowFeed:
         self.stores, self.waited = stores, 0.0
         self._sharding, self._frozen = jax.NamedSharding(mesh, TABLE_RW), frozen
         self._thread = ThreadPoolExecutor(1, "row-feed")
-        self._next: Future[dict[int, _Rows]] | None = None
+        self._next: Future[dict[int, FetchedRows]] | None = None
         self._planned: BufferPlans | None = None  # of `_next`
-        self._loaded: BufferPlans | None = None  # of the newest buffers
+        self._running: BufferPlans | None = None  # of the newest step
+        self._counted = 0, 0
         # Host arrays of two steps, used in turn. A platform may read them until its step is done.
         self._pools: list[dict[tuple[int, tuple[int, ...]], UInt32[np.ndarray, "_ _ _"]]] = [{}, {}]
 
@@ -91,25 +92,25 @@ class RowFeed:
         Raises:
             InputError: a store cannot be written, because the disk is full.
         """
-        if self._next is None or self._planned is not plans:
-            self._wait()
+        if self._next is None:
             self._submit(plans, None, None)
+        assert self._planned is plans, "not the steps that were announced as following"
         fetched = self._wait()
-        if self._loaded is None:
-            tables = {}
-        loaded = {
-            layer: self._send(layer, rows, tables.get(layer)) for layer, rows in fetched.items()
+        before = self._running
+        buffers = {
+            layer: self._send(layer, rows, tables[layer] if before else None)
+            for layer, rows in fetched.items()
         }
-        before, self._loaded = self._loaded, plans
+        self._running = plans
         self._submit(following, before, tables)
-        return loaded
+        return buffers
 
     def flush(self, tables: Mapping[int, Table]) -> None:
         """Writes the buffers after the newest step, so that the stores have all rows."""
         if self._next is not None:
             self._next.result()
-        if self._loaded is not None and not self._frozen:
-            self._write(self._loaded, tables)
+        if self._running is not None and not self._frozen:
+            self._write(self._running, tables)
 
     def read(self, plans: BufferPlans) -> dict[int, Table]:
         """Buffers for reading, such as for evaluation. Call `flush` before."""
@@ -118,27 +119,28 @@ class RowFeed:
 
     def counters(self) -> dict[str, float | int]:
         """For the log: rows and bytes in the stores of this process, and seconds of waiting."""
-        stores = self.stores.values()
+        rows, size = self._counted
         return {
-            "stored_rows": sum(store.used for store in stores),
-            "stored_bytes": sum(store.bytes for store in stores),
+            "stored_rows": rows,
+            "stored_bytes": size,
             "seconds_waited_for_rows": self.waited,
         }
 
-    def _wait(self) -> dict[int, _Rows]:
+    def _wait(self) -> dict[int, FetchedRows]:
         if self._next is None:
             return {}
         start = time.perf_counter()
         fetched = self._next.result()
         self.waited += time.perf_counter() - start
-        self._next = None
+        self._next, stores = None, self.stores.values()
+        self._counted = sum(store.used for store in stores), sum(store.bytes for store in stores)
         return fetched
 
     def _submit(
         self, plans: BufferPlans, before: BufferPlans | None, tables: Mapping[int, Table] | None
     ) -> None:
         self._planned = plans
-        self._next = self._thread.submit(self._work, plans, self._loaded, before, tables)
+        self._next = self._thread.submit(self._work, plans, self._running, before, tables)
 
     def _work(
         self,
@@ -146,7 +148,7 @@ class RowFeed:
         running: BufferPlans | None,
         before: BufferPlans | None,
         tables: Mapping[int, Table] | None,
-    ) -> dict[int, _Rows]:
+    ) -> dict[int, FetchedRows]:
         """Runs in the thread: writes the buffers of one step, and reads the rows of another.
 
         Args:
@@ -173,11 +175,12 @@ class RowFeed:
         plan: BufferPlan,
         running: BufferPlan | None,
         pool: dict[tuple[int, tuple[int, ...]], UInt32[np.ndarray, "_ _ _"]],
-    ) -> _Rows:
+    ) -> FetchedRows:
         store, shape = self.stores[layer], plan.places.shape
-        records = pool.setdefault(
-            (layer, shape), np.zeros((*shape, store.table.layout.words), np.uint32)
-        )
+        records = pool.get((layer, shape))
+        if records is None:
+            records = np.zeros((*shape, store.table.layout.words), np.uint32)
+            pool[layer, shape] = records
         from_previous = np.full(shape, -1, np.int32)
         for shard, count in enumerate(plan.distinct):
             places = plan.places[shard, :count]
@@ -189,7 +192,7 @@ class RowFeed:
                 same = np.zeros(count, bool)
                 same[inside] = known[index[inside]] == places[inside]
                 from_previous[shard, :count] = np.where(same, index, -1)
-        return _Rows(plan.places, records, from_previous)
+        return FetchedRows(plan.places, records, from_previous)
 
     def _write(self, plans: BufferPlans, tables: Mapping[int, Table]) -> None:
         for layer, plan in plans.items():
@@ -202,7 +205,7 @@ class RowFeed:
                 records = np.asarray(shard.data)  # waits for the step
                 self.stores[layer].write(plan.places[number, :count], records[:count])
 
-    def _send(self, layer: int, rows: _Rows, previous: Table | None) -> Table:
+    def _send(self, layer: int, rows: FetchedRows, previous: Table | None) -> Table:
         table = self.stores[layer].table
 
         def put(array: np.ndarray) -> Array:

@@ -31,14 +31,15 @@ def save_rows(store: RowStore, path: Path) -> None:
     header = MAGIC + len(header).to_bytes(8, "little") + header
     with path.open("wb") as file:
         file.write(header.ljust(-(-len(header) // ALIGNMENT) * ALIGNMENT))
-        store.copy_records(file)
+        for part in store.written():
+            file.write(part.records)
         for part in store.written():
             file.write(part.places)
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_rows(path: Path, *, random: bool = False) -> tuple[TableInfo, Written]:
+def map_rows(path: Path, *, random: bool = False) -> tuple[TableInfo, Written]:
     """The table and its written rows, mapped and not read.
 
     Args:

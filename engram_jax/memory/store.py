@@ -13,10 +13,11 @@ process.
 import mmap
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -86,6 +87,11 @@ class Written(NamedTuple):
     places: Int32[np.ndarray, "n"]
     records: UInt32[np.ndarray, "n words"]
 
+    def parts(self) -> Iterator["Written"]:
+        """The same rows, `PART` at a time."""
+        for start in range(0, len(self.places), PART):
+            yield Written(*(array[start : start + PART] for array in self))
+
 
 class RowStore:
     """The written rows of a contiguous part of a table.
@@ -94,24 +100,31 @@ class RowStore:
         table: the table.
         first: first place of the part.
         count: number of places.
-        path: the file of the records, which is created or replaced; None: host memory.
+        folder: where the file of the records is created; None: host memory.
 
     Raises:
         InputError: the file cannot be created, or the system refuses a mapping of this size.
     """
 
-    def __init__(self, table: TableInfo, first: int, count: int, path: Path | None = None) -> None:
+    def __init__(
+        self, table: TableInfo, first: int, count: int, folder: Path | None = None
+    ) -> None:
         self.table, self.first, self.count = table, first, count
         self.used = 0  # slots
         words = table.layout.words
         self._slot = _reserve(count, 1, None).reshape(-1).view(np.int32)  # of a place; 0: none
         self._place = _reserve(count, 1, None).reshape(-1).view(np.int32)  # of a slot
-        self._file = None if path is None else _Extents(path, 4 * words * count)
+        self._file = None if folder is None else _Extents(folder, 4 * words * count)
         self._records = _reserve(count, words, self._file)
         self._whole = self._records.view(np.dtype((np.void, 4 * words)))[:, 0]  # moved as one
 
+    @property
+    def in_file(self) -> bool:
+        """Whether the records are in a file."""
+        return self._file is not None
+
     def close(self) -> None:
-        """Closes the file, which remains. Its mapping ends when nothing refers to its rows."""
+        """Closes the file, which ends when nothing refers to its rows any more."""
         if self._file is not None:
             self._file.file.close()
 
@@ -136,6 +149,8 @@ class RowStore:
             InputError: the disk is full.
         """
         own = places - self.first
+        if len(own) and not (own.min() >= 0 and own.max() < self.count):
+            raise ValueError("places of another part of the table")
         slots = self._slot[own]
         new = np.flatnonzero(slots == 0)
         if len(new):
@@ -154,20 +169,14 @@ class RowStore:
         self._slot[written.places - self.first] = np.arange(1, len(written.places) + 1)
         self._place, self._records, self.used = written.places, written.records, len(written.places)
 
+    def write_own(self, rows: Written) -> None:
+        """Writes those of some rows that are in this part of the table."""
+        own = (rows.places >= self.first) & (rows.places < self.first + self.count)
+        self.write(rows.places[own], rows.records[own])
+
     def written(self) -> Iterator[Written]:
         """All written rows, in parts, without a copy."""
-        for start in range(0, self.used, PART):
-            part = slice(start, min(start + PART, self.used))
-            yield Written(self._place[part], self._records[part])
-
-    def copy_records(self, file: BinaryIO) -> None:
-        """Appends all written records to an open file, after flushing it."""
-        file.flush()
-        if self._file is not None:
-            self._file.copy(file, self.used * 4 * self.table.layout.words)
-        else:
-            for part in self.written():
-                file.write(part.records)
+        return Written(self._place[: self.used], self._records[: self.used]).parts()
 
     def write_changed(self, start: int, records: UInt32[np.ndarray, "n words"]) -> None:
         """Writes those of consecutive records that differ from the initial ones.
@@ -184,19 +193,21 @@ class RowStore:
 
 
 class _Extents:
-    """A sparse file of full size, whose disk space is allocated in extents."""
+    """A sparse file of full size without a name, whose disk space is allocated in extents.
 
-    def __init__(self, path: Path, size: int) -> None:
-        self._path, self._size, self._allocated = path, size, 0
+    It ends with the process: checkpoints have all that is in it.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self._folder, self._size, self._allocated = folder, size, 0
         if not hasattr(os, "posix_fallocate"):
             raise InputError(
-                "Tables in a file need posix_fallocate, which this system does not have; choose "
-                "--memory.placement host."
+                "Tables in a file need posix_fallocate, which this system does not have; keep them "
+                "in host memory."
             )
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)  # another process may still map the old file
-            self.file = path.open("x+b")
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # `RowStore.close`
             try:
                 self.file.truncate(size)
             except OSError:
@@ -204,28 +215,14 @@ class _Extents:
                 raise
         except OSError as error:
             raise InputError(
-                f"Cannot create {path} for a table of {size:,} bytes ({error.strerror}); give "
-                "write permission, or choose another --run folder or --memory.placement."
+                f"Cannot create a file of {size:,} bytes for a table in {folder} "
+                f"({error.strerror}); give write permission, or keep tables in host memory."
             ) from error
 
     def map(self) -> mmap.mmap:
         mapping = mmap.mmap(self.file.fileno(), self._size)
         mapping.madvise(mmap.MADV_RANDOM)
         return mapping
-
-    def copy(self, file: BinaryIO, size: int) -> None:
-        """Appends the first `size` bytes to an open file, without passing them through memory."""
-        offset, end = 0, file.tell()
-        while offset < size:
-            copied = os.copy_file_range(
-                *(self.file.fileno(), file.fileno(), size - offset),
-                offset_src=offset,
-                offset_dst=end + offset,
-            )
-            if not copied:
-                raise OSError(f"{self._path} ends after {offset:,} of {size:,} bytes")
-            offset += copied
-        file.seek(end + size)
 
     def allocate(self, size: int) -> None:
         """Allocates disk space for the first `size` bytes.
@@ -239,9 +236,9 @@ class _Extents:
                 os.posix_fallocate(self.file.fileno(), self._allocated, length)
             except OSError as error:
                 raise InputError(
-                    f"Cannot extend {self._path} to {self._allocated + length:,} bytes "
-                    f"({error.strerror}); free some space, and start again to continue from the "
-                    "newest checkpoint."
+                    f"Cannot extend the file of a table in {self._folder} to "
+                    f"{self._allocated + length:,} bytes ({error.strerror}); free some space, and "
+                    "start again to continue from the newest checkpoint."
                 ) from error
             self._allocated += length
 
@@ -259,8 +256,6 @@ def _reserve(rows: int, words: int, file: _Extents | None) -> UInt32[np.ndarray,
         else:
             private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
             mapping = mmap.mmap(-1, size, flags=private)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                mapping.madvise(mmap.MADV_HUGEPAGE)
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(
             f"The system does not map a table of {size:,} bytes ({error}); choose fewer "

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,14 +13,15 @@ import pytest
 from plainly import continue_greedily, log_probabilities_of
 from tiny_runs import assert_identical, plain_pass
 
+from engram_jax.checkpoint import Checkpoints
 from engram_jax.costs.accounting import decode_state_bytes
 from engram_jax.decoding import batches, generate
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.programs import ProgramCache, Programs
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
+from engram_jax.placement import fill_from_tables, open_stores
 from engram_jax.run import Run
-from engram_jax.stored_tables import open_stores
 
 PROMPTS = ["Alexander the Great", "", "born in Wales and on café", "東京", "the"]
 GREEDY = GenerationSettings(tokens=6, temperature=0.0)
@@ -88,14 +90,26 @@ def test_texts_do_not_depend_on_where_the_tables_are(untrained, tmp_path, form, 
     weights, settings = run.restore_weights(), GenerationSettings(tokens=20, top_p=0.9)
     prompts = [*PROMPTS, "the " * 300]
     expected = Generator(run.program, run.tokenizer, weights).generate(prompts, settings)
-    with open_stores(run.program, tmp_path, placement, read_only=True) as stores:
+    if placement == "file":  # a checkpoint with files of rows, which are read in place
+        run = save_rows_of(run, tmp_path)
+    with open_stores(run.program, tmp_path, placement) as stores:
         dense = run.restore_weights(None, stores)
         assert not dense.tables and all(store.used for store in stores.values())
         found = Generator(run.program, run.tokenizer, dense, stores).generate(prompts, settings)
         assert found == expected
         without = Generator(run.program, run.tokenizer, dense, stores, memory=False)
         assert without.generate(prompts[:1], settings) != expected[:1]
-    assert not (tmp_path / "tables").exists()
+
+
+def save_rows_of(run: Run, folder: Path) -> Run:
+    """The run with a checkpoint in another folder, as of a run with tables in host memory."""
+    identity = run.checkpoints._identity
+    other = replace(run, checkpoints=Checkpoints(folder / "rows", keep=1, identity=identity))
+    state = run.restore()
+    with open_stores(run.program, folder, "host") as stores:
+        fill_from_tables(stores, state.tables)
+        other.save(state, stores)
+    return other
 
 
 @contextmanager

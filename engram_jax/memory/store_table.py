@@ -13,7 +13,7 @@ from engram_jax.memory.store import RowStore
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class HostTable:
+class StoreTable:
     """One layer's table in a store of all its rows. Compiled programs read it by a callback.
 
     Attributes:

@@ -5,9 +5,8 @@ A checkpoint of a run whose tables are on the devices has arrays of R rows. Othe
 devices. Both can be restored by runs of any placement, on any mesh.
 """
 
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,8 @@ from engram_jax.memory import lookup
 from engram_jax.memory.layout import RecordLayout, Table, init_table
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.memory.row_feed import RowFeed
-from engram_jax.memory.row_file import read_rows, save_rows
-from engram_jax.memory.store import PART, Placement, RowStore, TableInfo, Written
+from engram_jax.memory.row_file import map_rows, save_rows
+from engram_jax.memory.store import PART, Placement, RowStore, TableInfo
 from engram_jax.program import Program
 from engram_jax.sharding import TABLE_RW, TOKEN_AXES
 from engram_jax.train_state import Weights
@@ -51,40 +50,33 @@ def open_feed(program: Program, folder: Path) -> Iterator[RowFeed | None]:
 
 @contextmanager
 def open_stores(
-    program: Program, folder: Path, placement: Placement, *, read_only: bool = False
+    program: Program, folder: Path, placement: Placement
 ) -> Iterator[dict[int, RowStore]]:
     """Empty stores for the tables of this process's devices; none if they are on the devices.
 
-    Working files are deleted at the end: checkpoints have all that is in them.
-
     Args:
         program: the program.
-        folder: the run folder.
+        folder: where files without a name are created.
         placement: where the rows are.
-        read_only: several programs may do this at the same time, with files of their own.
 
     Raises:
         InputError: a file cannot be created.
     """
-    mesh, stores, paths = program.mesh, {}, []
+    mesh = program.mesh
     assert isinstance(mesh, jax.sharding.Mesh)
     ours, first = len(mesh.local_devices), jax.process_index() * len(mesh.local_devices)
-    for layer, table in program.tables().items() if placement != "device" else ():
-        owned, path = table.rows // mesh.size, None
-        if placement == "file":
-            name = _file_name(layer, first * owned)
-            path = folder / TABLES / (f"reading-{os.getpid()}-{name}" if read_only else name)
-            paths.append(path)
-        stores[layer] = RowStore(table, first * owned, ours * owned, path)
-    try:
+    with ExitStack() as stack:
+        stores = {}
+        for layer, table in program.tables().items() if placement != "device" else ():
+            owned, where = table.rows // mesh.size, folder if placement == "file" else None
+            stores[layer] = RowStore(table, first * owned, ours * owned, where)
+            stack.callback(stores[layer].close)
         yield stores
-    finally:
-        for store in stores.values():
-            store.close()
-        for path in paths:
-            path.unlink(missing_ok=True)
-            with suppress(OSError):  # another program has files in it
-                path.parent.rmdir()
+
+
+def bytes_of_all(stores: Stores) -> int:
+    """Bytes of the written rows, over all processes if each has as many as this one."""
+    return jax.process_count() * sum(store.bytes for store in stores.values())
 
 
 def save_stores(stores: Stores, folder: Path) -> None:
@@ -155,21 +147,20 @@ def fill_stores(stores: Stores, files: Mapping[int, list[Path]], *, in_place: bo
     Args:
         stores: the stores.
         files: by layer id.
-        in_place: map the rows of a single file instead of copying them. The stores can only be
-            read.
+        in_place: stores in files map the rows of a single file instead of copying them. Then they
+            can only be read.
     """
     for layer, store in stores.items():
         for path in files[layer]:
-            maps = in_place and len(files[layer]) == 1
-            table, written = read_rows(path, random=maps)
+            maps = in_place and store.in_file and len(files[layer]) == 1
+            table, written = map_rows(path, random=maps)
             _check_fitting(path, store.table, table)
             store.table = table  # its initial rows may have another seed
             if maps:
                 store.adopt(written)
                 continue
-            for places, records in _parts(written):
-                own = (places >= store.first) & (places < store.first + store.count)
-                store.write(places[own], records[own])
+            for part in written.parts():
+                store.write_own(part)
 
 
 def fill_from_tables(stores: Stores, tables: Mapping[int, Table]) -> None:
@@ -198,12 +189,13 @@ def settle_stores(
         return layout.pack(rows)
 
     adam, step = jax.device_get((adam, step))
-    for store in stores.values():
-        layout = store.table.layout
-        for places, records in store.written():
-            whole = np.resize(records, (PART, layout.words))  # one shape
-            settled = settle(layout, whole, adam, step)
-            store.write(places, np.asarray(settled)[: len(places)])
+    with jax.set_mesh(None):  # each process has other rows, and another number of parts
+        for store in stores.values():
+            layout = store.table.layout
+            for places, records in store.written():
+                whole = np.resize(records, (PART, layout.words))  # one shape
+                settled = settle(layout, whole, adam, step)
+                store.write(places, np.asarray(settled)[: len(places)])
 
 
 def _file_name(layer: int, first: int | None) -> str:
@@ -219,13 +211,8 @@ def _check_fitting(path: Path, ours: TableInfo, theirs: TableInfo) -> None:
         )
 
 
-def _parts(written: Written) -> Iterator[Written]:
-    for start in range(0, len(written.places), PART):
-        yield Written(*(array[start : start + PART] for array in written))
-
-
 def _load_table(program: Program, ours: TableInfo, paths: list[Path]) -> Table:
-    found = [read_rows(path) for path in paths]
+    found = [map_rows(path) for path in paths]
     for path, (table, _) in zip(paths, found, strict=True):
         _check_fitting(path, ours, table)
     seed, scale = found[0][0].seed, found[0][0].scale
@@ -238,9 +225,9 @@ def _load_table(program: Program, ours: TableInfo, paths: list[Path]) -> Table:
         np.uint32(seed)
     )
     for _, written in found:
-        for places, part in _parts(written):
+        for places, part in written.parts():
             missing = PART - len(places)
-            records = _place(
+            records = _put_rows(
                 records,
                 np.pad(places, (0, missing), constant_values=ours.rows),
                 np.pad(part, ((0, missing), (0, 0))),
@@ -249,7 +236,7 @@ def _load_table(program: Program, ours: TableInfo, paths: list[Path]) -> Table:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _place(
+def _put_rows(
     records: UInt32[Array, "R words"], places: Int32[Array, "n"], rows: UInt32[Array, "n words"]
 ) -> UInt32[Array, "R words"]:
     """Replaces records at places; those from R up are dropped."""
