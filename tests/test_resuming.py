@@ -52,6 +52,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 ) -> None:
     config = vary(tiny, **change)
     whole, expected = train_whole(config, 1, 1)
+    signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP, and so would the trainer
     write, handlers = MetricsLog.write, [signal.getsignal(n) for n in signal.Signals]
 
     def write_and_stop(log: MetricsLog, step: int, *rest: Any, **named: Any) -> None:
@@ -81,8 +82,8 @@ def test_a_run_that_ends_right_after_a_save_has_all_its_lines(
     whole, expected = train_whole(config, 1, 1)
     save = Run.save
 
-    def save_and_end(run: Run, state: TrainState) -> Path:
-        path = save(run, state)
+    def save_and_end(run: Run, state: TrainState, *rest: Any) -> Path:
+        path = save(run, state, *rest)
         if state.step in (4, 6):
             raise SystemExit
         return path

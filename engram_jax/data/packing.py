@@ -78,7 +78,7 @@ def split_buffers(batch: Batch) -> tuple[Batch, Mapping[int, BufferPlan]]:
     """A batch for the devices, and the plan of its buffers, which stays on the host."""
     if batch.plan is None:
         return batch, {}
-    return batch._replace(plan=batch.plan._replace(buffers={})), batch.plan.buffers
+    return batch._replace(plan=batch.plan._replace(buffers=None)), batch.plan.buffers or {}
 
 
 def micro_batches(batch: Batch) -> MicroBatch:

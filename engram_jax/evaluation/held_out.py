@@ -159,7 +159,7 @@ def evaluate_held_out(
                 part = jax.process_index(), jax.process_count()
                 plan = planner.plan_part(whole.tokens, whole.segments, *part)
                 batch = batch._replace(plan=plan)
-                if feed:
+                if feed and plan.buffers:
                     weights = replace(weights, tables=feed.read(plan.buffers))
             scored = scorer(weights, program.put(batch), program.row_adam)
             read = multihost_utils.process_allgather(scored, tiled=True)

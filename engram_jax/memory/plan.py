@@ -6,8 +6,6 @@ Shapes are static: the bound is U = tokens × columns, or all rows of a small ta
 part is padding. Plans have NumPy arrays on the host and JAX arrays on the devices.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,7 +74,7 @@ class MemoryPlan(NamedTuple):
 
     rows: dict[int, RowPlan]
     slots: dict[int, SlotPlan]
-    buffers: Mapping[int, BufferPlan] = MappingProxyType({})
+    buffers: dict[int, BufferPlan] | None = None
 
 
 class Planner:
@@ -129,7 +127,7 @@ class Planner:
             if self.buffered:
                 buffers[layer], buffered = plan_buffers(rows[layer], padded_rows)
                 rows[layer] = rows[layer]._replace(buffered=buffered)
-        return MemoryPlan(rows, slots, buffers)
+        return MemoryPlan(rows, slots, buffers or None)
 
     def plan_part(
         self,
@@ -250,7 +248,7 @@ def _part_of_plan(plan: MemoryPlan, shards: slice, tokens: slice) -> MemoryPlan:
             layer: SlotPlan(*(array[:, tokens] for array in slots))
             for layer, slots in plan.slots.items()
         },
-        {layer: of_shards(buffer) for layer, buffer in plan.buffers.items()},
+        {layer: of_shards(buffer) for layer, buffer in (plan.buffers or {}).items()},
     )
 
 

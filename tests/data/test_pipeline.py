@@ -9,6 +9,7 @@ from small_corpora import random_texts
 from engram_jax.data.packing import Batch
 from engram_jax.data.pipeline import make_batches, prefetch_to_device
 from engram_jax.errors import InputError
+from engram_jax.memory.plan import Planner
 
 SIZES = {"sequence_length": 8, "batch_size": 8, "accumulation": 2, "seed": 5}
 
@@ -18,9 +19,17 @@ class Plan(NamedTuple):
     nested: tuple[np.ndarray, ...]
 
 
-def plan(tokens, segments):
+class Checksums(Planner):
     """A checksum of every token of a process's part, and of the order of rows."""
-    return Plan(np.unique(tokens), ((tokens * segments * np.arange(8)).sum(axis=2),))
+
+    def __init__(self):
+        self.buffered = False
+
+    def __call__(self, tokens, segments=None):
+        return Plan(np.unique(tokens), ((tokens * segments * np.arange(8)).sum(axis=2),))
+
+
+plan = Checksums()
 
 
 @pytest.fixture

@@ -116,6 +116,6 @@ def test_a_worker_killed_before_it_has_read_its_arguments_is_replaced(
 def test_a_script_without_a_guard_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "script.py"
     script.write_text("from engram_jax import Run\n")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
     with pytest.raises(InputError, match=r"script\.py .* `if __name__ == \"__main__\":`"):
         WorkerPool(build, 0, workers=1, ahead=1)

@@ -1,17 +1,21 @@
 """The plan, expanded in NumPy, must give every token the rows of the hash."""
 
+from typing import Any
+
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Int32
+from tiny_runs import assert_identical
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
 from engram_jax.hashing import HashSpec, NgramHash
 from engram_jax.memory import plan as plan_module
 from engram_jax.memory.places import exchange_capacity, stored_places
-from engram_jax.memory.plan import MemoryPlan, Planner, exchange_rounds, plan_places
+from engram_jax.memory.plan import MemoryPlan, Planner, exchange_rounds, plan_buffers, plan_places
 
 
 def make_hash(max_order: int = 3, rows: int = 11, heads: int = 2, vocabulary: int = 6) -> NgramHash:
@@ -80,30 +84,56 @@ def test_plans(step: tuple[np.ndarray, np.ndarray, int], max_order: int, rows: i
                 assert is_stable_order(slots_of_part.reshape(-1), order_of_part.reshape(-1))
 
 
-def test_every_process_plans_its_own_part() -> None:
+@pytest.mark.parametrize("buffered", [False, True])
+def test_every_process_plans_its_own_part(buffered: bool) -> None:
     tokens = np.random.default_rng(0).integers(0, 6, (2, 8, 5), dtype=np.int32)
-    whole = Planner(make_hash(), shards=4)(tokens)
+    segments = np.ones_like(tokens)
+    whole = Planner(make_hash(), shards=4, buffered=buffered)(tokens)
     for process in range(2):
-        mine = slice(4 * process, 4 * process + 4)
-        part = Planner(make_hash(), shards=4, local_shards=2)(tokens[:, mine])
-        for layer in (0, 2):
-            for a, b in zip(part.slots[layer], whole.slots[layer], strict=True):
-                np.testing.assert_array_equal(a, b[:, mine])
-            for a, b in zip(part.rows[layer], whole.rows[layer], strict=True):
-                np.testing.assert_array_equal(a, b[2 * process : 2 * process + 2])
+        local = 4 if buffered else 2
+        planner = Planner(make_hash(), shards=4, local_shards=local, buffered=buffered)
+        part = planner.plan_part(tokens, segments, process, 2)
+        mine, shards = (slice(size * process, size * (process + 1)) for size in (4, 2))
+
+        def cut(plans: Any, part: Any) -> Any:
+            return jax.tree.map(lambda array: array[part], plans)
+
+        assert_identical(part.slots, cut(whole.slots, (slice(None), mine)))
+        assert_identical(part.rows, cut(whole.rows, shards))
+        assert_identical(part.buffers, cut(whole.buffers, shards))
+        assert (part.buffers is None) == (not buffered)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 8])
+@pytest.mark.parametrize("rows", [4096, 4096 * 9])
+def test_buffers_hold_the_rows_that_any_device_requests(shards: int, rows: int) -> None:
+    """Also if most rows have one owner, which needs a larger buffer."""
+    for most in (rows, rows // shards):
+        generator = np.random.default_rng(most)
+        places = generator.integers(0, most, (2, 16, 16, 4), dtype=np.int32)
+        plan, _ = plan_places(places, rows, shards=shards, local_shards=shards)
+        buffers, buffered = plan_buffers(plan, rows)
+        size = buffers.places.shape[1]
+        assert size <= rows // shards or shards == 1
+        held = [own[:count] for own, count in zip(*buffers, strict=True)]
+        np.testing.assert_array_equal(np.concatenate(held), np.unique(places))
+        for device, count in enumerate(plan.distinct):
+            own, index = plan.places[device, :count], buffered[device, :count]
+            np.testing.assert_array_equal(buffers.places[own // (rows // shards), index], own)
+            assert (buffered[device, count:] >= size).all()
+        for own, count in zip(*buffers, strict=True):
+            assert (own[count:] >= rows).all()
 
 
 def test_shapes_and_dtypes_do_not_depend_on_the_tokens() -> None:
-    planner = Planner(make_hash(), shards=2)
+    planner = Planner(make_hash(), shards=2, buffered=True)
     shape = (2, 4, 8)
     varied = planner(np.random.default_rng(0).integers(0, 6, shape, dtype=np.int32))
     for tokens in (np.zeros(shape, np.int32), np.full(shape, -1, np.int32)):
         plan = planner(tokens, np.ones(shape, np.int32))
-        for part, other in zip(plan, varied, strict=True):
-            assert part.keys() == other.keys() == {0, 2}
-            for layer in part:
-                for a, b in zip(part[layer], other[layer], strict=True):
-                    assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.dtype == np.int32
+        assert plan.rows.keys() == plan.slots.keys() == plan.buffers.keys() == {0, 2}
+        for a, b in zip(jax.tree.leaves(plan), jax.tree.leaves(varied), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.dtype == np.int32
 
 
 def test_a_step_without_repeats_has_no_padding() -> None:
