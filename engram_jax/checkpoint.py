@@ -87,16 +87,14 @@ class Checkpoints:
         """Writes the checkpoint of `step`, waits until it is complete, and returns its folder.
 
         `write_files` writes more files into it, so that it can be read without its run folder.
-        `write_parts` does so on every process, and needs `more_bytes` of disk space.
-
-        An earlier checkpoint of the same step is kept until the new one is complete.
+        `write_parts` does so on every process, and needs `more_bytes` of disk space. An earlier
+        checkpoint of the same step is kept until the new one is complete.
 
         Raises:
             InputError: the disk is too small or full. The earlier checkpoints are unchanged.
         """
         arrays = named_leaves(state)
-        final = self.folder / f"{step:08d}"
-        partial = self.folder / f"{PARTIAL}{step:08d}"
+        final, partial = (self.folder / f"{prefix}{step:08d}" for prefix in ("", PARTIAL))
         with collective(f"begin the checkpoint of step {step}"):
             if is_leader():
                 self.folder.mkdir(parents=True, exist_ok=True)

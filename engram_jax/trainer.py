@@ -305,9 +305,8 @@ def _first_state(run: Run, stores: Stores | None = None) -> TrainState:
     state = program.state_from_weights(weights)
     if is_leader():
         print(f"{run.folder} begins with the weights of step {int(weights.step)} of {start_from}.")
-    run.save(
-        state, stores
-    )  # otherwise a run killed before its first checkpoint would start at random
+    # Otherwise a run that is killed before its first checkpoint would start at random.
+    run.save(state, stores)
     return state
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,23 +218,29 @@ def test_no_text_contains_a_special_id(content: bytes, text: str) -> None:
     assert "".join(map(tokenizer.piece, ids)) == text
 
 
-def test_an_id_that_ordinary_text_has_is_no_special_id() -> None:
-    """Neither in a tokenizer.json file, nor a user-defined piece of a SentencePiece model."""
-    tokenizer = JsonTokenizer(make_json(UNIGRAM), "toy.json", eos_id=PIECES["a"])
-    with pytest.raises(InputError) as error:
-        tokenizer.encode_batch(["bob", "abe"])
-    one_sentence(error, "toy.json", "eos_id", "'a'", "--data.eos-id")
+def train_toy(**options: Any) -> bytes:
+    """A SentencePiece model of two sentences."""
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the cat and the hat", "the rat sat on the mat"] * 5),
         model_writer=file,
         vocab_size=30,
         hard_vocab_limit=False,
-        user_defined_symbols=["<end>"],
         minloglevel=2,
+        **options,
     )
-    named = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue()).piece_to_id("<end>")
-    model = SentencePieceTokenizer(file.getvalue(), "toy.model", pad_id=1, eos_id=named)
+    return file.getvalue()
+
+
+def test_an_id_that_ordinary_text_has_is_no_special_id() -> None:
+    """Neither in a tokenizer.json file, nor a user-defined piece of a SentencePiece model."""
+    tokenizer = JsonTokenizer(make_json(UNIGRAM), "toy.json", eos_id=PIECES["a"])
+    with pytest.raises(InputError) as error:
+        tokenizer.encode_batch(["bob", "abe"])
+    one_sentence(error, "toy.json", "eos_id", "'a'", "--data.eos-id")
+    model_file = train_toy(user_defined_symbols=["<end>"])
+    named = sentencepiece.SentencePieceProcessor(model_proto=model_file).piece_to_id("<end>")
+    model = SentencePieceTokenizer(model_file, "toy.model", pad_id=1, eos_id=named)
     assert named not in model.encode("the cat<end>the <end><end>")
 
 
@@ -307,16 +314,8 @@ def test_what_a_normalizer_may_change(text: str) -> None:
 
 def test_a_sentencepiece_model_that_deletes_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rules.tsv").write_text("62\t\n43\t44\n")  # b is deleted, C becomes D
-    file = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the cat and the hat", "the rat sat on the mat"] * 5),
-        model_writer=file,
-        vocab_size=30,
-        hard_vocab_limit=False,
-        normalization_rule_tsv=str(tmp_path / "rules.tsv"),
-        minloglevel=2,
-    )
-    tokenizer = SentencePieceTokenizer(file.getvalue(), "toy.model", pad_id=2)
+    model_file = train_toy(normalization_rule_tsv=str(tmp_path / "rules.tsv"))
+    tokenizer = SentencePieceTokenizer(model_file, "toy.model", pad_id=2)
     assert len(tokenizer.encode("the Cat\u0301"))
     with pytest.raises(InputError) as error:
         tokenizer.encode_batch(["the cat", "the bat"])

@@ -1,4 +1,4 @@
-"""A finished table outside the devices, for decoding and evaluation."""
+"""A finished table outside the devices, for generation and scoring."""
 
 from dataclasses import dataclass, field
 
