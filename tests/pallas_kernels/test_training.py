@@ -34,6 +34,7 @@ def test_kernels_train_as_xla_does(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         # Records of whole lines of 128 words, which the kernel reads.
         memory={"layers": (0,), "row_width": 42, "adam": RowAdamConfig(form="exact")},
         data={"sequence_length": 128, "batch_size": 1},
+        optimizer={"warmup_steps": 2},  # so that six steps learn
     )
     config = replace(config, train=TrainConfig(steps=6, seed=1, log_every=1, evaluate_every=0))
     expected = train_one(config, tmp_path / "xla")
@@ -42,5 +43,5 @@ def test_kernels_train_as_xla_does(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with simulation("pallas_tpu"):
         found = train_one(kernels, tmp_path / "kernels")
     jax.clear_caches()
-    assert len(found) == 6 and found[-1][1] < found[0][1]
+    assert len(found) == 6 and found[-1][1] < found[0][1] - 0.1
     np.testing.assert_allclose(found, expected, rtol=2e-5)
