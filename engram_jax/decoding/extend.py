@@ -68,7 +68,7 @@ def _read_memory(
         layout = program.config.memory.layout
         return {
             layer: current_values(
-                *(words.reshape(-1, layout.words), layout, weights.row_adam, weights.step)
+                layout.unpack(words.reshape(-1, layout.words)), weights.row_adam, weights.step
             ).reshape(*words.shape[:2], -1)
             for layer, words in fetched.items()
         }
@@ -78,9 +78,10 @@ def _read_memory(
     rows = hash_after(weights.hash, tokens, segments)
     # Without the barrier, XLA hashes again for every element that is read.
     all_places = jax.lax.optimization_barrier(stored_places(weights.hash, rows))
+    tables = {**weights.tables, **weights.outside}
     return {
         layer: read_places(
-            *(weights.tables[layer], places, weights.row_adam, weights.step),
+            *(tables[layer], places, weights.row_adam, weights.step),
             program.config.memory.gather,
         )
         for layer, places in zip(spec.layers, all_places, strict=True)

@@ -13,7 +13,7 @@ from engram_jax.decoding.extend import BY_SEQUENCE, FetchedRecords, extend, on_a
 from engram_jax.decoding.sampling import DrawSettings, draw
 from engram_jax.decoding.weights import DecodeWeights
 from engram_jax.layers.decode_state import DecodeState
-from engram_jax.memory.store_table import StoreTable
+from engram_jax.memory.store_table import CalledTable
 from engram_jax.program import Program
 from engram_jax.sharding import TOKEN_AXES
 
@@ -59,7 +59,7 @@ def make_prefill(program: Program) -> jax.stages.Wrapped:
     """The jitted function that appends a chunk of the prompts.
 
     Its arguments are prepared weights, state, tokens [B, T], their counts [B], and the records of
-    their rows, if the tables are outside the devices. It returns the state.
+    their rows, if programs cannot read the tables. It returns the state.
     """
 
     def prefill(
@@ -190,8 +190,8 @@ class ProgramCache:
         chunk = self.chunk(batch)
         fetched = {
             layer: shape(np.uint32, chunk, self.columns, table.layout.words)
-            for layer, table in weights.tables.items()
-            if isinstance(table, StoreTable)
+            for layer, table in weights.outside.items()
+            if isinstance(table, CalledTable)
         }
         lowered = (
             self._prefill.lower(weights, state, shape(np.int32, chunk), whole, fetched or None),

@@ -1,4 +1,4 @@
-"""Rows of texts that are known in advance, for tables outside the devices."""
+"""Rows of texts that are known in advance, for tables that programs read by a callback."""
 
 import numpy as np
 from jaxtyping import Int32
@@ -6,7 +6,7 @@ from jaxtyping import Int32
 from engram_jax.decoding.extend import FetchedRecords
 from engram_jax.decoding.weights import DecodeWeights
 from engram_jax.memory.places import stored_places
-from engram_jax.memory.store_table import StoreTable
+from engram_jax.memory.store_table import CalledTable
 from engram_jax.program import Program
 
 
@@ -23,7 +23,9 @@ class PromptRows:
         self, program: Program, weights: DecodeWeights, tokens: Int32[np.ndarray, "B T"]
     ) -> None:
         self._tables = {
-            layer: table for layer, table in weights.tables.items() if isinstance(table, StoreTable)
+            layer: table
+            for layer, table in weights.outside.items()
+            if isinstance(table, CalledTable)
         }
         ngram_hash = program.ngram_hash
         self._places = {

@@ -11,7 +11,7 @@ from engram_jax.hashing_device import HashConstants
 from engram_jax.memory.layout import Table
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.memory.store import RowStore
-from engram_jax.memory.store_table import StoreTable
+from engram_jax.memory.store_table import StoreTable, read_store
 from engram_jax.parameters import Plain, Role
 from engram_jax.program import Program
 from engram_jax.sharding import REPLICATED, TABLE_RW
@@ -29,8 +29,9 @@ class DecodeWeights:
         params: dense parameters, complete on every device; all except `Plain` ones are cast to the
             dtype of the computation. An untied head is empty here.
         head: the transposed output head. (On a CPU, x @ headᵀ takes 2 to 4 times as long.)
-        tables: memory tables by layer id, as in training, or outside the devices. Their values do
-            not include pending updates, which reading applies to its copy.
+        tables: memory tables on the devices by layer id, as in training. Their values do not
+            include pending updates, which reading applies to its copy.
+        outside: tables outside the devices by layer id, likewise.
         step: number of finished optimizer steps.
         expert_bias: biases that balance the experts, by layer id.
         row_adam: the row optimizer, which computes pending updates.
@@ -39,7 +40,8 @@ class DecodeWeights:
 
     params: Parameters
     head: Float[Array, "D V"]
-    tables: dict[int, Table | StoreTable]
+    tables: dict[int, Table]
+    outside: dict[int, StoreTable]
     step: Int32[Array, ""]
     expert_bias: dict[int, Float[Array, "X"]]
     row_adam: RowAdam
@@ -73,7 +75,8 @@ def prepare(
         return whole if model.tie_embeddings else whole | {"head": head[:0]}, head.T
 
     has_memory = memory and program.ngram_hash is not None
-    on_host = {layer: StoreTable(store) for layer, store in (stores or {}).items()}
+    assert isinstance(program.mesh, jax.sharding.Mesh)
+    outside = {layer: read_store(store, program.mesh) for layer, store in (stores or {}).items()}
     with program.use_mesh():
         params, head = jax.jit(prepare_params)(weights.params)
         constants = None
@@ -83,7 +86,8 @@ def prepare(
         return DecodeWeights(
             params=params,
             head=head,
-            tables={**weights.tables, **on_host} if has_memory else {},
+            tables=weights.tables if has_memory else {},
+            outside=outside if has_memory else {},
             step=weights.step,
             expert_bias=weights.expert_bias,
             row_adam=program.row_adam,
@@ -92,4 +96,4 @@ def prepare(
 
 
 # Partition specs: tables are split, the rest is complete on every device.
-WEIGHT_SPECS = DecodeWeights(*(REPLICATED,) * 2, TABLE_RW, *(REPLICATED,) * 4)  # type: ignore[arg-type]
+WEIGHT_SPECS = DecodeWeights(*(REPLICATED,) * 2, TABLE_RW, *(REPLICATED,) * 5)  # type: ignore[arg-type]

@@ -231,11 +231,21 @@ def init_table(
     if not scale:
         return Table(jnp.zeros((rows, layout.words), jnp.uint32), layout, layer)
     places = jnp.arange(rows, dtype=jnp.int32)
+    return Table(initial_records(places, seed, layout, layer, scale), layout, layer)
+
+
+def initial_records(
+    places: Int32[Array, "n"],
+    seed: UInt32[Any, ""] | int,
+    layout: RecordLayout,
+    layer: int,
+    scale: float,
+) -> UInt32[Array, "n words"]:
+    """The records of rows that were never written; other arguments as for `init_table`."""
     value = initial_values(places, layout.width, seed=seed, layer=layer, scale=scale)
     zeros = jnp.zeros_like(value)
     square = zeros[:, :1] if layout.storage.second_moment == "row" else zeros
-    records = layout.pack(RowState(value, zeros, square, jnp.zeros(rows, jnp.int32)))
-    return Table(records, layout, layer)
+    return layout.pack(RowState(value, zeros, square, jnp.zeros(len(places), jnp.int32)))
 
 
 def _round(part: Float[Array, "n F"], noise: UInt32[Array, "n"]) -> UInt32[Array, "n F"]:

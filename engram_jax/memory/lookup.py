@@ -12,11 +12,11 @@ from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped, UInt32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from engram_jax.memory import records
 from engram_jax.memory.exchange import Route
-from engram_jax.memory.layout import RecordLayout, RowState, Table
+from engram_jax.memory.layout import RowState, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.memory.store_table import StoreTable
@@ -117,7 +117,7 @@ def read_places(
 
     flat = places.reshape(-1)
     if isinstance(table, StoreTable):
-        rows = current_values(table.read(flat), table.layout, adam, step)
+        rows = _in_parts(lambda rows: current_values(table.read(rows), adam, step), flat)
         return rows.reshape(*places.shape[:2], -1)
 
     def read_own(rows: Int32[Array, "n"]) -> Float[Array, "n F"]:
@@ -142,13 +142,9 @@ def read_places(
     return rows.reshape(*places.shape[:2], -1)
 
 
-def current_values(
-    words: UInt32[Array, "n words"], layout: RecordLayout, adam: RowAdam, step: Int32[Array, ""]
-) -> Float[Array, "n F"]:
-    """The embeddings of records that were read outside the devices, with pending updates."""
-    if adam.tail is None:
-        return layout.value.decode(words[:, : layout.value.words])
-    return adam.current(layout.unpack(words), step)
+def current_values(rows: RowState, adam: RowAdam, step: Int32[Array, ""]) -> Float[Array, "n F"]:
+    """The embeddings of rows that were read outside the devices, with pending updates."""
+    return rows.value if adam.tail is None else adam.current(rows, step)
 
 
 def expand(

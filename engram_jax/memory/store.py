@@ -119,6 +119,16 @@ class RowStore:
         self._whole = self._records.view(np.dtype((np.void, 4 * words)))[:, 0]  # moved as one
 
     @property
+    def slots(self) -> Int32[np.ndarray, "places"]:
+        """The slot of every place, from 1; 0: never written."""
+        return self._slot
+
+    @property
+    def records(self) -> UInt32[np.ndarray, "slots words"]:
+        """The records by slot; those of slots that are not used are zeros."""
+        return self._records
+
+    @property
     def in_file(self) -> bool:
         """Whether the records are in a file."""
         return self._file is not None
