@@ -10,10 +10,12 @@ slots in them are written: a write through a mapping into a hole on a full disk 
 process.
 """
 
+import ctypes
 import mmap
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +33,9 @@ type Placement = Literal["device", "host", "file"]
 
 EXTENT = 64 << 20  # bytes of a file that are allocated together
 PART = 1 << 16  # slots that are copied or compared together
+ASKED = 512  # records that are asked for together, if they come from the disk
+COLD = 5e-6  # seconds a record; from memory it takes 0.3 to 1 µs
+_LIBC, _PAGE = ctypes.CDLL(None), ctypes.c_size_t(mmap.PAGESIZE)
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # Python 3.12 has no name for it
 
 
@@ -116,6 +121,7 @@ class RowStore:
         self._place = _reserve(count, 1, None).reshape(-1).view(np.int32)  # of a slot
         self._file = None if folder is None else _Extents(folder, 4 * words * count)
         self._records = _reserve(count, words, self._file)
+        self._in_file, self._cold = folder is not None, False
         self._whole = self._records.view(np.dtype((np.void, 4 * words)))[:, 0]  # moved as one
 
     @property
@@ -131,7 +137,7 @@ class RowStore:
     @property
     def in_file(self) -> bool:
         """Whether the records are in a file."""
-        return self._file is not None
+        return self._in_file
 
     def close(self) -> None:
         """Closes the file, which ends when nothing refers to its rows any more."""
@@ -147,10 +153,27 @@ class RowStore:
         """Copies the records of places to `out`; initial ones for rows that were never written."""
         slots = self._slot[places - self.first]
         if self.used:
-            np.take(self._records, np.maximum(slots, 1) - 1, axis=0, out=out, mode="clip")
+            self._copy(np.maximum(slots, 1) - 1, out)
         missing = np.flatnonzero(slots == 0)
         if len(missing):
             out[missing] = self.table.initial_records(places[missing])
+
+    def _copy(self, slots: Int32[np.ndarray, "n"], out: UInt32[np.ndarray, "n words"]) -> None:
+        """Copies records. As long as they come from the disk, it first asks for many of them.
+
+        Without that, the disk reads one page after another: 9,000 rows/s instead of 43,000 to
+        64,000. With it, rows that are in memory take 7 times as long.
+        """
+        if not self._in_file:
+            np.take(self._records, slots, axis=0, out=out, mode="clip")
+            return
+        for start in range(0, len(slots), ASKED):
+            part = slots[start : start + ASKED]
+            if self._cold:
+                _ask_for(self._records, part)
+            begin = time.perf_counter()
+            np.take(self._records, part, axis=0, out=out[start : start + ASKED], mode="clip")
+            self._cold = time.perf_counter() - begin > COLD * len(part)
 
     def write(self, places: Int32[np.ndarray, "n"], records: UInt32[np.ndarray, "n words"]) -> None:
         """Writes the records of distinct places.
@@ -178,6 +201,7 @@ class RowStore:
         """Takes over the rows of a file where they are. Then the store can only be read."""
         self._slot[written.places - self.first] = np.arange(1, len(written.places) + 1)
         self._place, self._records, self.used = written.places, written.records, len(written.places)
+        self._in_file = True
 
     def write_own(self, rows: Written) -> None:
         """Writes those of some rows that are in this part of the table."""
@@ -251,6 +275,15 @@ class _Extents:
                     "start again to continue from the newest checkpoint."
                 ) from error
             self._allocated += length
+
+
+def _ask_for(records: UInt32[np.ndarray, "R words"], slots: Int32[np.ndarray, "n"]) -> None:
+    """Asks the system to read the pages of some records, all at the same time."""
+    size, first = records.itemsize * records.shape[1], records.ctypes.data
+    begin = first + slots.astype(np.int64) * size
+    pages = np.unique(np.concatenate([begin, begin + size - 1]) // mmap.PAGESIZE)
+    for page in pages.tolist():
+        _LIBC.madvise(ctypes.c_void_p(page * mmap.PAGESIZE), _PAGE, mmap.MADV_WILLNEED)
 
 
 def _reserve(rows: int, words: int, file: _Extents | None) -> UInt32[np.ndarray, "{rows} {words}"]:

@@ -1,6 +1,7 @@
 """Stores of written rows: against a dictionary, in memory and in files."""
 
 import errno
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_jax.errors import InputError
+from engram_jax.memory import store
 from engram_jax.memory.layout import RecordLayout, StorageConfig, init_table
 from engram_jax.memory.row_file import map_rows, save_rows
 from engram_jax.memory.store import EXTENT, RowStore, TableInfo
@@ -66,6 +68,30 @@ def test_a_store_is_a_dictionary_in_the_order_of_first_writes(
     assert table == TABLE and written.places.tolist() == list(known)
     np.testing.assert_array_equal(written.records, np.array(list(known.values())).reshape(-1, 16))
     store.close()
+
+
+@pytest.mark.parametrize("cold", [0, math.inf])
+def test_rows_on_a_slow_disk_are_asked_for_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cold: float
+) -> None:
+    asked, ask_for = [], store._ask_for
+
+    def count(records: np.ndarray, slots: np.ndarray) -> None:
+        ask_for(records, slots)
+        asked.append(len(slots))
+
+    monkeypatch.setattr(store, "_ask_for", count)
+    monkeypatch.setattr(store, "COLD", cold)
+    rows = make_store(tmp_path)
+    places = np.arange(4096, 8192, dtype=np.int32)
+    records = np.random.default_rng(0).integers(2**32, size=(4096, 16), dtype=np.uint32)
+    rows.write(places, records)
+    order = np.random.default_rng(1).permutation(2000)
+    np.testing.assert_array_equal(read(rows, places[order]), records[order])
+    assert asked == ([] if cold else [512, 512, 2000 - 3 * 512])
+    np.testing.assert_array_equal(read(rows, places[:3]), records[:3])
+    assert asked[3:] == ([] if cold else [3])
+    rows.close()
 
 
 def test_only_changed_records_are_written() -> None:
