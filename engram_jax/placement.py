@@ -19,13 +19,13 @@ from jaxtyping import Array, Int32, UInt32
 from engram_jax.checkpoint import TABLES
 from engram_jax.errors import InputError
 from engram_jax.memory import lookup
-from engram_jax.memory.layout import RecordLayout, Table, init_table
+from engram_jax.memory.layout import Table, init_table
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.memory.row_feed import RowFeed
 from engram_jax.memory.row_file import map_rows, save_rows
 from engram_jax.memory.store import PART, Placement, RowStore, TableInfo
 from engram_jax.program import Program
-from engram_jax.sharding import TABLE_RW, TOKEN_AXES
+from engram_jax.sharding import TABLE_RW, TOKEN_AXES, MeshConfig, make_mesh
 from engram_jax.train_state import Weights
 
 type Stores = Mapping[int, RowStore]  # by layer id; empty: the tables are on the devices
@@ -182,20 +182,18 @@ def settle_stores(
     stores: Stores, adam: RowAdam, step: Int32[Array, ""], *, keep_moments: bool
 ) -> None:
     """Applies the pending updates of all written rows (see `lookup.settle`)."""
-
-    @partial(jax.jit, static_argnums=0)
-    def settle(layout: RecordLayout, records: Array, adam: RowAdam, step: Array) -> Array:
-        rows = lookup.settle_rows(layout.unpack(records), adam, step, keep_moments)
-        return layout.pack(rows)
-
     adam, step = jax.device_get((adam, step))
-    with jax.set_mesh(None):  # each process has other rows, and another number of parts
-        for store in stores.values():
+    # On one device: each process has other rows, and another number of parts.
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    with jax.set_mesh(mesh):
+        for layer, store in stores.items():
             layout = store.table.layout
             for places, records in store.written():
                 whole = np.resize(records, (PART, layout.words))  # one shape
-                settled = settle(layout, whole, adam, step)
-                store.write(places, np.asarray(settled)[: len(places)])
+                part = jax.device_put(whole, jax.NamedSharding(mesh, TABLE_RW))
+                table = Table(part, layout, layer)
+                settled = lookup.settle(table, adam, step, keep_moments=keep_moments)
+                store.write(places, np.asarray(settled.records)[: len(places)])
 
 
 def _file_name(layer: int, first: int | None) -> str:

@@ -8,6 +8,7 @@ mesh, which may have one device. Only gathers and scatters access arrays of R ro
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, no_type_check
 
 import jax
@@ -299,6 +300,7 @@ def shard_load(table: Table, plan: RowPlan) -> Float[Array, ""]:
     return jax.shard_map(load_own, in_specs=_BY_DEVICE, out_specs=jax.P())(table, plan)
 
 
+@partial(jax.jit, donate_argnums=0, static_argnames="keep_moments")
 def settle(
     table: Table, adam: RowAdam, step: Int32[Array, ""], *, keep_moments: bool = False
 ) -> Table:
@@ -317,13 +319,17 @@ def settle(
     """
 
     def settle_own(table: Table, adam: RowAdam, step: Array) -> Table:
-        layout, size = table.layout, min(PART, len(table.records))
+        # Always two parts or more. XLA fuses, and thus rounds, a loop of one round differently; but
+        # a table on the devices and one in a store must be settled to the same bits.
+        layout, size = table.layout, min(PART, -(-len(table.records) // 2))
 
         def settle_part(number: Array, words: Array) -> Array:
             # The last part overlaps with the one before. Rows in both are changed only once.
             start = jnp.minimum(number * size, len(words) - size)
             part = jax.lax.dynamic_slice_in_dim(words, start, size)
-            rows = settle_rows(layout.unpack(part), adam, step, keep_moments)
+            rows = adam.apply_pending(layout.unpack(part), step)
+            if not keep_moments:
+                rows = jax.tree.map(jnp.zeros_like, rows)._replace(value=rows.value)
             done = start + jnp.arange(size) < number * size
             part = jnp.where(done[:, None], part, layout.pack(rows))
             return jax.lax.dynamic_update_slice_in_dim(words, part, start, 0)
@@ -335,17 +341,7 @@ def settle(
     settle_all = jax.shard_map(
         settle_own, in_specs=(_BY_DEVICE, replicated, replicated), out_specs=_BY_DEVICE
     )
-    return jax.jit(settle_all, donate_argnums=0)(table, adam, step)
-
-
-def settle_rows(
-    rows: RowState, adam: RowAdam, step: Int32[Array, ""], keep_moments: bool
-) -> RowState:
-    """Rows with their pending updates applied; arguments as for `settle`."""
-    rows = adam.apply_pending(rows, step)
-    if keep_moments:
-        return rows
-    return jax.tree.map(jnp.zeros_like, rows)._replace(value=rows.value)
+    return settle_all(table, adam, step)
 
 
 def _route(table: Table, plan: RowPlan) -> Route:
