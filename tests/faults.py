@@ -170,6 +170,16 @@ engram_jax/memory/store.py < memory/test_store.py
   the first slot is given out twice
     - np.arange(self.used + 1, used + 1, dtype=np.int32)
     + np.arange(self.used or 1, used + (not self.used), dtype=np.int32)
+engram_jax/memory/store_table.py < memory/test_store.py
+  a program reads the record after the right one
+    - table.layer), slots - 1)
+    + table.layer), slots)
+  a row that was never written reads as the first one written
+    - partial(_where, slots > 0)
+    + partial(_where, slots >= 0)
+  padding reads as a row
+    - _where(places < table.rows, part, 0)
+    + _where(places <= table.rows, part, 0)
 engram_jax/memory/row_feed.py < test_placement.py
   a row that the running step changes is read from the store
     - np.where(same, index, -1)

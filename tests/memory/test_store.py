@@ -6,6 +6,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,8 +16,11 @@ from hypothesis import strategies as st
 from engram_jax.errors import InputError
 from engram_jax.memory import store
 from engram_jax.memory.layout import RecordLayout, StorageConfig, init_table
+from engram_jax.memory.records import FEW
 from engram_jax.memory.row_file import map_rows, save_rows
 from engram_jax.memory.store import EXTENT, RowStore, TableInfo
+from engram_jax.memory.store_table import InPlaceTable, read_store
+from engram_jax.sharding import MeshConfig, make_mesh
 
 TABLE = TableInfo(layer=3, rows=8192, layout=RecordLayout(5), seed=9, scale=0.02, hash="abc")
 SMALL = replace(TABLE, layout=RecordLayout(5, StorageConfig("bfloat16", "bfloat16", "row")))
@@ -68,6 +73,30 @@ def test_a_store_is_a_dictionary_in_the_order_of_first_writes(
     assert table == TABLE and written.places.tolist() == list(known)
     np.testing.assert_array_equal(written.records, np.array(list(known.values())).reshape(-1, 16))
     store.close()
+
+
+@pytest.mark.parametrize("table", [TABLE, SMALL], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("count", [FEW, FEW + 1])
+def test_programs_read_a_store_in_place(table: TableInfo, count: int) -> None:
+    """Written rows, rows that were never written, and padding, by both ways of a CPU."""
+    rows = RowStore(table, 0, table.rows)
+    generator, words = np.random.default_rng(0), table.layout.words
+    written = generator.permutation(table.rows)[:3000].astype(np.int32)
+    rows.write(written, generator.integers(2**32, size=(3000, words), dtype=np.uint32))
+    places = generator.integers(table.rows, size=count, dtype=np.int32)
+    places[7] = table.rows  # padding
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    found = read_store(rows, mesh)
+    assert isinstance(found, InPlaceTable)
+    for array, shared in ((found.slots, rows.slots), (found.records, rows.records)):
+        for shard in array.addressable_shards:  # nothing is copied, on no device
+            assert shard.data.unsafe_buffer_pointer() == shared.ctypes.data
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda table, places: table.read(places))(found, places)
+    expected = read(rows, np.minimum(places, table.rows - 1))
+    expected[7] = 0
+    for part, wanted in zip(state, table.layout.unpack(jnp.asarray(expected)), strict=True):
+        np.testing.assert_array_equal(part, wanted)
 
 
 @pytest.mark.parametrize("cold", [0, math.inf])
