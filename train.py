@@ -29,8 +29,11 @@ from engram_jax.costs.accounting import allocate
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import one_sentence
+from engram_jax.memory.store import Placement
+from engram_jax.placement import open_stores
 from engram_jax.processes import end_together, is_leader, join_processes
 from engram_jax.run import Run
+from engram_jax.train_state import Weights
 from engram_jax.trainer import Diverged, train
 
 PROMPT = "The city is the capital of"
@@ -90,11 +93,22 @@ def main(options: TrainOptions, config: Config) -> int:
             print(following)
     if stopped:
         return INTERRUPTED
-    if jax.process_count() == 1 and run.program.has_tables:
-        generator = Generator(run.program, run.tokenizer, state.weights)
-        settings = GenerationSettings(tokens=40, temperature=0.7, top_k=40)
-        print(f"Sample: {PROMPT}|{generator.generate([PROMPT], settings)[0].text}")
+    if jax.process_count() == 1:
+        print(f"Sample: {PROMPT}|{sample(run, state.weights)}")
     return 0
+
+
+def sample(run: Run, weights: Weights) -> str:
+    """A continuation of `PROMPT` by the trained model. It reads tables where training has them."""
+    settings = GenerationSettings(tokens=40, temperature=0.7, top_k=40)
+    placement: Placement = "device"
+    if not run.program.has_tables:
+        placement, run = run.config.memory.placement, Run.open(run.folder)
+    with open_stores(run.program, run.folder, placement) as stores:
+        if stores:
+            weights = run.restore_weights(stores=stores)
+        generator = Generator(run.program, run.tokenizer, weights, stores)
+        return generator.generate([PROMPT], settings)[0].text
 
 
 if __name__ == "__main__":
