@@ -36,6 +36,7 @@ from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.hashing import NgramHash
 from engram_jax.hashing_device import HashConstants, hash_tokens, stored_places
 from engram_jax.layers.attention import AttentionConfig
+from engram_jax.layers.cross_entropy import compute_logits
 from engram_jax.program import Program
 from engram_jax.sharding import make_mesh
 from engram_jax.tokenizer import load_tokenizer
@@ -145,7 +146,8 @@ class Model:
             read = program.read_rows(weights, batch.plan, row_adam)
             rows = {layer: of_layer.values for layer, of_layer in read.items()}
             only = jax.tree.map(lambda array: array[0], micro_batches(batch))
-            return program.forward(weights.params, rows, only, weights.expert_bias)[0]
+            hidden, head, _ = program.forward(weights.params, rows, only, weights.expert_bias)
+            return compute_logits(hidden, head)
 
         with program.use_mesh():
             put = program.put(packed)
@@ -172,8 +174,9 @@ class Model:
             read = program.read_rows(weights, batch.plan, row_adam)
             rows = {layer: of_layer.values for layer, of_layer in read.items()}
             only = jax.tree.map(lambda array: array[0], micro_batches(batch))
-            logits, _ = program.forward(weights.params, rows, only, weights.expert_bias)
-            return jax.random.categorical(key, jax.sharding.reshard(logits, jax.P())[0, -1])
+            hidden, head, _ = program.forward(weights.params, rows, only, weights.expert_bias)
+            logits = jax.sharding.reshard(compute_logits(hidden, head), jax.P())
+            return jax.random.categorical(key, logits[0, -1])
 
         def run() -> float:
             with program.use_mesh():

@@ -1,11 +1,11 @@
-"""The loss of training and evaluation: the cross-entropy of every token."""
+"""The losses of tokens, for training and evaluation."""
 
 from collections.abc import Mapping
 
-import optax
 from jaxtyping import Array, Float
 
 from engram_jax.data.packing import MicroBatch
+from engram_jax.layers.cross_entropy import TokenLosses, cross_entropy
 from engram_jax.model import ExpertBias, Report
 from engram_jax.program import Program
 from engram_jax.typing import Parameters
@@ -17,8 +17,8 @@ def token_losses(
     rows: Mapping[int, Float[Array, "S U F"]],
     micro_batch: MicroBatch,
     expert_bias: ExpertBias,
-) -> tuple[Float[Array, "B T"], Report]:
-    """Cross-entropy of every token in nats, and diagnostics of the blocks.
+) -> tuple[TokenLosses, Report]:
+    """The losses of every token, and diagnostics of the blocks.
 
     Args:
         program: the program.
@@ -27,6 +27,5 @@ def token_losses(
         micro_batch: tokens, and the slots of their rows.
         expert_bias: biases that balance the experts, by layer id.
     """
-    logits, report = program.forward(params, rows, micro_batch, expert_bias)
-    targets = micro_batch.batch.targets
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets), report
+    hidden, head, report = program.forward(params, rows, micro_batch, expert_bias)
+    return cross_entropy(hidden, head, micro_batch.batch.targets), report

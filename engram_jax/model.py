@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from engram_jax.decoder_config import DecoderConfig as DecoderConfig
 from engram_jax.decoder_config import MemorySites as MemorySites
 from engram_jax.layers.block import Block, BlockReport, run_block
+from engram_jax.layers.cross_entropy import compute_logits
 from engram_jax.layers.decode_state import DecodeState
 from engram_jax.layers.embedding import look_up
 from engram_jax.layers.engram import MemoryHealth
@@ -103,7 +104,22 @@ class Decoder(nnx.Module):
         expert_bias: ExpertBias | None = None,
         token_mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], Report]:
-        """Returns logits in float32, and diagnostics of the blocks.
+        """Returns logits in float32, and diagnostics of the blocks; arguments as for `run`."""
+        hidden, head, report = self.run(
+            tokens, memory, segments, positions, expert_bias, token_mask
+        )
+        return compute_logits(hidden, head), report
+
+    def run(
+        self,
+        tokens: Int32[Array, "B T"],
+        memory: Memory,
+        segments: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        expert_bias: ExpertBias | None = None,
+        token_mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"], Report]:
+        """Returns the last hidden states, the output head, and diagnostics of the blocks.
 
         Args:
             tokens: token ids.
@@ -122,18 +138,21 @@ class Decoder(nnx.Module):
         x = self._begin(look_up(embedding, tokens), input_memory, memory, token_mask)
         x, reports = self._run_blocks(x, segments, positions, memory, expert_bias or {}, token_mask)
         head = embedding if config.tie_embeddings else gather(self.head)[...]
-        logits = jnp.einsum(
-            "btd,vd->btv",
-            gather(self.norm)(jnp.sum(x, axis=2)),
-            head,
-            preferred_element_type=jnp.float32,
-        )
+        hidden = gather(self.norm)(jnp.sum(x, axis=2))
         errors = [report.mixing_error for report in reports if report.mixing_error is not None]
-        return logits, Report(
-            gates={i: report.gate for i, report in enumerate(reports) if report.gate is not None},
-            loads={i: report.load for i, report in enumerate(reports) if report.load is not None},
-            mixing_error=jnp.max(jnp.stack(errors)) if errors else None,
-            health={i: report.health for i, report in enumerate(reports) if report.health},
+        return (
+            hidden,
+            head,
+            Report(
+                gates={
+                    i: report.gate for i, report in enumerate(reports) if report.gate is not None
+                },
+                loads={
+                    i: report.load for i, report in enumerate(reports) if report.load is not None
+                },
+                mixing_error=jnp.max(jnp.stack(errors)) if errors else None,
+                health={i: report.health for i, report in enumerate(reports) if report.health},
+            ),
         )
 
     def extend(

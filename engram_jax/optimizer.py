@@ -39,6 +39,8 @@ class OptimizerConfig:
         weight_decay: decoupled weight decay of hidden matrices; embeddings, norms, biases, routers
             of experts and projections of hyper-connections have none.
         clip_norm: largest global gradient norm, over dense and row gradients.
+        z_loss: weight of the mean of (log Σ exp(logits))² in what is minimized, such as 1e-4. It
+            keeps the logits from drifting in long runs. Losses are reported without it.
     """
 
     matrices: Literal["adam", "muon"] = "adam"
@@ -56,6 +58,7 @@ class OptimizerConfig:
     muon_steps: int = 5
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         factors = (self.matrix_factor, self.lookup_factor, self.connection_factor)
@@ -64,9 +67,10 @@ class OptimizerConfig:
                 "learning_rate, its factors (matrix_factor, lookup_factor, connection_factor) and "
                 "clip_norm must be positive."
             )
-        if self.weight_decay < 0 or not 0 <= self.final_fraction <= 1:
+        if min(self.weight_decay, self.z_loss) < 0 or not 0 <= self.final_fraction <= 1:
             raise InputError(
-                "weight_decay must not be negative, and final_fraction must be from 0 to 1."
+                "weight_decay and z_loss must not be negative, and final_fraction must be from 0 "
+                "to 1."
             )
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
             raise InputError("b1 and b2 must be at least 0 and below 1, and eps positive.")

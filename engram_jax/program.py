@@ -210,8 +210,8 @@ class Program:
         rows: Mapping[int, Float[Array, "S U F"]],
         micro_batch: MicroBatch,
         expert_bias: ExpertBias,
-    ) -> tuple[Float[Array, "B T V"], Report]:
-        """Logits of a micro-batch, and diagnostics of the blocks.
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"], Report]:
+        """The last hidden states of a micro-batch, the output head, and diagnostics of the blocks.
 
         Args:
             params: the dense parameters.
@@ -225,7 +225,7 @@ class Program:
             for layer, of_layer in rows.items()
         }
         decoder = nnx.merge(self.graph, params)
-        return decoder(batch.tokens, memory, batch.segments, batch.positions, expert_bias)
+        return decoder.run(batch.tokens, memory, batch.segments, batch.positions, expert_bias)
 
     def send_gradients(
         self,

@@ -91,17 +91,21 @@ def forward_backward(
 
     def loss_share(
         params: Parameters, trainable: dict[int, Array], micro_batch: MicroBatch
-    ) -> tuple[Array, Report]:
+    ) -> tuple[Array, tuple[Array, Report]]:
         losses, report = token_losses(
             program, params, rows | trainable, micro_batch, weights.expert_bias
         )
         mask = micro_batch.batch.target_mask
+        loss = minimized = jnp.sum(losses.cross_entropy * mask) / target_count
+        if z_loss := program.config.optimizer.z_loss:
+            squares = losses.log_normalizer**2
+            minimized += z_loss * (jnp.sum(squares * mask) / target_count)
         # Gates are dropped, because the scan would keep those of all micro-batches.
-        return jnp.sum(losses * mask) / target_count, report._replace(gates={})
+        return minimized, (loss, report._replace(gates={}))
 
     def accumulate(total: Any, micro_batch: MicroBatch) -> tuple[Any, Report]:
         differentiate = jax.value_and_grad(loss_share, argnums=(0, 1), has_aux=True)
-        (loss, report), gradients = differentiate(weights.params, trainable, micro_batch)
+        (_, (loss, report)), gradients = differentiate(weights.params, trainable, micro_batch)
         return jax.tree.map(jnp.add, total, (loss, gradients)), report
 
     zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, (weights.params, trainable))

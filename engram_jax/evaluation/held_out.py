@@ -111,7 +111,7 @@ def make_scorer(program: Program, suppress: Suppress = "nothing") -> Scorer:
             losses, report = token_losses(
                 program, weights.params, rows, micro_batch, weights.expert_bias
             )
-            return losses, report.gates, report.health
+            return losses.cross_entropy, report.gates, report.health
 
         return jax.lax.map(score_part, micro_batches(batch))
 
