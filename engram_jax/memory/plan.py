@@ -201,8 +201,8 @@ def plan_places(
 def plan_buffers(rows: RowPlan, padded_rows: int) -> tuple[BufferPlan, Int32[np.ndarray, "S U"]]:
     """Plans the buffers of all owners, and finds the requested rows in them.
 
-    V is U on one device. On several it is 1.25 × the mean + 6σ of the rows of an owner, or twice
-    that, four times …, if an owner needs more. (Then the step is compiled again.)
+    V is U on one device. On several it is the `exchange_capacity` of all reads, or twice that, four
+    times …, if an owner needs more. (Then the step is compiled again.)
 
     Args:
         rows: the requests of all S devices.
