@@ -12,7 +12,7 @@ models with memory, three quarters of the sparse parameters are experts, and the
 
 | size | activated | dense | the other three, of them in tables | cost on two CPU cores |
 |---|---|---|---|---|
-| 2m | 1.6 M | 2.6 M | 8.6 M, 1.5 M | five minutes for 500 steps |
+| 2m | 1.6 M | 2.6 M | 8.6 M, 1.5 M | five to nine minutes for 500 steps |
 | 10m | 8.5 M | 10.5 M | 43.7 M, 8.3 M | 1.5 to 1.9 s per step |
 | 100m | 114 M | 120 M | 587 M, 117 M | not trained yet |
 

@@ -7,7 +7,7 @@ vocabulary projection; the convolution hardly matters, and 4-grams do not help a
 All tables have as many numbers as that of `engram_2m`. With more or fewer heads, rows are narrower
 or wider, so that the layer's own parameters stay the same. The other changes remove or add
 parameters of the layer.
-Cost: 10 configurations × 3 seeds, five minutes each on two CPU cores.
+Cost: 10 configurations × 3 seeds, five to nine minutes each on two CPU cores.
 """
 
 from collections.abc import Sequence
