@@ -104,13 +104,16 @@ class Decoder(nnx.Module):
         expert_bias: ExpertBias | None = None,
         token_mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], Report]:
-        """Returns logits in float32, and diagnostics of the blocks; arguments as for `run`."""
-        hidden, head, report = self.run(
+        """Returns logits in float32, and diagnostics of the blocks.
+
+        The arguments are those of `hidden_states`.
+        """
+        hidden, head, report = self.hidden_states(
             tokens, memory, segments, positions, expert_bias, token_mask
         )
         return compute_logits(hidden, head), report
 
-    def run(
+    def hidden_states(
         self,
         tokens: Int32[Array, "B T"],
         memory: Memory,

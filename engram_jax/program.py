@@ -225,7 +225,9 @@ class Program:
             for layer, of_layer in rows.items()
         }
         decoder = nnx.merge(self.graph, params)
-        return decoder.run(batch.tokens, memory, batch.segments, batch.positions, expert_bias)
+        return decoder.hidden_states(
+            batch.tokens, memory, batch.segments, batch.positions, expert_bias
+        )
 
     def send_gradients(
         self,

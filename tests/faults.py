@@ -170,6 +170,13 @@ engram_jax/memory/store.py < memory/test_store.py
   the first slot is given out twice
     - np.arange(self.used + 1, used + 1, dtype=np.int32)
     + np.arange(self.used or 1, used + (not self.used), dtype=np.int32)
+engram_jax/train_step.py < test_train_step.py
+  the z-loss counts padding
+    - z_loss * (jnp.sum(squares * mask)
+    + z_loss * (jnp.sum(squares)
+  the reported loss includes the z-loss
+    - return minimized, (loss,
+    + return minimized, (minimized,
 engram_jax/layers/cross_entropy.py < layers/test_cross_entropy.py
   the gradient of the log normalizer is lost
     - (of_loss + of_normalizer)[..., None] * softmax
@@ -177,9 +184,9 @@ engram_jax/layers/cross_entropy.py < layers/test_cross_entropy.py
   the head's gradient is that of the last part
     - head_gradient += jnp.einsum(
     + head_gradient = jnp.einsum(
-  parts that do not divide the positions
-    - if not positions % parts and 4
-    + if 4
+  the tokens of the last part are lost
+    - jnp.pad(flat, [(0, missing), *[(0, 0)] * (flat.ndim - 1)])
+    + flat[: len(flat) // parts * parts]
 engram_jax/memory/store_table.py < memory/test_store.py
   a program reads the record after the right one
     - table.layer), slots - 1)

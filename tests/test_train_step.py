@@ -1,22 +1,25 @@
 """The training step: gradients, clipping, and which arrays it changes."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from lively import enliven
 from tiny_runs import scale_rows, vary
 
 from engram_jax.config import Config
-from engram_jax.data.packing import Batch
+from engram_jax.data.packing import Batch, micro_batches
+from engram_jax.layers.cross_entropy import compute_logits
 from engram_jax.memory.places import stored_places
 from engram_jax.memory.row_adam import RowAdamConfig, RowAdamForm
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState
-from engram_jax.train_step import make_train_step
+from engram_jax.train_step import forward_backward, make_train_step
 
 
 def first_batch(run: Run) -> Batch:
@@ -156,3 +159,37 @@ def test_a_step_costs_the_same_whatever_the_tables_size(
     small, large = compile_step(500), compile_step(40_000)
     assert large[0] <= small[0] * 1.01
     assert large[1] - small[1] == large[2] - small[2]  # the tables are aliased completely
+
+
+@pytest.mark.usefixtures("one_device")
+def test_the_z_loss_is_minimized_and_not_reported(tiny: Config, tmp_path: Path) -> None:
+    """Its gradient is that of the mean of (log Σ exp(logits))² over all targets of the step."""
+    config = vary(tiny, memory={"layers": ()}, model={"layers": 1}, train={"accumulation": 2})
+    run = Run.start(config, tmp_path)
+    program, batch = run.program, first_batch(run)
+    assert not np.all(batch.target_mask)
+
+    def mean_square(params: Any) -> jax.Array:
+        total = jnp.zeros(())
+        for number in range(2):
+            micro_batch = jax.tree.map(lambda array: array[number], micro_batches(batch))  # noqa: B023
+            hidden, head, _ = program.forward(params, {}, micro_batch, {})
+            log_normalizer = jax.nn.logsumexp(compute_logits(hidden, head), axis=-1)
+            total += jnp.sum(log_normalizer**2 * micro_batch.batch.target_mask)
+        return total / batch.target_mask.sum()
+
+    with program.use_mesh():
+        weights = program.initial_state().weights
+        weights = replace(weights, params=enliven(weights.params, seed=3))
+        found = []
+        for weight in (0.0, 0.1):
+            changed = replace(program, config=vary(config, optimizer={"z_loss": weight}))
+            differentiate = jax.jit(partial(forward_backward, changed))
+            found.append(differentiate(weights, {}, batch)[:2])
+        expected = jax.jit(jax.grad(mean_square))(weights.params)
+    (loss, plain), (other_loss, gradients) = found
+    assert loss == other_loss
+    for without, change, with_it in zip(
+        *(jax.tree.leaves(tree) for tree in (plain.params, expected, gradients.params)), strict=True
+    ):
+        np.testing.assert_allclose(with_it - without, 0.1 * change, rtol=1e-3, atol=1e-5)

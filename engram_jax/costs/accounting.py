@@ -222,7 +222,7 @@ def _bus_bytes(program: Program, config: Config) -> int:
     total = 0
     for table in program.tables().values():
         bound = min(tokens * program.ngram_hash.columns, table.rows)
-        total += min(exchange_capacity(bound * chips, chips), table.rows // chips)
+        total += exchange_capacity(bound * chips, chips, table.rows // chips)
     return 2 * 4 * words * total
 
 

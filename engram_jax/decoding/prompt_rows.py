@@ -6,7 +6,7 @@ from jaxtyping import Int32
 from engram_jax.decoding.extend import FetchedRecords
 from engram_jax.decoding.weights import DecodeWeights
 from engram_jax.memory.places import stored_places
-from engram_jax.memory.store_table import CalledTable
+from engram_jax.memory.store_table import CallbackTable
 from engram_jax.program import Program
 
 
@@ -25,7 +25,7 @@ class PromptRows:
         self._tables = {
             layer: table
             for layer, table in weights.outside.items()
-            if isinstance(table, CalledTable)
+            if isinstance(table, CallbackTable)
         }
         ngram_hash = program.ngram_hash
         self._places = {

@@ -11,7 +11,7 @@ from engram_jax.hashing_device import HashConstants
 from engram_jax.memory.layout import Table
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.memory.store import RowStore
-from engram_jax.memory.store_table import StoreTable, read_store
+from engram_jax.memory.store_table import StoreTable, open_table
 from engram_jax.parameters import Plain, Role
 from engram_jax.program import Program
 from engram_jax.sharding import REPLICATED, TABLE_RW
@@ -76,7 +76,11 @@ def prepare(
 
     has_memory = memory and program.ngram_hash is not None
     assert isinstance(program.mesh, jax.sharding.Mesh)
-    outside = {layer: read_store(store, program.mesh) for layer, store in (stores or {}).items()}
+    outside = {
+        layer: open_table(store, program.mesh)
+        for layer, store in (stores or {}).items()
+        if has_memory
+    }
     with program.use_mesh():
         params, head = jax.jit(prepare_params)(weights.params)
         constants = None
@@ -87,7 +91,7 @@ def prepare(
             params=params,
             head=head,
             tables=weights.tables if has_memory else {},
-            outside=outside if has_memory else {},
+            outside=outside,
             step=weights.step,
             expert_bias=weights.expert_bias,
             row_adam=program.row_adam,

@@ -1,8 +1,10 @@
 """The output head and the cross-entropy of its logits, without an array of all logits.
 
 In a model of the paper, the logits of a chip's 20,480 tokens are an array of 10.6 GB. So the loss
-is computed for a part of the positions at a time, and so is its gradient, from logits that are
-computed again. Logits of at most `LOGIT_BYTES` are computed at once, and kept for the gradient.
+is computed for a part of the tokens at a time, and so is its gradient, from logits that are
+computed again. Logits of at most `LOGIT_BYTES` a device are computed at once, and kept for the
+gradient. Both have equal results up to rounding: in parts, the gradient of the logits is rounded to
+the head's dtype before it is multiplied, and the head's gradient is summed in float32.
 """
 
 import math
@@ -32,10 +34,10 @@ class TokenLosses(NamedTuple):
 
 
 def compute_logits(
-    hidden: Float[Array, "B T D"], head: Float[Array, "V D"]
-) -> Float[Array, "B T V"]:
+    hidden: Float[Array, "*tokens D"], head: Float[Array, "V D"]
+) -> Float[Array, "*tokens V"]:
     """The logits in float32."""
-    return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
 def cross_entropy(
@@ -51,7 +53,8 @@ def cross_entropy(
     mesh = jax.sharding.get_abstract_mesh()
     axes = () if mesh.empty else spec_axes(jax.typeof(targets).sharding.spec)
     shards = math.prod(mesh.shape[axis] for axis in axes)
-    parts = _count_parts(len(targets) // shards, targets.shape[1], len(head))
+    tokens = targets.size // shards
+    parts = min(-(-4 * tokens * len(head) // LOGIT_BYTES), tokens)
     if parts == 1:
         logits = compute_logits(hidden, head)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -63,14 +66,6 @@ def cross_entropy(
         specs = split, jax.P(reduced=set(split_axes(targets))), split
         in_parts = jax.shard_map(in_parts, in_specs=specs, out_specs=split)
     return in_parts(hidden, head, targets)
-
-
-def _count_parts(rows: int, positions: int, vocabulary: int) -> int:
-    """The smallest number of equal parts of the positions whose logits are small enough."""
-    for parts in range(1, positions):
-        if not positions % parts and 4 * rows * positions // parts * vocabulary <= LOGIT_BYTES:
-            return parts
-    return positions
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -86,7 +81,7 @@ def _in_parts(
         return TokenLosses(log_normalizer - of_target, log_normalizer)
 
     losses = jax.lax.map(one, (_split(hidden, parts), _split(targets, parts)))
-    return jax.tree.map(_join, losses)
+    return jax.tree.map(partial(_join, targets.shape), losses)
 
 
 def _forward(
@@ -108,13 +103,13 @@ def _backward(
     def one(head_gradient: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
         hidden, target, log_normalizer, of_loss, of_normalizer = part
         softmax = jnp.exp(compute_logits(hidden, head) - log_normalizer[..., None])
-        is_target = jnp.arange(len(head))[None, None] == target[..., None]
+        is_target = jnp.arange(len(head))[None] == target[..., None]
         of_logits = (of_loss + of_normalizer)[..., None] * softmax
         of_logits = (of_logits - of_loss[..., None] * is_target).astype(head.dtype)
         head_gradient += jnp.einsum(
-            "btv,btd->vd", of_logits, hidden, preferred_element_type=jnp.float32
+            "nv,nd->vd", of_logits, hidden, preferred_element_type=jnp.float32
         )
-        return head_gradient, jnp.einsum("btv,vd->btd", of_logits, head)
+        return head_gradient, jnp.einsum("nv,vd->nd", of_logits, head)
 
     zeros = jnp.zeros(head.shape, jnp.float32)  # the sum over parts needs more bits than bfloat16
     if axes:
@@ -126,19 +121,22 @@ def _backward(
         head_gradient = jax.lax.psum(head_gradient, axes)
     elif axes:
         head_gradient = jax.lax.pcast(head_gradient, axes, to="unreduced")
-    return _join(hidden_gradient).astype(hidden.dtype), head_gradient, None
+    hidden_gradient = _join(targets.shape, hidden_gradient).astype(hidden.dtype)
+    return hidden_gradient, head_gradient, None
 
 
 _in_parts.defvjp(_forward, _backward)
 
 
 def _split(array: Array, parts: int) -> Array:
-    """[B, T, …] to [parts, B, T / parts, …]."""
-    rows, positions, *rest = array.shape
-    return jnp.moveaxis(array.reshape(rows, parts, positions // parts, *rest), 1, 0)
+    """[B, T, …] to [parts, tokens, …]; the last part is filled with zeros, which add nothing."""
+    flat = array.reshape(-1, *array.shape[2:])
+    missing = -len(flat) % parts
+    flat = jnp.pad(flat, [(0, missing), *[(0, 0)] * (flat.ndim - 1)])
+    return flat.reshape(parts, -1, *flat.shape[1:])
 
 
-def _join(array: Array) -> Array:
-    """The inverse of `_split`."""
-    parts, rows, positions, *rest = array.shape
-    return jnp.moveaxis(array, 0, 1).reshape(rows, parts * positions, *rest)
+def _join(shape: tuple[int, ...], array: Array) -> Array:
+    """The inverse of `_split`, for B and T."""
+    flat = array.reshape(-1, *array.shape[2:])
+    return flat[: math.prod(shape)].reshape(*shape, *flat.shape[1:])

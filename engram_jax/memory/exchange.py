@@ -49,7 +49,7 @@ class Route:
     @property
     def capacity(self) -> int:
         """Rows C that a pair of devices exchanges in a round."""
-        return exchange_capacity(len(self.places), self.shards)
+        return exchange_capacity(len(self.places), self.shards, self.owned)
 
     def load(self) -> Float[Array, ""]:
         """Rows that all devices request from the fullest owner, relative to the mean of owners."""

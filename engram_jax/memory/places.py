@@ -30,27 +30,31 @@ def stored_places(
 
 
 def expected_distinct(reads: int) -> float:
-    """How many distinct rows this many reads of text have, at most: Heaps' law.
+    """A bound of the distinct rows among this many reads of text: Heaps' law.
 
-    Measured on the shipped texts, n-grams of 2 and 3 tokens: at most 0.98 of the rows that 256
-    tokens read, 0.88 for 4,096 tokens and 0.79 for 20,480 (docs/experiments.md, 2026-11-29). Other
-    text may have more. Then a step needs two rounds of exchange.
+    The share falls with the length of the text. Measured on the shipped texts with the default
+    tokenizer of 8,192 ids, the largest of all sources: 0.88 for 4,096 tokens and 0.79 for 20,480
+    with 16 columns (n-grams of up to 3 tokens), 0.91 and 0.85 with 24 columns (up to 4 tokens);
+    docs/experiments.md, 2026-11-29. The bound is 0.94 to 0.88 there. Text with more distinct
+    n-grams needs a second round of exchange.
 
     Args:
         reads: tokens × columns.
     """
-    return reads * min((reads / 8192) ** -0.06, 1.0)
+    return reads * min((reads / 8192) ** -0.03, 1.0)
 
 
-def exchange_capacity(reads: int, shards: int) -> int:
+def exchange_capacity(bound: int, shards: int, owned: int) -> int:
     """Rows that one device can request from another in one round: 1.05 × mean + 6σ.
 
     Args:
-        reads: bound U of the distinct rows that a device requests from all devices.
+        bound: bound U of the distinct rows that a device requests from all devices: its reads, or
+            all rows of a small table.
         shards: number S of devices.
+        owned: rows that each device owns, R / S.
     """
-    if shards == 1:
-        return reads
-    mean = expected_distinct(reads) / shards
+    if shards == 1 or bound >= owned * shards:
+        return min(bound, owned)
+    mean = expected_distinct(bound) / shards
     capacity = math.ceil(1.05 * mean + 6 * math.sqrt(mean))
-    return min(-(-capacity // 8) * 8, reads)
+    return min(-(-capacity // 8) * 8, bound, owned)

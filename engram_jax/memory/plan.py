@@ -176,7 +176,7 @@ def plan_places(
     micro_batches = len(places)
     parted = places.reshape(micro_batches, local_shards, -1).swapaxes(0, 1)
     by_device = parted.reshape(local_shards, -1)
-    bound = min(by_device.shape[1], padded_rows)
+    bound, owned = min(by_device.shape[1], padded_rows), padded_rows // shards
     rows = np.empty((local_shards, bound), np.int32)
     slots, order = np.empty(by_device.shape, np.int32), np.empty(by_device.shape, np.int32)
     distinct, rounds = np.empty(local_shards, np.int32), np.empty(local_shards, np.int32)
@@ -186,9 +186,8 @@ def plan_places(
         rows[device, : len(found)] = found
         rows[device, len(found) :] = padded_rows + np.arange(bound - len(found))
         distinct[device] = len(found)
-        rounds[device] = exchange_rounds(
-            found, exchange_capacity(bound, shards), padded_rows // shards
-        )
+        capacity = exchange_capacity(bound, shards, owned)
+        rounds[device] = exchange_rounds(found, capacity, owned)
         order[device] = _split_order(positions, micro_batches)
 
     def by_token(array: Int32[np.ndarray, "S n"]) -> Int32[np.ndarray, "A B T H"]:
@@ -217,7 +216,7 @@ def plan_buffers(rows: RowPlan, padded_rows: int) -> tuple[BufferPlan, Int32[np.
     owned = padded_rows // shards
     starts = np.searchsorted(needed, np.arange(shards + 1) * owned)
     distinct = np.diff(starts).astype(np.int32)
-    size = bound if shards == 1 else exchange_capacity(bound * shards, shards)
+    size = bound if shards == 1 else exchange_capacity(bound * shards, shards, owned)
     while size < distinct.max():
         size *= 2
     size = min(size, owned)

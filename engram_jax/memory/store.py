@@ -33,9 +33,10 @@ type Placement = Literal["device", "host", "file"]
 
 EXTENT = 64 << 20  # bytes of a file that are allocated together
 PART = 1 << 16  # slots that are copied or compared together
-ASKED = 512  # records that are asked for together, if they come from the disk
-COLD = 5e-6  # seconds a record; from memory it takes 0.3 to 1 µs
-_LIBC, _PAGE = ctypes.CDLL(None), ctypes.c_size_t(mmap.PAGESIZE)
+PREFETCHED = 512  # records that are asked for together, if they come from the disk
+LEAST_TIMED = 16  # fewer records say nothing about where they come from
+COLD = 5e-6  # seconds a record: more from the disk, 2 to 3 µs if memory was asked, 0.3 to 1 if not
+_LIBC = ctypes.CDLL(None)
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # Python 3.12 has no name for it
 
 
@@ -159,21 +160,22 @@ class RowStore:
             out[missing] = self.table.initial_records(places[missing])
 
     def _copy(self, slots: Int32[np.ndarray, "n"], out: UInt32[np.ndarray, "n words"]) -> None:
-        """Copies records. As long as they come from the disk, it first asks for many of them.
+        """Copies records. While they come from the disk, many are asked for together.
 
-        Without that, the disk reads one page after another: 9,000 rows/s instead of 43,000 to
-        64,000. With it, rows that are in memory take 7 times as long.
+        Otherwise the disk reads one page after another (docs/performance.md, "Tables off the
+        device").
         """
         if not self._in_file:
             np.take(self._records, slots, axis=0, out=out, mode="clip")
             return
-        for start in range(0, len(slots), ASKED):
-            part = slots[start : start + ASKED]
-            if self._cold:
-                _ask_for(self._records, part)
+        for start in range(0, len(slots), PREFETCHED):
+            part = slots[start : start + PREFETCHED]
             begin = time.perf_counter()
-            np.take(self._records, part, axis=0, out=out[start : start + ASKED], mode="clip")
-            self._cold = time.perf_counter() - begin > COLD * len(part)
+            if self._cold:
+                _prefetch(self._records, part)
+            np.take(self._records, part, axis=0, out=out[start : start + PREFETCHED], mode="clip")
+            if len(part) >= LEAST_TIMED:
+                self._cold = time.perf_counter() - begin > COLD * len(part)
 
     def write(self, places: Int32[np.ndarray, "n"], records: UInt32[np.ndarray, "n words"]) -> None:
         """Writes the records of distinct places.
@@ -199,6 +201,8 @@ class RowStore:
 
     def adopt(self, written: Written) -> None:
         """Takes over the rows of a file where they are. Then the store can only be read."""
+        if not len(written.places):
+            return
         self._slot[written.places - self.first] = np.arange(1, len(written.places) + 1)
         self._place, self._records, self.used = written.places, written.records, len(written.places)
         self._in_file = True
@@ -277,13 +281,14 @@ class _Extents:
             self._allocated += length
 
 
-def _ask_for(records: UInt32[np.ndarray, "R words"], slots: Int32[np.ndarray, "n"]) -> None:
+def _prefetch(records: UInt32[np.ndarray, "R words"], slots: Int32[np.ndarray, "n"]) -> None:
     """Asks the system to read the pages of some records, all at the same time."""
-    size, first = records.itemsize * records.shape[1], records.ctypes.data
-    begin = first + slots.astype(np.int64) * size
-    pages = np.unique(np.concatenate([begin, begin + size - 1]) // mmap.PAGESIZE)
-    for page in pages.tolist():
-        _LIBC.madvise(ctypes.c_void_p(page * mmap.PAGESIZE), _PAGE, mmap.MADV_WILLNEED)
+    size = records.itemsize * records.shape[1]
+    begin = records.ctypes.data + slots.astype(np.int64) * size
+    first, last = begin // mmap.PAGESIZE, (begin + size - 1) // mmap.PAGESIZE
+    for page, end in set(zip(first.tolist(), (last + 1).tolist(), strict=True)):
+        address, length = page * mmap.PAGESIZE, (end - page) * mmap.PAGESIZE
+        _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
 
 
 def _reserve(rows: int, words: int, file: _Extents | None) -> UInt32[np.ndarray, "{rows} {words}"]:

@@ -13,7 +13,7 @@ from engram_jax.memory import records
 from engram_jax.memory.layout import RecordLayout, RowState, Table, initial_records
 from engram_jax.memory.records import FEW
 from engram_jax.memory.store import RowStore, TableInfo
-from engram_jax.sharding import REPLICATED
+from engram_jax.sharding import REPLICATED, platform_of
 
 ALIGNMENT = 64  # bytes, of arrays that JAX shares instead of copying them
 
@@ -51,7 +51,7 @@ class InPlaceTable:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class CalledTable:
+class CallbackTable:
     """A store that compiled programs of other platforms read by a callback.
 
     Attributes:
@@ -84,15 +84,16 @@ class CalledTable:
         return self.layout.unpack(words)
 
 
-StoreTable = InPlaceTable | CalledTable
+StoreTable = InPlaceTable | CallbackTable
 
 
-def read_store(store: RowStore, mesh: jax.sharding.Mesh) -> StoreTable:
+def open_table(store: RowStore, mesh: jax.sharding.Mesh) -> StoreTable:
     """A store of a complete table, for programs on a mesh. It must not be written meanwhile."""
+    assert store.first == 0 and store.count == store.table.rows, "a part of a table"
     arrays = store.slots, store.records
-    in_memory = mesh.devices.flat[0].platform == "cpu"
-    if not in_memory or any(array.ctypes.data % ALIGNMENT for array in arrays):
-        return CalledTable(store)
+    aligned = not any(array.ctypes.data % ALIGNMENT for array in arrays)
+    if platform_of(mesh) != "cpu" or not aligned:
+        return CallbackTable(store)
     replicated = jax.NamedSharding(mesh, REPLICATED)
     slots, rows = (jax.device_put(array, replicated, may_alias=True) for array in arrays)
     return InPlaceTable(slots, rows, store.table)

@@ -21,7 +21,7 @@ from engram_jax.decoding.programs import ProgramCache, Programs
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
 from engram_jax.memory import store_table
-from engram_jax.memory.store_table import CalledTable, InPlaceTable
+from engram_jax.memory.store_table import CallbackTable, InPlaceTable
 from engram_jax.placement import fill_from_tables, open_stores
 from engram_jax.run import Run
 
@@ -81,9 +81,9 @@ def test_a_text_does_not_depend_on_the_others(untrained) -> None:
     ("form", "placement", "read"),
     [
         ("engram", "host", InPlaceTable),
-        ("engram", "host", CalledTable),
+        ("engram", "host", CallbackTable),
         ("bfloat16", "file", InPlaceTable),
-        pytest.param("bfloat16", "file", CalledTable, marks=pytest.mark.slow),
+        pytest.param("bfloat16", "file", CallbackTable, marks=pytest.mark.slow),
         pytest.param("two_layers", "file", InPlaceTable, marks=pytest.mark.slow),
         pytest.param("over_encoding", "host", InPlaceTable, marks=pytest.mark.slow),
     ],
@@ -92,7 +92,7 @@ def test_texts_do_not_depend_on_where_the_tables_are(
     untrained, tmp_path, monkeypatch, form, placement, read
 ) -> None:
     """Bit for bit: read in place, or by the host before and by a callback during the loop."""
-    if read is CalledTable:
+    if read is CallbackTable:
         monkeypatch.setattr(store_table, "ALIGNMENT", 1 << 62)  # no address is a multiple
     run = Run.open(untrained(form).folder)
     weights, settings = run.restore_weights(), GenerationSettings(tokens=20, top_p=0.9)

@@ -152,7 +152,8 @@ def test_rounds_are_as_few_as_every_pair_of_devices_allows(
 ) -> None:
     """Many rows of one owner need more rounds; in each, no pair exceeds the capacity."""
     bound, padded_rows = 512, 8192
-    capacity, owned = exchange_capacity(bound, 4), padded_rows // 4
+    owned = padded_rows // 4
+    capacity = exchange_capacity(bound, 4, owned)
 
     def fullest(found: np.ndarray, rounds: int) -> int:
         own, owner = found % owned, found // owned

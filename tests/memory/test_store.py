@@ -19,7 +19,7 @@ from engram_jax.memory.layout import RecordLayout, StorageConfig, init_table
 from engram_jax.memory.records import FEW
 from engram_jax.memory.row_file import map_rows, save_rows
 from engram_jax.memory.store import EXTENT, RowStore, TableInfo
-from engram_jax.memory.store_table import InPlaceTable, read_store
+from engram_jax.memory.store_table import InPlaceTable, open_table
 from engram_jax.sharding import MeshConfig, make_mesh
 
 TABLE = TableInfo(layer=3, rows=8192, layout=RecordLayout(5), seed=9, scale=0.02, hash="abc")
@@ -86,7 +86,7 @@ def test_programs_read_a_store_in_place(table: TableInfo, count: int) -> None:
     places = generator.integers(table.rows, size=count, dtype=np.int32)
     places[7] = table.rows  # padding
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
-    found = read_store(rows, mesh)
+    found = open_table(rows, mesh)
     assert isinstance(found, InPlaceTable)
     for array, shared in ((found.slots, rows.slots), (found.records, rows.records)):
         for shard in array.addressable_shards:  # nothing is copied, on no device
@@ -103,13 +103,13 @@ def test_programs_read_a_store_in_place(table: TableInfo, count: int) -> None:
 def test_rows_on_a_slow_disk_are_asked_for_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cold: float
 ) -> None:
-    asked, ask_for = [], store._ask_for
+    asked, ask_for = [], store._prefetch
 
     def count(records: np.ndarray, slots: np.ndarray) -> None:
         ask_for(records, slots)
         asked.append(len(slots))
 
-    monkeypatch.setattr(store, "_ask_for", count)
+    monkeypatch.setattr(store, "_prefetch", count)
     monkeypatch.setattr(store, "COLD", cold)
     rows = make_store(tmp_path)
     places = np.arange(4096, 8192, dtype=np.int32)
@@ -120,6 +120,43 @@ def test_rows_on_a_slow_disk_are_asked_for_together(
     assert asked == ([] if cold else [512, 512, 2000 - 3 * 512])
     np.testing.assert_array_equal(read(rows, places[:3]), records[:3])
     assert asked[3:] == ([] if cold else [3])
+    rows.close()
+
+
+def test_a_slow_disk_is_also_seen_while_it_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking takes the time then, and the copy none."""
+    clock, asked = [0.0], []
+
+    def prefetch(records: np.ndarray, slots: np.ndarray) -> None:
+        clock[0] += 10e-6 * len(slots)
+        asked.append(len(slots))
+
+    monkeypatch.setattr(store, "_prefetch", prefetch)
+    monkeypatch.setattr(store.time, "perf_counter", lambda: clock[0])
+    rows = make_store(tmp_path)
+    places = np.arange(4096, 4096 + 1536, dtype=np.int32)
+    rows.write(places, np.ones((1536, 16), np.uint32))
+    rows._cold = True
+    read(rows, places)
+    assert asked == [512, 512, 512]
+    rows.close()
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_store_without_rows_is_read_in_place(tmp_path: Path, in_file: bool) -> None:
+    """As a checkpoint of a frozen table is; all rows are initial ones."""
+    save_rows(RowStore(TABLE, 0, TABLE.rows), tmp_path / "rows")
+    rows = RowStore(TABLE, 0, TABLE.rows, tmp_path if in_file else None)
+    rows.adopt(map_rows(tmp_path / "rows")[1])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    found = open_table(rows, mesh)
+    for places in (np.arange(5, dtype=np.int32), np.arange(FEW + 1, dtype=np.int32)):
+        with jax.set_mesh(mesh):
+            state = found.read(jnp.asarray(places))
+        expected = TABLE.layout.unpack(jnp.asarray(TABLE.initial_records(places)))
+        np.testing.assert_array_equal(state.value, expected.value)
     rows.close()
 
 
