@@ -386,12 +386,12 @@ engram_jax/layers/block.py < test_model.py
     + attend(self.attention_norm(h))
 engram_jax/loss.py < evaluation/test_held_out.py
   a loss is that of the token itself
-    - targets = micro_batch.batch.targets
-    + targets = micro_batch.batch.tokens
+    - head, micro_batch.batch.targets)
+    + head, micro_batch.batch.tokens)
 engram_jax/train_step.py < test_train_step.py
   a micro-batch is weighed by its own targets
-    - jnp.sum(losses * mask) / target_count
-    + jnp.sum(losses * mask) / jnp.sum(mask)
+    - jnp.sum(losses.cross_entropy * mask) / target_count
+    + jnp.sum(losses.cross_entropy * mask) / jnp.sum(mask)
   rows are not part of the norm that clips
     - optax.tree.norm(gradients.params, squared=True) + rows_square_norm
     + optax.tree.norm(gradients.params, squared=True)
