@@ -143,20 +143,13 @@ class Decoder(nnx.Module):
         head = embedding if config.tie_embeddings else gather(self.head)[...]
         hidden = gather(self.norm)(jnp.sum(x, axis=2))
         errors = [report.mixing_error for report in reports if report.mixing_error is not None]
-        return (
-            hidden,
-            head,
-            Report(
-                gates={
-                    i: report.gate for i, report in enumerate(reports) if report.gate is not None
-                },
-                loads={
-                    i: report.load for i, report in enumerate(reports) if report.load is not None
-                },
-                mixing_error=jnp.max(jnp.stack(errors)) if errors else None,
-                health={i: report.health for i, report in enumerate(reports) if report.health},
-            ),
+        whole = Report(
+            gates={i: report.gate for i, report in enumerate(reports) if report.gate is not None},
+            loads={i: report.load for i, report in enumerate(reports) if report.load is not None},
+            mixing_error=jnp.max(jnp.stack(errors)) if errors else None,
+            health={i: report.health for i, report in enumerate(reports) if report.health},
         )
+        return hidden, head, whole
 
     def extend(
         self,

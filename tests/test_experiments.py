@@ -216,7 +216,7 @@ def test_a_mistyped_label_is_refused(options, family):
 def test_two_processes_share_an_experiment(tmp_path):
     """The smallest experiment that the command line has: two steps of two arms.
 
-    The default model compiles in a fifth of the time of the small family.
+    The default model compiles faster than the small family.
     """
     words = ["experiments.memory_law", "--size", "default", "--steps", "2", "--seeds", "1"]
     words += ["--jobs", "2"]
