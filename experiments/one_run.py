@@ -83,7 +83,7 @@ def train_and_measure(
             "tokens_per_second": float(np.median(speeds)) if speeds else None,
             "seconds": round(taken, 1),
             "jobs": jobs,
-            "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+            "device": f"{jax.devices()[0].device_kind}, {_cores()} cores",
             "commit": COMMIT,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
@@ -99,6 +99,14 @@ def relative_speed(config: Config, other: Config) -> float:
     jax.clear_caches()
     gc.collect()
     return float(np.median(rates["own"] / rates["other"]))
+
+
+def _cores() -> int | None:
+    """The number of cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count()
 
 
 @contextmanager
