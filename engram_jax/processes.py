@@ -35,20 +35,37 @@ _LOST_CONNECTION = re.compile(
 
 
 def join_processes() -> None:
-    """Joins the other processes of a TPU slice, SLURM job or MPI job.
+    """Joins the other processes of a TPU slice, or of a SLURM, MPI or Kubernetes job.
+
+    Elsewhere, environment variables describe them: JAX_COORDINATOR_ADDRESS (host:port of process
+    0), JAX_NUM_PROCESSES, and JAX_PROCESS_ID (from 0).
 
     Raises:
-        InputError: there is nothing to join.
+        InputError: there is nothing to join, or one of these variables has an invalid value.
     """
+    if ":" not in (address := os.environ.get("JAX_COORDINATOR_ADDRESS", ":")):
+        raise InputError(f"JAX_COORDINATOR_ADDRESS is {address!r}; set it to host:port.")
     try:
         jax.distributed.initialize(
-            heartbeat_timeout_seconds=_TIMEOUT_SECONDS, shutdown_timeout_seconds=_TIMEOUT_SECONDS
+            num_processes=_number_of("JAX_NUM_PROCESSES"),
+            process_id=_number_of("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=_TIMEOUT_SECONDS,
+            shutdown_timeout_seconds=_TIMEOUT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"--distributed finds no other processes to join ({error}): run this under SLURM or "
-            "MPI, or on every worker of a TPU slice; on one machine, leave the flag out."
+            "MPI, on every worker of a TPU slice, or with JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID; on one machine, leave the flag out."
         ) from error
+
+
+def _number_of(variable: str) -> int | None:
+    """The number in an environment variable; None: it is not set."""
+    text = os.environ.get(variable)
+    if text is not None and not text.isdecimal():
+        raise InputError(f"{variable} is {text!r}; set it to a number, or unset it.")
+    return None if text is None else int(text)
 
 
 @contextmanager

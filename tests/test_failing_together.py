@@ -1,4 +1,4 @@
-"""Two processes of which one fails: both end at once, and each says why."""
+"""Several processes of which one fails: all end at once, and each says why."""
 
 import os
 import signal
@@ -11,15 +11,17 @@ import pytest
 from programs import fork
 
 from engram_jax.errors import InputError, one_sentence
-from engram_jax.processes import all_agree, check_same_everywhere, end_together
+from engram_jax.processes import all_agree, check_same_everywhere, end_together, join_processes
 
 
-def be_one_of_two(rank: int, port: int, folder: Path, failure: str) -> None:
+def be_one_of(count: int, rank: int, port: int, folder: Path, failure: str) -> None:
     output = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 2)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+    os.environ["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
+    os.environ |= {"JAX_NUM_PROCESSES": f"{count}", "JAX_PROCESS_ID": f"{rank}"}
+    join_processes()
     with end_together(), one_sentence():
         all_agree(True)  # connects the processes
         if failure == "all stop":
@@ -46,16 +48,18 @@ def be_one_of_two(rank: int, port: int, folder: Path, failure: str) -> None:
         ("killed 1", [1, -9], ["error: Another process ended", ""]),
         ("different checkpoints", [2, 2], ["error: They differ.", "error: They differ."]),
         ("all stop", [0, 0], ["", ""]),
+        ("input of 2", [2] * 4, [*["error: Process 2 failed"] * 2, "error: No.", "error: Process"]),
     ],
 )
-def test_a_process_that_fails_ends_both(
+def test_a_process_that_fails_ends_all(
     tmp_path: Path, failure: str, codes: list[int], messages: list[str]
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start = time.monotonic()
-    parts = [fork(be_one_of_two, rank, port, tmp_path, failure) for rank in (0, 1)]
+    count = len(codes)
+    parts = [fork(be_one_of, count, rank, port, tmp_path, failure) for rank in range(count)]
     for part in parts:
         part.join(timeout=60)
     assert time.monotonic() - start < 30
@@ -63,3 +67,13 @@ def test_a_process_that_fails_ends_both(
     for rank, message in enumerate(messages):
         errors = (tmp_path / f"{rank}.txt").read_text()
         assert message in errors and errors.count("error: ") == message.count("error: ")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("COORDINATOR_ADDRESS", "host"), ("NUM_PROCESSES", "two"), ("PROCESS_ID", "-1")],
+)
+def test_variables_of_processes(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"JAX_{variable}", value)
+    with pytest.raises(InputError, match=f"JAX_{variable} is '{value}'"):
+        join_processes()
