@@ -34,6 +34,7 @@ CHANGEABLE = (
     "data.workers",
     "data.prefetch",
     "data.cache",
+    "train.accumulation",
     "train.log_every",
     "train.evaluate_",
     "train.checkpoint_every",

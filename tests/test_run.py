@@ -31,6 +31,7 @@ from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
 from engram_jax.formats.export import export_run, import_run
 from engram_jax.hashing import NgramHash
+from engram_jax.identity import check_same_run
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.engram import EngramConfig
 from engram_jax.memory.row_adam import RowAdamConfig
@@ -82,6 +83,7 @@ def test_another_mesh_and_log_interval_may_resume(config: Config, tmp_path: Path
         data=replace(config.data, workers=1),
     )
     assert Run.start(changed, tmp_path / "run").program.mesh.shape["fsdp"] == 2
+    check_same_run(vary(config, train={"accumulation": 2}), tmp_path / "run")
 
 
 def test_all_that_differs_is_named_as_flags(config: Config, tmp_path: Path) -> None:
