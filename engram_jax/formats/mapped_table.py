@@ -1,9 +1,10 @@
 """A finished table in mapped files: read at its rows, without a copy of the table."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float32, Int, Shaped
+from jaxtyping import Float, Float32, Int, Shaped
 
 SCALED = 32  # consecutive numbers of a row that share a scale
 _DECODED = 1024  # rows decoded at a time, so that they stay in the cache
@@ -58,11 +59,22 @@ class MappedTable:
 
 
 def _to_float32(numbers: Shaped[np.ndarray, "n width"]) -> Float32[np.ndarray, "n width"]:
-    """Numbers in float32. Looking up those of one byte takes a third of the time of `astype`."""
+    """Numbers in float32. Those of one byte are looked up, in an even width two at a time.
+
+    The lookup takes a third of the time of `astype`, and with two at a time a quarter.
+    """
     if numbers.dtype.itemsize > 1:
         return numbers.astype(np.float32)
-    of_byte = np.arange(256, dtype=np.uint8).view(numbers.dtype).astype(np.float32)
-    return np.take(of_byte, numbers.view(np.uint8), mode="clip")
+    count = 1 if numbers.shape[1] % 2 else 2
+    values = _values_of_bytes(numbers.dtype, count)
+    return np.take(values, numbers.view(f"u{count}"), mode="clip").view(np.float32)
+
+
+@lru_cache
+def _values_of_bytes(dtype: np.dtype, count: int) -> Float[np.ndarray, "_"]:
+    """The `count` values in float32, as one number, of all `count` bytes of a type of one byte."""
+    every = np.arange(256**count, dtype=f"u{count}")
+    return every.view(dtype).astype(np.float32).view(f"f{4 * count}")
 
 
 def _take(

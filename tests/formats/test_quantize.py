@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engram_jax.errors import InputError
 from engram_jax.formats.mapped_table import MappedTable
-from engram_jax.formats.quantize import STORED, TableType, quantize
+from engram_jax.formats.quantize import SCALES, STORED, TableType, quantize
 
 
 def there_and_back(rows: np.ndarray, table_type: TableType) -> np.ndarray:
@@ -74,3 +74,12 @@ def test_scales_of_float8_are_the_smallest_possible() -> None:
 def test_numbers_that_are_not_finite_are_refused(wrong: float) -> None:
     with pytest.raises(InputError, match="not finite"):
         quantize(np.full((1, 3), wrong, np.float32), "int8")
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("table_type", SCALES)
+def test_every_byte_is_read_exactly(width: int, table_type: TableType) -> None:
+    unit = np.dtype(f"u{width}")
+    stored = np.arange(256**width, dtype=unit).view(STORED[table_type]).reshape(-1, width)
+    read = MappedTable((stored,)).read(np.arange(len(stored)))
+    assert np.array_equal(read, stored.astype(np.float32), equal_nan=True)
