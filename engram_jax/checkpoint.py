@@ -8,6 +8,7 @@ identity (hash or tokenizer) or different shapes are an error.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -317,6 +318,16 @@ class Checkpoints:
             f"{what} not fit in {self.folder}: {needed:,} bytes needed, {self._free():,} free; "
             "free some space, or lower train.keep_checkpoints."
         )
+
+
+class _RaisedAsWell(logging.Filter):
+    """Drops the errors that Orbax's threads log, with a traceback each, before they raise them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+
+
+logging.getLogger("absl").addFilter(_RaisedAsWell())
 
 
 def _orbax_context(partial: bool = False) -> Any:

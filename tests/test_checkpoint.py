@@ -252,7 +252,9 @@ def test_a_manifest_that_cannot_be_read_now_is_no_damage(
         saved.checkpoints.restore(saved.abstract)
 
 
-def test_a_disk_that_fills_up_while_writing(saved: SimpleNamespace) -> None:
+def test_a_disk_that_fills_up_while_writing(
+    saved: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
     large = saved.states[10] | {"large": jax.random.normal(jax.random.key(0), (1024, 1024))}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
@@ -261,6 +263,7 @@ def test_a_disk_that_fills_up_while_writing(saved: SimpleNamespace) -> None:
             saved.checkpoints.save(30, large, config={})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [record for record in caplog.records if record.exc_info]
     assert saved.checkpoints.steps() == [10, 20]
     assert_identical(saved.checkpoints.restore(saved.abstract)[1], saved.states[20])
     saved.checkpoints.save(30, large, config={})
