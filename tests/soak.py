@@ -12,6 +12,7 @@ the losses of an undisturbed run. Prints what it tried; ends with status 1 at th
 import json
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -101,7 +102,7 @@ class Soak:
             raise Failure(f"it did not end within {SECONDS} s") from error
         if "Traceback" in errors or "Segmentation" in errors:
             raise Failure(errors)
-        if program.returncode == 2 and errors.count("error: ") != 1:
+        if program.returncode == 2 and len(re.findall(r"(?m)(?:^|\r)error: ", errors)) != 1:
             raise Failure(f"not one sentence: {errors}")
         if program.returncode not in (0, 2, 130, -signal.SIGKILL, -signal.SIGTERM):
             raise Failure(f"status {program.returncode}: {errors}")
