@@ -78,6 +78,8 @@ def main(options: TrainOptions, config: Config) -> int:
         start_step=options.start_step,
         reschedule=options.reschedule,
     )
+    if is_leader():
+        print(*run.describe_data(), sep="\n")
     try:
         state = train(run, profile=options.profile)
     except Diverged as error:

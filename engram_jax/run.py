@@ -278,6 +278,12 @@ class Run:
             prefetch=data.prefetch,
         )
 
+    def describe_data(self) -> list[str]:
+        """Lines that say what the run's steps read of each source, and how often."""
+        data, train = self.config.data, self.config.train
+        rows = mix_rows(self.corpora(), data.weights, data.sequence_length, train.seed)
+        return rows.describe(train.steps * data.batch_size)
+
     def restore(self, step: int | None = None, stores: Stores | None = None) -> TrainState:
         """The state of the newest intact checkpoint, or of the checkpoint of `step`.
 

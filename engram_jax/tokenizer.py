@@ -150,6 +150,8 @@ def keep_special_ids_out(
         if not len(ids) and has_visible(text):
             raise deletes_text(tokenizer.name, text)
     special = sorted({tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id})
+    if not encoded or not np.isin(np.concatenate(encoded), special).any():
+        return encoded
     for index, ids in enumerate(encoded):
         if np.isin(ids, special).any():
             parts = _cut_names(texts[index], [tokenizer.piece(i) for i in special])

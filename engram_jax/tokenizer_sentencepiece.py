@@ -121,7 +121,7 @@ class SentencePieceTokenizer:
 
     def _split(self, text: str) -> Iterator[str | int]:
         """Split a text into chunks to encode, and runs of U+2581, given as their length."""
-        if not self._spells_marks:
+        if not self._spells_marks or _SPACE not in text:
             yield from self._chunks(text)
             return
         for run in _SPACE_MARKS.split(text):

@@ -262,15 +262,24 @@ engram_jax/data/packing.py < data/test_packing.py
     - (documents[:, 1:] == documents[:, :-1]) & inside[:, 1:]
     + inside[:, 1:]
   a document's first token belongs to the one before
-    - side="right"
-    + side="left"
+    - np.searchsorted(ends, places, side="right")
+    + np.searchsorted(ends, places, side="left")
+  a batch begins within a group as if this was the first
+    - skipped = self._marks[groups] - (sums - lengths)[::_GROUP]
+    + skipped = self._marks[groups]
+  an epoch has another order than in earlier versions
+    - outputs[block] = _mix(state + items * _GOLDEN)
+    + outputs[block] = _mix(state + items)
   positions count from a document's beginning in another row
-    - places - np.maximum(begins, first)
-    + places - begins
+    - places - np.maximum(begins[documents], first)
+    + places - begins[documents]
 engram_jax/data/mixture.py < data/test_mixture.py
   a source begins with its second row
     - return source, left - next_left
     + return source, left - next_left + 1
+  the epochs that are told are those of the whole mixture
+    - count * share / total / source.rows_per_epoch
+    + count / source.rows_per_epoch
 engram_jax/data/pipeline.py < data/test_pipeline.py
   a resumed run reads its first batch again
     - MapDataset.range(first_batch,
@@ -280,8 +289,22 @@ engram_jax/data/pipeline.py < data/test_pipeline.py
     + 0:local
 engram_jax/data/corpus.py < data/test_corpus.py data/test_packing.py
   training reads what is held out
-    - np.flatnonzero(~self._is_held_out())
+    - self._select(held_out=False)
     + np.arange(len(self.hashes))
+engram_jax/data/token_cache.py < data/test_corpus.py
+  a source is always read before it is tokenized
+    - if self._survey is None and any(self._cache.glob(pattern)):
+    + if self._survey is None:
+  a text that changed after its survey takes the name of the earlier one
+    - if self._survey not in (None, survey):
+    + if False:
+  a disk that may be too small is found when it is full
+    - if self._survey is None and free < self._record.file_bytes * self._dtype.itemsize:
+    + if False:
+engram_jax/data/survey.py < data/test_corpus.py
+  a source that changes during its pass is used
+    - ._contents != self._contents:
+    + ._contents is None:
 engram_jax/data/sources.py < data/test_sources.py
   a file that was cut short passes as whole
     - raise EOFError("the last stream does not end")

@@ -1,6 +1,7 @@
 """Corpora as memory-mapped token ids, split by a hash of each document's text."""
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,8 +40,23 @@ def column_checksum(folder: Path) -> int:
     """The checksum of a cache folder's files with one number per document."""
     checksum = 0
     for name in COLUMNS:
-        checksum = zlib.crc32((folder / f"{name}.npy").read_bytes(), checksum)
+        # Mapped, because processes share such memory.
+        checksum = zlib.crc32(np.memmap(folder / f"{name}.npy", np.uint8, "r"), checksum)
     return checksum
+
+
+# Columns are read in blocks of this many documents, so that temporary arrays stay small.
+_BLOCK = 1 << 20
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """The slices of the blocks of `count` documents."""
+    return (slice(begin, min(begin + _BLOCK, count)) for begin in range(0, count, _BLOCK))
+
+
+def number_type(count: int) -> type[np.uint32] | type[np.int64]:
+    """The smaller of two types that hold the numbers of `count` documents."""
+    return np.uint32 if count <= 1 << 32 else np.int64
 
 
 class Corpus:
@@ -138,18 +154,26 @@ class Corpus:
         """Hash of each document's text."""
         return np.asarray(np.load(self.folder / "hashes.npy", mmap_mode="r"))
 
+    def lengths_of(self, numbers: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+        """Tokens of these documents, bos and eos included."""
+        return self.offsets[1:][numbers] - self.offsets[numbers]
+
     @cached_property
     def train(self) -> "CorpusView":
         """The documents to train on."""
-        return CorpusView(self, "train", np.flatnonzero(~self._is_held_out()))
+        return CorpusView(self, "train", self._select(held_out=False))
 
     @cached_property
     def held_out(self) -> "CorpusView":
         """The documents that are never used for training."""
-        return CorpusView(self, "held_out", np.flatnonzero(self._is_held_out()))
+        return CorpusView(self, "held_out", self._select(held_out=True))
 
-    def _is_held_out(self) -> Bool[np.ndarray, "documents"]:
-        return is_held_out(self.hashes, self._held_out_share)
+    def _select(self, *, held_out: bool) -> Integer[np.ndarray, "chosen"]:
+        """Numbers of the documents on one side."""
+        count, share = len(self.hashes), self._held_out_share
+        sides = ((b.start, is_held_out(self.hashes[b], share)) for b in blocks(count))
+        chosen = [begin + np.flatnonzero(side == held_out) for begin, side in sides]
+        return np.concatenate(chosen, dtype=number_type(count), casting="unsafe")
 
 
 def is_held_out(
@@ -165,14 +189,14 @@ class CorpusView:
 
     Attributes:
         corpus: the corpus.
-        indices: numbers of the documents in the corpus, int64 [documents].
+        indices: numbers of the documents in the corpus.
     """
 
     def __init__(
         self,
         corpus: Corpus,
         side: Literal["train", "held_out"],
-        indices: Int64[np.ndarray, "documents"],
+        indices: Integer[np.ndarray, "documents"],
         *,
         is_by_hash: bool = False,
     ) -> None:
@@ -195,24 +219,20 @@ class CorpusView:
         return f"CorpusView({self.corpus.name!r}, {self._side!r}, {len(self)} documents)"
 
     @cached_property
-    def starts(self) -> Int64[np.ndarray, "documents"]:
-        """Where each document starts in `corpus.ids`."""
-        return self.corpus.offsets[self.indices]
-
-    @cached_property
     def lengths(self) -> Int64[np.ndarray, "documents"]:
         """Tokens of each document, bos and eos included."""
-        return self.corpus.offsets[self.indices + 1] - self.starts
+        return self.corpus.lengths_of(self.indices)
 
     @cached_property
     def byte_lengths(self) -> Int64[np.ndarray, "documents"]:
         """Bytes of each document's text in UTF-8."""
         return self.corpus.byte_lengths[self.indices]
 
-    @property
+    @cached_property
     def token_count(self) -> int:
         """Total number of tokens."""
-        return int(self.lengths.sum())
+        lengths = (self.corpus.lengths_of(self.indices[b]) for b in blocks(len(self)))
+        return sum(int(of_block.sum()) for of_block in lengths)
 
     def by_hash(self) -> "CorpusView":
         """Return the same documents in the order of their texts' hashes.
@@ -224,8 +244,9 @@ class CorpusView:
 
     def tokens(self, document: int | np.integer) -> Int32[np.ndarray, "length"]:
         """Return the token ids of one document, bos and eos included."""
-        start, length = int(self.starts[document]), int(self.lengths[document])
-        return self.corpus.ids[start : start + length].astype(np.int32)
+        number = int(self.indices[document])
+        start, end = self.corpus.offsets[number : number + 2]
+        return self.corpus.ids[start:end].astype(np.int32)
 
 
 def _view(corpus: Corpus, side: str, is_by_hash: bool) -> CorpusView:

@@ -10,6 +10,9 @@ from jaxtyping import Int64
 from engram_jax.data.packing import Batch, PackedRows, empty_rows, place_rows
 from engram_jax.errors import InputError
 
+# `RowMixture.describe` has at most this many lines.
+_MOST_LINES = 8
+
 
 class RowMixture:
     """Rows of several corpora, interleaved evenly in fixed shares.
@@ -72,3 +75,35 @@ class RowMixture:
             if chosen.any():
                 place_rows(packed, chosen, source.rows(located[chosen, 1]))
         return packed
+
+    def describe(self, count: int) -> list[str]:
+        """Describe the first `count` rows: a line for each source, the largest share first."""
+        shares = sorted(zip(self.shares, self.sources, strict=True), key=lambda pair: -pair[0])
+        # The last line may be one for several sources.
+        shown = len(shares) if len(shares) <= _MOST_LINES else _MOST_LINES - 1
+        parts = [(pair[1].documents.corpus.name, [pair]) for pair in shares[:shown]]
+        if others := shares[shown:]:
+            parts.append((f"{len(others)} other sources", others))
+        return [f"{name}: {_describe(part, count, sum(self.shares))}" for name, part in parts]
+
+
+def _describe(part: Sequence[tuple[int, PackedRows]], count: int, total: int) -> str:
+    """Sizes of sources with these shares of `total`, and their epochs in `count` rows."""
+    views = [source.documents for _, source in part]
+    epochs = [count * share / total / source.rows_per_epoch for share, source in part]
+    ends = dict.fromkeys([_rounded(min(epochs)), _rounded(max(epochs))])
+    return (
+        f"{sum(map(len, views)):,} documents, "
+        f"{_in_words(sum(view.token_count for view in views))} tokens, "
+        f"{sum(share for share, _ in part) / total:.1%} of rows, {' to '.join(ends)} epochs"
+    )
+
+
+def _in_words(tokens: int) -> str:
+    if tokens >= 1e9:
+        return f"{tokens / 1e9:.1f} B"
+    return f"{tokens / 1e6:.1f} M" if tokens >= 1e6 else f"{tokens:,}"
+
+
+def _rounded(epochs: float) -> str:
+    return f"{epochs:,.1f}" if epochs >= 1 else f"{epochs:.1g}"

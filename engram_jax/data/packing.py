@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt64
 
-from engram_jax.data.corpus import CorpusView
+from engram_jax.data.corpus import Corpus, CorpusView, blocks, number_type
 from engram_jax.errors import InputError
 from engram_jax.memory.plan import BufferPlan, SlotPlan
 
@@ -42,12 +42,6 @@ class Batch(NamedTuple):
     def map(self, change: Callable[[Any], Any]) -> "Batch":
         """Applies a function to every array except the plan, which is dropped."""
         return Batch(*(None if array is None else change(array) for array in self[:-1]))
-
-
-class _Stream(NamedTuple):
-    starts: Int64[np.ndarray, "documents"]  # in the corpus's ids
-    ends: Int64[np.ndarray, "documents"]  # in the stream
-    lengths: Int64[np.ndarray, "documents"]
 
 
 class MicroBatch(NamedTuple):
@@ -125,24 +119,21 @@ class PackedRows:
 
     def rows(self, indices: Int64[np.ndarray, "B"]) -> Batch:
         """Return the rows of these numbers."""
-        corpus = self.documents.corpus
         epochs, rows = np.divmod(indices, self.rows_per_epoch)
         packed = empty_rows(len(indices), self.sequence_length)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            stream = self._stream(int(epoch))
-            cut = _cut(
-                corpus.ids, stream, rows[chosen], self.sequence_length, corpus.manifest.pad_id
-            )
+            cut = self._stream(int(epoch)).cut(rows[chosen], self.sequence_length)
             place_rows(packed, chosen, cut)
         return packed
 
-    def _stream(self, epoch: int) -> _Stream:
+    def _stream(self, epoch: int) -> "_Stream":
         stream = self._epochs.get(epoch)  # read once, because several threads may be here
         if stream is None:
-            order = shuffled(len(self.documents), self.seed, self.source, epoch)
-            lengths = self.documents.lengths[order]
-            stream = _Stream(self.documents.starts[order], np.cumsum(lengths), lengths)
+            numbers = shuffled(len(self.documents), self.seed, self.source, epoch)
+            for block in blocks(len(numbers)):  # in place, because a second array may be large
+                numbers[block] = self.documents.indices[numbers[block]]
+            stream = _Stream(self.documents.corpus, numbers)
             # A batch can contain rows of two epochs. Older epochs are not needed again.
             self._epochs = dict([*self._epochs.items(), (epoch, stream)][-2:])
         return stream
@@ -179,62 +170,121 @@ def pack_held_out(documents: CorpusView, sequence_length: int, batch_size: int) 
         )
     if sequence_length < 1 or batch_size < 1:
         raise InputError("sequence_length and batch_size must be at least 1.")
-    lengths = documents.lengths
-    stream = _Stream(documents.starts, np.cumsum(lengths), lengths)
+    stream = _Stream(corpus, documents.indices)
     row_count = -(-(documents.token_count - 1) // sequence_length)
-    pad_id = corpus.manifest.pad_id
     return (
-        _cut(corpus.ids, stream, first + np.arange(batch_size), sequence_length, pad_id)
+        stream.cut(first + np.arange(batch_size), sequence_length)
         for first in range(0, row_count, batch_size)
     )
 
 
-def _cut(
-    ids: Integer[np.ndarray, "tokens"],
-    stream: _Stream,
-    rows: Int64[np.ndarray, "B"],
-    sequence_length: int,
-    pad_id: int,
-) -> Batch:
-    """Return rows of a stream, with padding after its end."""
-    first = rows[:, None] * sequence_length
-    places = first + np.arange(sequence_length + 1)
-    documents = np.searchsorted(stream.ends, places, side="right")
-    inside = documents < len(stream.ends)
-    documents = np.where(inside, documents, 0)
-    begins = stream.ends[documents] - stream.lengths[documents]
-    sources = np.where(inside, stream.starts[documents] + places - begins, 0)
-    tokens = np.where(inside, ids[sources], pad_id).astype(np.int32)
-    same = (documents[:, 1:] == documents[:, :-1]) & inside[:, 1:]
-    segments = np.where(inside, documents - documents[:, :1] + 1, 0)
-    positions = np.where(inside, places - np.maximum(begins, first), 0)
-    return Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        target_mask=same.astype(np.float32),
-        segments=segments[:, :-1].astype(np.int32),
-        positions=positions[:, :-1].astype(np.int32),
-        documents=documents[:, :-1].astype(np.int32),
-    )
+# A stream has one prefix sum for this many documents. The others are computed for each batch.
+_GROUP = 64
 
 
-def shuffled(count: int, *key: int) -> Int64[np.ndarray, "count"]:
+class _Stream:
+    """Documents one after another.
+
+    Args:
+        corpus: their corpus.
+        numbers: their numbers in the corpus, in the order of the stream.
+    """
+
+    def __init__(self, corpus: Corpus, numbers: Integer[np.ndarray, "documents"]) -> None:
+        self._corpus, self._numbers = corpus, numbers
+        sums = [np.zeros(1, np.int64)]
+        for block in blocks(len(numbers)):
+            lengths = corpus.lengths_of(numbers[block])
+            sums.append(np.add.reduceat(lengths, np.arange(0, len(lengths), _GROUP)))
+        self._marks = np.cumsum(np.concatenate(sums))  # tokens before each group, and of all
+
+    def cut(self, rows: Int64[np.ndarray, "B"], sequence_length: int) -> Batch:
+        """Return rows of the stream, with padding after its end.
+
+        Their `documents` are numbers in the stream.
+        """
+        corpus = self._corpus
+        first = rows[:, None] * sequence_length
+        places = first + np.arange(sequence_length + 1)
+        inside = places < self._marks[-1]
+        near, ends = self._near(places)
+        numbers = self._numbers[near]
+        begins = ends - corpus.lengths_of(numbers)
+        documents = np.where(inside, np.searchsorted(ends, places, side="right"), 0)
+        sources = (corpus.offsets[numbers] - begins)[documents] + places
+        tokens = np.where(inside, corpus.ids[np.where(inside, sources, 0)], corpus.manifest.pad_id)
+        tokens = tokens.astype(np.int32)
+        same = (documents[:, 1:] == documents[:, :-1]) & inside[:, 1:]
+        segments = np.where(inside, documents - documents[:, :1] + 1, 0)
+        positions = np.where(inside, places - np.maximum(begins[documents], first), 0)
+        return Batch(
+            tokens=tokens[:, :-1],
+            targets=tokens[:, 1:],
+            target_mask=same.astype(np.float32),
+            segments=segments[:, :-1].astype(np.int32),
+            positions=positions[:, :-1].astype(np.int32),
+            documents=np.where(inside, near[documents], 0)[:, :-1].astype(np.int32),
+        )
+
+    def _near(
+        self, places: Int64[np.ndarray, "B T_and_one"]
+    ) -> tuple[Int64[np.ndarray, "near"], Int64[np.ndarray, "near"]]:
+        """Numbers in the stream, and ends, of the documents in the groups of these places."""
+        spans = np.searchsorted(self._marks, places[:, [0, -1]], side="right") - 1
+        spans = np.minimum(spans, len(self._marks) - 2)
+        groups = np.unique(np.concatenate([np.arange(low, high + 1) for low, high in spans]))
+        near = (groups[:, None] * _GROUP + np.arange(_GROUP)).ravel()
+        near = near[near < len(self._numbers)]
+        lengths = self._corpus.lengths_of(self._numbers[near])
+        sums = np.cumsum(lengths)
+        skipped = self._marks[groups] - (sums - lengths)[::_GROUP]
+        return near, sums + np.repeat(skipped, _GROUP)[: len(near)]
+
+
+def shuffled(count: int, *key: int) -> Integer[np.ndarray, "count"]:
     """Return a permutation of range(count) that depends only on the arguments.
 
-    Items are sorted by their output of SplitMix64 (Steele, Lea and Flood 2014). Outputs are
-    distinct. Unlike the shuffle of a NumPy generator, this cannot change between NumPy releases.
+    Items are sorted by their output of SplitMix64 (Steele, Lea and Flood 2014). Unlike the shuffle
+    of a NumPy generator, this cannot change between NumPy releases. SplitMix64 is a bijection, so
+    the outputs are sorted alone, in place, and the items are computed from them.
     """
     state = np.zeros(1, np.uint64)
     for part in key:
         state = _mix(state ^ np.uint64(part % 2**64))
-    return np.argsort(_mix(state + np.arange(count, dtype=np.uint64) * _GOLDEN))
+    outputs = np.empty(count, np.uint64)
+    for block in blocks(count):
+        items = np.arange(block.start, block.stop, dtype=np.uint64)
+        outputs[block] = _mix(state + items * _GOLDEN)
+    outputs.sort()
+    order = np.empty(count, number_type(count))
+    for block in blocks(count):
+        order[block] = (_unmix(outputs[block]) - state) * _inverse(_GOLDEN)
+    return order
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def _mix(values: UInt64[np.ndarray, "count"]) -> UInt64[np.ndarray, "count"]:
     values = values + _GOLDEN
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    values = (values ^ (values >> np.uint64(30))) * _FACTORS[0]
+    values = (values ^ (values >> np.uint64(27))) * _FACTORS[1]
     return values ^ (values >> np.uint64(31))
+
+
+def _unmix(values: UInt64[np.ndarray, "count"]) -> UInt64[np.ndarray, "count"]:
+    """The inverse of `_mix`."""
+    values = _unshift(values, 31) * _inverse(_FACTORS[1])
+    values = _unshift(values, 27) * _inverse(_FACTORS[0])
+    return _unshift(values, 30) - _GOLDEN
+
+
+def _unshift(values: UInt64[np.ndarray, "count"], bits: int) -> UInt64[np.ndarray, "count"]:
+    """The inverse of `values ^ (values >> bits)`, for 22 bits or more."""
+    return values ^ (values >> np.uint64(bits)) ^ (values >> np.uint64(2 * bits))
+
+
+def _inverse(factor: np.uint64) -> np.uint64:
+    """What multiplies with an odd factor to 1, modulo 2⁶⁴."""
+    return np.uint64(pow(int(factor), -1, 2**64))

@@ -1,6 +1,7 @@
 """Reads documents from the shipped corpora, JSON Lines, text, Parquet and ArrayRecord files."""
 
 import gzip
+import io
 import json
 import lzma
 import os
@@ -8,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from engram_jax.errors import InputError
 from engram_jax.files import check_utf8, parse_json
@@ -27,6 +28,8 @@ ENDINGS = (
     ".arrayrecord",
 )
 
+# Files are read in parts of this size.
+_PART_BYTES = 1 << 20
 
 ALL_SOURCES = "all sources"  # the name of all sources together, in results
 
@@ -152,7 +155,9 @@ def scan(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     return list(read.values()), others
 
 
-def read_documents(name_or_path: str | Path) -> Iterator[Document]:
+def read_documents(
+    name_or_path: str | Path, on_read: Callable[[int], object] = lambda size: None
+) -> Iterator[Document]:
     """Read the documents of a source one by one, in the order of the file.
 
     - JSON Lines (plain, .gz, .xz, .zst): one object per line, with "text" and optionally "title".
@@ -162,6 +167,11 @@ def read_documents(name_or_path: str | Path) -> Iterator[Document]:
     - ArrayRecord: each record is a JSON object as above. If the first record of a file is not a
       JSON object, all of its records are UTF-8 text, and none may be such an object.
     - A folder: all such files in it and in its subfolders, sorted by path. Links are followed.
+
+    Args:
+        name_or_path: the source.
+        on_read: is called with the size of each part of a file when it was read, compressed as it
+            is. (Text, Parquet and ArrayRecord files are one part.)
 
     Raises:
         InputError: unknown source, unreadable or damaged file, invalid JSON, no "text", or text
@@ -176,7 +186,9 @@ def read_documents(name_or_path: str | Path) -> Iterator[Document]:
             case ".array_record" | ".arrayrecord":
                 yield from _read_array_record(file)
             case _:
-                yield from _read_json_lines(file)
+                yield from _read_json_lines(file, on_read)
+                continue
+        on_read(file.stat().st_size)
 
 
 def _ending(path: Path) -> str | None:
@@ -195,13 +207,13 @@ def _read(file: Path) -> bytes:
         raise InputError(f"cannot read {file}: {error.strerror}.") from error
 
 
-def _read_json_lines(file: Path) -> Iterator[Document]:
+def _read_json_lines(file: Path, on_read: Callable[[int], object]) -> Iterator[Document]:
     number = 0
     damaged: tuple[type[Exception], ...] = (lzma.LZMAError, EOFError, zlib.error)
     if file.suffix.lower() == ".zst":
         damaged += (_optional("zstandard", file).ZstdError,)
     try:
-        for number, line in enumerate(_read_lines(file), 1):
+        for number, line in enumerate(_read_lines(file, on_read), 1):
             if line.strip():
                 yield _parse(line, f"{file}, line {number}")
     except damaged as error:
@@ -217,38 +229,50 @@ def _read_json_lines(file: Path) -> Iterator[Document]:
         raise InputError(f"cannot read {file}: {error.strerror or error}.") from error
 
 
-def _read_lines(file: Path) -> Iterator[bytes]:
-    match file.suffix.lower():
-        case ".gz":
-            with gzip.open(file) as lines:
-                yield from lines
-        case ".xz":
-            # Not lzma.open, because it ignores what it cannot read after the first stream.
-            # Zeros may stand between streams.
-            yield from _split_lines(_decompress(file, lzma.LZMADecompressor, padding=b"\0"))
-        case ".zst":
-            # Not zstandard's own stream_reader, because it does not detect a file that is cut
-            # short.
-            zstandard = _optional("zstandard", file)
-            decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-            yield from _split_lines(_decompress(file, decompressor.decompressobj))
-        case _:
-            with file.open("rb") as lines:
-                yield from lines
+class _Counted(io.FileIO):
+    """A file that tells the size of each part that is read."""
+
+    def __init__(self, file: Path, on_read: Callable[[int], object]) -> None:
+        super().__init__(file)
+        self._on_read = on_read
+
+    def readinto(self, buffer: Any) -> int | None:
+        size = super().readinto(buffer)
+        self._on_read(size or 0)
+        return size
+
+
+def _read_lines(file: Path, on_read: Callable[[int], object]) -> Iterator[bytes]:
+    with io.BufferedReader(_Counted(file, on_read), _PART_BYTES) as content:
+        match file.suffix.lower():
+            case ".gz":
+                with gzip.open(content) as lines:
+                    yield from lines
+            case ".xz":
+                # Not lzma.open, because it ignores what it cannot read after the first stream.
+                # Zeros may stand between streams.
+                yield from _split_lines(_decompress(content, lzma.LZMADecompressor, b"\0"))
+            case ".zst":
+                # Not zstandard's own stream_reader, because it does not detect a file that is cut
+                # short.
+                zstandard = _optional("zstandard", file)
+                decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+                yield from _split_lines(_decompress(content, decompressor.decompressobj))
+            case _:
+                yield from content
 
 
 def _decompress(
-    file: Path, begin_stream: Callable[[], Any], padding: bytes = b""
+    content: IO[bytes], begin_stream: Callable[[], Any], padding: bytes = b""
 ) -> Iterator[bytes]:
     """Yield the content of a file of one or more compressed streams, in parts."""
     stream = None
-    with file.open("rb") as content:
-        while compressed := content.read(1 << 20):
-            while compressed := compressed if stream else compressed.lstrip(padding):
-                stream = stream or begin_stream()
-                yield stream.decompress(compressed)
-                compressed = stream.unused_data if stream.eof else b""
-                stream = None if stream.eof else stream
+    while compressed := content.read(_PART_BYTES):
+        while compressed := compressed if stream else compressed.lstrip(padding):
+            stream = stream or begin_stream()
+            yield stream.decompress(compressed)
+            compressed = stream.unused_data if stream.eof else b""
+            stream = None if stream.eof else stream
     if stream:
         raise EOFError("the last stream does not end")
 

@@ -2,47 +2,38 @@
 
 import errno
 import glob
-import hashlib
 import json
 import os
 import shutil
 import sys
 import time
-import zlib
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from secrets import token_hex
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
-from tqdm import tqdm
 
 from engram_jax.data.corpus import Corpus, Manifest, column_checksum
-from engram_jax.data.sources import (
-    Document,
-    read_documents,
-    resolve_source,
-    scan,
-    source_files,
-    source_name,
+from engram_jax.data.sources import resolve_source, scan, source_name
+from engram_jax.data.survey import (
+    Chunk,
+    Pass,
+    Survey,
+    SurveyRecord,
+    changed_while_read,
+    short_digest,
 )
 from engram_jax.errors import DISK_FULL, InputError
-from engram_jax.files import hold_lock, parse_json
+from engram_jax.files import hold_lock
 from engram_jax.tokenizer import Tokenizer
 
 # Version of the cache folder's content, part of its name. Increase it when the content changes.
 FORMAT = 1
-
-# The tokenizer gets documents in chunks of about this many bytes: enough work for its threads, but
-# far below 100 MB for the ids and texts of a chunk.
-_CHUNK_BYTES = 1 << 20
-
-# A file can change twice within one tick of the file system's clock. So if a file changed less than
-# this before its survey, the survey is not reused.
-_CLOCK_TICK_NS = 2_000_000_000
 
 # Bytes of a source's name in the name of its cache folder. File systems allow 255 for a name.
 _NAME_BYTES = 150
@@ -50,15 +41,6 @@ _NAME_BYTES = 150
 # A build that has written nothing for this long is considered killed: with a lock, and without one.
 # (On some network file systems, a lock is only for the processes of one machine.)
 _ABANDONED_SECONDS, _ABANDONED_SECONDS_WITHOUT_LOCK = 60.0, 3600.0
-
-
-class Survey(NamedTuple):
-    """Facts about a source from reading it once, which give its cache folder's name and size."""
-
-    fingerprint: str
-    documents: int
-    text_bytes: int
-    empty: int
 
 
 def build_corpus(
@@ -85,128 +67,158 @@ def build_corpus(
         raise InputError(f"held_out is {held_out}; it must be from 0 to 1.")
     path = resolve_source(source)
     cache = Path(cache).expanduser()
-    file_name = source_name(path)
     with _disk_errors(cache):
-        survey = _survey(path, cache)
-        identity = (FORMAT, survey.fingerprint, tokenizer.fingerprint, tokenizer.vocab_size)
-        specials = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-        short = file_name.encode()[:_NAME_BYTES].decode(errors="ignore")
-        folder = cache / f"{short}-{_digest(repr((*identity, *specials)).encode()).hex()}"
-        manifest = folder / "manifest.json"
-        if not manifest.is_file():  # a complete corpus may be in a read-only folder
-            # Each build writes its own folder. So without a lock, work is only done twice.
-            cache.mkdir(parents=True, exist_ok=True)
-            with hold_lock(folder.with_name(f"{folder.name}.lock")) as is_locked:
-                if not manifest.is_file():
-                    _remove_abandoned(folder, is_locked=is_locked)
-                    _build(path, file_name, tokenizer, survey, folder)
+        folder = _Entry(path, tokenizer, cache).find_or_build()
     corpus = Corpus(folder, held_out, name)
     corpus.check_boundaries(tokenizer.bos_id, tokenizer.eos_id)
     return corpus
 
 
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=8).digest()
+class _Entry:
+    """The corpus of one source and tokenizer in a cache.
 
+    A source is read once, unless reading first may save a tokenization: because a corpus of a
+    source with this name is in the cache, or because the disk may be too small. Processes that need
+    the same corpus wait for the lock before they read.
+    """
 
-def _texts(path: Path) -> Iterator[Document]:
-    return (document for document in read_documents(path) if document.text.strip())
+    def __init__(self, path: Path, tokenizer: Tokenizer, cache: Path) -> None:
+        self._path, self._tokenizer, self._cache = path, tokenizer, cache
+        self._name = source_name(path)
+        self._short_name = self._name.encode()[:_NAME_BYTES].decode(errors="ignore")
+        self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+        self._survey: Survey | None = None  # until the source was read, or was found in the record
+        place = short_digest(repr((str(path.resolve()), tokenizer.fingerprint)))
+        self._build_name = f"{self._short_name}-{place}"
 
+    def find_or_build(self) -> Path:
+        """Return the folder of the complete corpus."""
+        folder = self._find()  # without a lock, because the cache may be a read-only folder
+        if folder is None:
+            self._cache.mkdir(parents=True, exist_ok=True)
+            # Each build writes its own folder. So without a lock, work is only done twice.
+            with hold_lock(self._cache / f"{self._build_name}.lock") as is_locked:
+                folder = self._find()
+                if folder is None:
+                    self._remove_abandoned(is_locked=is_locked)
+                    folder = self._build()
+        return folder
 
-def _survey(path: Path, cache: Path) -> Survey:
-    # Programs can set mtime, as archives do. No program sets ctime, the time of the last change.
-    stats = [(str(file.resolve()), file.stat()) for file in source_files(path)]
-    files = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
-    record = cache / "surveys" / f"{_digest(repr(files).encode()).hex()}.json"
-    try:
-        content = parse_json(record.read_text())
-        survey = Survey(**content["survey"])
-        if content["crc32"] == _survey_checksum(survey):
-            return survey
-    except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
-        pass
-    begun = time.time_ns()
-    survey = _read_once(path)
-    if begun - max(s.st_ctime_ns for _, s in stats) > _CLOCK_TICK_NS:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        partial = record.with_suffix(f".{token_hex(4)}")
-        content = {"survey": survey._asdict(), "crc32": _survey_checksum(survey)}
-        partial.write_text(json.dumps(content))
-        partial.replace(record)
-    return survey
+    def _find(self) -> Path | None:
+        """The folder, if it is complete. Reads the source if this may be so."""
+        if self._survey is None:
+            self._record = SurveyRecord(self._path, self._cache)
+            self._survey = self._record.load()
+        pattern = f"{glob.escape(self._short_name)}-{'[0-9a-f]' * 16}/manifest.json"
+        if self._survey is None and any(self._cache.glob(pattern)):
+            self._read_first()
+        if self._survey is None:
+            return None
+        folder = self._folder(self._survey)
+        return folder if (folder / "manifest.json").is_file() else None
 
+    def _folder(self, survey: Survey) -> Path:
+        tokenizer = self._tokenizer
+        identity = (FORMAT, survey.fingerprint, tokenizer.fingerprint, tokenizer.vocab_size)
+        specials = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+        return self._cache / f"{self._short_name}-{short_digest(repr((*identity, *specials)))}"
 
-def _survey_checksum(survey: Survey) -> int:
-    return zlib.crc32(repr(survey).encode())
+    def _read_first(self) -> None:
+        _tell_unread(self._path)
+        reading = Pass(self._path, "read")
+        for _ in reading.chunks():
+            pass
+        self._survey = reading.survey
+        self._record.save(reading.survey)
 
+    def _build(self) -> Path:
+        """Tokenize into a new folder, and rename it when it is complete."""
+        self._require_space()
+        if self._survey is None:
+            _tell_unread(self._path)
+        partial = self._cache / f"{self._build_name}.{token_hex(4)}.partial"
+        partial.mkdir()
+        try:
+            survey = self._write(partial)
+            if self._survey not in (None, survey):
+                raise changed_while_read(self._path)
+            self._record.save(survey)
+            folder = self._folder(survey)
+            _publish(partial, folder)
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise InputError(
+                    f"cannot write the token cache {self._cache} ({error.strerror}); free some "
+                    "space or choose another cache folder."
+                ) from error
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        if survey.empty:
+            print(f"{self._name}: skipped {survey.empty} empty documents.", file=sys.stderr)
+        return folder
 
-def _read_once(path: Path) -> Survey:
-    fingerprint = hashlib.blake2b(digest_size=16)
-    documents = text_bytes = empty = 0
-    if path.is_dir():
-        files, others = scan(path)
-        if others:
-            shown = [f"{file.relative_to(path)} ({why})" for file, why in others.items()]
-            print(
-                f"{source_name(path)}: {len(files)} files are read, and {len(others)} are not: "
-                f"{', '.join(shown[:3])}{' …' if shown[3:] else ''}",
-                file=sys.stderr,
+    def _require_space(self) -> None:
+        free = shutil.disk_usage(self._cache).free
+        # A byte of a compressed file is about four bytes of text, and these are about a token. Only
+        # if the disk may be too small, the exact size is worth reading the source.
+        if self._survey is None and free < self._record.file_bytes * self._dtype.itemsize:
+            self._read_first()
+        if self._survey is None:
+            return
+        # English has 3.5 to 4.5 bytes of text per token. A document has three int64 columns.
+        ids = self._survey.text_bytes // 4 * self._dtype.itemsize
+        if free < (needed := ids + 24 * self._survey.documents):
+            raise InputError(
+                f"the disk of {self._cache} is full: the token cache needs about {needed:,} bytes, "
+                f"and {free:,} are free; free some space or choose another cache folder."
             )
-    with tqdm(desc=f"read {source_name(path)}", unit=" documents", delay=1) as progress:
-        for document in read_documents(path):
-            progress.update()
-            if not document.text.strip():
-                empty += 1
-                continue
-            text = document.text.encode()
-            fingerprint.update(hashlib.blake2b(text).digest())
-            documents += 1
-            text_bytes += len(text)
-    if not documents:
-        raise InputError(f"corpus {path} holds no text; it needs at least one document.")
-    return Survey(fingerprint.hexdigest(), documents, text_bytes, empty)
 
-
-def _build(path: Path, name: str, tokenizer: Tokenizer, survey: Survey, folder: Path) -> None:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
-    # English has 3.5 to 4.5 bytes of text per token. A document has three int64 columns.
-    needed = survey.text_bytes // 4 * dtype.itemsize + 24 * survey.documents
-    if (free := shutil.disk_usage(folder.parent).free) < needed:
-        raise InputError(_full_disk(folder.parent, needed, free))
-    if survey.empty:
-        print(f"{name}: skipped {survey.empty} empty documents.", file=sys.stderr)
-    partial = folder.with_name(f"{folder.name}.{token_hex(4)}.partial")
-    partial.mkdir()
-    try:
-        with (partial / "ids.bin").open("wb") as ids:
-            lengths, hashes, byte_lengths = _tokenize(path, name, tokenizer, survey, ids, dtype)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        np.save(partial / "offsets.npy", offsets.astype(np.int64))
-        np.save(partial / "hashes.npy", np.array(hashes, np.uint64))
-        np.save(partial / "byte_lengths.npy", np.array(byte_lengths, np.int64))
+    def _write(self, folder: Path) -> Survey:
+        """Write the content of a cache folder; return the survey of what was read."""
+        tokenizer = self._tokenizer
+        reading = Pass(self._path, "tokenize")
+        with (folder / "ids.bin").open("wb") as ids:
+            lengths, hashes, byte_lengths = _tokenize(reading, tokenizer, ids, self._dtype)
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        np.save(folder / "offsets.npy", offsets)
+        np.save(folder / "hashes.npy", np.frombuffer(hashes, np.uint64))
+        np.save(folder / "byte_lengths.npy", np.frombuffer(byte_lengths, np.int64))
+        survey = reading.survey
         manifest = Manifest(
             format=FORMAT,
-            name=name,
+            name=self._name,
             tokenizer=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
             pad_id=tokenizer.pad_id,
-            dtype=dtype.name,
-            documents=len(lengths),
+            dtype=self._dtype.name,
+            documents=survey.documents,
             tokens=int(offsets[-1]),
             text_bytes=survey.text_bytes,
-            crc32=column_checksum(partial),
+            crc32=column_checksum(folder),
         )
-        (partial / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-        _publish(partial, folder)
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise InputError(
-                f"cannot write the token cache {folder.parent} ({error.strerror}); free some space "
-                "or choose another cache folder."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+        return survey
+
+    def _remove_abandoned(self, *, is_locked: bool) -> None:
+        """Removes what killed builds left."""
+        patience = _ABANDONED_SECONDS if is_locked else _ABANDONED_SECONDS_WITHOUT_LOCK
+        for partial in self._cache.glob(f"{glob.escape(self._build_name)}.*.partial"):
+            written = max((file.stat().st_mtime for file in partial.glob("*")), default=0.0)
+            if time.time() - max(written, partial.stat().st_mtime) > patience:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _tell_unread(path: Path) -> None:
+    """Prints which files of a folder are not read."""
+    files, others = scan(path) if path.is_dir() else ([], {})
+    if others:
+        shown = [f"{file.relative_to(path)} ({why})" for file, why in others.items()]
+        print(
+            f"{source_name(path)}: {len(files)} files are read, and {len(others)} are not: "
+            f"{', '.join(shown[:3])}{' …' if shown[3:] else ''}",
+            file=sys.stderr,
+        )
 
 
 def _publish(partial: Path, folder: Path) -> None:
@@ -221,64 +233,34 @@ def _publish(partial: Path, folder: Path) -> None:
             raise
 
 
-def document_hash(text: bytes) -> int:
-    """The 64-bit hash of a document's text in UTF-8, by which it is held out."""
-    return int.from_bytes(hashlib.blake2b(text).digest()[:8], "little")
-
-
 def _tokenize(
-    path: Path,
-    name: str,
-    tokenizer: Tokenizer,
-    survey: Survey,
-    ids: IO[bytes],
-    dtype: np.dtype,
+    reading: Pass, tokenizer: Tokenizer, ids: IO[bytes], dtype: np.dtype
 ) -> tuple[array, array, array]:
     """Write the token ids of all documents; return the lengths, hashes and byte lengths."""
     lengths, hashes, byte_lengths = array("q"), array("Q"), array("q")
-    fingerprint = hashlib.blake2b(digest_size=16)
-    bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
-    size = survey.text_bytes
-    with tqdm(desc=f"tokenize {name}", total=size, unit="B", unit_scale=True, delay=1) as progress:
-        for texts in _chunks(path):
-            for text, of_text in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                if of_text.size and not 0 <= of_text.min() <= of_text.max() < tokenizer.vocab_size:
-                    raise InputError(
-                        f"tokenizer {tokenizer.name} returns ids up to {of_text.max()}, outside "
-                        f"its vocabulary of {tokenizer.vocab_size}; its model file is inconsistent."
-                    )
-                ids.write(np.concatenate([bos, of_text.astype(dtype), eos]).tobytes())
-                encoded = text.encode()
-                fingerprint.update(hashlib.blake2b(encoded).digest())
-                lengths.append(of_text.size + 2)
-                hashes.append(document_hash(encoded))
-                byte_lengths.append(len(encoded))
-                progress.update(len(encoded))
-    if fingerprint.hexdigest() != survey.fingerprint:
-        raise InputError(f"{path} changed while it was read; run again.")
+    bos, eos = (np.array([i], np.int32) for i in (tokenizer.bos_id, tokenizer.eos_id))
+    for chunk in _read_ahead(reading.chunks()):
+        encoded = tokenizer.encode_batch(chunk.texts)
+        flat = np.concatenate([part for of_text in encoded for part in (bos, of_text, eos)])
+        if not 0 <= flat.min() <= flat.max() < tokenizer.vocab_size:
+            raise InputError(
+                f"tokenizer {tokenizer.name} returns ids up to {flat.max()}, outside its "
+                f"vocabulary of {tokenizer.vocab_size}; its model file is inconsistent."
+            )
+        ids.write(flat.astype(dtype).data)
+        lengths.extend(of_text.size + 2 for of_text in encoded)
+        hashes.extend(chunk.hashes)
+        byte_lengths.extend(chunk.byte_lengths)
     return lengths, hashes, byte_lengths
 
 
-def _chunks(path: Path) -> Iterator[list[str]]:
-    texts: list[str] = []
-    size = 0
-    for document in _texts(path):
-        texts.append(document.text)
-        size += len(document.text)
-        if size >= _CHUNK_BYTES:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
-
-
-def _remove_abandoned(folder: Path, *, is_locked: bool) -> None:
-    """Removes what killed builds left."""
-    patience = _ABANDONED_SECONDS if is_locked else _ABANDONED_SECONDS_WITHOUT_LOCK
-    for partial in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):
-        written = max((file.stat().st_mtime for file in partial.glob("*")), default=0.0)
-        if time.time() - max(written, partial.stat().st_mtime) > patience:
-            shutil.rmtree(partial, ignore_errors=True)
+def _read_ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yield the chunks. A thread reads the next one, because tokenizers release the GIL."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = reader.submit(next, chunks, None)
+            yield chunk
 
 
 @contextmanager
@@ -290,10 +272,3 @@ def _disk_errors(cache: Path) -> Iterator[None]:
             f"cannot write the token cache {cache}: {error.strerror or error}; choose a writable "
             "folder."
         ) from error
-
-
-def _full_disk(folder: Path, needed: int, free: int) -> str:
-    return (
-        f"the disk of {folder} is full: the token cache needs about {needed:,} bytes, and "
-        f"{free:,} are free; free some space or choose another cache folder."
-    )

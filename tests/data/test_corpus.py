@@ -12,7 +12,7 @@ import pytest
 from small_corpora import ByteTokenizer, random_texts, write_jsonl
 
 from engram_jax import files
-from engram_jax.data import token_cache
+from engram_jax.data import sources, survey
 from engram_jax.data.corpus import COLUMNS
 from engram_jax.data.token_cache import build_corpus
 from engram_jax.errors import InputError
@@ -31,7 +31,7 @@ def refuse_to_lock(*_):
 @pytest.fixture
 def no_clock_tick(monkeypatch):
     """A source counts as unchanged right after it was written."""
-    monkeypatch.setattr(token_cache, "_CLOCK_TICK_NS", -(10**18))
+    monkeypatch.setattr(survey, "_CLOCK_TICK_NS", -(10**18))
 
 
 def test_a_corpus_holds_every_text_between_bos_and_eos(corpus_of):
@@ -61,17 +61,69 @@ def test_ids_take_two_bytes_where_they_fit(tmp_path, vocab_size, dtype):
     assert corpus.train.tokens(0).tolist() == [1, *[vocab_size - 1] * 3, 2]
 
 
+@pytest.fixture
+def reads(monkeypatch):
+    """The sources that were read, once for each pass."""
+    begun = []
+
+    def read(path, *progress):
+        begun.append(path)
+        return sources.read_documents(path, *progress)
+
+    monkeypatch.setattr(survey, "read_documents", read)
+    return begun
+
+
 @pytest.mark.usefixtures("no_clock_tick")
-def test_an_unchanged_source_is_not_read_or_tokenized_again(tmp_path, tokenizer, monkeypatch):
+def test_a_source_is_read_once_unless_that_may_save_a_tokenization(tmp_path, tokenizer, reads):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    first = build_corpus(path, tokenizer, tmp_path / "cache")
+
+    def passes(path, tokenizer, held_out=0.05):
+        del reads[:]
+        build_corpus(path, tokenizer, tmp_path / "cache", held_out)
+        return len(reads)
+
+    assert passes(path, tokenizer) == 1
+    assert passes(path, tokenizer, held_out=0.5) == 0
+    assert passes(path, ByteTokenizer("another")) == 1
+    os.utime(path)  # another time, or another place, and the same content
+    assert passes(path, tokenizer) == 1
+    (tmp_path / "copy").mkdir()
+    assert passes(shutil.copy(path, tmp_path / "copy"), tokenizer) == 1
     assert tokenizer.encoded == len(TEXTS)
-    os.utime(path)  # a new time with the same content: read again, not tokenized again
+    assert passes(write_jsonl(path, TEXTS[1:]), tokenizer) == 2  # the cache has its name
+    assert passes(write_jsonl(tmp_path / "a-b.jsonl", TEXTS), tokenizer) == 1
+
+
+def test_a_source_that_changes_during_its_only_pass_is_refused(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+
+    class Slow(ByteTokenizer):
+        def encode_batch(self, texts):
+            write_jsonl(path, [*TEXTS, "more"])
+            return super().encode_batch(texts)
+
+    with pytest.raises(InputError, match="changed while it was read"):
+        build_corpus(path, Slow(), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("a-*/"))
+    assert texts_of(build_corpus(path, tokenizer, tmp_path / "cache", 0.0).train)[-1] == "more"
+
+
+@pytest.mark.usefixtures("no_clock_tick")
+def test_a_source_that_changes_after_its_survey_is_refused(tmp_path, tokenizer, monkeypatch):
+    """Also if its size and time stay."""
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     build_corpus(path, tokenizer, tmp_path / "cache")
-    monkeypatch.setattr(token_cache, "read_documents", None)
-    again = build_corpus(path, tokenizer, tmp_path / "cache", held_out=0.5)
-    assert tokenizer.encoded == len(TEXTS)
-    assert again.folder == first.folder and len(again.held_out) > len(first.held_out)
+    times = path.stat()
+
+    def change(_):
+        write_jsonl(path, [TEXTS[0][::-1], *TEXTS[1:]])
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return namedtuple("usage", "free")(1 << 40)
+
+    monkeypatch.setattr(shutil, "disk_usage", change)
+    with pytest.raises(InputError, match="changed while it was read"):
+        build_corpus(path, ByteTokenizer("another"), tmp_path / "cache")
 
 
 @pytest.mark.usefixtures("no_clock_tick")
@@ -207,7 +259,7 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeyp
                 raise KeyboardInterrupt
             return super().encode_batch(texts)
 
-    monkeypatch.setattr(token_cache, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(survey, "_CHUNK_BYTES", 100)
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     # As after a SIGKILL, without cleaning up.
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -222,8 +274,9 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeyp
     assert not partial.exists()
 
 
+@pytest.mark.usefixtures("no_clock_tick")
 @pytest.mark.parametrize("locking", [True, False])
-def test_two_builds_at_once_give_one_corpus(tmp_path, monkeypatch, locking):
+def test_two_builds_at_once_give_one_corpus(tmp_path, monkeypatch, locking, reads):
     if not locking:
         monkeypatch.setattr(files.fcntl, "flock", refuse_to_lock)
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
@@ -243,6 +296,7 @@ def test_two_builds_at_once_give_one_corpus(tmp_path, monkeypatch, locking):
     assert results == [TEXTS, TEXTS]
     if locking:
         assert sorted(tokenizer.encoded for tokenizer in tokenizers) == [0, len(TEXTS)]
+        assert len(reads) == 1  # the other waits, and reads nothing
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
@@ -278,12 +332,13 @@ def test_an_empty_corpus_is_refused(tmp_path, tokenizer, content):
         build_corpus(tmp_path / "a.jsonl", tokenizer, tmp_path / "cache")
 
 
-def test_a_broken_line_is_found_before_anything_is_tokenized(tmp_path, tokenizer):
+def test_a_broken_line_leaves_nothing_behind(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(survey, "_CHUNK_BYTES", 100)
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     path.write_text(path.read_text() + '{"text": ')
     with pytest.raises(InputError, match=f"line {len(TEXTS) + 1}: invalid JSON"):
         build_corpus(path, tokenizer, tmp_path / "cache")
-    assert tokenizer.encoded == 0
+    assert tokenizer.encoded and not list((tmp_path / "cache").glob("a-*/"))
 
 
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path, tokenizer):
@@ -306,6 +361,16 @@ def test_a_disk_without_room_is_refused_before_tokenizing(tmp_path, tokenizer, m
     with pytest.raises(InputError, match=r"cache is full: .* about 50,024 bytes.*1,000 are free"):
         build_corpus(path, tokenizer, tmp_path / "cache")
     assert tokenizer.encoded == 0
+
+
+def test_a_disk_that_may_be_too_small_is_compared_with_the_exact_size(
+    tmp_path, tokenizer, monkeypatch, reads
+):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=50_024))
+    path = write_jsonl(tmp_path / "a.jsonl", ["x" * 100_000])
+    build_corpus(path, tokenizer, tmp_path / "cache")
+    assert len(reads) == 2
 
 
 def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path, tokenizer, monkeypatch):

@@ -61,7 +61,9 @@ def write_documents(path: Path) -> None:
 )
 def test_every_format_gives_back_what_was_written(tmp_path, name):
     write_documents(tmp_path / name)
-    assert list(read_documents(tmp_path / name)) == DOCUMENTS
+    sizes: list[int] = []
+    assert list(read_documents(tmp_path / name, sizes.append)) == DOCUMENTS
+    assert sum(sizes) == (tmp_path / name).stat().st_size
 
 
 def test_a_text_file_is_one_document_and_a_folder_holds_one_a_file(tmp_path):
