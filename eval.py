@@ -12,6 +12,12 @@ evaluation (--sources, --step, --max-tokens, --no-statistics) writes
 
 With --tasks, it runs only tasks of lm-evaluation-harness (offline), prints a
 table, and writes `tasks.json`.
+
+Parameters and experts are split over the devices as in training, if there are
+enough of them, otherwise not; --mesh.data, --mesh.fsdp and --mesh.expert change
+that (`--mesh.data 1`: one device). Losses differ by rounding only. The sample
+needs one process, and complete parameters on every device. --tasks uses one
+device.
 """
 
 import json
@@ -21,7 +27,7 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,10 +37,12 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # for --
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/xla")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+import jax
 import numpy as np
 import tyro
 
 from engram_jax.command_line import parse_flags
+from engram_jax.config import load_config
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.sources import resolve_source
 from engram_jax.decoding.batches import make_batches
@@ -52,7 +60,9 @@ from engram_jax.evaluation.memory_report import (
 )
 from engram_jax.evaluation.report import evaluate, format_report, to_json
 from engram_jax.files import atomic_write
+from engram_jax.processes import end_together, is_leader, join_processes
 from engram_jax.run import Run
+from engram_jax.sharding import MeshConfig, fit_mesh
 from engram_jax.train_state import Weights
 
 MAP_TOKENS = 1024  # maximum number of tokens of a gate map, to keep the page readable
@@ -80,6 +90,11 @@ class EvalOptions:
         seed: seed of the continuation.
         tasks: evaluate only these tasks of lm-evaluation-harness: names of shipped tasks
             (engram_jax/evaluation/tasks), or YAML files.
+        batch_size: rows of a batch, over all devices; by default, the run's
+            train.evaluate_batch_size, or those of a micro-batch.
+        mesh: sizes of the mesh; by default, see below.
+        distributed: join the other processes of a pod, SLURM job or cluster first
+            (`jax.distributed.initialize`).
     """
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
@@ -96,22 +111,33 @@ class EvalOptions:
     top_k: int | None = None
     seed: int = 0
     tasks: tuple[str, ...] = ()
+    batch_size: int | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Parses the command line, evaluates, prints and writes.
+def parse_options(args: Sequence[str] | None = None) -> EvalOptions:
+    """Parses the command line.
+
+    Raises:
+        InputError: an invalid value.
+    """
+    options = parse_flags(EvalOptions, args=args, prog="eval.py", description=__doc__ or "")
+    return replace(options, run=options.run.expanduser())
+
+
+def main(options: EvalOptions) -> None:
+    """Evaluates; the leader process prints and writes.
 
     Raises:
         InputError: invalid options, or data that cannot be read.
     """
-    options = parse_flags(EvalOptions, args=args, prog="eval.py", description=__doc__ or "")
-    options = replace(options, run=options.run.expanduser())
     settings = _check(options)
     if options.tasks:
         _evaluate_tasks(options)
         return
     text = _given_text(options)
-    run = Run.open(options.run)
+    run = _open(options)
     has_gates = bool(run.config.memory.sites.layers)
     if text and not has_gates:
         raise InputError(
@@ -120,12 +146,18 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     for source in options.sources:
         resolve_source(source)
+    if settings and not _can_continue(run):
+        settings = None
+        _print(
+            "No sample: it needs one process, and complete parameters on every device "
+            "(python -m engram_jax.generate).\n"
+        )
     if settings:
-        make_batches(run.config, run.tokenizer, [options.prompt], settings, devices=1)
+        make_batches(run.config, run.tokenizer, [options.prompt], settings, run.program.mesh.size)
     weights = run.restore_weights(options.step)
     corpora = run.corpora(options.sources)
     step = int(weights.step)
-    print(f"{options.run}: {run.config.name}, step {step} of {run.config.train.steps}\n")
+    _print(f"{options.run}: {run.config.name}, step {step} of {run.config.train.steps}\n")
 
     # The slow parts are last, so that errors in a text or an option appear early.
     results: dict[str, Any] = {"run": run.config.name, "step": step}
@@ -151,6 +183,8 @@ def main(args: Sequence[str] | None = None) -> None:
         printed += f"\n\n{format_memory(found)}"
         results["memory"] = memory_json(found)
         outputs[_output(options, "memory.png")] = partial(write_memory_png, found)
+    if not is_leader():
+        return
     failures = _write_all(outputs)
     print(printed)
     if "sample" in results:
@@ -160,12 +194,33 @@ def main(args: Sequence[str] | None = None) -> None:
     print(f"\nWritten: {', '.join(map(str, outputs))}")
 
 
+def _open(options: EvalOptions) -> Run:
+    """The run on the mesh of the options, by default on one that fits the devices here."""
+    config, mesh = load_config(options.run / "config.json"), options.mesh
+    if mesh == MeshConfig():
+        mesh = fit_mesh(config.mesh, options.batch_size or config.evaluate_batch_size)
+    return Run.open(options.run, mesh, evaluate_batch_size=options.batch_size)
+
+
+def _can_continue(run: Run) -> bool:
+    """Whether a prompt can be continued on the mesh of the run."""
+    sizes = run.program.mesh.shape
+    return jax.process_count() == 1 and sizes["fsdp"] * sizes["expert"] == 1
+
+
+def _print(text: str) -> None:
+    """Prints a text once for all processes."""
+    if is_leader():
+        print(text)
+
+
 def _evaluate_tasks(options: EvalOptions) -> None:
     """Runs tasks, prints a table, and writes the results."""
-    used = {"run", "step", "output", "tasks"}
-    for field in fields(EvalOptions):
-        if field.name not in used and getattr(options, field.name) != field.default:
-            flag = field.name.replace("_", "-")
+    used, defaults = {"run", "step", "output", "tasks"}, EvalOptions(options.run)
+    for option in fields(EvalOptions):
+        name = option.name
+        if name not in used and getattr(options, name) != getattr(defaults, name):
+            flag = name.replace("_", "-")
             raise InputError(f"With --tasks, only tasks are evaluated; leave out --{flag}.")
     try:
         from engram_jax.evaluation.harness import load_tasks, run_tasks
@@ -222,6 +277,8 @@ def _check(options: EvalOptions) -> GenerationSettings | None:
         raise InputError(f"Cannot write to {output}; give a folder with --output.")
     if options.max_tokens is not None and options.max_tokens < 1:
         raise InputError(f"--max-tokens is {options.max_tokens}; score at least 1 token.")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise InputError(f"--batch-size is {options.batch_size}; it must be at least 1.")
     if options.sample_tokens < 0:
         raise InputError(f"--sample-tokens is {options.sample_tokens}; it must be 0 or more.")
     if not options.sample_tokens:
@@ -280,7 +337,13 @@ def _score(
             study(suppressed, scored)
 
     report = evaluate(
-        run.program, scorer, weights, corpora, max_tokens=options.max_tokens, watch=watch
+        run.program,
+        scorer,
+        weights,
+        corpora,
+        max_tokens=options.max_tokens,
+        watch=watch,
+        with_gates=study is not None,
     )
     results["held_out"], printed = to_json(report), format_report(report)
     if by_layer := health.report():
@@ -299,7 +362,7 @@ def _shorten(run: Run, text: str) -> str:
     ids = run.tokenizer.encode(text)
     if len(ids) <= MAP_TOKENS:
         return text
-    print(f"The gate map shows the first {MAP_TOKENS:,} of the text's {len(ids):,} tokens.\n")
+    _print(f"The gate map shows the first {MAP_TOKENS:,} of the text's {len(ids):,} tokens.\n")
     return _decode_whole(run, ids[:MAP_TOKENS])
 
 
@@ -310,4 +373,8 @@ def _decode_whole(run: Run, ids: np.ndarray) -> str:
 
 if __name__ == "__main__":
     with one_sentence():
-        main()
+        given = parse_options()
+        if given.distributed:
+            join_processes()
+    with end_together(), one_sentence():
+        main(given)

@@ -88,11 +88,9 @@ def main(options: TrainOptions, config: Config) -> int:
     if is_leader():
         print(f"{run.folder} has finished {int(state.step)} of {config.train.steps} steps.")
         python = "python" if "VIRTUAL_ENV" in os.environ else os.path.relpath(sys.executable)
-        following = f"Next: {python} eval.py {run.folder}"
-        if stopped:
-            print("The same command resumes it.")
-        elif jax.process_count() == 1:  # eval.py uses one process
-            print(following)
+        flags = " --distributed" if jax.process_count() > 1 else ""
+        following = f"Next: {python} eval.py {run.folder}{flags}"
+        print("The same command resumes it." if stopped else following)
     if stopped:
         return INTERRUPTED
     if jax.process_count() == 1:

@@ -173,6 +173,8 @@ class TrainConfig:
         log_every: steps between lines of metrics.
         evaluate_every: steps between held-out evaluations; 0: only at the end.
         evaluate_tokens: maximum number of held-out tokens per source in such an evaluation.
+        evaluate_batch_size: rows of a batch of an evaluation, over all devices; by default, those
+            of a micro-batch.
         checkpoint_every: steps between checkpoints; 0: only at the end.
         keep_checkpoints: number of newest checkpoints to keep.
     """
@@ -183,6 +185,7 @@ class TrainConfig:
     log_every: int = 10
     evaluate_every: int = 250
     evaluate_tokens: int = 16_384
+    evaluate_batch_size: int | None = None
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
 
@@ -197,6 +200,10 @@ class TrainConfig:
             raise InputError(f"train.seed is {self.seed}; it must be from 0 to 2³² − 1.")
         if min(self.log_every, self.evaluate_tokens) < 1:
             raise InputError("train.log_every and train.evaluate_tokens must be at least 1.")
+        if self.evaluate_batch_size is not None and self.evaluate_batch_size < 1:
+            raise InputError(
+                f"train.evaluate_batch_size is {self.evaluate_batch_size}; it must be at least 1."
+            )
         if min(self.evaluate_every, self.checkpoint_every) < 0:
             raise InputError(
                 "train.evaluate_every and train.checkpoint_every must not be negative; 0 means "
@@ -225,6 +232,16 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows of a micro-batch, over all devices."""
+        return self.data.batch_size // self.train.accumulation
+
+    @property
+    def evaluate_batch_size(self) -> int:
+        """Rows of a batch of an evaluation, over all devices."""
+        return self.train.evaluate_batch_size or self.micro_batch_size
 
     def without_memory(self) -> "Config":
         """The same backbone without memory."""

@@ -133,7 +133,7 @@ def check_devices(config: Config, ngram_hash: NgramHash | None, mesh: AnyMesh) -
     """Checks that the devices of a mesh can run a configuration.
 
     Raises:
-        InputError: the mesh does not divide the sizes, or its devices do not support the named
+        InputError: the mesh does not divide the tables, or its devices do not support the named
             implementations.
     """
     if jax.config.read("jax_enable_x64"):
@@ -164,9 +164,30 @@ def check_devices(config: Config, ngram_hash: NgramHash | None, mesh: AnyMesh) -
             f"memory.row_width {config.memory.row_width} gives records of {words} words; leave "
             "the flag out, or raise memory.row_width (in float32, to at least 22)."
         )
-    rows = config.data.batch_size // config.train.accumulation
-    if rows % mesh.size:
+
+
+def check_training_batch(config: Config, mesh: AnyMesh) -> None:
+    """Checks that the devices of a mesh divide a micro-batch.
+
+    Raises:
+        InputError: they do not.
+    """
+    if config.micro_batch_size % mesh.size:
         raise InputError(
-            f"A micro-batch of {rows} rows does not divide over {mesh.size} devices; set "
-            "data.batch_size to a multiple of devices × train.accumulation."
+            f"A micro-batch of {config.micro_batch_size} rows does not divide over {mesh.size} "
+            "devices; set data.batch_size to a multiple of devices × train.accumulation."
+        )
+
+
+def check_evaluation_batch(config: Config, mesh: AnyMesh) -> None:
+    """Checks that the devices of a mesh divide a batch of an evaluation.
+
+    Raises:
+        InputError: they do not.
+    """
+    if config.evaluate_batch_size % mesh.size:
+        raise InputError(
+            f"An evaluation's batch of {config.evaluate_batch_size} rows does not divide over "
+            f"{mesh.size} devices; set train.evaluate_batch_size (in eval.py: --batch-size) to a "
+            "multiple of the number of devices."
         )

@@ -31,7 +31,7 @@ from engram_jax.memory.store import TableInfo
 from engram_jax.model import Decoder, ExpertBias, Report
 from engram_jax.optimizer import make_optimizer, make_schedule
 from engram_jax.parameters import roles
-from engram_jax.platforms import check_devices
+from engram_jax.platforms import check_devices, check_training_batch
 from engram_jax.sharding import (
     BATCH_ABT,
     REPLICATED,
@@ -73,7 +73,7 @@ class Program:
         """The program of a configuration.
 
         Raises:
-            InputError: the mesh does not divide the sizes, or its devices do not support the named
+            InputError: the mesh does not divide the tables, or its devices do not support the named
                 implementations.
         """
         check_devices(config, ngram_hash, mesh)
@@ -94,8 +94,9 @@ class Program:
         Its hash does not merge token ids (the projection is the identity).
 
         Raises:
-            InputError: as in `build`.
+            InputError: as in `build`, or the mesh does not divide a micro-batch.
         """
+        check_training_batch(config, mesh)
         if not config.memory.layers:
             return cls.build(config, None, mesh)
         identity = VocabularyProjection.identity(config.model.vocabulary)

@@ -42,7 +42,13 @@ from engram_jax.placement import (
     save_stores,
     take_over,
 )
-from engram_jax.platforms import check_memory, default_workers, without_foreign_kernels
+from engram_jax.platforms import (
+    check_evaluation_batch,
+    check_memory,
+    check_training_batch,
+    default_workers,
+    without_foreign_kernels,
+)
 from engram_jax.processes import check_same_everywhere, collective, is_leader
 from engram_jax.program import Program, make_config_row_adam
 from engram_jax.run_folder import (
@@ -157,7 +163,10 @@ class Run:
         tokenizer, ngram_hash = make_hash(config, folder)
         if resumes and ngram_hash is not None:
             ngram_hash = stored_hash(ngram_hash, config, folder)
-        run = cls._assemble(folder, config, tokenizer, ngram_hash, make_mesh(config.mesh))
+        mesh = make_mesh(config.mesh)
+        check_training_batch(config, mesh)
+        check_evaluation_batch(config, mesh)
+        run = cls._assemble(folder, config, tokenizer, ngram_hash, mesh)
         check_memory(config, run.program.abstract_state())
         make_config_row_adam(config)  # an error in its betas is found here
         start, width = config.memory.start_from, config.memory.row_width
@@ -175,19 +184,41 @@ class Run:
         return {"tokenizer": self.tokenizer.fingerprint, "corpora": corpora}
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Run":
-        """Opens a run for reading, on one device. It may be from another mesh or platform.
+    def open(
+        cls,
+        folder: str | Path,
+        mesh: MeshConfig | None = None,
+        *,
+        evaluate_batch_size: int | None = None,
+    ) -> "Run":
+        """Opens a run for reading. It may be from another mesh or platform.
+
+        Args:
+            folder: the run folder.
+            mesh: sizes of the mesh, of which one process may leave devices out; None: one device.
+            evaluate_batch_size: replaces that of the configuration.
 
         Raises:
-            InputError: the folder holds no run, or its tokenizer is missing.
+            InputError: the folder holds no run, its tokenizer is missing, or the mesh does not fit
+                the devices, the model or a batch of an evaluation.
         """
         folder = Path(folder).expanduser()
-        mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
-        config = without_foreign_kernels(load_config(folder / "config.json"), platform_of(mesh))
+        config = load_config(folder / "config.json")
+        if evaluate_batch_size is not None:
+            train = replace(config.train, evaluate_batch_size=evaluate_batch_size)
+            config = replace(config, train=train)
+        devices = jax.local_devices()[:1]
+        if mesh is not None:
+            config, devices = replace(config, mesh=mesh), jax.devices()
+            if mesh.data != -1 and jax.process_count() == 1:
+                devices = devices[: mesh.data * mesh.fsdp * mesh.expert]
+        placed = make_mesh(mesh or MeshConfig(), devices)
+        check_evaluation_batch(config, placed)
+        config = without_foreign_kernels(config, platform_of(placed))
         config = replace(config, memory=replace(config.memory, placement="device"))
         tokenizer = load_run_tokenizer(config, folder)
         ngram_hash = NgramHash.load(folder / "hash.json") if config.memory.layers else None
-        return cls._assemble(folder, config, tokenizer, ngram_hash, mesh)
+        return cls._assemble(folder, config, tokenizer, ngram_hash, placed)
 
     @classmethod
     def _assemble(

@@ -6,8 +6,9 @@ device. Experts are also split over "expert" (expert parallelism). They are not 
 axis: the tokens are exchanged instead.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -82,6 +83,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(ordered).reshape(data, config.fsdp, config.expert)
     return jax.sharding.Mesh(grid, TOKEN_AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def fit_mesh(config: MeshConfig, rows: int) -> MeshConfig:
+    """The mesh for reading a run of another mesh on the devices that are here.
+
+    Parameters and experts are split as in the run, if the number of devices allows it, otherwise
+    not at all. One process uses as many devices, a power of two, as divide a batch. Several
+    processes use all of theirs.
+
+    Args:
+        config: the mesh of the run.
+        rows: rows of a batch.
+    """
+    count = len(jax.devices())
+    if jax.process_count() == 1:
+        count = math.gcd(rows, 1 << (count.bit_length() - 1))
+    parts = config.fsdp * config.expert
+    return MeshConfig(count) if count % parts else replace(config, data=count // parts)
 
 
 def make_abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:

@@ -100,7 +100,7 @@ def eval_program() -> Iterator[Callable[[list[str]], None]]:
     sys.path.insert(0, str(ROOT))
     import eval
 
-    yield eval.main
+    yield lambda words: eval.main(eval.parse_options(words))
     sys.path.remove(str(ROOT))
 
 

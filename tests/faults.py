@@ -440,6 +440,9 @@ engram_jax/sharding.py < test_sharding.py
   parameters are split along their shortest axis
     - longest = max(fitting
     + longest = min(fitting
+  an evaluation uses devices that do not divide its batch
+    - math.gcd(rows, 1 << (count.bit_length() - 1))
+    + 1 << (count.bit_length() - 1)
 engram_jax/sharding.py < test_run.py
   devices of two processes alternate
     - (device.process_index, device.id)
@@ -493,14 +496,20 @@ engram_jax/evaluation/held_out.py < evaluation/test_held_out.py
   one token too few is scored
     - .reshape(mask.shape) <= left)
     + .reshape(mask.shape) < left)
+  gates leave the devices unasked
+    - gates if with_gates else {}
+    + gates
+  an evaluation ignores its batch size
+    - program.config.evaluate_batch_size
+    + program.config.micro_batch_size
 engram_jax/evaluation/gate_map.py < evaluation/test_gate_map.py
   a token has the gate of the one before
     - layer: values[1:]
     + layer: values[:-1]
 engram_jax/evaluation/memory_report.py < evaluation/test_memory_report.py
   rows that nothing wrote count as written
-    - np.asarray(table.clocks()) > 0
-    + np.asarray(table.clocks()) >= 0
+    - table.clocks() > 0
+    + table.clocks() >= 0
 engram_jax/evaluation/statistics.py < evaluation/test_statistics.py
   an n-gram is counted as often as in the last part
     - self.times[at[known]] += times[known]

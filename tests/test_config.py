@@ -29,7 +29,7 @@ from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.model import DecoderConfig
 from engram_jax.optimizer import OptimizerConfig
 from engram_jax.program import Program
-from engram_jax.sharding import MeshConfig, make_mesh
+from engram_jax.sharding import MeshConfig, make_abstract_mesh, make_mesh
 from engram_jax.train_step import make_train_step
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +185,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("train", {"log_every": 0}, "log_every"),
         ("train", {"evaluate_tokens": 0}, "evaluate_tokens"),
         ("train", {"evaluate_every": -1}, "evaluate_every"),
+        ("train", {"evaluate_batch_size": 0}, "evaluate_batch_size is 0"),
         ("train", {"checkpoint_every": -1}, "checkpoint_every"),
         ("train", {"keep_checkpoints": 0}, "keep_checkpoints"),
         ("train", {"steps": 10**14}, "below 2³¹"),
@@ -257,6 +258,8 @@ def test_every_named_configuration_builds(name: str, tmp_path: Path) -> None:
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == config
     assert set(on_eight_devices(config).abstract_state().tables) == set(config.memory.layers)
+    chips = make_abstract_mesh(config.mesh).size
+    assert config.micro_batch_size % chips == config.evaluate_batch_size % chips == 0
 
 
 @EVERY

@@ -52,7 +52,7 @@ def test_sources_and_texts_can_be_chosen(eval_program, run, tmp_path, capsys):
         [
             *(str(run.folder), "--sources", run.config.data.sources[1], "--sample-tokens", "0"),
             *("--text-file", str(tmp_path / "text.txt"), "--max-tokens", "50", "--step", "2"),
-            *("--no-statistics", "--output", str(tmp_path)),
+            *("--no-statistics", "--output", str(tmp_path), "--mesh.data", "1"),
         ]
     )
     assert sorted(run.folder.iterdir()) == before
@@ -114,6 +114,8 @@ def test_statistics_need_the_text_of_the_training(eval_program, run, tmp_path, m
         (["--sources", "wikipedia"], "'wikipedia' is neither"),
         (["--step", "7"], "no checkpoint of step 7"),
         (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--batch-size", "12", "--mesh.data", "8"], "12 rows does not divide.*--batch-size"),
         (["--sample-tokens", "-1"], "--sample-tokens is -1"),
         (["--output", "missing"], "Cannot write to missing"),
         (["--top-k", "0"], "--top-k is 0"),
@@ -123,6 +125,12 @@ def test_statistics_need_the_text_of_the_training(eval_program, run, tmp_path, m
 def test_what_cannot_be_done_is_said(eval_program, run, flags, sentence):
     with pytest.raises(InputError, match=sentence):
         eval_program([str(run.folder), *flags])
+
+
+def test_no_prompt_is_continued_if_the_parameters_are_split(eval_program, run, capsys):
+    with pytest.raises(InputError, match="no checkpoint of step 7"):
+        eval_program([str(run.folder), "--mesh.fsdp", "2", "--step", "7"])
+    assert capsys.readouterr().out.startswith("No sample: ")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 The two processes are started once. The one process is the test process.
 """
 
+import json
 import shutil
 import socket
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from programs import fork
+from programs import ROOT, fork
 from tiny_runs import losses, on_devices, share_programs, tiny_config, vary, with_backbone
 
 from engram_jax import processes
@@ -68,10 +70,19 @@ def be_one_of_two(rank: int, port: int, data: Path, folder: Path, first: Path, h
             shutil.rmtree(folder / "again" / "checkpoints" / f"{STEPS:08}")
     outside = vary(tiny(data, steps=STEPS), memory={"placement": "file"})
     train(Run.start(outside, folder / "again"))
+    evaluate(folder)
     try:
         train(Run.start(tiny(data, steps=2), held))
     except InputError as error:
         (folder / f"error-{rank}.txt").write_text(str(error))
+
+
+def evaluate(folder: Path) -> None:
+    """Evaluates the first run on all devices, with its parameters split over two of them."""
+    sys.path.insert(0, str(ROOT))
+    import eval
+
+    eval.main(eval.parse_options([str(folder / "first"), "--sample-tokens", "0"]))
 
 
 def write_memory(start: Path, run: Run, path: Path) -> None:
@@ -120,6 +131,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     train_all(data, folders.one, first)
     with on_devices(1):
         train_all(data, folders.alone, first, alone=True)
+    evaluate(folders.one)
     train(Run.start(tiny(data, steps=2), held))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -147,6 +159,21 @@ def test_two_processes_train_as_one(trained: Trained) -> None:
         (trained.two, trained.one),
     ):
         assert_equal_losses(folder / "first", other / "first", steps=STEPS)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(trained: Trained) -> None:
+    """All figures of eval.json: losses, health, gates and the statistics of the memory."""
+    found, expected = (
+        jax.tree.leaves_with_path(json.loads((folder / "first" / "eval.json").read_text()))
+        for folder in (trained.two, trained.one)
+    )
+    assert [path for path, _ in found] == [path for path, _ in expected]
+    for (path, of_two), (_, of_one) in zip(found, expected, strict=True):
+        near = isinstance(of_one, float)
+        assert of_two == (pytest.approx(of_one, rel=1e-4, abs=1e-6) if near else of_one), path
+    for name in ("gates.html", "memory.png"):
+        assert (trained.two / "first" / name).is_file()
 
 
 @pytest.mark.slow

@@ -313,6 +313,8 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused(tiny: Config, tmp_
     for change in ({"data": {"batch_size": 4}}, {"train": {"accumulation": 2}}):
         with pytest.raises(InputError, match="4 rows does not divide over 8 devices"):
             Run.start(vary(tiny, **change), tmp_path / "run")
+    with pytest.raises(InputError, match="12 rows does not divide over 8 devices"):
+        Run.start(vary(tiny, train={"evaluate_batch_size": 12}), tmp_path / "run")
     with pytest.raises(InputError, match="8 devices"):
         Run.start(vary(tiny, mesh={"fsdp": 3}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -459,6 +461,19 @@ def test_a_run_opens_on_one_device_whatever_trained_it(trained: Run) -> None:
     opened = Run.open(trained.folder)
     assert (trained.program.mesh.size, opened.program.mesh.size) == (8, 1)
     assert_identical(opened.restore(), trained.restore())
+
+
+def test_a_run_opens_on_a_part_of_the_devices_but_not_on_more(trained: Run) -> None:
+    opened = Run.open(trained.folder, MeshConfig(data=1, fsdp=2))
+    assert opened.program.mesh.devices.shape == (1, 2, 1)
+    for mesh, sentence in (
+        (MeshConfig(data=16), "does not fit 8 devices"),
+        (MeshConfig(expert=2), "no experts"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            Run.open(trained.folder, mesh)
+    with pytest.raises(InputError, match=r"batch of 12 rows does not divide over 8 devices"):
+        Run.open(trained.folder, MeshConfig(), evaluate_batch_size=12)
 
 
 def test_a_run_that_named_a_kernel_opens_on_another_platform(saved: Run) -> None:

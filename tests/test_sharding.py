@@ -16,11 +16,38 @@ from engram_jax.sharding import (
     TOKEN_AXES,
     MeshConfig,
     extend_spec,
+    fit_mesh,
     gather_parameters,
     make_mesh,
     optimizer_sharding,
     parameter_sharding,
 )
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "devices", "processes", "found"),
+    [
+        (MeshConfig(), 8, 1, 1, MeshConfig(1)),
+        (MeshConfig(), 8, 8, 1, MeshConfig(8)),
+        (MeshConfig(fsdp=4), 8, 8, 1, MeshConfig(2, 4)),
+        (MeshConfig(1, 32, 8), 256, 8, 1, MeshConfig(8)),
+        (MeshConfig(1, 2, 2), 8, 8, 1, MeshConfig(2, 2, 2)),
+        (MeshConfig(), 12, 8, 1, MeshConfig(4)),  # 8 do not divide a batch
+        (MeshConfig(), 48, 6, 1, MeshConfig(4)),  # 6 do not divide a table
+        (MeshConfig(fsdp=4), 12, 8, 2, MeshConfig(2, 4)),  # of all processes
+    ],
+)
+def test_a_run_of_another_mesh_fits_the_devices_that_are_here(
+    monkeypatch: pytest.MonkeyPatch,
+    config: MeshConfig,
+    rows: int,
+    devices: int,
+    processes: int,
+    found: MeshConfig,
+) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [None] * devices)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    assert fit_mesh(config, rows) == found
 
 
 @pytest.mark.parametrize(

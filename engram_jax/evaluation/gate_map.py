@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 from matplotlib import font_manager
 from matplotlib.axes import Axes
@@ -22,7 +20,7 @@ from matplotlib.patches import Rectangle
 
 from engram_jax.data.packing import Batch
 from engram_jax.errors import InputError
-from engram_jax.evaluation.held_out import Scorer
+from engram_jax.evaluation.held_out import Scorer, score_batch
 from engram_jax.files import atomic_write
 from engram_jax.run import Run
 from engram_jax.tokenizer import Tokenizer
@@ -75,7 +73,7 @@ class GateMap:
 
 
 def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap:
-    """Computes the gates of a text, as one document.
+    """Computes the gates of a text, as one document. All processes must call this.
 
     A text longer than T tokens is read in windows of T tokens that overlap by half. The gate of a
     token is from the window in which at least T/2 tokens precede it, or all tokens of the text that
@@ -90,14 +88,14 @@ def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap
     Raises:
         InputError: the text is empty, or the model has no Engram layer.
     """
-    tokenizer, planner = run.tokenizer, run.program.planner()
-    if planner is None or not run.config.memory.sites.layers:
+    tokenizer = run.tokenizer
+    if not run.config.memory.sites.layers:
         raise InputError(f"The model in {run.folder} has no Engram layer, so it has no gates.")
     ids = tokenizer.encode(text)
     if not len(ids):
         raise InputError("The text for the gate map is empty; it needs at least one character.")
     length = run.config.data.sequence_length
-    rows = run.config.data.batch_size // run.config.train.accumulation
+    rows = run.config.evaluate_batch_size
     whole = np.concatenate([[tokenizer.bos_id], ids]).astype(np.int32)
     losses = np.zeros(len(whole))
     gates = {layer: np.zeros(len(whole)) for layer in run.config.memory.layers}
@@ -106,11 +104,10 @@ def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap
     for first in range(0, len(starts), rows):
         chosen = starts[first : first + rows]
         batch = _windows(whole, chosen, rows, length, tokenizer.pad_id)
-        batch = batch._replace(plan=planner(batch.tokens, batch.segments))
         with run.program.use_mesh():
-            scored = scorer(weights, run.program.put(batch), run.program.row_adam)
-            read = multihost_utils.process_allgather(scored, tiled=True)
-        by_token, by_layer, _ = jax.tree.map(lambda array: np.asarray(array)[0], read)
+            by_token, by_layer, _ = score_batch(
+                run.program, scorer, weights, batch, with_gates=True
+            )
         for row, start in enumerate(chosen):
             # Of every window except the first, only the second half is used.
             fresh = 0 if start == 0 else length - half
@@ -298,11 +295,11 @@ def _panel(gate_map: GateMap, layer: int) -> str:
 def _windows(
     ids: Int[np.ndarray, "tokens"], starts: Sequence[int], rows: int, length: int, pad_id: int
 ) -> Batch:
-    """One micro-batch whose first rows are the windows that start at `starts`."""
+    """One batch whose first rows are the windows that start at `starts`."""
     places = np.arange(length)
     index = np.full((rows, length), len(ids))
     index[: len(starts)] = np.array(starts)[:, None] + places
-    index = np.minimum(index, len(ids))[None]
+    index = np.minimum(index, len(ids))
     padded = np.append(ids, [pad_id, pad_id]).astype(np.int32)
     inside = index < len(ids)
     return Batch(

@@ -24,6 +24,9 @@ from engram_jax.train_state import Weights
 type Suppress = Literal["nothing", "output", "rows"]
 type StepGates = dict[int, Float[Array, "A B T M"]]  # by layer id
 type StepHealth = dict[int, MemoryHealth]  # by layer id, one value per micro-batch
+type HostScores = tuple[
+    Float[np.ndarray, "B T"], dict[int, Float[np.ndarray, "B T M"]], dict[int, MemoryHealth]
+]
 type Scorer = Callable[[Weights, Batch, RowAdam], tuple[Array, StepGates, StepHealth]]
 
 
@@ -35,7 +38,7 @@ class ScoredBatch(NamedTuple):
         rows: the batch.
         mask: 1 for tokens that are scored, else 0.
         losses: at every position, the loss of the next token.
-        gates: by layer id.
+        gates: by layer id; empty if they were not read.
         health: of the memory layers, by layer id.
     """
 
@@ -118,6 +121,44 @@ def make_scorer(program: Program, suppress: Suppress = "nothing") -> Scorer:
     return jax.jit(score)
 
 
+def score_batch(
+    program: Program,
+    scorer: Scorer,
+    weights: Weights,
+    rows: Batch,
+    *,
+    with_gates: bool = False,
+    feed: RowFeed | None = None,
+) -> HostScores:
+    """The losses, gates and health of a batch, on the host.
+
+    Call it on all processes, inside `program.use_mesh()`; each gets the values of the complete
+    batch. Losses have 4 bytes per token. Gates have 4 for every branch and memory layer, so they
+    stay on the devices unless they are asked for.
+
+    Args:
+        program: the program.
+        scorer: from `make_scorer`.
+        weights: parameters and tables.
+        rows: the complete batch, which every process has.
+        with_gates: read the gates; otherwise there are none.
+        feed: reads the rows, if the tables are outside the devices.
+    """
+    whole = rows._replace(documents=None).map(lambda field: field[None])
+    batch, planner = _own_rows(whole), program.planner()
+    if planner:
+        part = jax.process_index(), jax.process_count()
+        plan = planner.plan_part(whole.tokens, whole.segments, *part)
+        batch = batch._replace(plan=plan)
+        if feed and plan.buffers:
+            weights = replace(weights, tables=feed.read(plan.buffers))
+    losses, gates, health = scorer(weights, program.put(batch), program.row_adam)
+    asked = losses, gates if with_gates else {}, health
+    read = multihost_utils.process_allgather(asked, tiled=True)
+    found: HostScores = jax.tree.map(lambda array: np.asarray(array)[0], read)
+    return found
+
+
 def evaluate_held_out(
     program: Program,
     scorer: Scorer,
@@ -126,6 +167,7 @@ def evaluate_held_out(
     *,
     max_tokens: int | None = None,
     watch: Callable[[ScoredBatch], object] = lambda scored: None,
+    with_gates: bool = False,
     feed: RowFeed | None = None,
 ) -> dict[str, Score]:
     """Scores the held-out documents of every corpus; call it inside `program.use_mesh()`.
@@ -137,7 +179,8 @@ def evaluate_held_out(
         corpora: corpora whose held-out documents are scored.
         max_tokens: number of tokens to score per corpus, in a random order of its documents that is
             the same for all models; None: all.
-        watch: called after every batch.
+        watch: called after every batch, on all processes.
+        with_gates: give the gates to `watch`.
         feed: reads the rows, if the tables are outside the devices.
 
     Returns:
@@ -146,24 +189,15 @@ def evaluate_held_out(
     Raises:
         InputError: a corpus has no held-out documents.
     """
-    data, planner = program.config.data, program.planner()
-    rows = data.batch_size // program.config.train.accumulation
+    length, rows = program.config.data.sequence_length, program.config.evaluate_batch_size
     scores = {}
     for corpus in corpora:
         view = corpus.held_out if max_tokens is None else corpus.held_out.by_hash()
         sums = DocumentSums(np.zeros(len(view)), np.zeros(len(view)))
-        for packed in pack_held_out(view, data.sequence_length, rows):
-            whole = packed._replace(documents=None).map(lambda field: field[None])
-            batch = _own_rows(whole)
-            if planner:
-                part = jax.process_index(), jax.process_count()
-                plan = planner.plan_part(whole.tokens, whole.segments, *part)
-                batch = batch._replace(plan=plan)
-                if feed and plan.buffers:
-                    weights = replace(weights, tables=feed.read(plan.buffers))
-            scored = scorer(weights, program.put(batch), program.row_adam)
-            read = multihost_utils.process_allgather(scored, tiled=True)
-            by_token, gates, health = jax.tree.map(lambda array: np.asarray(array)[0], read)
+        for packed in pack_held_out(view, length, rows):
+            by_token, gates, health = score_batch(
+                program, scorer, weights, packed, with_gates=with_gates, feed=feed
+            )
             mask = packed.target_mask
             if max_tokens is not None:
                 left = max_tokens - sums.tokens.sum()

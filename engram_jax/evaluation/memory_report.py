@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Int32, Int64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -113,6 +114,9 @@ class MemoryReport:
 class MemoryStudy:
     """Collects data during an evaluation (as `watch` of `report.evaluate`), then reports.
 
+    Of a model with gates, the evaluation must be one `with_gates`. With several processes, all of
+    them must create a study; each has the complete report.
+
     Args:
         run: a run with memory.
         weights: its parameters and tables.
@@ -207,7 +211,8 @@ def _inspect_tables(
     ]
     reports = []
     for layer, table in weights.tables.items():
-        occupancy = row_occupancy(ngram_hash, layer, np.asarray(table.clocks()) > 0)
+        written = multihost_utils.process_allgather(table.clocks() > 0, tiled=True)
+        occupancy = row_occupancy(ngram_hash, layer, np.asarray(written))
         of_layer = ngram_hash.primes[ngram_hash.spec.layers.index(layer)]
         for (order, met), rows, shares in zip(counts.items(), of_layer, occupancy, strict=True):
             keys, parts = met.keys, [batch[order] for batch in batches]

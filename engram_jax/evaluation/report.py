@@ -19,6 +19,7 @@ from engram_jax.evaluation.held_out import (
     make_scorer,
     pool,
 )
+from engram_jax.processes import is_leader
 from engram_jax.program import Program
 from engram_jax.train_state import Weights
 
@@ -61,6 +62,7 @@ def evaluate(
     *,
     max_tokens: int | None = None,
     watch: Callable[[Suppress, ScoredBatch], object] | None = None,
+    with_gates: bool = False,
 ) -> dict[str, SourceReport]:
     """Scores every corpus, and all of them pooled, under the key `POOLED`.
 
@@ -73,6 +75,7 @@ def evaluate(
         corpora: corpora whose held-out documents are scored.
         max_tokens: number of tokens to score per corpus; None: all.
         watch: called after every batch, with the suppressed part; all passes use the same batches.
+        with_gates: give the gates of the full model to `watch`.
 
     Raises:
         InputError: a corpus has no held-out documents.
@@ -83,7 +86,13 @@ def evaluate(
         tokens = sum(min(max_tokens, count_targets(corpus.held_out)) for corpus in corpora)
     with (
         program.use_mesh(),
-        tqdm(total=tokens * (1 + len(parts)), unit=" tokens", unit_scale=True, leave=False) as bar,
+        tqdm(
+            total=tokens * (1 + len(parts)),
+            unit=" tokens",
+            unit_scale=True,
+            leave=False,
+            disable=not is_leader(),
+        ) as bar,
     ):
 
         def score(part: Suppress, scorer: Scorer, title: str) -> dict[str, Score]:
@@ -94,7 +103,13 @@ def evaluate(
 
             bar.set_description(title)
             return evaluate_held_out(
-                program, scorer, weights, corpora, max_tokens=max_tokens, watch=see
+                program,
+                scorer,
+                weights,
+                corpora,
+                max_tokens=max_tokens,
+                watch=see,
+                with_gates=with_gates and part == "nothing",
             )
 
         full = score("nothing", scorer, "scoring the full model")

@@ -48,7 +48,7 @@ def test_an_evaluation_reports_the_gates_of_all_its_tokens(run, weights, in_mesh
         gates.append(scored.gates[1][scored.rows.segments > 0].ravel())
 
     scorer = make_scorer(run.program)
-    evaluate_held_out(run.program, scorer, weights, run.corpora(), watch=watch)
+    evaluate_held_out(run.program, scorer, weights, run.corpora(), watch=watch, with_gates=True)
     gates = np.concatenate(gates)
     found = study.report()[1]
     assert found["open"] == pytest.approx(np.mean(gates > 0.95), abs=1e-6)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny_runs import plain_pass, scale_rows
 
+from engram_jax.evaluation import held_out
 from engram_jax.evaluation.held_out import (
     DocumentSums,
     Score,
@@ -16,6 +17,9 @@ from engram_jax.evaluation.held_out import (
     pool,
 )
 from engram_jax.evaluation.report import POOLED, evaluate, format_report
+from engram_jax.layers.engram import MemoryHealth
+from engram_jax.run import Run
+from engram_jax.sharding import MeshConfig
 
 
 def score_of(losses, tokens) -> Score:
@@ -29,14 +33,14 @@ def score_of(losses, tokens) -> Score:
 def test_loss_is_that_of_a_plain_pass_over_every_row(run, weights):
     """Computed manually: rows of the concatenated documents, a plain pass, softmax in NumPy."""
     corpus = run.corpora()[0]
-    held_out = corpus.held_out
+    documents = corpus.held_out
     with run.program.use_mesh():
         score = evaluate_held_out(run.program, make_scorer(run.program), weights, [corpus])["first"]
 
-    stream = np.concatenate([held_out.tokens(i) for i in range(len(held_out))])
-    document = np.repeat(np.arange(len(held_out), dtype=np.int32), held_out.lengths)
+    stream = np.concatenate([documents.tokens(i) for i in range(len(documents))])
+    document = np.repeat(np.arange(len(documents), dtype=np.int32), documents.lengths)
     decode = plain_pass(run, weights)
-    losses, tokens = np.zeros(len(held_out)), np.zeros(len(held_out))
+    losses, tokens = np.zeros(len(documents)), np.zeros(len(documents))
     length = run.config.data.sequence_length
     for start in range(0, len(stream) - 1, length):
         inputs, targets = stream[None, start : start + length], stream[start + 1 :][:length]
@@ -53,10 +57,51 @@ def test_loss_is_that_of_a_plain_pass_over_every_row(run, weights):
     np.testing.assert_array_equal(score.by_document.tokens, tokens)
     np.testing.assert_allclose(score.by_document.losses, losses, rtol=1e-5)
     assert score.loss == pytest.approx(losses.sum() / tokens.sum(), rel=1e-6)
-    assert score.tokens == len(stream) - len(held_out)
-    texts = [run.tokenizer.decode(held_out.tokens(i)) for i in range(len(held_out))]
+    assert score.tokens == len(stream) - len(documents)
+    texts = [run.tokenizer.decode(documents.tokens(i)) for i in range(len(documents))]
     nbytes = len("".join(texts).encode())
     assert score.bits_per_byte == pytest.approx(losses.sum() / math.log(2) / nbytes, rel=1e-6)
+
+
+def test_neither_the_mesh_nor_the_batch_size_changes_a_score(trained):
+    """One device, and eight that split parameters, tables and tokens."""
+    scores = []
+    for mesh, rows in ((None, 8), (MeshConfig(2, 4), 8), (None, 3)):
+        run = Run.open(trained.folder, mesh, evaluate_batch_size=rows)
+        weights = run.restore_weights()
+        for split in (weights.tables[1].records, weights.params["blocks"][0]["feed_forward"]["up"]):
+            assert split.addressable_shards[0].data.size < split.size or mesh is None
+        batches: list[ScoredBatch] = []
+        with run.program.use_mesh():
+            found = evaluate_held_out(
+                *(run.program, make_scorer(run.program), weights, run.corpora()),
+                watch=batches.append,
+            )
+        assert {len(batch.losses) for batch in batches} == {rows}
+        scores.append(found)
+    for others in scores[1:]:
+        for name, expected in scores[0].items():
+            assert others[name].loss == pytest.approx(expected.loss, rel=1e-6)
+            found, known = others[name].by_document, expected.by_document
+            np.testing.assert_array_equal(found.tokens, known.tokens)
+            np.testing.assert_allclose(found.losses, known.losses, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("in_mesh")
+@pytest.mark.parametrize("with_gates", [False, True])
+def test_gates_leave_the_devices_only_if_they_are_asked_for(run, weights, monkeypatch, with_gates):
+    """Without them, a batch of 8 × 24 tokens sends its losses, and the health of one layer."""
+    gathered = []
+
+    def gather(tree, *, tiled):
+        gathered.append(sum(leaf.size for leaf in jax.tree.leaves(tree)))
+        return tree
+
+    monkeypatch.setattr(held_out.multihost_utils, "process_allgather", gather)
+    evaluate_held_out(
+        run.program, make_scorer(run.program), weights, run.corpora(), with_gates=with_gates
+    )
+    assert set(gathered) == {8 * 24 * (2 if with_gates else 1) + len(MemoryHealth._fields)}
 
 
 def test_standard_error_agrees_with_a_bootstrap_over_documents():

@@ -43,7 +43,13 @@ def evaluated(trained) -> Evaluated:
         batches[suppressed].append(scored)
 
     scores = evaluate(
-        run.program, make_scorer(run.program), weights, run.corpora(), max_tokens=200, watch=watch
+        run.program,
+        make_scorer(run.program),
+        weights,
+        run.corpora(),
+        max_tokens=200,
+        watch=watch,
+        with_gates=True,
     )
     return Evaluated(run, study.report(), scores, batches)
 
