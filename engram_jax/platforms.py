@@ -164,9 +164,14 @@ def check_devices(config: Config, ngram_hash: NgramHash | None, mesh: AnyMesh) -
             f"memory.row_width {config.memory.row_width} gives records of {words} words; leave "
             "the flag out, or raise memory.row_width (in float32, to at least 22)."
         )
-    rows = config.data.batch_size // config.train.accumulation
-    if rows % mesh.size:
+    rows, context = config.data.batch_size // config.train.accumulation, mesh.shape["context"]
+    if rows % (mesh.size // context):
         raise InputError(
-            f"A micro-batch of {rows} rows does not divide over {mesh.size} devices; set "
-            "data.batch_size to a multiple of devices × train.accumulation."
+            f"A micro-batch of {rows} rows does not divide over {mesh.size // context} devices; "
+            "set data.batch_size to a multiple of devices / mesh.context × train.accumulation."
+        )
+    if config.data.sequence_length % context:
+        raise InputError(
+            f"data.sequence_length {config.data.sequence_length} does not divide over "
+            f"mesh.context {context}; make it a multiple."
         )

@@ -272,8 +272,7 @@ class Run:
             seed=train.seed,
             planner=self.program.planner(),
             first_batch=first_batch,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            part=self.program.part(),
             workers=workers,
             prefetch=data.prefetch,
         )

@@ -146,7 +146,7 @@ def evaluate_held_out(
     Raises:
         InputError: a corpus has no held-out documents.
     """
-    data, planner = program.config.data, program.planner()
+    data, planner, part = program.config.data, program.planner(), program.part()
     rows = data.batch_size // program.config.train.accumulation
     scores = {}
     for corpus in corpora:
@@ -154,10 +154,9 @@ def evaluate_held_out(
         sums = DocumentSums(np.zeros(len(view)), np.zeros(len(view)))
         for packed in pack_held_out(view, data.sequence_length, rows):
             whole = packed._replace(documents=None).map(lambda field: field[None])
-            batch = _own_rows(whole)
+            batch = whole.map(part.tokens)  # each process builds the complete batch
             if planner:
-                part = jax.process_index(), jax.process_count()
-                plan = planner.plan_part(whole.tokens, whole.segments, *part)
+                plan = planner.plan_part(whole.tokens, whole.segments, part)
                 batch = batch._replace(plan=plan)
                 if feed and plan.buffers:
                     weights = replace(weights, tables=feed.read(plan.buffers))
@@ -207,13 +206,6 @@ def pool(scores: Sequence[Score]) -> Score:
         documents=sum(score.documents for score in scores),
         tokens_per_byte=tokens / nbytes,
     )
-
-
-def _own_rows(batch: Batch) -> Batch:
-    """This process's rows of a batch. (Each process builds the complete batch.)"""
-    rows = batch.tokens.shape[1] // jax.process_count()
-    mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-    return batch.map(lambda field: field[:, mine])
 
 
 def count_targets(view: CorpusView) -> int:
