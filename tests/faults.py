@@ -119,6 +119,9 @@ engram_jax/memory/plan.py < memory/test_plan.py
   padding of the plan asks for the first rows
     - = padded_rows + np.arange(bound - len(found))
     + = np.arange(bound - len(found))
+  devices that share rows are not next to each other
+    - transpose(1, 3, 0, 2, 4, 5)
+    + transpose(3, 1, 0, 2, 4, 5)
   the capacity of the exchange is not checked
     - .max() > capacity:
     + .max() > len(found):
@@ -297,6 +300,9 @@ engram_jax/layers/attention.py < layers/test_attention.py
   attention sees the next token
     - slot[:, None] >= jnp.arange
     + slot[:, None] + 1 >= jnp.arange
+  queries of all devices count from the first slot
+    - slot += len(slot) * jax.lax.axis_index(along_t)
+    + slot += 0 * jax.lax.axis_index(along_t)
   attention sees the other documents alone
     - seen = segments[:, :, None] == _of_all
     + seen = segments[:, :, None] != _of_all
