@@ -204,8 +204,8 @@ def _open(options: EvalOptions) -> Run:
 
 def _can_continue(run: Run) -> bool:
     """Whether a prompt can be continued on the mesh of the run."""
-    sizes = run.program.mesh.shape
-    return jax.process_count() == 1 and sizes["fsdp"] * sizes["expert"] == 1
+    mesh = run.program.mesh
+    return jax.process_count() == 1 and mesh.shape["data"] == mesh.size
 
 
 def _print(text: str) -> None:

@@ -14,7 +14,7 @@ from engram_jax.config import Config
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.memory.layout import LANES
-from engram_jax.sharding import AnyMesh, platform_of
+from engram_jax.sharding import AnyMesh, platform_of, row_parts
 from engram_jax.train_state import TrainState, array_bytes
 
 if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # JAX sets this where it finds no TPU
@@ -164,6 +164,11 @@ def check_devices(config: Config, ngram_hash: NgramHash | None, mesh: AnyMesh) -
             f"memory.row_width {config.memory.row_width} gives records of {words} words; leave "
             "the flag out, or raise memory.row_width (in float32, to at least 22)."
         )
+    if config.data.sequence_length % mesh.shape["context"]:
+        raise InputError(
+            f"data.sequence_length {config.data.sequence_length} does not divide over mesh.context "
+            f"{mesh.shape['context']}; make it a multiple."
+        )
 
 
 def check_training_batch(config: Config, mesh: AnyMesh) -> None:
@@ -172,10 +177,11 @@ def check_training_batch(config: Config, mesh: AnyMesh) -> None:
     Raises:
         InputError: they do not.
     """
-    if config.micro_batch_size % mesh.size:
+    if config.micro_batch_size % row_parts(mesh):
         raise InputError(
-            f"A micro-batch of {config.micro_batch_size} rows does not divide over {mesh.size} "
-            "devices; set data.batch_size to a multiple of devices × train.accumulation."
+            f"A micro-batch of {config.micro_batch_size} rows does not divide over "
+            f"{row_parts(mesh)} devices; set data.batch_size to a multiple of devices / "
+            "mesh.context × train.accumulation."
         )
 
 
@@ -185,9 +191,9 @@ def check_evaluation_batch(config: Config, mesh: AnyMesh) -> None:
     Raises:
         InputError: they do not.
     """
-    if config.evaluate_batch_size % mesh.size:
+    if config.evaluate_batch_size % row_parts(mesh):
         raise InputError(
             f"An evaluation's batch of {config.evaluate_batch_size} rows does not divide over "
-            f"{mesh.size} devices; set train.evaluate_batch_size (in eval.py: --batch-size) to a "
-            "multiple of the number of devices."
+            f"{row_parts(mesh)} devices; set train.evaluate_batch_size (in eval.py: --batch-size) "
+            "to a multiple of devices / mesh.context."
         )

@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, UInt32
 
+from engram_jax.batch_part import BatchPart
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config
 from engram_jax.data.packing import Batch, MicroBatch, SentBatch, split_buffers
@@ -112,8 +113,28 @@ class Program:
         if self.ngram_hash is None:
             return None
         buffered, shards = not self.has_tables, self.mesh.size
-        local = shards if buffered else len(self.mesh.local_devices)
-        return Planner(self.ngram_hash, shards=shards, local_shards=local, buffered=buffered)
+        return Planner(
+            self.ngram_hash,
+            shards=shards,
+            local_shards=shards if buffered else len(self.mesh.local_devices),
+            context=self.mesh.shape["context"],
+            buffered=buffered,
+        )
+
+    def part(self) -> BatchPart:
+        """This process's part of every micro-batch.
+
+        Raises:
+            InputError: the devices that share a sequence are not whole processes or a part of one.
+        """
+        local, context = len(self.mesh.local_devices), self.mesh.shape["context"]
+        sharing = max(1, context // local)
+        if local * sharing % context:
+            raise InputError(
+                f"mesh.context {context} does not fit processes of {local} devices; choose a "
+                "divisor or a multiple of their number."
+            )
+        return BatchPart(jax.process_index(), jax.process_count(), sharing)
 
     @property
     def has_tables(self) -> bool:

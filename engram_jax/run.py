@@ -211,7 +211,7 @@ class Run:
         if mesh is not None:
             config, devices = replace(config, mesh=mesh), jax.devices()
             if mesh.data != -1 and jax.process_count() == 1:
-                devices = devices[: mesh.data * mesh.fsdp * mesh.expert]
+                devices = devices[: mesh.data * mesh.fsdp * mesh.expert * mesh.context]
         placed = make_mesh(mesh or MeshConfig(), devices)
         check_evaluation_batch(config, placed)
         config = without_foreign_kernels(config, platform_of(placed))
@@ -303,8 +303,7 @@ class Run:
             seed=train.seed,
             planner=self.program.planner(),
             first_batch=first_batch,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            part=self.program.part(),
             workers=workers,
             prefetch=data.prefetch,
         )

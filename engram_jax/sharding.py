@@ -1,9 +1,11 @@
 """The device mesh, and the sharding of arrays on it.
 
-Tokens are split over all axes of the mesh. Parameters are split over "fsdp" only, and every block
-gathers its parameters just before it runs (ZeRO-3). So most layers are written as if for one
-device. Experts are also split over "expert" (expert parallelism). They are not gathered over that
-axis: the tokens are exchanged instead.
+Tokens are split over all axes of the mesh: B over "data", "fsdp" and "expert", and T over "context"
+(context parallelism). Parameters are split over "fsdp" only, and every block gathers its parameters
+just before it runs (ZeRO-3). So most layers are written as if for one device. Experts are also
+split over "expert" (expert parallelism). They are not gathered over that axis: the tokens are
+exchanged instead. Only two layers read other positions of a sequence, and thus of other devices:
+attention (`layers/context.py`) and Engram's convolution (`layers/engram.py`).
 """
 
 import math
@@ -23,7 +25,8 @@ from engram_jax.typing import PyTree
 
 type AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
-TOKEN_AXES = ("data", "fsdp", "expert")
+BATCH_AXES = ("data", "fsdp", "expert")
+TOKEN_AXES = (*BATCH_AXES, "context")
 
 
 @dataclass(frozen=True)
@@ -37,30 +40,35 @@ class MeshConfig:
             groups of up to 32 chips. Over a complete slice of 64 or 256 chips it uses an all-reduce
             of zero-padded parts instead, which sends twice as many bytes.
         expert: devices over which the experts of a layer are split (expert parallelism).
+        context: devices over which each sequence is split, for long sequences (context
+            parallelism).
     """
 
     data: int = -1
     fsdp: int = 1
     expert: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.fsdp, self.expert) < 1 or (self.data < 1 and self.data != -1):
+        if min(self.fsdp, self.expert, self.context) < 1 or (self.data < 1 and self.data != -1):
             raise InputError(
-                f"mesh.data {self.data}, mesh.fsdp {self.fsdp} and mesh.expert {self.expert} must "
-                "be at least 1; data may be -1 for all devices that remain after the others."
+                f"mesh.data {self.data}, mesh.fsdp {self.fsdp}, mesh.expert {self.expert} and "
+                f"mesh.context {self.context} must be at least 1; data may be -1 for all devices "
+                "that remain after the others."
             )
 
 
 # Shardings of a run's arrays. Letters of a name are the array's axes: A, B, T, S and U as in
 # typing.py; R and W are the rows and words of a table.
 REPLICATED = jax.P()
-BATCH_ABT = jax.P(None, TOKEN_AXES)
+TOKENS_BT = jax.P(BATCH_AXES, "context")
+BATCH_ABT = jax.P(None, *TOKENS_BT)
 TABLE_RW = jax.P(TOKEN_AXES)
 ROWS_SU = jax.P(TOKEN_AXES)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh, with explicit axes "data", "fsdp" and "expert".
+    """The mesh, with explicit axes "data", "fsdp", "expert" and "context".
 
     Args:
         config: sizes of the axes.
@@ -70,43 +78,53 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         InputError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    parts = config.fsdp * config.expert
+    others = config.fsdp, config.expert, config.context
+    parts = math.prod(others)
     data = len(devices) // parts if config.data == -1 else config.data
     if data * parts != len(devices):
         raise InputError(
-            f"Mesh data {config.data} × fsdp {config.fsdp} × expert {config.expert} does not fit "
-            f"{len(devices)} devices; choose sizes whose product is the number of devices, or data "
-            "-1."
+            f"Mesh data {config.data} × fsdp {config.fsdp} × expert {config.expert} × context "
+            f"{config.context} does not fit {len(devices)} devices; choose sizes whose product is "
+            "the number of devices, or data -1."
         )
-    # Devices are ordered by process, because each process builds one contiguous slice of the batch.
+    # Devices are ordered by process, because each process builds one contiguous part of the batch.
     # (jax.make_mesh orders TPUs by topology, which interleaves processes.)
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    grid = np.array(ordered).reshape(data, config.fsdp, config.expert)
-    return jax.sharding.Mesh(grid, TOKEN_AXES, axis_types=(AxisType.Explicit,) * 3)
+    grid = np.array(ordered).reshape(data, *others)
+    return jax.sharding.Mesh(grid, TOKEN_AXES, axis_types=(AxisType.Explicit,) * 4)
 
 
 def fit_mesh(config: MeshConfig, rows: int) -> MeshConfig:
     """The mesh for reading a run of another mesh on the devices that are here.
 
-    Parameters and experts are split as in the run, if the number of devices allows it, otherwise
-    not at all. One process uses as many devices, a power of two, as divide a batch. Several
-    processes use all of theirs.
+    Parameters, experts and sequences are split as in the run, if the number of devices allows it,
+    otherwise not at all. One process uses as many devices, a power of two, as divide a batch.
+    Several processes use all of theirs.
 
     Args:
         config: the mesh of the run.
         rows: rows of a batch.
     """
-    count = len(jax.devices())
-    if jax.process_count() == 1:
-        count = math.gcd(rows, 1 << (count.bit_length() - 1))
-    parts = config.fsdp * config.expert
-    return MeshConfig(count) if count % parts else replace(config, data=count // parts)
+
+    def usable(parts: int) -> int:
+        count = len(jax.devices())
+        if jax.process_count() > 1:
+            return count
+        return math.gcd(parts, 1 << (count.bit_length() - 1))
+
+    parts, count = config.fsdp * config.expert * config.context, usable(rows * config.context)
+    return MeshConfig(usable(rows)) if count % parts else replace(config, data=count // parts)
+
+
+def row_parts(mesh: AnyMesh) -> int:
+    """Number of parts of B."""
+    return mesh.size // mesh.shape["context"]
 
 
 def make_abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:
     """A mesh without devices, for tracing and lowering; data −1 is 1."""
-    sizes = (max(config.data, 1), config.fsdp, config.expert)
-    return jax.sharding.AbstractMesh(sizes, TOKEN_AXES, axis_types=(AxisType.Explicit,) * 3)
+    sizes = (max(config.data, 1), config.fsdp, config.expert, config.context)
+    return jax.sharding.AbstractMesh(sizes, TOKEN_AXES, axis_types=(AxisType.Explicit,) * 4)
 
 
 def in_explicit_mesh() -> bool:
@@ -206,6 +224,15 @@ def split_axes(array: jax.Array) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     # On one device JAX cannot lower "reduced".
     return () if mesh.size <= 1 else spec_axes(jax.typeof(array).sharding.spec)
+
+
+def position_axis(array: jax.Array) -> str | None:
+    """The mesh axis over which T of an array [B, T, …] is split; None: T is complete."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not in_explicit_mesh():
+        return None
+    axis: str | None = jax.typeof(array).sharding.spec[1]
+    return axis if axis is not None and mesh.shape[axis] > 1 else None
 
 
 def spec_axes(spec: jax.P) -> tuple[str, ...]:

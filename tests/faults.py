@@ -119,6 +119,9 @@ engram_jax/memory/plan.py < memory/test_plan.py
   padding of the plan asks for the first rows
     - = padded_rows + np.arange(bound - len(found))
     + = np.arange(bound - len(found))
+  devices that share rows are not next to each other
+    - transpose(1, 3, 0, 2, 4, 5)
+    + transpose(3, 1, 0, 2, 4, 5)
   the capacity of the exchange is not checked
     - .max() > capacity:
     + .max() > len(found):
@@ -284,9 +287,13 @@ engram_jax/data/pipeline.py < data/test_pipeline.py
   a resumed run reads its first batch again
     - MapDataset.range(first_batch,
     + MapDataset.range(0,
+engram_jax/batch_part.py < data/test_pipeline.py
   all processes build the first slice
-    - self.process_index * local : (self.process_index + 1) * local
-    + 0:local
+    - process // self.sharing, self.row_parts
+    + process * 0, self.row_parts
+  all processes that share rows have their first positions
+    - self.process % self.sharing
+    + self.process % 1
 engram_jax/data/corpus.py < data/test_corpus.py data/test_packing.py
   training reads what is held out
     - self._select(held_out=False)
@@ -314,11 +321,14 @@ engram_jax/data/sources.py < data/test_sources.py
 
 engram_jax/layers/attention.py < layers/test_attention.py
   attention sees the next token
-    - jnp.tri(query.shape[1], dtype=bool)
-    + jnp.tri(query.shape[1], k=1, dtype=bool)
+    - slot[:, None] >= jnp.arange
+    + slot[:, None] + 1 >= jnp.arange
+  queries of all devices count from the first slot
+    - slot += len(slot) * jax.lax.axis_index(along_t)
+    + slot += 0 * jax.lax.axis_index(along_t)
   attention sees the other documents alone
-    - seen = segments[:, :, None] == segments[:, None]
-    + seen = segments[:, :, None] != segments[:, None]
+    - seen = segments[:, :, None] == _of_all
+    + seen = segments[:, :, None] != _of_all
 engram_jax/layers/latent_attention.py < layers/test_latent_attention.py
   latent attention scales by a part of its width
     - math.sqrt(self.head_width + self.rotary_width)
@@ -346,6 +356,9 @@ engram_jax/layers/engram.py < layers/test_engram.py
   the convolution reaches into the device after
     - (shard, shard + 1)
     + (shard + 1, shard)
+  the convolution does not reach into the device before
+    - halo = reach if along_t else 0
+    + halo = 0
 engram_jax/layers/mixture_of_experts.py < layers/test_mixture_of_experts.py
   a bias moves towards the load
     - jnp.sign(jnp.mean(load) - load)
@@ -441,7 +454,7 @@ engram_jax/sharding.py < test_sharding.py
     - longest = max(fitting
     + longest = min(fitting
   an evaluation uses devices that do not divide its batch
-    - math.gcd(rows, 1 << (count.bit_length() - 1))
+    - math.gcd(parts, 1 << (count.bit_length() - 1))
     + 1 << (count.bit_length() - 1)
 engram_jax/sharding.py < test_run.py
   devices of two processes alternate

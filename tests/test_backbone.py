@@ -20,11 +20,13 @@ from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.metrics import read_metrics
 from engram_jax.parameters import Plain
 from engram_jax.run import Run
+from engram_jax.train_state import TrainState
 from engram_jax.train_step import make_train_step
 from engram_jax.trainer import train
 from engram_jax.typing import PyTree
 
 MESH = (2, 2, 2)
+LONG = (1, 2, 2, 2)  # with every sequence on two devices
 
 
 @pytest.fixture(
@@ -73,7 +75,7 @@ class Steps(NamedTuple):
 
     run: Run
     metrics: list[dict[str, float]]  # of all steps from the initial state
-    gradients: dict[str, np.ndarray]  # of a step from nonzero parameters
+    gradients: dict[str, np.ndarray]  # of a step from nonzero parameters, and of its rows
     biases: PyTree  # after it
 
 
@@ -84,20 +86,25 @@ def take_steps(config: Config, folder: Path, *mesh: int, steps: int = 0) -> Step
         take_step, first = make_train_step(program), program.put(next(batches))
         state = program.initial_state()
         lively = replace(state, params=enliven(state.params))
-        after = jax.device_get(take_step(lively, first, row_adam)[0])
+        after = take_step(lively, first, row_adam)[0]
         state = program.initial_state()
         for number in range(steps):
             batch = first if number == 0 else program.put(next(batches))
             state, of_step = take_step(state, batch, row_adam)
             metrics.append(jax.device_get(of_step))
-    return Steps(run, metrics, read_gradients(config, after.optimizer), after.expert_bias)
+    gradients, biases = jax.device_get((read_gradients(config, after), after.expert_bias))
+    return Steps(run, metrics, gradients, biases)
 
 
-def read_gradients(config: Config, optimizer: PyTree) -> dict[str, np.ndarray]:
-    """By name, from the moments after one step: Adam's mean, and Muon's momentum."""
-    adam = optax.tree.get(optimizer, "mu"), 1 - config.optimizer.b1
-    muon = optax.tree.get(optimizer, "trace"), 1
-    return {
+def read_gradients(config: Config, state: TrainState) -> dict[str, jax.Array]:
+    """By name, from the moments after one step: Adam's mean, and Muon's momentum.
+
+    Those of rows are multiples of the gradients.
+    """
+    adam = optax.tree.get(state.optimizer, "mu"), 1 - config.optimizer.b1
+    muon = optax.tree.get(state.optimizer, "trace"), 1
+    rows = {f"rows of layer {layer}": of.unpack().mean for layer, of in state.tables.items()}
+    return rows | {
         jax.tree_util.keystr(path): moment / share
         for moments, share in (adam, muon)
         for path, moment in jax.tree.leaves_with_path(moments)
@@ -155,13 +162,19 @@ def relative_errors(
     }
 
 
-def test_every_gradient_is_that_of_one_device(backbone: Config, one: Steps, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", [MESH, LONG])
+def test_every_gradient_is_that_of_one_device(
+    backbone: Config, one: Steps, tmp_path: Path, mesh: tuple[int, ...]
+) -> None:
     """Tested separately, because Adam and Muon would hide a wrong factor of a gradient.
 
     Sums in another order differ by up to 1e-4 of a gradient whose terms cancel.
     """
-    found = take_steps(backbone, tmp_path / "run", *MESH)
-    assert len(one.gradients) == len(jax.tree.leaves(one.run.program.roles))
+    found = take_steps(backbone, tmp_path / "run", *mesh, steps=2)
+    for step, rel in enumerate((1e-6, 2e-4)):
+        expected = one.metrics[step]["loss"]
+        assert found.metrics[step]["loss"] == pytest.approx(expected, rel=rel)
+    assert len(one.gradients) == len(jax.tree.leaves(one.run.program.roles)) + 1
     errors = relative_errors(found.gradients, one.gradients)
     assert not {name: error for name, error in errors.items() if not error < 1e-3}
     # Loads are sums over devices, and over micro-batches.

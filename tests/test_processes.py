@@ -22,6 +22,7 @@ from engram_jax import processes
 from engram_jax.config import Config, TrainConfig
 from engram_jax.errors import InputError
 from engram_jax.files import hold_lock
+from engram_jax.layers.engram import EngramConfig
 from engram_jax.memory import lookup
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.processes import collective
@@ -52,7 +53,12 @@ def train_all(data: Path, folder: Path, first: Path, *, alone: bool = False) -> 
     train(run)
     write_memory(first, run, folder / f"memory-{jax.process_index()}.npz")
     if not alone:
-        train(Run.start(tiny(data, steps=2, backbone=True), folder / "backbone"))
+        backbone = tiny(data, steps=2, backbone=True)
+        train(Run.start(backbone, folder / "backbone"))
+        # Every sequence on all devices, each with three positions.
+        engram, mesh = EngramConfig(kernel=2), MeshConfig(context=8)
+        long = vary(replace(backbone, mesh=mesh), model={"engram": engram})
+        train(Run.start(long, folder / "long"))
 
 
 def be_one_of_two(rank: int, port: int, data: Path, folder: Path, first: Path, held: Path) -> None:
@@ -186,9 +192,13 @@ def test_two_processes_start_from_what_one_saved(trained: Trained) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_papers_backbone_as_one(trained: Trained) -> None:
-    """Experts are split within a process. Muon exchanges pieces of matrices between processes."""
-    assert_equal_losses(trained.two / "backbone", trained.one / "backbone", steps=2, rel=1e-4)
+@pytest.mark.parametrize("run", ["backbone", "long"])
+def test_two_processes_train_the_papers_backbone_as_one(trained: Trained, run: str) -> None:
+    """Experts are split within a process. Muon exchanges pieces of matrices between processes.
+
+    In the other run, both processes have all rows, and each has a half of every sequence.
+    """
+    assert_equal_losses(trained.two / run, trained.one / run, steps=2, rel=1e-4)
 
 
 @pytest.mark.slow

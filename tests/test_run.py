@@ -74,6 +74,17 @@ def test_a_batch_lies_on_the_mesh_in_its_own_order(config: Config, tmp_path: Pat
         np.testing.assert_array_equal(host, device)
 
 
+@pytest.mark.parametrize(("local", "context", "sharing"), [(8, 4, 1), (4, 8, 2), (4, 4, 1)])
+def test_processes_share_the_sequences_that_their_devices_share(
+    local: int, context: int, sharing: int
+) -> None:
+    mesh = SimpleNamespace(local_devices=range(local), shape={"context": context})
+    assert program.Program.part(SimpleNamespace(mesh=mesh)).sharing == sharing
+    mesh.local_devices = range(6)
+    with pytest.raises(InputError, match=rf"context {context} does not fit processes of 6"):
+        program.Program.part(SimpleNamespace(mesh=mesh))
+
+
 def test_another_mesh_and_log_interval_may_resume(config: Config, tmp_path: Path) -> None:
     Run.start(config, tmp_path / "run")
     changed = replace(
@@ -317,6 +328,9 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused(tiny: Config, tmp_
         Run.start(vary(tiny, train={"evaluate_batch_size": 12}), tmp_path / "run")
     with pytest.raises(InputError, match="8 devices"):
         Run.start(vary(tiny, mesh={"fsdp": 3}), tmp_path / "run")
+    split = vary(tiny, mesh={"context": 2}, data={"sequence_length": 25})
+    with pytest.raises(InputError, match=r"sequence_length 25 does not divide over mesh.context 2"):
+        Run.start(split, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

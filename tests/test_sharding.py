@@ -53,35 +53,35 @@ def test_a_run_of_another_mesh_fits_the_devices_that_are_here(
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (MeshConfig(), (8, 1, 1)),
-        (MeshConfig(fsdp=4), (2, 4, 1)),
-        (MeshConfig(data=2, fsdp=4), (2, 4, 1)),
-        (MeshConfig(data=1, fsdp=8), (1, 8, 1)),
-        (MeshConfig(fsdp=2, expert=2), (2, 2, 2)),
+        (MeshConfig(), (8, 1, 1, 1)),
+        (MeshConfig(fsdp=4), (2, 4, 1, 1)),
+        (MeshConfig(data=2, fsdp=4), (2, 4, 1, 1)),
+        (MeshConfig(data=1, fsdp=8), (1, 8, 1, 1)),
+        (MeshConfig(fsdp=2, expert=2), (2, 2, 2, 1)),
+        (MeshConfig(fsdp=2, context=2), (2, 2, 1, 2)),
     ],
 )
-def test_the_mesh_spans_all_devices(config: MeshConfig, shape: tuple[int, int, int]) -> None:
+def test_the_mesh_spans_all_devices(config: MeshConfig, shape: tuple[int, ...]) -> None:
     mesh = make_mesh(config)
     assert mesh.devices.shape == shape and mesh.axis_names == TOKEN_AXES
-    assert mesh.axis_types == (AxisType.Explicit,) * 3
+    assert mesh.axis_types == (AxisType.Explicit,) * 4
     assert {device.id for device in mesh.devices.flat} == set(range(8))
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "expert"),
-    [(3, 1, 1), (-1, 3, 1), (4, 4, 1), (1, 1, 1), (-1, 16, 1), (-1, 4, 4)],
+    "sizes", [(3, 1, 1), (-1, 3, 1), (4, 4, 1), (1, 1, 1), (-1, 16, 1), (-1, 4, 4), (-1, 2, 2, 4)]
 )
-def test_a_mesh_that_does_not_fit_is_refused(data: int, fsdp: int, expert: int) -> None:
+def test_a_mesh_that_does_not_fit_is_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="8 devices"):
-        make_mesh(MeshConfig(data, fsdp, expert))
+        make_mesh(MeshConfig(*sizes))
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "expert"), [(0, 1, 1), (-2, 1, 1), (-1, 0, 1), (1, -1, 1), (1, 1, 0)]
+    "sizes", [(0, 1, 1), (-2, 1, 1), (-1, 0, 1), (1, -1, 1), (1, 1, 0), (1, 1, 1, 0)]
 )
-def test_impossible_sizes_are_refused(data: int, fsdp: int, expert: int) -> None:
+def test_impossible_sizes_are_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="at least 1"):
-        MeshConfig(data, fsdp, expert)
+        MeshConfig(*sizes)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_parameters_are_gathered_whole_and_experts_stay() -> None:
         gather = partial(gather_parameters, dtype=jnp.dtype("bfloat16"), axes=mesh.axis_names)
         gathered = jax.jit(gather)(module)
         assert gathered["w"][...].sharding.is_fully_replicated
-        spec = jax.P("expert", None, None, reduced={"data", "fsdp"})
+        spec = jax.P("expert", None, None, reduced={"data", "fsdp", "context"})
         assert gathered["experts"][...].sharding.spec == spec
         np.testing.assert_array_equal(gathered["w"][...], weight)
         np.testing.assert_array_equal(gathered["experts"][...], experts)  # small whole numbers

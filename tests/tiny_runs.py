@@ -1,6 +1,7 @@
 """Runs of a few seconds: a tiny model with random tables on a few documents."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -237,9 +238,9 @@ def _with_rows(table: Table, rows: RowState) -> Table:
 
 
 @contextmanager
-def on_devices(data: int, fsdp: int = 1, expert: int = 1) -> Iterator[None]:
-    """Runs start on a mesh of the first data × fsdp × expert of the eight devices."""
-    mesh = make_mesh(MeshConfig(data, fsdp, expert), jax.devices()[: data * fsdp * expert])
+def on_devices(*sizes: int) -> Iterator[None]:
+    """Runs start on a mesh of these sizes (data, fsdp, …), of the first of the eight devices."""
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "make_mesh", lambda *_: mesh)
         yield

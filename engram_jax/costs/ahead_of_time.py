@@ -174,8 +174,12 @@ def abstract_step(program: Program) -> tuple[TrainState, Batch]:
     tokens = np.zeros(shape, np.int32)
     plan = None
     if program.ngram_hash is not None:
-        shards, buffered = program.mesh.size, not program.has_tables
-        plan = Planner(program.ngram_hash, shards=shards, buffered=buffered)(tokens)
+        plan = Planner(
+            program.ngram_hash,
+            shards=program.mesh.size,
+            context=program.mesh.shape["context"],
+            buffered=not program.has_tables,
+        )(tokens)
     batch = Batch(tokens, tokens, np.zeros(shape, np.float32), tokens, tokens, plan=plan)
     batch, buffers = split_buffers(batch)
     state, sharding = program.abstract_state(), jax.NamedSharding(program.mesh, TABLE_RW)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from grain import DatasetIterator, MapDataset, ReadOptions
-from jaxtyping import Int, Shaped
+from jaxtyping import Int
 
+from engram_jax.batch_part import WHOLE, BatchPart
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.mixture import RowMixture
 from engram_jax.data.packing import Batch, PackedRows
@@ -24,16 +25,14 @@ class BatchBuilder:
     """Builds one process's part of global batch n: a picklable map from n to a `Batch`.
 
     Global batch n consists of the rows n·batch_size … (n+1)·batch_size − 1 of the mixture, split
-    into `accumulation` consecutive micro-batches. Process p of P takes the p-th of P equal slices
-    of every micro-batch.
+    into `accumulation` consecutive micro-batches, of which a process takes its part.
 
     Attributes:
         rows: the mixture.
         batch_size: rows of one optimizer step, over all micro-batches and processes.
         accumulation: number A of micro-batches.
         planner: plans the memory of this process's tokens; None for a model without memory.
-        process_index: p, the number of this process.
-        process_count: P, the number of processes.
+        part: this process's part.
 
     Raises:
         InputError: the sizes do not divide.
@@ -43,23 +42,22 @@ class BatchBuilder:
     batch_size: int
     accumulation: int = 1
     planner: Planner | None = None
-    process_index: int = 0
-    process_count: int = 1
+    part: BatchPart = WHOLE
 
     def __post_init__(self) -> None:
         """Check that the sizes divide."""
-        if min(self.batch_size, self.accumulation, self.process_count) < 1:
-            raise InputError("batch_size, accumulation and process_count must be at least 1.")
-        if not 0 <= self.process_index < self.process_count:
+        if min(self.batch_size, self.accumulation, self.part.processes) < 1:
+            raise InputError("batch_size, accumulation and processes must be at least 1.")
+        if not 0 <= self.part.process < self.part.processes:
             raise InputError(
-                f"process_index is {self.process_index}; it must be at least 0 and below "
-                f"process_count {self.process_count}."
+                f"process is {self.part.process}; it must be at least 0 and below processes "
+                f"{self.part.processes}."
             )
-        if self.batch_size % (self.accumulation * self.process_count):
+        if self.batch_size % (self.accumulation * self.part.row_parts):
             raise InputError(
                 f"a batch of {self.batch_size} rows does not divide into {self.accumulation} "
-                f"micro-batches on {self.process_count} processes; make it a multiple of "
-                f"{self.accumulation * self.process_count}."
+                f"micro-batches for {self.part.row_parts} processes; make it a multiple of "
+                f"{self.accumulation * self.part.row_parts}."
             )
 
     def __call__(self, number: int) -> Batch:
@@ -67,21 +65,14 @@ class BatchBuilder:
         micro = self.batch_size // self.accumulation
         first = number * self.batch_size
         indices = first + np.arange(self.batch_size).reshape(self.accumulation, micro)
-        planner = self.planner
+        planner, part = self.planner, self.part
         if planner is not None and planner.buffered:  # the plan depends on all tokens
             whole = self._read(indices)
-            part = self.process_index, self.process_count
-            plan = planner.plan_part(whole.tokens, whole.segments, *part)
-            return whole.map(self._own)._replace(plan=plan)
-        batch = self._read(self._own(indices))
-        if planner is None:
-            return batch
-        return batch._replace(plan=planner(batch.tokens, batch.segments))
-
-    def _own(self, array: Shaped[np.ndarray, "A _ ..."]) -> Shaped[np.ndarray, "A _ ..."]:
-        """This process's part of the micro-batches."""
-        local = array.shape[1] // self.process_count
-        return array[:, self.process_index * local : (self.process_index + 1) * local]
+            plan = planner.plan_part(whole.tokens, whole.segments, part)
+            return whole.map(part.tokens)._replace(plan=plan)
+        rows = self._read(part.rows(indices))
+        plan = planner and planner(rows.tokens, rows.segments, part)
+        return rows.map(part.positions)._replace(plan=plan)
 
     def _read(self, indices: Int[np.ndarray, "A B"]) -> Batch:
         rows = self.rows.rows(indices.reshape(-1))
@@ -142,15 +133,14 @@ def make_batches(
     seed: int = 0,
     planner: Planner | None = None,
     first_batch: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    part: BatchPart = WHOLE,
     workers: int = 0,
     prefetch: int = 4,
 ) -> BatchIterator:
     """Return this process's batches first_batch, first_batch + 1, … of the training documents.
 
     The iterator's only state is the batch number: a run that resumes at batch n gets the same
-    batches as an uninterrupted run, for any `workers`, `prefetch` and `process_count`.
+    batches as an uninterrupted run, for any `workers`, `prefetch` and number of processes.
 
     Args:
         corpora: corpora to train on; their `train` documents are read.
@@ -161,8 +151,7 @@ def make_batches(
         seed: of the order of documents.
         planner: see `BatchBuilder`; must be picklable if there are workers.
         first_batch: number of the first batch to return.
-        process_index: number of this process.
-        process_count: number of processes that share each batch.
+        part: this process's part of each batch.
         workers: number of processes that build batches; 0: a thread of this process does.
         prefetch: number of batches built ahead, over all workers.
 
@@ -173,7 +162,7 @@ def make_batches(
     if min(first_batch, workers, prefetch) < 0:
         raise InputError("first_batch, workers and prefetch must not be negative.")
     rows = mix_rows(corpora, weights, sequence_length, seed)
-    builder = BatchBuilder(rows, batch_size, accumulation, planner, process_index, process_count)
+    builder = BatchBuilder(rows, batch_size, accumulation, planner, part)
     if not workers:
         numbers = MapDataset.range(first_batch, first_batch + _ENDLESS).map(builder)
         reading = ReadOptions(num_threads=min(1, prefetch), prefetch_buffer_size=prefetch)

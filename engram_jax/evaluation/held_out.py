@@ -145,10 +145,10 @@ def score_batch(
         feed: reads the rows, if the tables are outside the devices.
     """
     whole = rows._replace(documents=None).map(lambda field: field[None])
-    batch, planner = _own_rows(whole), program.planner()
+    part, planner = program.part(), program.planner()
+    batch = whole.map(part.tokens)
     if planner:
-        part = jax.process_index(), jax.process_count()
-        plan = planner.plan_part(whole.tokens, whole.segments, *part)
+        plan = planner.plan_part(whole.tokens, whole.segments, part)
         batch = batch._replace(plan=plan)
         if feed and plan.buffers:
             weights = replace(weights, tables=feed.read(plan.buffers))
@@ -241,13 +241,6 @@ def pool(scores: Sequence[Score]) -> Score:
         documents=sum(score.documents for score in scores),
         tokens_per_byte=tokens / nbytes,
     )
-
-
-def _own_rows(batch: Batch) -> Batch:
-    """This process's rows of a batch. (Each process builds the complete batch.)"""
-    rows = batch.tokens.shape[1] // jax.process_count()
-    mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-    return batch.map(lambda field: field[:, mine])
 
 
 def count_targets(view: CorpusView) -> int:

@@ -13,10 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from engram_jax.errors import InputError
+from engram_jax.layers.context import on_all_positions
 from engram_jax.layers.positions import rotate
 from engram_jax.layers.slots import Slots
 from engram_jax.parameters import Matrix
-from engram_jax.sharding import platform_of
+from engram_jax.sharding import platform_of, position_axis, spec_axes
 
 type Implementation = Literal["xla", "cudnn", "splash"]
 
@@ -102,7 +103,8 @@ class Attention(nnx.Module):
             segments: document number of every position.
             positions: position within the document.
         """
-        query, key, value = self._project(x, positions)
+        query, *own = self._project(x, positions)
+        key, value = on_all_positions(lambda key, value: (key, value), tuple(own))
         mixed = attend(query, key, value, segments, self.config.implementation)
         return self._combine(mixed)
 
@@ -153,8 +155,8 @@ class Attention(nnx.Module):
 
 def attend(
     query: Float[Array, "B T Q P"],
-    key: Float[Array, "B T J P"],
-    value: Float[Array, "B T J O"],
+    key: Float[Array, "copies slots J P"],
+    value: Float[Array, "copies slots J O"],
     segments: Int32[Array, "B T"],
     implementation: Implementation | None = None,
     scale: float | None = None,
@@ -162,39 +164,51 @@ def attend(
     """softmax(scale·q·k)·v over the earlier positions of the same document.
 
     Implementation None chooses
-    - "splash" on TPU if T is a multiple of 128,
+    - "splash" on TPU if a device's part of T is a multiple of 128,
     - "cudnn" on an NVIDIA GPU (Ampere or later) for bfloat16, even T and head width up to 128 (256
-      on Hopper),
+      on Hopper), if T is not split over devices,
     - "xla" otherwise. It stores B·Q·T² scores, and is faster for few heads and T of about 256.
 
     A named implementation is used or raises; there is no fallback.
 
     Args:
         query: queries.
-        key: keys; each serves Q/J query heads.
-        value: values.
+        key: keys of all positions, from `on_all_positions`; each serves Q/J query heads. If T is
+            not split over devices, [B, T, J, P].
+        value: values of all positions.
         segments: document number of every position.
         implementation: see above.
         scale: factor on the scores; None is 1/√P.
 
     Raises:
-        InputError: inside a mesh, an axis other than B is split.
+        InputError: inside a mesh, an axis other than B and the queries' T is split, or T is split
+            and "cudnn" is named.
     """
+    along_t = position_axis(query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    chosen = implementation or _fastest(query, value)
+    chosen = implementation or _fastest(query, value, along_t)
     if chosen == "splash":
         on_cpu = platform_of(jax.sharding.get_abstract_mesh()) == "cpu"
-        attend_own = partial(_attend_splash, scale, on_cpu)
+        attend_own = partial(_attend_splash, scale, on_cpu, along_t)
+    elif chosen == "xla":
+        attend_own = partial(_attend_xla, scale, along_t)
+    elif along_t is None:
+        attend_own = partial(_attend_cudnn, scale)
     else:
-        attend_own = partial(_attend_xla if chosen == "xla" else _attend_cudnn, scale)
-    inputs = (query, key, value, segments)
-    if not jax.sharding.get_abstract_mesh().empty:
-        # Rows of a batch are independent, so each device computes its own. (XLA cannot partition a
-        # kernel automatically, and explicit sharding cannot type JAX's einsums at B = 1.)
+        raise InputError(
+            "The attention implementation cudnn needs complete sequences; set mesh.context to 1, "
+            "or leave the implementation out."
+        )
+    inputs, mesh = (query, key, value, segments), jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        # Each device computes its own queries. (XLA cannot partition a kernel automatically, and
+        # explicit sharding cannot type JAX's einsums at B = 1.)
         specs = tuple(jax.typeof(array).sharding.spec for array in inputs)
-        if any(name is not None for spec in specs for name in tuple(spec)[1:]):
+        others = spec_axes(jax.P(*specs[0][2:], *specs[1][1:], *specs[2][1:]))
+        if any(mesh.shape[name] > 1 for name in others):
             raise InputError(
-                f"Attention can be split over a mesh only along the batch axis, not as {specs}."
+                "Attention can be split over a mesh only along the batch axis, and queries along "
+                f"T, not as {specs}."
             )
         attend_own = jax.shard_map(
             attend_own, in_specs=specs, out_specs=specs[0], check_vma=chosen == "xla"
@@ -276,18 +290,31 @@ def _multiply_few(
     return jnp.sum(products, axis=4)
 
 
+def _of_all_positions(
+    segments: Int32[Array, "B T"], along_t: str | None
+) -> Int32[Array, "B slots"]:
+    """The document numbers of the keys, from those of a device's queries."""
+    if along_t is None:
+        return segments
+    return jax.lax.all_gather(segments, along_t, axis=1, tiled=True)
+
+
 def _attend_xla(
     scale: float,
+    along_t: str | None,
     query: Float[Array, "B T Q P"],
-    key: Float[Array, "B T J P"],
-    value: Float[Array, "B T J O"],
+    key: Float[Array, "B slots J P"],
+    value: Float[Array, "B slots J O"],
     segments: Int32[Array, "B T"],
 ) -> Float[Array, "B T Q O"]:
     # jax.nn.dot_product_attention requires values to be as wide as keys.
     grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
     scores = jnp.einsum("btjgp,bsjp->bjgts", grouped, key, preferred_element_type=jnp.float32)
-    seen = segments[:, :, None] == segments[:, None]
-    seen &= jnp.tri(query.shape[1], dtype=bool)[None]
+    seen = segments[:, :, None] == _of_all_positions(segments, along_t)[:, None]
+    slot = jnp.arange(query.shape[1])
+    if along_t is not None:
+        slot += len(slot) * jax.lax.axis_index(along_t)
+    seen &= (slot[:, None] >= jnp.arange(key.shape[1])[None])[None]
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], scale * scores, -jnp.inf), axis=-1)
     mixed = jnp.einsum("bjgts,bsjo->btjgo", weights.astype(value.dtype), value)
     return mixed.reshape(*query.shape[:3], value.shape[3])
@@ -314,12 +341,18 @@ def _attend_cudnn(
     return mixed[..., : value.shape[-1]]
 
 
-def _fastest(query: Float[Array, "B T Q P"], value: Float[Array, "B T J O"]) -> Implementation:
-    length, width = query.shape[1], max(query.shape[-1], value.shape[-1])
-    platform = platform_of(jax.sharding.get_abstract_mesh())
+def _fastest(
+    query: Float[Array, "B T Q P"],
+    value: Float[Array, "copies slots J O"],
+    along_t: str | None,
+) -> Implementation:
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if along_t is None else mesh.shape[along_t]
+    length, width = query.shape[1] // parts, max(query.shape[-1], value.shape[-1])
+    platform = platform_of(mesh)
     if platform == "tpu" and length % 128 == 0:
         return "splash"
-    if platform == "gpu" and query.dtype == jnp.bfloat16 and length % 2 == 0:
+    if platform == "gpu" and query.dtype == jnp.bfloat16 and length % 2 == 0 and parts == 1:
         # An AMD GPU reports no such number. A GPU that is only compiled for reports nothing.
         capability = getattr(jax.devices()[0], "compute_capability", "")
         generation = float(capability) if re.match(r"\d+\.", capability) else 0
@@ -333,28 +366,40 @@ def _fastest(query: Float[Array, "B T Q P"], value: Float[Array, "B T J O"]) -> 
 def _attend_splash(
     scale: float,
     interpret: bool,
+    along_t: str | None,
     query: Float[Array, "B T Q P"],
-    key: Float[Array, "B T J P"],
-    value: Float[Array, "B T J O"],
+    key: Float[Array, "B slots J P"],
+    value: Float[Array, "B slots J O"],
     segments: Int32[Array, "B T"],
 ) -> Float[Array, "B T Q O"]:
     # Imported here because it loads all of Pallas for TPU, which other devices do not need.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    length, heads = query.shape[1:3]
-    mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
+    length, heads, slots = *query.shape[1:3], key.shape[1]
+    mask = splash.MultiHeadMask([splash.CausalMask((slots, slots))] * heads)
     # The default block of 128 takes about 15 times as many steps. At 1024, float32 exceeds v5p's
     # VMEM.
     block = math.gcd(length, 512)
-    kernel = splash.make_splash_mha_single_device(
-        mask, block_sizes=splash.BlockSizes(*(block,) * 8), interpret=interpret
+    sizes, parts = splash.BlockSizes(*(block,) * 8), slots // length
+    kernel = splash.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret
     )
+    if along_t is not None:
+        # The kernel has the blocks that the queries of each device visit, [heads, blocks, …], and
+        # the queries' positions, [T].
+        own = jax.lax.axis_index(along_t)
+
+        def take_own(leaf: Array) -> Array:
+            axis = max(leaf.ndim - 2, 0)
+            size = leaf.shape[axis] // parts
+            return jax.lax.dynamic_slice_in_dim(leaf, own * size, size, axis)
+
+        kernel = jax.tree.map(take_own, kernel)
     # In float32, since bfloat16 would round the scale by up to 0.4 %.
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)
 
-    def attend_row(query: Array, key: Array, value: Array, segments: Array) -> Array:
+    def attend_row(query: Array, key: Array, value: Array, *segments: Array) -> Array:
         heads_first = (x.swapaxes(0, 1) for x in (query, key, value))
-        ids = splash.SegmentIds(q=segments, kv=segments)
-        return kernel(*heads_first, segment_ids=ids).swapaxes(0, 1)
+        return kernel(*heads_first, segment_ids=splash.SegmentIds(*segments)).swapaxes(0, 1)
 
-    return jax.vmap(attend_row)(query, key, value, segments)
+    return jax.vmap(attend_row)(query, key, value, segments, _of_all_positions(segments, along_t))

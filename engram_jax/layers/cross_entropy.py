@@ -51,7 +51,8 @@ def cross_entropy(
         targets: ids of the next tokens.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else spec_axes(jax.typeof(targets).sharding.spec)
+    split = jax.P() if mesh.empty else jax.typeof(targets).sharding.spec
+    axes = spec_axes(split)
     shards = math.prod(mesh.shape[axis] for axis in axes)
     tokens = targets.size // shards
     parts = min(-(-4 * tokens * len(head) // LOGIT_BYTES), tokens)
@@ -61,7 +62,6 @@ def cross_entropy(
         return TokenLosses(losses, jax.nn.logsumexp(logits, axis=-1))
     in_parts = partial(_in_parts, parts, axes)
     if axes:
-        split = jax.P(axes)
         # "Reduced": the gradient of the head is summed over devices where it is scattered.
         specs = split, jax.P(reduced=set(split_axes(targets))), split
         in_parts = jax.shard_map(in_parts, in_specs=specs, out_specs=split)

@@ -17,7 +17,7 @@ from engram_jax.errors import InputError
 from engram_jax.layers.norms import RMSNorm
 from engram_jax.layers.slots import Slots
 from engram_jax.parameters import Matrix
-from engram_jax.sharding import in_explicit_mesh
+from engram_jax.sharding import in_explicit_mesh, position_axis
 from pallas_kernels import gated_fusion
 from pallas_kernels.gated_fusion import FusedTokens, FusionForm, FusionImplementation
 
@@ -347,7 +347,7 @@ def _fuse_own_tokens(
             f"The residual stream is sharded as {specs[0]}; Engram supports splits of B and T only."
         )
     return jax.shard_map(
-        partial(fuse_own, along_t=specs[0][1]),
+        partial(fuse_own, along_t=position_axis(tokens[0])),
         in_specs=(specs, jax.P()),
         out_specs=(specs[0], jax.P(*specs[0][:3])),
         check_vma=False,  # the custom backward pass returns each device's part of a gradient sum

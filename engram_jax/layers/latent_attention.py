@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from engram_jax.errors import InputError
 from engram_jax.layers.attention import Implementation, attend, attend_cached
+from engram_jax.layers.context import on_all_positions
 from engram_jax.layers.norms import RMSNorm
 from engram_jax.layers.positions import YarnConfig, rotate
 from engram_jax.layers.slots import Slots
@@ -138,7 +139,8 @@ class LatentAttention(nnx.Module):
             positions: position within the document.
         """
         query = jnp.concatenate(self._queries(x, positions), axis=-1)
-        key, value = self._keys_and_values(self.compress(x, positions))
+        latent = self.compress(x, positions)
+        key, value = on_all_positions(self._keys_and_values, latent, self._ups())
         config = self.config
         mixed = attend(query, key, value, segments, config.implementation, config.softmax_scale)
         return self._combine(mixed)
@@ -172,7 +174,7 @@ class LatentAttention(nnx.Module):
         def read(number: Int32[Array, ""] | int) -> tuple[Array, Array]:
             latent = Latent(*(slots.block_of(part, number) for part in cache))
             if not absorbs:
-                key, value = self._keys_and_values(latent)
+                key, value = self._keys_and_values(*latent, *self._ups())
                 return key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
             key = jnp.concatenate(latent, axis=-1)
             return key.swapaxes(1, 2)[:, None], latent.content[:, None]
@@ -214,14 +216,22 @@ class LatentAttention(nnx.Module):
         out = self.out.astype(self.dtype)
         return mixed.reshape(*mixed.shape[:2], -1) @ out.reshape(-1, out.shape[-1])
 
+    def _ups(self) -> tuple[Float[Array, "Y Q P"], Float[Array, "Y Q O"]]:
+        """The matrices from latents to keys and values."""
+        return self.key_up.astype(self.dtype), self.value_up.astype(self.dtype)
+
     def _keys_and_values(
-        self, latent: Latent
+        self,
+        content: Float[Array, "B T Y"],
+        rotary_key: Float[Array, "B T Z"],
+        key_up: Float[Array, "Y Q P"],
+        value_up: Float[Array, "Y Q O"],
     ) -> tuple[Float[Array, "B T Q key"], Float[Array, "B T Q O"]]:
         """Every head's key and value of latents."""
-        key = jnp.einsum("bty,yqp->btqp", latent.content, self.key_up.astype(self.dtype))
+        key = jnp.einsum("bty,yqp->btqp", content, key_up)
         shared = (*key.shape[:-1], self.config.rotary_width)
-        rotary_key = jnp.broadcast_to(latent.rotary_key[:, :, None], shared)
-        value = jnp.einsum("bty,yqo->btqo", latent.content, self.value_up.astype(self.dtype))
+        rotary_key = jnp.broadcast_to(rotary_key[:, :, None], shared)
+        value = jnp.einsum("bty,yqo->btqo", content, value_up)
         return jnp.concatenate([key, rotary_key], axis=-1), value
 
     def _queries(

@@ -21,12 +21,12 @@ from engram_jax.memory.layout import RowState, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.memory.store_table import StoreTable
-from engram_jax.sharding import TOKEN_AXES
+from engram_jax.sharding import TOKEN_AXES, TOKENS_BT
 from pallas_kernels import hashed_gather
 from pallas_kernels.hashed_gather import GatherImplementation
 
 PART = 8192  # rows per part, where work in parts saves memory
-_BY_DEVICE = jax.P(TOKEN_AXES)  # tables by R, plans by S, tokens by B
+_BY_DEVICE = jax.P(TOKEN_AXES)  # tables by R, plans by S
 
 
 class ReadRows(NamedTuple):
@@ -165,7 +165,8 @@ def expand(
         return hashed_gather.expand(rows[0], slots, order.reshape(-1), implementation=gather)
 
     # check_vma is off, because kernels do not declare that their results vary over every mesh axis.
-    return jax.shard_map(expand_own, in_specs=_BY_DEVICE, out_specs=_BY_DEVICE, check_vma=False)(
+    specs = _BY_DEVICE, TOKENS_BT, TOKENS_BT
+    return jax.shard_map(expand_own, in_specs=specs, out_specs=TOKENS_BT, check_vma=False)(
         rows, *plan
     )
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32
 
+from engram_jax.batch_part import WHOLE, BatchPart
 from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.memory.places import exchange_capacity, stored_places
@@ -83,7 +84,8 @@ class Planner:
     Args:
         ngram_hash: the hash.
         shards: number S of devices of all processes, over which tables and tokens are split.
-        local_shards: number of this process's devices, over which its B is split evenly.
+        local_shards: number of this process's devices, over which its tokens are split evenly.
+        context: number of devices over which every sequence is split.
         buffered: the tables are outside the devices, so also plan the buffers of the owners. They
             depend on the tokens of all devices: `local_shards` must be `shards`, and
             `plan_part` gives the part of a process.
@@ -95,22 +97,28 @@ class Planner:
         *,
         shards: int = 1,
         local_shards: int | None = None,
+        context: int = 1,
         buffered: bool = False,
     ) -> None:
         self.ngram_hash = ngram_hash
         self.shards = shards
         self.local_shards = shards if local_shards is None else local_shards
+        self.context = context
         self.buffered = buffered
 
     def __call__(
-        self, tokens: Int[np.ndarray, "A B T"], segments: Int[np.ndarray, "A B T"] | None = None
+        self,
+        tokens: Int[np.ndarray, "A B T"],
+        segments: Int[np.ndarray, "A B T"] | None = None,
+        part: BatchPart = WHOLE,
     ) -> MemoryPlan:
         """Plans one step.
 
         Args:
-            tokens: token ids; −1 marks image placeholders.
+            tokens: token ids of complete sequences; −1 marks image placeholders.
             segments: document number of every position; None: each row of the batch is one
                 document.
+            part: its part of T is planned.
 
         Raises:
             InputError: a token id is outside the vocabulary, or the hash is degenerate.
@@ -122,7 +130,11 @@ class Planner:
             by_column = self.ngram_hash.hash_window(layer, window)
             places = stored_places(by_column, padded_rows).T.reshape(*tokens.shape, -1)
             rows[layer], slots[layer] = plan_places(
-                places, padded_rows, shards=self.shards, local_shards=self.local_shards
+                part.positions(places),
+                padded_rows,
+                shards=self.shards,
+                local_shards=self.local_shards,
+                context=min(self.context, self.local_shards),
             )
             if self.buffered:
                 buffers[layer], buffered = plan_buffers(rows[layer], padded_rows)
@@ -133,25 +145,18 @@ class Planner:
         self,
         tokens: Int[np.ndarray, "A B T"],
         segments: Int[np.ndarray, "A B T"],
-        part: int,
-        parts: int,
+        part: BatchPart,
     ) -> MemoryPlan:
-        """The plan of one of several equal parts of B, that of a process.
+        """The plan of a process, from the tokens of all processes.
 
         Args:
             tokens: token ids of all processes.
             segments: document number of every position.
-            part: number of the process.
-            parts: number of processes.
+            part: the process's part.
         """
-
-        def slice_of(size: int) -> slice:
-            return slice(part * (size // parts), (part + 1) * (size // parts))
-
-        mine = slice_of(tokens.shape[1])
         if not self.buffered:
-            return self(tokens[:, mine], segments[:, mine])
-        return _part_of_plan(self(tokens, segments), slice_of(self.shards), mine)
+            return self(part.rows(tokens), part.rows(segments), part)
+        return _part_of_plan(self(tokens, segments), part)
 
 
 def plan_places(
@@ -160,6 +165,7 @@ def plan_places(
     *,
     shards: int = 1,
     local_shards: int = 1,
+    context: int = 1,
 ) -> tuple[RowPlan, SlotPlan]:
     """Plans the rows of one table.
 
@@ -168,14 +174,16 @@ def plan_places(
         padded_rows: rows R of the table.
         shards: number S of devices of all processes.
         local_shards: number of this process's devices.
+        context: number of these over which T is split.
 
     Raises:
         InputError: the places are too close to each other for the exchange.
     """
-    # The tokens of a device are a contiguous part of B in each of the A micro-batches.
-    micro_batches = len(places)
-    parted = places.reshape(micro_batches, local_shards, -1).swapaxes(0, 1)
-    by_device = parted.reshape(local_shards, -1)
+    # The tokens of a device are a contiguous part of B and T in each of the A micro-batches.
+    # Consecutive devices share rows of B, each with another part of T.
+    micro_batches, _, length, columns = places.shape
+    split = (micro_batches, local_shards // context, -1, context, length // context, columns)
+    by_device = places.reshape(split).transpose(1, 3, 0, 2, 4, 5).reshape(local_shards, -1)
     bound, owned = min(by_device.shape[1], padded_rows), padded_rows // shards
     rows = np.empty((local_shards, bound), np.int32)
     slots, order = np.empty(by_device.shape, np.int32), np.empty(by_device.shape, np.int32)
@@ -191,8 +199,8 @@ def plan_places(
         order[device] = _split_order(positions, micro_batches)
 
     def by_token(array: Int32[np.ndarray, "S n"]) -> Int32[np.ndarray, "A B T H"]:
-        parted = array.reshape(local_shards, micro_batches, -1).swapaxes(0, 1)
-        return np.ascontiguousarray(parted).reshape(places.shape)
+        parted = array.reshape(split[1], context, micro_batches, -1, *split[-2:])
+        return np.ascontiguousarray(parted.transpose(2, 0, 3, 1, 4, 5)).reshape(places.shape)
 
     return RowPlan(rows, rounds, distinct), SlotPlan(by_token(slots), by_token(order))
 
@@ -229,24 +237,15 @@ def plan_buffers(rows: RowPlan, padded_rows: int) -> tuple[BufferPlan, Int32[np.
     return BufferPlan(places, distinct), buffered
 
 
-def _part_of_plan(plan: MemoryPlan, shards: slice, tokens: slice) -> MemoryPlan:
-    """The plan of one process, from the plan of all.
+def _part_of_plan(plan: MemoryPlan, part: BatchPart) -> MemoryPlan:
+    """The plan of one process, from the plan of all."""
 
-    Args:
-        plan: the plan of all devices.
-        shards: the devices of the process.
-        tokens: its part of B.
-    """
-
-    def of_shards[Part: (RowPlan, BufferPlan)](part: Part) -> Part:
-        return type(part)(*(None if array is None else array[shards] for array in part))
+    def of_shards[Plan: (RowPlan, BufferPlan)](whole: Plan) -> Plan:
+        return type(whole)(*(None if array is None else part.shards(array) for array in whole))
 
     return MemoryPlan(
         {layer: of_shards(rows) for layer, rows in plan.rows.items()},
-        {
-            layer: SlotPlan(*(array[:, tokens] for array in slots))
-            for layer, slots in plan.slots.items()
-        },
+        {layer: SlotPlan(*map(part.tokens, slots)) for layer, slots in plan.slots.items()},
         {layer: of_shards(buffer) for layer, buffer in (plan.buffers or {}).items()},
     )
 

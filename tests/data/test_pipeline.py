@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_corpora import random_texts
 
-from engram_jax.data.packing import Batch
+from engram_jax.batch_part import WHOLE, BatchPart
 from engram_jax.data.pipeline import make_batches, prefetch_to_device
 from engram_jax.errors import InputError
 from engram_jax.memory.plan import Planner
@@ -25,7 +25,7 @@ class Checksums(Planner):
     def __init__(self):
         self.buffered = False
 
-    def __call__(self, tokens, segments=None):
+    def __call__(self, tokens, segments=None, part=WHOLE):
         return Plan(np.unique(tokens), ((tokens * segments * np.arange(8)).sum(axis=2),))
 
 
@@ -71,25 +71,17 @@ def test_the_number_of_workers_changes_no_batch(corpora):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_hold_and_plan_the_slices_of_one_global_batch(corpora, count):
-    parts = [
-        first_batches(corpora, planner=plan, process_index=index, process_count=count)
-        for index in range(count)
-    ]
-    for of_process in parts:
-        own = [batch._replace(plan=plan(batch.tokens, batch.segments)) for batch in of_process]
-        assert_equal(of_process, own)
-    joined = [
-        Batch(
-            *(
-                np.concatenate(slices, axis=1)
-                for slices in zip(*(batch[:5] for batch in of_all), strict=True)
-            )
-        )
-        for of_all in zip(*parts, strict=True)
-    ]
-    assert_equal(joined, first_batches(corpora))
+@pytest.mark.parametrize(("count", "sharing"), [(2, 1), (4, 1), (2, 2), (4, 2)])
+def test_processes_hold_and_plan_the_slices_of_one_global_batch(corpora, count, sharing):
+    """Processes that share rows have slices of T, and plan from complete rows."""
+    whole = first_batches(corpora)
+    for index in range(count):
+        found = first_batches(corpora, planner=plan, part=BatchPart(index, count, sharing))
+        row, position = divmod(index, sharing)
+        for batch, own in zip(whole, found, strict=True):
+            rows = batch.map(lambda field: np.split(field, count // sharing, axis=1)[row])  # noqa: B023
+            expected = rows.map(lambda field: np.split(field, sharing, axis=2)[position])  # noqa: B023
+            assert_equal([own], [expected._replace(plan=plan(rows.tokens, rows.segments))])
 
 
 def test_a_resumed_run_meets_the_batches_of_an_uninterrupted_one(corpora):
@@ -126,9 +118,9 @@ def test_a_closed_iterator_is_exhausted(corpora):
     [
         {"batch_size": 7},
         {"accumulation": 3},
-        {"process_count": 3},
-        {"process_count": 8},
-        {"process_count": 2, "process_index": 2},
+        {"part": BatchPart(0, 3)},
+        {"part": BatchPart(0, 8)},
+        {"part": BatchPart(2, 2)},
         {"accumulation": 0},
         {"first_batch": -1},
         {"workers": -1},

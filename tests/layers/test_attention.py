@@ -14,7 +14,8 @@ from lively import enliven
 from engram_jax.errors import InputError
 from engram_jax.layers import attention
 from engram_jax.layers.attention import Attention, AttentionConfig, attend
-from engram_jax.sharding import BATCH_ABT, MeshConfig, make_mesh
+from engram_jax.layers.context import on_all_positions
+from engram_jax.sharding import BATCH_ABT, TOKENS_BT, MeshConfig, make_mesh
 
 SEGMENTS = np.array([[1] * 5 + [2] * 2 + [3] * 6 + [0] * 3, [1] * 16], np.int32)
 POSITIONS = np.array([[*range(5), *range(2), *range(6), 0, 0, 0], [*range(16)]], np.int32)
@@ -196,19 +197,34 @@ def test_grouped_queries_are_full_attention_with_repeated_heads() -> None:
     np.testing.assert_allclose(attend(*inputs, jnp.asarray(SEGMENTS)), repeated, atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "splash"])
-def test_eight_devices_attend_as_one(implementation: str) -> None:
-    length, width = (128, 128) if implementation == "splash" else (16, 8)
-    inputs = draw(length, 2, 1, width, rows=8)
-    segments = jnp.asarray(np.arange(length)[None] // (5 + np.arange(8)[:, None]), jnp.int32)
-    run = jax.jit(partial(attend, implementation=implementation))
-    expected = attend(*inputs, segments, "xla")
-    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+@pytest.mark.parametrize(
+    ("implementation", "context"),
+    [("xla", 1), ("xla", 4), ("splash", 1), pytest.param("splash", 2, marks=pytest.mark.slow)],
+)
+def test_eight_devices_attend_as_one(implementation: str, context: int) -> None:
+    """Values and gradients. With a context, each device has a part of T."""
+    length, width = (128 * context, 128) if implementation == "splash" else (16, 8)
+    inputs = draw(length, 2, 1, width, rows=8 // context)
+    counts = 5 + np.arange(8 // context)[:, None]
+    segments = jnp.asarray(np.arange(length)[None] // counts, jnp.int32)
+
+    def loss(inputs: tuple[jax.Array, ...], name: str) -> tuple[jax.Array, jax.Array]:
+        query, *own = inputs
+        key, value = on_all_positions(lambda *both: both, tuple(own))
+        found = attend(query, key, value, split_segments, name)
+        return jnp.sum(jnp.sin(found)), found
+
+    split_segments = segments
+    (_, expected), gradients = jax.value_and_grad(loss, has_aux=True)(inputs, "xla")
+    mesh = make_mesh(MeshConfig(fsdp=2, context=context))
     with jax.set_mesh(mesh):
-        rows = jax.NamedSharding(mesh, jax.P(BATCH_ABT[1]))
-        found = run(*jax.device_put(inputs, rows), jax.device_put(segments, rows))
-        assert found.sharding.spec[0] == BATCH_ABT[1]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+        tokens = jax.NamedSharding(mesh, TOKENS_BT)
+        split_segments = jax.device_put(segments, tokens)
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+        (_, found), found_gradients = run(jax.device_put(inputs, tokens), implementation)
+        assert found.sharding.spec[:2] == tuple(TOKENS_BT)
+    for one, other in zip((found, *found_gradients), (expected, *gradients), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -445,11 +445,17 @@ def test_released_miniature(
 def test_the_layer_is_the_same_with_its_tokens_split_over_devices(
     crossing: bool, split_t: str | None, implementation: FusionImplementation
 ) -> None:
-    """Values and gradients, with B and T split; the convolution looks 9 positions back."""
+    """Values and gradients, with B and T split; the convolution looks 9 positions back.
+
+    In the first row, documents cross the edges of the devices' parts of T. In the second, one ends
+    exactly there, and the device after must not read it.
+    """
     config = EngramConfig(cross_documents=crossing)
     layer = make_layer(replace(config, implementation=implementation))
     hidden, memory = draw_inputs(length=48)
-    segments = jnp.asarray(np.repeat([[1, 2, 3, 4], [5, 6, 7, 0]], [11, 2, 24, 11], axis=1))
+    lengths = [11, 2, 24, 11], [12, 11, 14, 11]
+    documents = [1, 2, 3, 4], [5, 6, 7, 0]
+    segments = jnp.asarray(np.stack([*map(np.repeat, documents, lengths)]))
     mask = segments > 0
 
     def loss(hidden: Array, memory: Array, params: Any, *rest: Array) -> tuple[Array, Any]:

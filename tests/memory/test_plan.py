@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jaxtyping import Int32
 from tiny_runs import assert_identical
 
+from engram_jax.batch_part import BatchPart
 from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
 from engram_jax.hashing import HashSpec, NgramHash
@@ -84,21 +85,46 @@ def test_plans(step: tuple[np.ndarray, np.ndarray, int], max_order: int, rows: i
                 assert is_stable_order(slots_of_part.reshape(-1), order_of_part.reshape(-1))
 
 
+@pytest.mark.parametrize("context", [2, 4])
+def test_devices_that_share_sequences_plan_their_positions(context: int) -> None:
+    """Consecutive devices share rows. N-grams reach into the part of the device before."""
+    tokens = np.random.default_rng(0).integers(0, 6, (2, 4, 8), dtype=np.int32)
+    ngram_hash = make_hash()
+    plan = Planner(ngram_hash, shards=4, context=context)(tokens)
+    places = stored_places(ngram_hash.hash_tokens(2, tokens), ngram_hash.padded_rows[1])
+    slots, order = plan.slots[2]
+    for device in range(4):
+        row, position = divmod(device, context)
+
+        def own(array: np.ndarray) -> np.ndarray:
+            rows = np.split(array, 4 // context, axis=1)[row]  # noqa: B023
+            return np.split(rows, context, axis=2)[position]  # noqa: B023
+
+        np.testing.assert_array_equal(plan.rows[2].places[device][own(slots)], own(places))
+        for keys, sorting in zip(own(slots), own(order), strict=True):
+            assert is_stable_order(keys.reshape(-1), sorting.reshape(-1))
+
+
+@pytest.mark.parametrize("context", [1, 2, 4])
 @pytest.mark.parametrize("buffered", [False, True])
-def test_every_process_plans_its_own_part(buffered: bool) -> None:
-    tokens = np.random.default_rng(0).integers(0, 6, (2, 8, 5), dtype=np.int32)
-    segments = np.ones_like(tokens)
-    whole = Planner(make_hash(), shards=4, buffered=buffered)(tokens)
+def test_every_process_plans_its_own_part(buffered: bool, context: int) -> None:
+    """With a context of four devices, both processes have all rows, and a half of T."""
+    tokens = np.random.default_rng(0).integers(0, 6, (2, 8, 8), dtype=np.int32)
+    segments, sharing = np.ones_like(tokens), max(1, context // 2)
+    whole = Planner(make_hash(), shards=4, context=context, buffered=buffered)(tokens)
     for process in range(2):
         local = 4 if buffered else 2
-        planner = Planner(make_hash(), shards=4, local_shards=local, buffered=buffered)
-        part = planner.plan_part(tokens, segments, process, 2)
+        planner = Planner(
+            make_hash(), shards=4, local_shards=local, context=context, buffered=buffered
+        )
+        part = planner.plan_part(tokens, segments, BatchPart(process, 2, sharing))
         mine, shards = (slice(size * process, size * (process + 1)) for size in (4, 2))
 
         def cut(plans: Any, part: Any) -> Any:
             return jax.tree.map(lambda array: array[part], plans)
 
-        assert_identical(part.slots, cut(whole.slots, (slice(None), mine)))
+        own_slots = (slice(None), slice(None), mine) if sharing > 1 else (slice(None), mine)
+        assert_identical(part.slots, cut(whole.slots, own_slots))
         assert_identical(part.rows, cut(whole.rows, shards))
         assert_identical(part.buffers, cut(whole.buffers, shards))
         assert (part.buffers is None) == (not buffered)
