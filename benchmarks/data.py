@@ -10,6 +10,7 @@ import tempfile
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -34,7 +35,7 @@ def main(workers: int = 0, repeats: int = 7, batches: int = 100, steps: int = 10
     with tempfile.TemporaryDirectory() as folder:
         run = Run.start(config, Path(folder) / "run")
         corpora = run.corpora()
-        sizes = {
+        sizes: dict[str, Any] = {
             "sequence_length": data.sequence_length,
             "batch_size": data.batch_size,
             "prefetch": data.prefetch,
