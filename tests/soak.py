@@ -173,6 +173,8 @@ class Soak:
             # A flipped bit of a token id has no effect on the form of the cache.
             if path.is_file() and path.name not in ("metrics.jsonl", "ids.bin")
         ]
+        if not files:  # it was stopped before it wrote any
+            return self.finish()
         path = self.random.choice(files)
         content = bytearray(path.read_bytes())
         how = self.random.choice(["cut", "zeros", "flip", "gone", "garbage"])
