@@ -28,9 +28,7 @@ ENDINGS = (
     ".arrayrecord",
 )
 
-# Files are read in parts of this size.
-_PART_BYTES = 1 << 20
-
+_PART_BYTES = 1 << 20  # of a file, read at a time
 ALL_SOURCES = "all sources"  # the name of all sources together, in results
 
 
@@ -253,8 +251,7 @@ def _read_lines(file: Path, on_read: Callable[[int], object]) -> Iterator[bytes]
                 # Zeros may stand between streams.
                 yield from _split_lines(_decompress(content, lzma.LZMADecompressor, b"\0"))
             case ".zst":
-                # Not zstandard's own stream_reader, because it does not detect a file that is cut
-                # short.
+                # Not zstandard's own stream_reader: it does not detect a file that is cut short.
                 zstandard = _optional("zstandard", file)
                 decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
                 yield from _split_lines(_decompress(content, decompressor.decompressobj))
