@@ -417,6 +417,21 @@ engram_jax/sharding.py < test_sharding.py
   parameters are split along their shortest axis
     - longest = max(fitting
     + longest = min(fitting
+engram_jax/platforms.py < costs/test_memory.py
+  a device of a mesh is thought to hold the whole batch
+    - data.batch_size // (train.accumulation * devices)
+    + data.batch_size // train.accumulation
+  a sum of gradients is not counted beside the inputs of the blocks
+    - kept |= gradients
+    + kept |= {}
+engram_jax/train_state.py < costs/test_memory.py
+  every device is thought to hold the whole state
+    - leaf.sharding.shard_shape(leaf.shape)
+    + leaf.shape
+engram_jax/sharding.py < test_sharding.py
+  chips of a process are ordered along a diagonal
+    - (device.process_index, device.id))
+    + (device.process_index, device.id * 3 % 4, device.id))
 engram_jax/sharding.py < test_run.py
   devices of two processes alternate
     - (device.process_index, device.id)

@@ -575,7 +575,7 @@ def test_a_run_that_no_memory_can_hold_is_refused_at_once(
     field: str,
     value: int,
 ) -> None:
-    monkeypatch.setattr(platforms, "_memory", lambda: (1.6e10, 1.6e10))
+    monkeypatch.setattr(platforms, "_memory", lambda _: (1.6e10, 1.6e10))
     config = vary(config, memory={"adam": RowAdamConfig(form="lazy")})
     with (
         on_devices(1),
