@@ -1,5 +1,6 @@
 """The state of training, which a step changes."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
@@ -58,6 +59,20 @@ class TrainState:
 def array_bytes(state: PyTree) -> int:
     """Total bytes of all arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def device_bytes(state: PyTree) -> int:
+    """Bytes of one device's parts of all arrays; it has all of an array without a sharding.
+
+    Args:
+        state: arrays, or shapes with shardings.
+    """
+
+    def count(leaf: Any) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        return math.prod(shape) * int(leaf.dtype.itemsize)
+
+    return sum(map(count, jax.tree.leaves(state)))
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:

@@ -456,6 +456,21 @@ engram_jax/sharding.py < test_sharding.py
   an evaluation uses devices that do not divide its batch
     - math.gcd(parts, 1 << (count.bit_length() - 1))
     + 1 << (count.bit_length() - 1)
+engram_jax/platforms.py < costs/test_memory.py
+  a device of a mesh is thought to hold the whole batch
+    - data.sequence_length // (train.accumulation * devices)
+    + data.sequence_length // train.accumulation
+  a sum of gradients is not counted beside the inputs of the blocks
+    - kept |= gradients
+    + kept |= {}
+engram_jax/train_state.py < costs/test_memory.py
+  every device is thought to hold the whole state
+    - leaf.sharding.shard_shape(leaf.shape)
+    + leaf.shape
+engram_jax/sharding.py < test_sharding.py
+  chips of a process are ordered along a diagonal
+    - (device.process_index, device.id))
+    + (device.process_index, device.id * 3 % 4, device.id))
 engram_jax/sharding.py < test_run.py
   devices of two processes alternate
     - (device.process_index, device.id)

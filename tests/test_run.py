@@ -479,7 +479,7 @@ def test_a_run_opens_on_one_device_whatever_trained_it(trained: Run) -> None:
 
 def test_a_run_opens_on_a_part_of_the_devices_but_not_on_more(trained: Run) -> None:
     opened = Run.open(trained.folder, MeshConfig(data=1, fsdp=2))
-    assert opened.program.mesh.devices.shape == (1, 2, 1)
+    assert opened.program.mesh.devices.shape == (1, 2, 1, 1)
     for mesh, sentence in (
         (MeshConfig(data=16), "does not fit 8 devices"),
         (MeshConfig(expert=2), "no experts"),
@@ -606,7 +606,7 @@ def test_a_run_that_no_memory_can_hold_is_refused_at_once(
     field: str,
     value: int,
 ) -> None:
-    monkeypatch.setattr(platforms, "_memory", lambda: (1.6e10, 1.6e10))
+    monkeypatch.setattr(platforms, "_memory", lambda _: (1.6e10, 1.6e10))
     config = vary(config, memory={"adam": RowAdamConfig(form="lazy")})
     with (
         on_devices(1),

@@ -1,6 +1,8 @@
 """The mesh, and the sharding of parameters."""
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import permutations
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.experimental import topologies
 from jax.sharding import AxisType
 
+from engram_jax.costs.ahead_of_time import topology_mesh
 from engram_jax.errors import InputError
 from engram_jax.parameters import Matrix, Plain
 from engram_jax.sharding import (
@@ -82,6 +86,72 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes: tuple[int, ...]) -> None:
 def test_impossible_sizes_are_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="at least 1"):
         MeshConfig(*sizes)
+
+
+type Coordinates = np.ndarray[tuple[int, int], np.dtype[np.int64]]
+
+
+def spread(coordinates: Coordinates, sizes: tuple[int, ...], wraps: list[bool]) -> float:
+    """Mean hops between two chips of a group, summed over the mesh axes; the inner axes count 4×.
+
+    Blocks gather their parameters and exchange their tokens over the inner axes, and gradients are
+    summed over "data" only once a step.
+    """
+    extent, total = coordinates.max(axis=0) + 1, 0.0
+    for axis, weight in enumerate((1, 4, 4)):
+        groups = np.moveaxis(coordinates.reshape(*sizes, 3), axis, 2).reshape(-1, sizes[axis], 3)
+        hops = np.abs(groups[:, :, None] - groups[:, None])
+        hops = np.where(wraps, np.minimum(hops, extent - hops), hops)
+        total += weight * hops.sum(axis=-1).mean()
+    return total
+
+
+def whole_process_orders(coordinates: Coordinates) -> Iterator[Coordinates]:
+    """All orders by bits of the coordinates in which a process's 2 × 2 chips are contiguous."""
+    sizes = (coordinates.max(axis=0) + 1) // (2, 2, 1)
+    bits = [axis for axis, size in enumerate(sizes) for _ in range(int(size).bit_length() - 1)]
+    for order in sorted(set(permutations(bits))):
+        found, strides = np.zeros_like(coordinates), [1, 1, 1]
+        for place, axis in enumerate((0, 1, *order)):
+            bit = np.arange(len(found)) >> place & 1
+            found[:, axis] += bit * strides[axis]
+            strides[axis] *= 2
+        yield found
+
+
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize(
+    ("topology", "wraps", "sizes"),
+    [
+        ("v5p:2x2x1", False, [(1, 4, 1), (2, 2, 1), (1, 2, 2)]),
+        ("v5p:2x2x2", False, [(1, 8, 1), (2, 4, 1), (1, 4, 2)]),
+        ("v5p:4x4x4", True, [(4, 16, 1), (8, 8, 1), (1, 8, 8), (1, 16, 4)]),
+        ("v5p:4x8x8", True, [(8, 32, 1), (1, 32, 8)]),
+        ("v5e:8x8", False, [(2, 32, 1), (1, 8, 8)]),
+        ("v5e:16x16", True, [(8, 32, 1), (1, 32, 8)]),
+    ],
+)
+def test_chips_that_exchange_are_near_each_other(
+    topology: str, wraps: bool, sizes: list[tuple[int, int, int]]
+) -> None:
+    """No order in which a process's chips are contiguous has shorter distances."""
+    for shape in sizes:
+        chips = list(topology_mesh(topology, MeshConfig(*shape)).devices.flat)
+        processes = [chip.process_index for chip in chips]
+        assert processes == sorted(processes)  # process p builds part p of a batch
+        coordinates = np.array([chip.coords for chip in chips])
+        around = [wraps and size > 2 for size in coordinates.max(axis=0) + 1]
+        orders = whole_process_orders(coordinates)
+        best = min(spread(order, shape, around) for order in orders)
+        assert spread(coordinates, shape, around) == pytest.approx(best)
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_inner_axes_stay_within_a_slice() -> None:
+    slices = topologies.get_topology_desc("v5p:2x2x2", platform="tpu", num_slices=2).devices
+    mesh = make_mesh(MeshConfig(data=4, fsdp=4), slices[::-1])
+    groups = mesh.devices.reshape(4, 4)
+    assert [{chip.slice_index for chip in group} for group in groups] == [{0}, {0}, {1}, {1}]
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
     python -m engram_jax.accounting [CONFIG …] [--json] [--allocation ρ] [--FIELD VALUE …]
 
 Parameters are counted from the shapes of `jax.eval_shape`, FLOPs from the matrix products of the
-traced program. `--allocation` applies §3.1 of the paper: a share ρ of the sparse parameters goes to
-experts, the rest to table rows.
+traced program; the memory of a step is estimated for TPU chips (`costs/memory.py`). `--allocation`
+applies §3.1 of the paper: a share ρ of the sparse parameters goes to experts, the rest to table
+rows.
 """
 
 import json
@@ -24,6 +25,7 @@ from jaxtyping import Array
 
 from engram_jax.command_line import parse
 from engram_jax.config import Config
+from engram_jax.costs.memory import estimate_bytes
 from engram_jax.errors import InputError
 from engram_jax.layers.latent_attention import LatentAttentionConfig
 from engram_jax.memory.places import exchange_capacity
@@ -31,6 +33,7 @@ from engram_jax.model import Decoder
 from engram_jax.parameters import Connection, Matrix, VocabularyMatrix
 from engram_jax.program import Program
 from engram_jax.sharding import make_abstract_mesh
+from engram_jax.train_state import device_bytes
 
 
 @dataclass(frozen=True)
@@ -129,10 +132,6 @@ def account(config: Config) -> Account:
     in_file = memory.placement == "file"
     rows_outside = sum(table.rows // mesh.size for table in program.tables().values())
     rows_outside *= not program.has_tables
-    state_bytes = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(state)
-    )
     return Account(
         name=config.name,
         **counts,
@@ -140,7 +139,7 @@ def account(config: Config) -> Account:
         memory=rows * memory.row_width,
         forward_flops=forward,
         training_flops=training,
-        state_bytes=state_bytes + bus_bytes // 2,
+        state_bytes=device_bytes(state) + bus_bytes // 2,
         host_bytes=4 * rows_outside * (2 + (0 if in_file else memory.layout.words)),
         disk_bytes=4 * rows_outside * memory.layout.words if in_file else 0,
         bus_bytes=bus_bytes,
@@ -328,7 +327,13 @@ def main(args: Sequence[str] | None = None) -> None:
             f"{_giga(counted.training_flops):>10}{_giga(counted.state_bytes):>9}"
             f"{counted.chips:>7}"
         )
-    for _, counted in accounts:
+    for config, counted in accounts:
+        needed = estimate_bytes(config)
+        parts = ", ".join(f"{what} {_giga(part)}" for what, part in needed.items() if part)
+        print(
+            f"{counted.name}: a step of {config.data.batch_size} sequences needs about "
+            f"{_giga(sum(needed.values()))} GB per chip ({parts})."
+        )
         if counted.host_bytes:
             print(
                 f"{counted.name}: tables outside the chips, up to {_giga(counted.host_bytes)} GB "

@@ -40,6 +40,11 @@ def compute_logits(
     return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
+def count_parts(tokens: int, vocabulary: int) -> int:
+    """In how many parts the loss of a device's tokens is computed."""
+    return max(1, min(-(-4 * tokens * vocabulary // LOGIT_BYTES), tokens))
+
+
 def cross_entropy(
     hidden: Float[Array, "B T D"], head: Float[Array, "V D"], targets: Int32[Array, "B T"]
 ) -> TokenLosses:
@@ -55,7 +60,7 @@ def cross_entropy(
     axes = spec_axes(split)
     shards = math.prod(mesh.shape[axis] for axis in axes)
     tokens = targets.size // shards
-    parts = min(-(-4 * tokens * len(head) // LOGIT_BYTES), tokens)
+    parts = count_parts(tokens, len(head))
     if parts == 1:
         logits = compute_logits(hidden, head)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)

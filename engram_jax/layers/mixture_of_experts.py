@@ -28,7 +28,7 @@ from engram_jax.parameters import Matrix
 from engram_jax.sharding import in_explicit_mesh, spec_axes, split_axes
 
 # Capacity of one round, relative to a device's number of pairs when all experts have equal load.
-_CAPACITY_FACTOR = 1.25
+CAPACITY_FACTOR = 1.25
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _apply(
     ranking = rank_pairs(jnp.where((own >= 0) & (own < experts), own, experts), experts)
 
     most = len(tokens) * min(config.active, experts)
-    capacity = min(most, math.ceil(_CAPACITY_FACTOR * chosen.size / shards))
+    capacity = min(most, math.ceil(CAPACITY_FACTOR * chosen.size / shards))
     mix = partial(
         mix_experts, capacity=capacity, block=block_size(capacity, experts, implementation)
     )
