@@ -1,18 +1,16 @@
 """Checkpoints: Orbax writes the arrays, then a manifest with their checksums is written.
 
 `checkpoints/00000120/` contains Orbax's folder `state/` and `manifest.json`: step, identity,
-config, name, shape and dtype of every array, size and checksum of every file. The manifest is
-checked first, because Orbax reports truncation, flipped bits and wrong shapes with the same
-misleading error. Only a damaged checkpoint causes a fall back to an earlier one. A different
-identity (hash or tokenizer) or different shapes are an error.
+config, name, shape and dtype of every array, size and checksum of every file. Before a restore,
+the processes read all files, each a share of them, and compare: Orbax reports truncation, flipped
+bits and wrong shapes with the same misleading error. Only a damaged checkpoint causes a fall back
+to an earlier one. A different identity (hash or tokenizer) or different shapes are an error.
 """
 
-import json
 import os
 import re
 import shutil
 import sys
-import zlib
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +20,19 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
+from engram_jax.checkpoint_files import (
+    MANIFEST,
+    find_damage,
+    gather_facts,
+    list_files,
+    read_facts,
+    read_manifest,
+    share_of,
+    write_manifest,
+)
 from engram_jax.errors import InputError, disk_reason
-from engram_jax.files import parse_json, remove, sync_folder
-from engram_jax.processes import all_agree, collective, is_leader
+from engram_jax.files import remove, sync_folder
+from engram_jax.processes import collective, first_text, is_leader
 from engram_jax.train_state import array_bytes, named_leaves
 
 try:
@@ -36,7 +44,6 @@ FORMAT = 4  # in format 1 models did not scale the embedding; in 2 a table was f
 RECORD_AS_TEXT = 3  # in format 3 the identity described the row records by a Python repr
 STATE = "state"
 TABLES = "tables"  # prefix of the tables' arrays, or folder of the files with their rows
-MANIFEST = "manifest.json"
 PARTIAL = "partial-"  # prefix of a folder that is being written or removed
 REPLACED = ".replaced"  # suffix of a complete checkpoint that a second save of its step replaces
 
@@ -102,14 +109,18 @@ class Checkpoints:
                 self.require_space(arrays, more_bytes=more_bytes)
                 partial.mkdir()
         try:
-            with collective(f"write the rows of step {step}"):
+            with collective(f"write the files of step {step}"):
                 write_parts(partial)
-            with collective(f"write the checkpoint of step {step}"):
-                with _orbax_context():
-                    ocp.save(partial / STATE, arrays)
                 if is_leader():
                     write_files(partial)
-                    _write_manifest(partial, step, self._identity, config, arrays)
+            with collective(f"write the checkpoint of step {step}"), _orbax_context():
+                ocp.save(partial / STATE, arrays)
+            with collective(f"read the files of step {step}"):
+                mine = read_facts(partial, _share(list_files(partial)))
+            facts = gather_facts(partial, mine)
+            with collective(f"publish the checkpoint of step {step}"):
+                if is_leader():
+                    write_manifest(partial, self._content(step, config, arrays), facts)
                     self._publish(partial, final)
         except BaseException as error:
             if is_leader():  # the next save removes files that Orbax still writes after this
@@ -191,8 +202,9 @@ class Checkpoints:
         for candidate in [step] if step is not None else reversed(found):
             here = self._saved_arrays(candidate, wanted)
             with collective(f"read the checkpoint of step {candidate}"):
-                damage = self._damage(candidate, here, partial)
-            if all_agree(damage is None):
+                own = self._damage(candidate, here, partial)
+            damage = first_text(own)
+            if damage is None:
                 with _orbax_context(partial):
                     arrays = ocp.load(self.path(candidate) / STATE, here)
                 leaves = [arrays.get(name) for name in wanted]
@@ -201,16 +213,17 @@ class Checkpoints:
                 raise InputError(f"{self.path(candidate)} was just removed; try again.")
             if is_leader() and step is None:
                 print(
-                    f"The checkpoint of step {candidate} is damaged "
-                    f"({damage or 'another process cannot read it'}): restoring the one before it.",
+                    f"The checkpoint of step {candidate} is damaged ({damage}): restoring the one "
+                    "before it.",
                     file=sys.stderr,
                 )
-        why = f" ({damage})" if damage else ""
         if step is None:
-            raise InputError(f"All checkpoints in {self.folder} are damaged{why}; start a new run.")
+            raise InputError(
+                f"All checkpoints in {self.folder} are damaged ({damage}); start a new run."
+            )
         raise InputError(
-            f"The checkpoint of step {step} in {self.folder} is damaged{why}; restore another "
-            "step, or start a new run."
+            f"The checkpoint of step {step} in {self.folder} is damaged ({damage}); restore "
+            "another step, or start a new run."
         )
 
     def path(self, step: int) -> Path:
@@ -223,7 +236,7 @@ class Checkpoints:
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """The leaves that a checkpoint has as arrays: all, or all except the tables."""
         try:
-            files = _read_manifest(self.path(step) / MANIFEST)["files"]
+            _, files = read_manifest(self.path(step))
         except (OSError, ValueError, TypeError, KeyError):
             return wanted  # `_damage` says what is wrong
         if not any(name.startswith(f"{TABLES}/") for name in files):
@@ -233,16 +246,16 @@ class Checkpoints:
     def _damage(
         self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], partial: bool
     ) -> str | None:
-        """Describes the damage of a checkpoint; None if it is intact.
+        """Describes the damage of a checkpoint; None if this process finds none.
 
-        All processes read the manifest. Only the leader reads the other files.
+        All processes read the manifest, and each reads its share of the other files.
 
         Raises:
             InputError: the checkpoint is readable, but has another identity or other arrays.
         """
         folder = self.path(step)
         try:
-            content = _read_manifest(folder / MANIFEST)
+            content, files = read_manifest(folder)
         except FileNotFoundError:
             return f"{MANIFEST} is missing"
         except (ValueError, TypeError, KeyError, IsADirectoryError, NotADirectoryError):
@@ -252,17 +265,8 @@ class Checkpoints:
         if partial:
             saved = {name: saved[name] for name in wanted if name in saved}
         _check_arrays(step, saved, _described(wanted))
-        if not is_leader():
-            return None
-        for name, saved in content["files"].items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != saved["size"]:
-                return f"{name} has {path.stat().st_size:,} bytes, not {saved['size']:,}"
-            if _checksum(path) != saved["crc32"]:
-                return f"{name} has another checksum"
-        return None
+        names = _share({name: facts.size for name, facts in files.items()})
+        return find_damage(folder, {name: files[name] for name in names})
 
     def _check_identity(self, step: int, content: Mapping[str, Any]) -> None:
         if content["format"] not in (FORMAT, RECORD_AS_TEXT):
@@ -282,6 +286,19 @@ class Checkpoints:
                     f"({saved.get(name)}, here {self._identity.get(name)}): use the {name} of that "
                     "run or another run folder."
                 )
+
+    def _content(
+        self, step: int, config: Mapping[str, Any], arrays: Mapping[str, jax.Array]
+    ) -> dict[str, Any]:
+        """What the manifest says beside the files."""
+        return {
+            "format": FORMAT,
+            "step": step,
+            "identity": self._identity,
+            "config": config,
+            "arrays": _described(arrays),
+            "versions": {name: version(name) for name in ("jax", "orbax-checkpoint")},
+        }
 
     def _tidy(self) -> None:
         """Removes the remains of a killed save, and completes an interrupted replacement."""
@@ -350,51 +367,6 @@ def _check_arrays(step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]
             )
 
 
-def _write_manifest(
-    folder: Path,
-    step: int,
-    identity: Mapping[str, Any],
-    config: Mapping[str, Any],
-    arrays: Mapping[str, jax.Array],
-) -> None:
-    """Writes the manifest of a checkpoint's folder, after all other files."""
-    content = {
-        "format": FORMAT,
-        "step": step,
-        "identity": identity,
-        "config": config,
-        "arrays": _described(arrays),
-        "files": {
-            path.relative_to(folder).as_posix(): {
-                "size": path.stat().st_size,
-                "crc32": _checksum(path),
-            }
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        },
-        "versions": {name: version(name) for name in ("jax", "orbax-checkpoint")},
-    }
-    text = json.dumps(content)
-    partial = folder / "manifest.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"crc32": zlib.crc32(text.encode()), "content": content}, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(folder / MANIFEST)
-    sync_folder(folder)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = parse_json(path.read_text(encoding="utf-8"))
-    content: dict[str, Any] = manifest["content"]
-    if zlib.crc32(json.dumps(content).encode()) != manifest["crc32"]:
-        raise ValueError(f"{path} has a wrong checksum")
-    return content
-
-
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+def _share(sizes: Mapping[str, int]) -> list[str]:
+    """The files that this process reads."""
+    return share_of(sizes, jax.process_index(), jax.process_count())

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from programs import fork
 
-from engram_jax import checkpoint
+from engram_jax import checkpoint, checkpoint_files
 from engram_jax.checkpoint import Checkpoints, ocp
 from engram_jax.errors import InputError
 
@@ -272,7 +272,7 @@ def save_and_die(folder: Path, step: int, call: str, count: int) -> None:
     jax.config.update("jax_num_cpu_devices", 1)
     checkpoints = Checkpoints(folder, keep=1, identity={})
     checkpoints.save(1, {"a": jnp.ones(5)}, config={})
-    owners = {"checksum": (checkpoint, "_checksum"), "rename": (Path, "rename")}
+    owners = {"checksum": (checkpoint_files, "_facts"), "rename": (Path, "rename")}
     owner, name = (owners | {"rmtree": (shutil, "rmtree")})[call]
     original, calls = getattr(owner, name), []
 
@@ -362,7 +362,7 @@ def test_a_newer_checkpoint_is_read_if_the_newest_goes_meanwhile(
     moment: str,
 ) -> None:
     """As when a training program saves and prunes while another one reads."""
-    owner, name = {"manifest": (checkpoint, "_read_manifest"), "arrays": (ocp, "load")}[moment]
+    owner, name = {"manifest": (checkpoint, "read_manifest"), "arrays": (ocp, "load")}[moment]
     original = getattr(owner, name)
 
     def replace_first(*arguments: object) -> object:
