@@ -11,28 +11,36 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from engram_jax.checkpoint_files import (
-    MANIFEST,
+    FileFacts,
     find_damage,
     gather_facts,
-    list_files,
-    read_facts,
+    read_share,
+)
+from engram_jax.checkpoint_manifest import (
+    MANIFEST,
+    check_arrays,
+    check_identity,
+    manifest_content,
     read_manifest,
-    share_of,
     write_manifest,
 )
 from engram_jax.errors import InputError, disk_reason
 from engram_jax.files import remove, sync_folder
-from engram_jax.processes import collective, first_text, is_leader
+from engram_jax.processes import collective, first_text, gather, is_leader
 from engram_jax.train_state import array_bytes, named_leaves
 
 try:
@@ -40,8 +48,6 @@ try:
 except ImportError:  # the path until Orbax moves it
     from orbax.checkpoint.experimental import v1 as ocp
 
-FORMAT = 4  # in format 1 models did not scale the embedding; in 2 a table was four arrays
-RECORD_AS_TEXT = 3  # in format 3 the identity described the row records by a Python repr
 STATE = "state"
 TABLES = "tables"  # prefix of the tables' arrays, or folder of the files with their rows
 PARTIAL = "partial-"  # prefix of a folder that is being written or removed
@@ -51,22 +57,36 @@ REPLACED = ".replaced"  # suffix of a complete checkpoint that a second save of 
 # needs. No compression: Zstandard saves 8 % on float32 tables and takes five times as long.
 CHUNK_BYTES = 64 << 20
 
+_WRITE_SECONDS = 24 * 3600  # Orbax gives up after 20 minutes by default
+
 
 class Checkpoints:
     """The checkpoints of one run, in `folder`; the newest `keep` are kept.
 
     `identity` holds fingerprints, such as {"hash": …, "tokenizer": …}. A checkpoint with other
-    fingerprints is not restored. All processes of a run call `save` and `restore`, on one shared
-    folder. Nothing on disk changes before the first `save`, so opening for reading is safe.
+    fingerprints is not restored. All processes of a run call `save`, `finish` and `restore`, on one
+    shared folder. Nothing on disk changes before the first `save`, so opening for reading is safe.
+
+    `background` allows `save` to return early. By default, it is allowed unless the arrays are on a
+    CPU, where writing takes cores from the training, and the arrays must be copied.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: int,
+        identity: Mapping[str, Any],
+        background: bool | None = None,
+    ) -> None:
         """Raises InputError if `keep` is less than 1."""
         if keep < 1:
             raise InputError(f"At least 1 checkpoint must be kept, not {keep}: raise `keep`.")
         self.folder = Path(folder).absolute()  # Orbax does not accept a relative path
         self._keep = keep
         self._identity = dict(identity)
+        self._background = background
+        self._saving: _Saving | None = None
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending; only those have their final name.
@@ -90,46 +110,90 @@ class Checkpoints:
         write_files: Callable[[Path], object] = lambda folder: None,
         write_parts: Callable[[Path], object] = lambda folder: None,
         more_bytes: int = 0,
+        wait: bool = True,
     ) -> Path:
-        """Writes the checkpoint of `step`, waits until it is complete, and returns its folder.
+        """Writes the checkpoint of `step`, and returns its folder.
 
         `write_files` writes more files into it, so that it can be read without its run folder.
         `write_parts` does so on every process, and needs `more_bytes` of disk space. An earlier
         checkpoint of the same step is kept until the new one is complete.
 
+        Without `wait`, this may return when these files are written and the arrays are copied to
+        the host. The arrays are written meanwhile, and `finish` or the next `save` completes it.
+
         Raises:
             InputError: the disk is too small or full. The earlier checkpoints are unchanged.
         """
+        self.finish()
         arrays = named_leaves(state)
-        final, partial = (self.folder / f"{prefix}{step:08d}" for prefix in ("", PARTIAL))
-        with collective(f"begin the checkpoint of step {step}"):
-            if is_leader():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._tidy()
-                self.require_space(arrays, more_bytes=more_bytes)
-                partial.mkdir()
-        try:
+        partial = self.folder / f"{PARTIAL}{step:08d}"
+        on_cpu = any(next(iter(a.devices())).platform == "cpu" for a in arrays.values())
+        wait = wait or not (self._background or (self._background is None and not on_cpu))
+        if on_cpu and not wait:  # Orbax reads the memory of these arrays, which a step may donate
+            arrays = jax.jit(lambda leaves: jax.tree.map(jnp.copy, leaves))(arrays)
+        with self._removing(step):
+            with collective(f"begin the checkpoint of step {step}"):
+                if is_leader():
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self._tidy()
+                    self.require_space(arrays, more_bytes=more_bytes)
+                    partial.mkdir()
             with collective(f"write the files of step {step}"):
                 write_parts(partial)
                 if is_leader():
                     write_files(partial)
             with collective(f"write the checkpoint of step {step}"), _orbax_context():
-                ocp.save(partial / STATE, arrays)
-            with collective(f"read the files of step {step}"):
-                mine = read_facts(partial, _share(list_files(partial)))
-            facts = gather_facts(partial, mine)
+                response = ocp.save_async(partial / STATE, arrays)
+        content = manifest_content(step, self._identity, config, arrays)
+        self._saving = _Saving(step, content, _complete(partial, response))
+        if wait:
+            self.finish()
+        return self.folder / f"{step:08d}"
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Completes the checkpoint that is being written; all processes call this before a step.
+
+        Without `wait`, nothing happens before all of them have written their part.
+
+        Raises:
+            InputError: as for `save`.
+        """
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        step, facts = saving.step, saving.facts
+        partial, final = (self.folder / f"{prefix}{step:08d}" for prefix in (PARTIAL, ""))
+        with self._removing(step):
+            while True:
+                futures.wait([facts], timeout=1 if wait else 0)
+                done = facts.done()
+                failed = done and facts.exception() is not None
+                all_done, all_failed = gather(np.asarray([done, failed])).T
+                if all_done.all() or all_failed.any():  # the others may wait for one that failed
+                    break
+                if not wait:
+                    self._saving = saving
+                    return
+            with collective(f"write the checkpoint of step {step}"):
+                mine = facts.result() if done else {}
+            found = gather_facts(partial, mine)
             with collective(f"publish the checkpoint of step {step}"):
                 if is_leader():
-                    write_manifest(partial, self._content(step, config, arrays), facts)
+                    write_manifest(partial, saving.content, found)
                     self._publish(partial, final)
+
+    @contextmanager
+    def _removing(self, step: int) -> Iterator[None]:
+        """On an error, removes the unfinished checkpoint; a full disk is an error of the user."""
+        try:
+            yield
         except BaseException as error:
             if is_leader():  # the next save removes files that Orbax still writes after this
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(self.folder / f"{PARTIAL}{step:08d}", ignore_errors=True)
             if (reason := disk_reason(error)) is not None:
                 problem = f"Cannot write the checkpoint of step {step} to {self.folder} ({reason})"
                 raise InputError(f"{problem}; free some space.") from error
             raise
-        return final
 
     def require_space(self, state: PyTree, to_come: int = 1, *, more_bytes: int = 0) -> None:
         """Checks that a checkpoint of the state (arrays, or their shapes) fits on the disk.
@@ -260,45 +324,9 @@ class Checkpoints:
             return f"{MANIFEST} is missing"
         except (ValueError, TypeError, KeyError, IsADirectoryError, NotADirectoryError):
             return f"{MANIFEST} is unreadable"
-        self._check_identity(step, content)
-        saved = content["arrays"]
-        if partial:
-            saved = {name: saved[name] for name in wanted if name in saved}
-        _check_arrays(step, saved, _described(wanted))
-        names = _share({name: facts.size for name, facts in files.items()})
-        return find_damage(folder, {name: files[name] for name in names})
-
-    def _check_identity(self, step: int, content: Mapping[str, Any]) -> None:
-        if content["format"] not in (FORMAT, RECORD_AS_TEXT):
-            raise InputError(
-                f"The checkpoint of step {step} in {self.folder} has format {content['format']}, "
-                f"and this version reads {RECORD_AS_TEXT} and {FORMAT}: use the version that "
-                "wrote it."
-            )
-        saved = content["identity"]
-        names = saved.keys() | self._identity.keys()
-        if content["format"] == RECORD_AS_TEXT:
-            names -= {"record"}  # checked through the configuration and the array shapes
-        for name in sorted(names):
-            if saved.get(name) != self._identity.get(name):
-                raise InputError(
-                    f"The checkpoint of step {step} in {self.folder} was saved with another {name} "
-                    f"({saved.get(name)}, here {self._identity.get(name)}): use the {name} of that "
-                    "run or another run folder."
-                )
-
-    def _content(
-        self, step: int, config: Mapping[str, Any], arrays: Mapping[str, jax.Array]
-    ) -> dict[str, Any]:
-        """What the manifest says beside the files."""
-        return {
-            "format": FORMAT,
-            "step": step,
-            "identity": self._identity,
-            "config": config,
-            "arrays": _described(arrays),
-            "versions": {name: version(name) for name in ("jax", "orbax-checkpoint")},
-        }
+        check_identity(self.folder, content, self._identity)
+        check_arrays(content, wanted, partial=partial)
+        return find_damage(folder, files)
 
     def _tidy(self) -> None:
         """Removes the remains of a killed save, and completes an interrupted replacement."""
@@ -336,37 +364,37 @@ class Checkpoints:
         )
 
 
+class _Saving(NamedTuple):
+    """A checkpoint that is being written: step, manifest without files, this process's share."""
+
+    step: int
+    content: Mapping[str, Any]
+    facts: futures.Future[dict[str, FileFacts]]
+
+
+def _complete(folder: Path, response: Any) -> futures.Future[dict[str, FileFacts]]:
+    """Waits in a thread until Orbax has written all arrays, then reads this process's share.
+
+    The thread does not delay the end of the process. It must not use collectives of the devices:
+    their order beside those of the main thread would differ among the processes.
+    """
+    facts: futures.Future[dict[str, FileFacts]] = futures.Future()
+
+    def work() -> None:
+        try:
+            response.result()
+            facts.set_result(read_share(folder))
+        except BaseException as error:
+            facts.set_exception(error)
+
+    threading.Thread(target=work, name="checkpoint", daemon=True).start()
+    return facts
+
+
 def _orbax_context(partial: bool = False) -> Any:
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
+    context.asynchronous.timeout_secs = _WRITE_SECONDS
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     return context
-
-
-def _described(
-    arrays: Mapping[str, jax.Array] | Mapping[str, jax.ShapeDtypeStruct],
-) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"shape": list(array.shape), "dtype": str(array.dtype)}
-        for name, array in arrays.items()
-    }
-
-
-def _check_arrays(step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for name in [*wanted, *(name for name in saved if name not in wanted)]:
-        here, there = wanted.get(name), saved.get(name)
-        if here != there:
-            texts = [
-                f"{array['dtype']}{array['shape']}" if array else "nothing"
-                for array in (there, here)
-            ]
-            raise InputError(
-                f"The checkpoint of step {step} holds {texts[0]} where the model has {texts[1]}, "
-                f"for {name}: use the config that it was saved with."
-            )
-
-
-def _share(sizes: Mapping[str, int]) -> list[str]:
-    """The files that this process reads."""
-    return share_of(sizes, jax.process_index(), jax.process_count())

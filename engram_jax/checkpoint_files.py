@@ -1,26 +1,22 @@
-"""The files of a checkpoint: their checksums, read by all processes, and the manifest.
+"""The files of a checkpoint and their checksums, which all processes read.
 
 Each process reads a share of the files with a few threads, and gives the others its checksums.
 """
 
 import hashlib
 import heapq
-import json
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from engram_jax.files import parse_json, sync_folder
 from engram_jax.processes import gather
-
-MANIFEST = "manifest.json"
 
 # Reading and `zlib.crc32` release the GIL. Python would wait at its end for threads of
 # `concurrent.futures`, but not for those of a ThreadPool.
@@ -74,8 +70,9 @@ def share_of(sizes: Mapping[str, int], process: int, processes: int) -> list[str
     return share
 
 
-def read_facts(folder: Path, names: Sequence[str]) -> dict[str, FileFacts]:
-    """Reads these files of a folder."""
+def read_share(folder: Path) -> dict[str, FileFacts]:
+    """Reads this process's share of the files in a folder."""
+    names = _own_share(list_files(folder))
     with ThreadPool(_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: _facts(folder / name), names), strict=True))
 
@@ -107,49 +104,18 @@ def gather_facts(folder: Path, mine: Mapping[str, FileFacts]) -> dict[str, FileF
 
 
 def find_damage(folder: Path, files: Mapping[str, FileFacts]) -> str | None:
-    """Compares files of a checkpoint with what its manifest says, and describes the first damage.
+    """Compares this process's share of a checkpoint's files with what its manifest says.
 
-    Returns None if there is none.
+    Returns a description of the first damage; None if there is none.
     """
+    share = _own_share({name: facts.size for name, facts in files.items()})
     with ThreadPool(_THREADS) as pool:
-        found = pool.imap(partial(_damage, folder), files.items())
+        found = pool.imap(lambda name: _damage(folder / name, name, files[name]), share)
         return next((damage for damage in found if damage), None)
 
 
-def write_manifest(
-    folder: Path, content: Mapping[str, Any], files: Mapping[str, FileFacts]
-) -> None:
-    """Writes the manifest of a checkpoint's folder, after all other files.
-
-    Args:
-        folder: the folder.
-        content: what the manifest says beside that.
-        files: the facts of all other files.
-    """
-    content = {**content, "files": {name: facts._asdict() for name, facts in files.items()}}
-    manifest = {"crc32": zlib.crc32(json.dumps(content).encode()), "content": content}
-    unfinished = folder / "manifest.partial"
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(folder / MANIFEST)
-    sync_folder(folder)
-
-
-def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, FileFacts]]:
-    """Returns the content of a manifest, and the facts of its files.
-
-    Raises:
-        ValueError, TypeError, KeyError: it is damaged.
-        OSError: it cannot be read.
-    """
-    path = folder / MANIFEST
-    manifest = parse_json(path.read_text(encoding="utf-8"))
-    content: dict[str, Any] = manifest["content"]
-    if zlib.crc32(json.dumps(content).encode()) != manifest["crc32"]:
-        raise ValueError(f"{path} has a wrong checksum")
-    return content, {name: FileFacts(**facts) for name, facts in content["files"].items()}
+def _own_share(sizes: Mapping[str, int]) -> list[str]:
+    return share_of(sizes, jax.process_index(), jax.process_count())
 
 
 def _facts(path: Path) -> FileFacts:
@@ -161,9 +127,7 @@ def _facts(path: Path) -> FileFacts:
     return FileFacts(size, crc32)
 
 
-def _damage(folder: Path, file: tuple[str, FileFacts]) -> str | None:
-    name, saved = file
-    path = folder / name
+def _damage(path: Path, name: str, saved: FileFacts) -> str | None:
     if not path.is_file():
         return f"{name} is missing"
     if (size := path.stat().st_size) != saved.size:

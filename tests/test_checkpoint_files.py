@@ -12,7 +12,7 @@ from engram_jax.checkpoint_files import (
     find_damage,
     gather_facts,
     list_files,
-    read_facts,
+    read_share,
     share_of,
 )
 
@@ -56,7 +56,7 @@ def test_checksums_of_two_processes_come_together(
         (tmp_path / name).write_bytes(content)
     assert list_files(tmp_path) == {name: len(content) for name, content in contents.items()}
     expected = {name: FileFacts(len(data), zlib.crc32(data)) for name, data in contents.items()}
-    assert read_facts(tmp_path, list(contents)) == expected
+    assert read_share(tmp_path) == expected
     assert gather_facts(tmp_path, expected) == expected
 
     large = FileFacts(5 << 32 | 7, 0xFFFFFFFF)
@@ -83,7 +83,7 @@ def test_a_large_size_survives_being_sent(tmp_path: Path, monkeypatch: pytest.Mo
 def test_damage_is_that_of_the_first_file(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / name).write_bytes(name.encode() * 5_000_000)  # more than a block
-    facts = read_facts(tmp_path, list("abc"))
+    facts = read_share(tmp_path)
     assert find_damage(tmp_path, facts) is None
     for name, damage in (("c", "is missing"), ("b", "has 1 bytes, not 5,000,000")):
         (tmp_path / name).unlink() if name == "c" else (tmp_path / name).write_bytes(b"b")
