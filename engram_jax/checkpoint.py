@@ -28,6 +28,7 @@ from engram_jax.checkpoint_files import (
     FileFacts,
     find_damage,
     gather_facts,
+    list_facts,
     read_share,
 )
 from engram_jax.checkpoint_manifest import (
@@ -176,10 +177,10 @@ class Checkpoints:
                     return
             with collective(f"write the checkpoint of step {step}"):
                 mine = facts.result() if done else {}
-            found = gather_facts(partial, mine)
+            gathered = gather_facts(mine)
             with collective(f"publish the checkpoint of step {step}"):
                 if is_leader():
-                    write_manifest(partial, saving.content, found)
+                    write_manifest(partial, saving.content, list_facts(partial, gathered))
                     self._publish(partial, final)
 
     @contextmanager

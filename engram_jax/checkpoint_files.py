@@ -27,6 +27,9 @@ _OWNER = re.compile(r"(?:^|/)ocdbt\.process_(\d+)/")  # Orbax's folder of what a
 _MASK = (1 << 32) - 1
 
 
+type Digest = tuple[int, int]  # two words of 32 bits, which JAX can send
+
+
 class FileFacts(NamedTuple):
     """What a manifest says of a file: its bytes and their CRC-32."""
 
@@ -77,26 +80,30 @@ def read_share(folder: Path) -> dict[str, FileFacts]:
         return dict(zip(names, pool.map(lambda name: _facts(folder / name), names), strict=True))
 
 
-def gather_facts(folder: Path, mine: Mapping[str, FileFacts]) -> dict[str, FileFacts]:
-    """The facts of all files of a folder, of which each process has read some.
-
-    All processes must call this. What no process has read is read here: the listing of a network
-    file system may be late on another machine.
-    """
+def gather_facts(mine: Mapping[str, FileFacts]) -> dict[Digest, FileFacts]:
+    """The facts of the files of all processes, by digests of the paths; all must call this."""
     rows = np.zeros((len(mine), 5), np.uint32)
     for row, (name, (size, crc32)) in zip(rows, mine.items(), strict=True):
         row[:] = (*_digest(name), size >> 32, size & _MASK, crc32)
     counts = gather(np.asarray(len(rows), np.int32)).tolist()
     padded = np.zeros((1 << max(counts).bit_length(), 5), np.uint32)  # few shapes to compile for
     padded[: len(rows)] = rows
-    found = {
+    return {
         (high, low): FileFacts(size_high << 32 | size_low, crc32)
         for part, count in zip(gather(padded).tolist(), counts, strict=True)
         for high, low, size_high, size_low, crc32 in part[:count]
     }
+
+
+def list_facts(folder: Path, gathered: Mapping[Digest, FileFacts]) -> dict[str, FileFacts]:
+    """The facts of all files in a folder, by path.
+
+    What no process has read is read here: on another machine, the listing of a network file system
+    may be late.
+    """
     known = {}
     for name, size in list_files(folder).items():
-        facts = found.get(_digest(name))
+        facts = gathered.get(_digest(name))
         if facts is None or facts.size != size:
             facts = _facts(folder / name)
         known[name] = facts
@@ -137,7 +144,7 @@ def _damage(path: Path, name: str, saved: FileFacts) -> str | None:
     return None
 
 
-def _digest(name: str) -> tuple[int, int]:
+def _digest(name: str) -> Digest:
     """64 bits that stand for a path in arrays of integers."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4]), int.from_bytes(digest[4:])

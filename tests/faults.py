@@ -399,6 +399,9 @@ engram_jax/trainer.py < test_trainer.py
   the checkpoint that diverged is called good
     - if saved < step - 1
     + if saved < step
+  a checkpoint that is being written is not called good
+    - self._run.checkpoints.finish()
+    + self._run.checkpoints.steps()
 engram_jax/optimizer.py < test_optimizer.py
   everything decays
     - mask=is_matrix,
@@ -439,6 +442,12 @@ engram_jax/checkpoint_files.py < test_checkpoint_files.py
     - if facts is None or facts.size != size
     + if facts is None
 engram_jax/checkpoint.py < test_checkpoint.py
+  a checkpoint is published before it is written
+    - if all_done.all() or all_failed.any():
+    + if all_done.size or all_failed.any():
+  an error of the background is forgotten
+    - mine = facts.result() if done else {}
+    + mine = facts.result() if not failed else {}
   one checkpoint too many is kept
     - self.steps()[: -self._keep]
     + self.steps()[: -self._keep - 1]

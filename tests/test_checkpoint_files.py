@@ -11,6 +11,7 @@ from engram_jax.checkpoint_files import (
     FileFacts,
     find_damage,
     gather_facts,
+    list_facts,
     list_files,
     read_share,
     share_of,
@@ -57,12 +58,12 @@ def test_checksums_of_two_processes_come_together(
     assert list_files(tmp_path) == {name: len(content) for name, content in contents.items()}
     expected = {name: FileFacts(len(data), zlib.crc32(data)) for name, data in contents.items()}
     assert read_share(tmp_path) == expected
-    assert gather_facts(tmp_path, expected) == expected
+    assert list_facts(tmp_path, gather_facts(expected)) == expected
 
     large = FileFacts(5 << 32 | 7, 0xFFFFFFFF)
     sent: list[np.ndarray] = []
     monkeypatch.setattr(checkpoint_files, "gather", lambda rows: sent.append(rows) or rows[None])
-    gather_facts(tmp_path, {"gone": large, "b/c": expected["b/c"], "e": FileFacts(3, 1)})
+    gather_facts({"gone": large, "b/c": expected["b/c"], "e": FileFacts(3, 1)})
     count, others = sent
     monkeypatch.setattr(checkpoint_files, "_facts", lambda path: FileFacts(-1, path.name))
     monkeypatch.setattr(
@@ -71,13 +72,13 @@ def test_checksums_of_two_processes_come_together(
         lambda rows: np.stack([rows, count if rows.ndim == 0 else others]),
     )
     mine = {name: expected[name] for name in ("a", "b/d", "empty")}
-    assert gather_facts(tmp_path, mine) == expected | {"e": FileFacts(-1, "e")}
+    assert list_facts(tmp_path, gather_facts(mine)) == expected | {"e": FileFacts(-1, "e")}
 
 
 def test_a_large_size_survives_being_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large = FileFacts(5 << 32 | 7, 0xFFFFFFFE)
     monkeypatch.setattr(checkpoint_files, "list_files", lambda folder: {"large": large.size})
-    assert gather_facts(tmp_path, {"large": large}) == {"large": large}
+    assert list_facts(tmp_path, gather_facts({"large": large})) == {"large": large}
 
 
 def test_damage_is_that_of_the_first_file(tmp_path: Path) -> None:
