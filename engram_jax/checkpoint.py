@@ -1,31 +1,48 @@
 """Checkpoints: Orbax writes the arrays, then a manifest with their checksums is written.
 
 `checkpoints/00000120/` contains Orbax's folder `state/` and `manifest.json`: step, identity,
-config, name, shape and dtype of every array, size and checksum of every file. The manifest is
-checked first, because Orbax reports truncation, flipped bits and wrong shapes with the same
-misleading error. Only a damaged checkpoint causes a fall back to an earlier one. A different
-identity (hash or tokenizer) or different shapes are an error.
+config, name, shape and dtype of every array, size and checksum of every file. Before a restore,
+the processes read all files, each a share of them, and compare: Orbax reports truncation, flipped
+bits and wrong shapes with the same misleading error. Only a damaged checkpoint causes a fall back
+to an earlier one. A different identity (hash or tokenizer) or different shapes are an error.
 """
 
-import json
 import logging
 import os
 import re
 import shutil
 import sys
-import zlib
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
+from engram_jax.checkpoint_files import (
+    FileFacts,
+    find_damage,
+    gather_facts,
+    list_facts,
+    read_share,
+)
+from engram_jax.checkpoint_manifest import (
+    MANIFEST,
+    check_arrays,
+    check_identity,
+    manifest_content,
+    read_manifest,
+    write_manifest,
+)
 from engram_jax.errors import InputError, disk_reason
-from engram_jax.files import parse_json, remove, sync_folder
-from engram_jax.processes import all_agree, collective, is_leader
+from engram_jax.files import remove, sync_folder
+from engram_jax.processes import collective, first_text, gather, is_leader
 from engram_jax.train_state import array_bytes, named_leaves
 
 try:
@@ -33,11 +50,8 @@ try:
 except ImportError:  # the path until Orbax moves it
     from orbax.checkpoint.experimental import v1 as ocp
 
-FORMAT = 4  # in format 1 models did not scale the embedding; in 2 a table was four arrays
-RECORD_AS_TEXT = 3  # in format 3 the identity described the row records by a Python repr
 STATE = "state"
 TABLES = "tables"  # prefix of the tables' arrays, or folder of the files with their rows
-MANIFEST = "manifest.json"
 PARTIAL = "partial-"  # prefix of a folder that is being written or removed
 REPLACED = ".replaced"  # suffix of a complete checkpoint that a second save of its step replaces
 
@@ -45,22 +59,36 @@ REPLACED = ".replaced"  # suffix of a complete checkpoint that a second save of 
 # needs. No compression: Zstandard saves 8 % on float32 tables and takes five times as long.
 CHUNK_BYTES = 64 << 20
 
+_WRITE_SECONDS = 24 * 3600  # Orbax gives up after 20 minutes by default
+
 
 class Checkpoints:
     """The checkpoints of one run, in `folder`; the newest `keep` are kept.
 
     `identity` holds fingerprints, such as {"hash": …, "tokenizer": …}. A checkpoint with other
-    fingerprints is not restored. All processes of a run call `save` and `restore`, on one shared
-    folder. Nothing on disk changes before the first `save`, so opening for reading is safe.
+    fingerprints is not restored. All processes of a run call `save`, `finish` and `restore`, on one
+    shared folder. Nothing on disk changes before the first `save`, so opening for reading is safe.
+
+    `background` allows `save` to return early. By default, it is allowed unless the arrays are on a
+    CPU, where writing takes cores from the training, and the arrays must be copied.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: int,
+        identity: Mapping[str, Any],
+        background: bool | None = None,
+    ) -> None:
         """Raises InputError if `keep` is less than 1."""
         if keep < 1:
             raise InputError(f"At least 1 checkpoint must be kept, not {keep}: raise `keep`.")
         self.folder = Path(folder).absolute()  # Orbax does not accept a relative path
         self._keep = keep
         self._identity = dict(identity)
+        self._background = background
+        self._saving: _Saving | None = None
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending; only those have their final name.
@@ -84,42 +112,90 @@ class Checkpoints:
         write_files: Callable[[Path], object] = lambda folder: None,
         write_parts: Callable[[Path], object] = lambda folder: None,
         more_bytes: int = 0,
+        wait: bool = True,
     ) -> Path:
-        """Writes the checkpoint of `step`, waits until it is complete, and returns its folder.
+        """Writes the checkpoint of `step`, and returns its folder.
 
         `write_files` writes more files into it, so that it can be read without its run folder.
         `write_parts` does so on every process, and needs `more_bytes` of disk space. An earlier
         checkpoint of the same step is kept until the new one is complete.
 
+        Without `wait`, this may return when these files are written and the arrays are copied to
+        the host. The arrays are written meanwhile, and `finish` or the next `save` completes it.
+
         Raises:
             InputError: the disk is too small or full. The earlier checkpoints are unchanged.
         """
+        self.finish()
         arrays = named_leaves(state)
-        final, partial = (self.folder / f"{prefix}{step:08d}" for prefix in ("", PARTIAL))
-        with collective(f"begin the checkpoint of step {step}"):
-            if is_leader():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._tidy()
-                self.require_space(arrays, more_bytes=more_bytes)
-                partial.mkdir()
-        try:
-            with collective(f"write the rows of step {step}"):
+        partial = self.folder / f"{PARTIAL}{step:08d}"
+        on_cpu = any(next(iter(a.devices())).platform == "cpu" for a in arrays.values())
+        wait = wait or not (self._background or (self._background is None and not on_cpu))
+        if on_cpu and not wait:  # Orbax reads the memory of these arrays, which a step may donate
+            arrays = jax.jit(lambda leaves: jax.tree.map(jnp.copy, leaves))(arrays)
+        with self._removing(step):
+            with collective(f"begin the checkpoint of step {step}"):
+                if is_leader():
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self._tidy()
+                    self.require_space(arrays, more_bytes=more_bytes)
+                    partial.mkdir()
+            with collective(f"write the files of step {step}"):
                 write_parts(partial)
-            with collective(f"write the checkpoint of step {step}"):
-                with _orbax_context():
-                    ocp.save(partial / STATE, arrays)
                 if is_leader():
                     write_files(partial)
-                    _write_manifest(partial, step, self._identity, config, arrays)
+            with collective(f"write the checkpoint of step {step}"), _orbax_context():
+                response = ocp.save_async(partial / STATE, arrays)
+        content = manifest_content(step, self._identity, config, arrays)
+        self._saving = _Saving(step, content, _complete(partial, response))
+        if wait:
+            self.finish()
+        return self.folder / f"{step:08d}"
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Completes the checkpoint that is being written; all processes call this before a step.
+
+        Without `wait`, nothing happens before all of them have written their part.
+
+        Raises:
+            InputError: as for `save`.
+        """
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        step, facts = saving.step, saving.facts
+        partial, final = (self.folder / f"{prefix}{step:08d}" for prefix in (PARTIAL, ""))
+        with self._removing(step):
+            while True:
+                futures.wait([facts], timeout=1 if wait else 0)
+                done = facts.done()
+                failed = done and facts.exception() is not None
+                all_done, all_failed = gather(np.asarray([done, failed])).T
+                if all_done.all() or all_failed.any():  # the others may wait for one that failed
+                    break
+                if not wait:
+                    self._saving = saving
+                    return
+            with collective(f"write the checkpoint of step {step}"):
+                mine = facts.result() if done else {}
+            gathered = gather_facts(mine)
+            with collective(f"publish the checkpoint of step {step}"):
+                if is_leader():
+                    write_manifest(partial, saving.content, list_facts(partial, gathered))
                     self._publish(partial, final)
+
+    @contextmanager
+    def _removing(self, step: int) -> Iterator[None]:
+        """On an error, removes the unfinished checkpoint; a full disk is an error of the user."""
+        try:
+            yield
         except BaseException as error:
             if is_leader():  # the next save removes files that Orbax still writes after this
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(self.folder / f"{PARTIAL}{step:08d}", ignore_errors=True)
             if (reason := disk_reason(error)) is not None:
                 problem = f"Cannot write the checkpoint of step {step} to {self.folder} ({reason})"
                 raise InputError(f"{problem}; free some space.") from error
             raise
-        return final
 
     def require_space(self, state: PyTree, to_come: int = 1, *, more_bytes: int = 0) -> None:
         """Checks that a checkpoint of the state (arrays, or their shapes) fits on the disk.
@@ -192,8 +268,9 @@ class Checkpoints:
         for candidate in [step] if step is not None else reversed(found):
             here = self._saved_arrays(candidate, wanted)
             with collective(f"read the checkpoint of step {candidate}"):
-                damage = self._damage(candidate, here, partial)
-            if all_agree(damage is None):
+                own = self._damage(candidate, here, partial)
+            damage = first_text(own)
+            if damage is None:
                 with _orbax_context(partial):
                     arrays = ocp.load(self.path(candidate) / STATE, here)
                 leaves = [arrays.get(name) for name in wanted]
@@ -202,16 +279,17 @@ class Checkpoints:
                 raise InputError(f"{self.path(candidate)} was just removed; try again.")
             if is_leader() and step is None:
                 print(
-                    f"The checkpoint of step {candidate} is damaged "
-                    f"({damage or 'another process cannot read it'}): restoring the one before it.",
+                    f"The checkpoint of step {candidate} is damaged ({damage}): restoring the one "
+                    "before it.",
                     file=sys.stderr,
                 )
-        why = f" ({damage})" if damage else ""
         if step is None:
-            raise InputError(f"All checkpoints in {self.folder} are damaged{why}; start a new run.")
+            raise InputError(
+                f"All checkpoints in {self.folder} are damaged ({damage}); start a new run."
+            )
         raise InputError(
-            f"The checkpoint of step {step} in {self.folder} is damaged{why}; restore another "
-            "step, or start a new run."
+            f"The checkpoint of step {step} in {self.folder} is damaged ({damage}); restore "
+            "another step, or start a new run."
         )
 
     def path(self, step: int) -> Path:
@@ -224,7 +302,7 @@ class Checkpoints:
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """The leaves that a checkpoint has as arrays: all, or all except the tables."""
         try:
-            files = _read_manifest(self.path(step) / MANIFEST)["files"]
+            _, files = read_manifest(self.path(step))
         except (OSError, ValueError, TypeError, KeyError):
             return wanted  # `_damage` says what is wrong
         if not any(name.startswith(f"{TABLES}/") for name in files):
@@ -234,55 +312,23 @@ class Checkpoints:
     def _damage(
         self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], partial: bool
     ) -> str | None:
-        """Describes the damage of a checkpoint; None if it is intact.
+        """Describes the damage of a checkpoint; None if this process finds none.
 
-        All processes read the manifest. Only the leader reads the other files.
+        All processes read the manifest, and each reads its share of the other files.
 
         Raises:
             InputError: the checkpoint is readable, but has another identity or other arrays.
         """
         folder = self.path(step)
         try:
-            content = _read_manifest(folder / MANIFEST)
+            content, files = read_manifest(folder)
         except FileNotFoundError:
             return f"{MANIFEST} is missing"
         except (ValueError, TypeError, KeyError, IsADirectoryError, NotADirectoryError):
             return f"{MANIFEST} is unreadable"
-        self._check_identity(step, content)
-        saved = content["arrays"]
-        if partial:
-            saved = {name: saved[name] for name in wanted if name in saved}
-        _check_arrays(step, saved, _described(wanted))
-        if not is_leader():
-            return None
-        for name, saved in content["files"].items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != saved["size"]:
-                return f"{name} has {path.stat().st_size:,} bytes, not {saved['size']:,}"
-            if _checksum(path) != saved["crc32"]:
-                return f"{name} has another checksum"
-        return None
-
-    def _check_identity(self, step: int, content: Mapping[str, Any]) -> None:
-        if content["format"] not in (FORMAT, RECORD_AS_TEXT):
-            raise InputError(
-                f"The checkpoint of step {step} in {self.folder} has format {content['format']}, "
-                f"and this version reads {RECORD_AS_TEXT} and {FORMAT}: use the version that "
-                "wrote it."
-            )
-        saved = content["identity"]
-        names = saved.keys() | self._identity.keys()
-        if content["format"] == RECORD_AS_TEXT:
-            names -= {"record"}  # checked through the configuration and the array shapes
-        for name in sorted(names):
-            if saved.get(name) != self._identity.get(name):
-                raise InputError(
-                    f"The checkpoint of step {step} in {self.folder} was saved with another {name} "
-                    f"({saved.get(name)}, here {self._identity.get(name)}): use the {name} of that "
-                    "run or another run folder."
-                )
+        check_identity(self.folder, content, self._identity)
+        check_arrays(content, wanted, partial=partial)
+        return find_damage(folder, files)
 
     def _tidy(self) -> None:
         """Removes the remains of a killed save, and completes an interrupted replacement."""
@@ -320,6 +366,33 @@ class Checkpoints:
         )
 
 
+class _Saving(NamedTuple):
+    """A checkpoint that is being written: step, manifest without files, this process's share."""
+
+    step: int
+    content: Mapping[str, Any]
+    facts: futures.Future[dict[str, FileFacts]]
+
+
+def _complete(folder: Path, response: Any) -> futures.Future[dict[str, FileFacts]]:
+    """Waits in a thread until Orbax has written all arrays, then reads this process's share.
+
+    The thread does not delay the end of the process. It must not use collectives of the devices:
+    their order beside those of the main thread would differ among the processes.
+    """
+    facts: futures.Future[dict[str, FileFacts]] = futures.Future()
+
+    def work() -> None:
+        try:
+            response.result()
+            facts.set_result(read_share(folder))
+        except BaseException as error:
+            facts.set_exception(error)
+
+    threading.Thread(target=work, name="checkpoint", daemon=True).start()
+    return facts
+
+
 class _RaisedAsWell(logging.Filter):
     """Drops the errors that Orbax's threads log, with a traceback each, before they raise them."""
 
@@ -333,79 +406,7 @@ logging.getLogger("absl").addFilter(_RaisedAsWell())
 def _orbax_context(partial: bool = False) -> Any:
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
+    context.asynchronous.timeout_secs = _WRITE_SECONDS
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     return context
-
-
-def _described(
-    arrays: Mapping[str, jax.Array] | Mapping[str, jax.ShapeDtypeStruct],
-) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"shape": list(array.shape), "dtype": str(array.dtype)}
-        for name, array in arrays.items()
-    }
-
-
-def _check_arrays(step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for name in [*wanted, *(name for name in saved if name not in wanted)]:
-        here, there = wanted.get(name), saved.get(name)
-        if here != there:
-            texts = [
-                f"{array['dtype']}{array['shape']}" if array else "nothing"
-                for array in (there, here)
-            ]
-            raise InputError(
-                f"The checkpoint of step {step} holds {texts[0]} where the model has {texts[1]}, "
-                f"for {name}: use the config that it was saved with."
-            )
-
-
-def _write_manifest(
-    folder: Path,
-    step: int,
-    identity: Mapping[str, Any],
-    config: Mapping[str, Any],
-    arrays: Mapping[str, jax.Array],
-) -> None:
-    """Writes the manifest of a checkpoint's folder, after all other files."""
-    content = {
-        "format": FORMAT,
-        "step": step,
-        "identity": identity,
-        "config": config,
-        "arrays": _described(arrays),
-        "files": {
-            path.relative_to(folder).as_posix(): {
-                "size": path.stat().st_size,
-                "crc32": _checksum(path),
-            }
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        },
-        "versions": {name: version(name) for name in ("jax", "orbax-checkpoint")},
-    }
-    text = json.dumps(content)
-    partial = folder / "manifest.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"crc32": zlib.crc32(text.encode()), "content": content}, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(folder / MANIFEST)
-    sync_folder(folder)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = parse_json(path.read_text(encoding="utf-8"))
-    content: dict[str, Any] = manifest["content"]
-    if zlib.crc32(json.dumps(content).encode()) != manifest["crc32"]:
-        raise ValueError(f"{path} has a wrong checksum")
-    return content
-
-
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum

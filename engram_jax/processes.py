@@ -149,7 +149,27 @@ def all_agree(here: bool) -> bool:
     """Whether `here` is true on all processes. All processes must call this."""
     if jax.process_count() == 1:
         return here
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
+    return bool(np.all(gather(np.asarray(here))))
+
+
+def gather(here: np.ndarray) -> np.ndarray:
+    """Stacks the arrays of all processes, [P, …]. All processes must call this.
+
+    The arrays have one shape, and elements of at most 32 bits.
+    """
+    return np.asarray(multihost_utils.process_allgather(here))
+
+
+def first_text(here: str | None) -> str | None:
+    """The text of the first process that has one; None if no process has one.
+
+    All processes must call this. Only 500 bytes are sent.
+    """
+    if jax.process_count() == 1:
+        return here
+    mine = np.frombuffer((here or "").encode()[:500].ljust(500, b"\0"), np.uint8)
+    texts = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in gather(mine)]
+    return next((text for text in texts if text), None)
 
 
 @contextmanager

@@ -399,7 +399,7 @@ class Run:
         check_fitting(folder, (self.program, self.tokenizer), (other.program, other.tokenizer))
         return other
 
-    def save(self, state: TrainState, stores: Stores | None = None) -> Path:
+    def save(self, state: TrainState, stores: Stores | None = None, *, wait: bool = True) -> Path:
         """Saves the state as a checkpoint of its step, with what is needed to read it.
 
         The run folder may have been moved since: nothing is read from it.
@@ -407,6 +407,7 @@ class Run:
         Args:
             state: the state.
             stores: the rows, if the tables are outside the devices.
+            wait: until it is complete; otherwise see `Checkpoints.save`.
         """
 
         def write_files(folder: Path) -> None:
@@ -422,4 +423,5 @@ class Run:
             write_files=write_files,
             write_parts=lambda folder: save_stores(stores, folder) if stores else None,
             more_bytes=bytes_of_all(stores) if stores else 0,
+            wait=wait,
         )

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from engram_jax.checkpoint import Checkpoints
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.packing import SentBatch
 from engram_jax.data.pipeline import prefetch_to_device
@@ -39,7 +40,8 @@ class Diverged(RuntimeError):
 def train(run: Run, *, profile: bool = False) -> TrainState:
     """Trains to the configured number of steps, from the newest checkpoint if there is one.
 
-    Ctrl-C or SIGTERM saves a checkpoint and returns early.
+    Ctrl-C or SIGTERM saves a checkpoint and returns early. On GPU and TPU, the steps go on while
+    another checkpoint is written.
 
     Args:
         run: the run.
@@ -62,14 +64,20 @@ def train(run: Run, *, profile: bool = False) -> TrainState:
         evaluate = _Evaluation(run, corpora, feed)
         progress = stack.enter_context(_open_progress(run, step, feed))
         stopped = stack.enter_context(_stop_signal())
+        stack.enter_context(_complete_last(run.checkpoints))
         batches = stack.enter_context(run.batches(step))
         trace = stack.enter_context(_Trace(run.folder / "profile", step + 5 if profile else None))
         # If the run was killed after saving this step but before evaluating it, evaluate it now.
         if step and evaluate.is_due(step) and all_agree(not is_leader() or _lacks_score(run, step)):
             evaluate(state, progress)
         for sent, following in pairwise(prefetch_to_device(batches, program.send)):
-            if step == config.steps or stopped(step):
+            if step == config.steps:
                 break
+            if stopped(step):
+                progress.say_stopping(step)
+                break
+            if _agrees_before(step):
+                run.checkpoints.finish(wait=False)
             trace.before(step)
             state = _with_rows(feed, state, sent, following)
             state, metrics = train_step(state, sent.batch, program.row_adam)
@@ -107,11 +115,11 @@ def _with_rows(
 
 
 def _save(run: Run, feed: RowFeed | None, state: TrainState, progress: "_Progress") -> None:
-    """Saves a checkpoint of the newest step, after checking the step."""
+    """Saves a checkpoint of the newest step, after checking the step; may return before its end."""
     progress.drain()
     if feed:
         feed.flush(state.tables)
-    run.save(state, feed.stores if feed else None)
+    run.save(state, feed.stores if feed else None, wait=False)
     progress.restart_clock()
 
 
@@ -267,9 +275,20 @@ class _Progress:
                 self._bar.write(f"warning: {warning}", file=self._bar.fp)
         self.restart_clock()
 
+    def say_stopping(self, step: int) -> None:
+        """Says that a signal ends the run before a step, and what a second signal does."""
+        saved = self._run.checkpoints.steps()
+        newest = f"with the checkpoint of step {saved[-1]}" if saved else "without a checkpoint"
+        self._bar.write(
+            f"Stopping before step {step + 1} because of a signal, after saving a checkpoint. A "
+            f"second signal ends the run at once, {newest}.",
+            file=self._bar.fp,
+        )
+
     def _check_finite(self, step: int, metrics: Mapping[str, float | int]) -> None:
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"]):
             return
+        self._run.checkpoints.finish()
         # The state before this step may contain the cause, so its checkpoint is not called good.
         good = [saved for saved in self._run.checkpoints.steps() if saved < step - 1]
         newest = f"the last good checkpoint is that of step {good[-1]}" if good else "none is good"
@@ -316,13 +335,35 @@ _STOP_SIGNALS = (
 )
 
 
+def _agrees_before(step: int) -> bool:
+    """Whether the processes agree on something before a step.
+
+    Several do so only every ten steps, because agreeing waits for the devices.
+    """
+    return jax.process_count() == 1 or step % 10 == 0
+
+
+@contextmanager
+def _complete_last(checkpoints: Checkpoints) -> Iterator[None]:
+    """A `with` block, after which no checkpoint is left unfinished.
+
+    This also holds if one process fails. If one of several fails, the others cannot help it.
+    """
+    try:
+        yield
+    except Exception:
+        if jax.process_count() == 1:
+            checkpoints.finish()
+        raise
+    checkpoints.finish()
+
+
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[int], bool]]:
     """Yields a function that tells whether to stop before a step, because of a signal.
 
     The signals are Ctrl-C, SIGTERM, SIGHUP (a closed terminal), and SIGUSR1 and SIGXCPU (of cluster
     schedulers), unless they are ignored, as SIGHUP by nohup.
-    Several processes agree only every ten steps, because agreeing waits for the devices.
     """
     requested = False
 
@@ -343,7 +384,7 @@ def _stop_signal() -> Iterator[Callable[[int], bool]]:
     def stopped(step: int) -> bool:
         if jax.process_count() == 1:
             return requested
-        return step % 10 == 0 and not all_agree(not requested)
+        return _agrees_before(step) and not all_agree(not requested)
 
     try:
         yield stopped

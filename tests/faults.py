@@ -435,6 +435,9 @@ engram_jax/trainer.py < test_trainer.py
   the checkpoint that diverged is called good
     - if saved < step - 1
     + if saved < step
+  a checkpoint that is being written is not called good
+    - self._run.checkpoints.finish()
+    + self._run.checkpoints.steps()
 engram_jax/optimizer.py < test_optimizer.py
   everything decays
     - mask=is_matrix,
@@ -482,17 +485,30 @@ engram_jax/config.py < test_config.py
   a layer beyond the model may have memory
     - if layer >= self.model.layers
     + if layer > self.model.layers
-engram_jax/checkpoint.py < test_checkpoint.py
+engram_jax/checkpoint_files.py < test_checkpoint_files.py
   flipped bits in a checkpoint are not noticed
-    - if _checksum(path) != saved["crc32"]
-    + if saved["crc32"] is None
+    - if _facts(path) != saved
+    + if saved is None
+  two processes read one file
+    - share += [name] * (index == process)
+    + share += [name]
+  a checksum without its file's size is believed
+    - if facts is None or facts.size != size
+    + if facts is None
+engram_jax/checkpoint.py < test_checkpoint.py
+  a checkpoint is published before it is written
+    - if all_done.all() or all_failed.any():
+    + if all_done.size or all_failed.any():
+  an error of the background is forgotten
+    - mine = facts.result() if done else {}
+    + mine = facts.result() if not failed else {}
   one checkpoint too many is kept
     - self.steps()[: -self._keep]
     + self.steps()[: -self._keep - 1]
 engram_jax/processes.py < test_processes.py
   all agree if one does
-    - return bool(np.all(multihost_utils
-    + return bool(np.any(multihost_utils
+    - return bool(np.all(gather
+    + return bool(np.any(gather
 engram_jax/processes.py < test_failing_together.py
   a failed process ends nobody else
     - if int(failed) != global_state.process_id:

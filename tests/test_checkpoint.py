@@ -4,6 +4,8 @@ import os
 import resource
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from programs import fork
 
-from engram_jax import checkpoint
+from engram_jax import checkpoint, checkpoint_files
 from engram_jax.checkpoint import Checkpoints, ocp
 from engram_jax.errors import InputError
 
@@ -62,6 +64,10 @@ def assert_identical(left: object, right: object) -> None:
 
 def open_checkpoints(folder: Path, keep: int = 3) -> Checkpoints:
     return Checkpoints(folder, keep=keep, identity=IDENTITY)
+
+
+def open_in_background(folder: Path) -> Checkpoints:
+    return Checkpoints(folder, keep=3, identity=IDENTITY, background=True)
 
 
 @pytest.fixture
@@ -252,30 +258,39 @@ def test_a_manifest_that_cannot_be_read_now_is_no_damage(
         saved.checkpoints.restore(saved.abstract)
 
 
+@pytest.mark.parametrize("wait", [True, False])
 def test_a_disk_that_fills_up_while_writing(
-    saved: SimpleNamespace, caplog: pytest.LogCaptureFixture
+    saved: SimpleNamespace, wait: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    checkpoints = open_in_background(saved.folder)
     large = saved.states[10] | {"large": jax.random.normal(jax.random.key(0), (1024, 1024))}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
         with pytest.raises(InputError, match=r"step 30 .*\(File too large\); free some"):
-            saved.checkpoints.save(30, large, config={})
+            checkpoints.save(30, large, config={}, wait=wait)
+            assert not wait
+            checkpoints.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not [record for record in caplog.records if record.exc_info]
     assert saved.checkpoints.steps() == [10, 20]
     assert_identical(saved.checkpoints.restore(saved.abstract)[1], saved.states[20])
-    saved.checkpoints.save(30, large, config={})
+    checkpoints.save(30, large, config={})
     assert {path.name for path in saved.folder.iterdir()} == {"00000010", "00000020", "00000030"}
 
 
 def save_and_die(folder: Path, step: int, call: str, count: int) -> None:
     """Saves step 1 of ones, then, being killed at the named call, a step of twos."""
     jax.config.update("jax_num_cpu_devices", 1)
-    checkpoints = Checkpoints(folder, keep=1, identity={})
+    checkpoints = Checkpoints(folder, keep=1, identity={}, background=True)
     checkpoints.save(1, {"a": jnp.ones(5)}, config={})
-    owners = {"checksum": (checkpoint, "_checksum"), "rename": (Path, "rename")}
+    if call == "finish":
+        checkpoints.save(step, {"a": jnp.full(5, 2.0)}, config={}, wait=False)
+        while not checkpoints._saving.facts.done():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    owners = {"checksum": (checkpoint_files, "_facts"), "rename": (Path, "rename")}
     owner, name = (owners | {"rmtree": (shutil, "rmtree")})[call]
     original, calls = getattr(owner, name), []
 
@@ -292,6 +307,7 @@ def save_and_die(folder: Path, step: int, call: str, count: int) -> None:
 @pytest.mark.parametrize(
     ("step", "call", "count", "restored"),
     [
+        (2, "finish", 1, (1, 1.0)),  # all is written in the background, and not published yet
         (2, "checksum", 1, (1, 1.0)),  # Orbax is done, the manifest is not written
         (2, "rename", 1, (1, 1.0)),  # the manifest does not have its final name yet
         (2, "rename", 2, (1, 1.0)),  # the folder does not have its final name yet
@@ -316,6 +332,37 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(
 
     checkpoints.save(3, {"a": jnp.full(5, 3.0)}, config={})
     assert [path.name for path in tmp_path.iterdir()] == ["00000003"]
+
+
+def test_a_save_in_the_background_has_the_state_before_later_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_share, is_held = checkpoint.read_share, threading.Event()
+
+    def wait_and_read(folder: Path) -> dict:
+        assert is_held.wait(timeout=60)
+        return read_share(folder)
+
+    monkeypatch.setattr(checkpoint, "read_share", wait_and_read)
+    train_step = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
+    state = train_step({"rows": np.arange(1 << 20, dtype=np.float32), "step": np.int32(0)})
+    expected = jax.tree.map(np.array, state)
+    checkpoints = open_in_background(tmp_path)
+    checkpoints.save(1, state, config={}, wait=False)
+    for _ in range(3):
+        state = train_step(state)
+    checkpoints.finish(wait=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["partial-00000001"]
+    assert checkpoints.steps() == []
+    is_held.set()
+    checkpoints.save(4, state, config={}, wait=False)  # completes the first
+    assert checkpoints.steps() == [1]
+    while checkpoints.steps() == [1]:
+        checkpoints.finish(wait=False)
+    checkpoints.finish()  # nothing is left to do
+    for step, ahead in ((1, 0), (4, 3)):
+        _, found = checkpoints.restore(abstract_of(state), step)
+        assert_identical(found, jax.tree.map(lambda a, n=ahead: jnp.asarray(a + n), expected))
 
 
 def test_any_other_error_of_a_save_passes_and_leaves_nothing(saved: SimpleNamespace) -> None:
@@ -365,7 +412,7 @@ def test_a_newer_checkpoint_is_read_if_the_newest_goes_meanwhile(
     moment: str,
 ) -> None:
     """As when a training program saves and prunes while another one reads."""
-    owner, name = {"manifest": (checkpoint, "_read_manifest"), "arrays": (ocp, "load")}[moment]
+    owner, name = {"manifest": (checkpoint, "read_manifest"), "arrays": (ocp, "load")}[moment]
     original = getattr(owner, name)
 
     def replace_first(*arguments: object) -> object:

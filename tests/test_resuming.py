@@ -47,6 +47,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     train_whole: TrainWhole,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     number: int,
     change: dict[str, dict[str, Any]],
 ) -> None:
@@ -64,6 +65,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         patch.setattr(MetricsLog, "write", write_and_stop)
         stopped = train(Run.start(config, tmp_path / "parts"))
     assert 3 <= stopped.step < 6
+    ending = f"Stopping before step {stopped.step + 1} because of a signal"
+    assert ending in (said := capsys.readouterr().err) and "without a checkpoint" in said
     assert [signal.getsignal(n) for n in signal.Signals] == handlers
     parts = Run.start(config, tmp_path / "parts")
     assert parts.checkpoints.steps() == [stopped.step]
@@ -82,8 +85,8 @@ def test_a_run_that_ends_right_after_a_save_has_all_its_lines(
     whole, expected = train_whole(config, 1, 1)
     save = Run.save
 
-    def save_and_end(run: Run, state: TrainState, *rest: Any) -> Path:
-        path = save(run, state, *rest)
+    def save_and_end(run: Run, state: TrainState, *rest: Any, **named: Any) -> Path:
+        path = save(run, state, *rest, **named)
         if state.step in (4, 6):
             raise SystemExit
         return path

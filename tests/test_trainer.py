@@ -1,6 +1,7 @@
 """The loop: equal results on all meshes, written files, divergence."""
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_runs import TrainWhole, assert_identical, losses, on_devices, vary
 
+from engram_jax import trainer
 from engram_jax.config import Config
 from engram_jax.data.packing import Batch
 from engram_jax.errors import UnbreakableErrors
@@ -89,6 +91,20 @@ def test_evaluations_and_checkpoints_change_nothing(
 
 
 @pytest.mark.usefixtures("one_device")
+def test_a_run_that_saves_in_the_background_resumes_bit_for_bit(
+    tiny: Config, train_whole: TrainWhole, tmp_path: Path
+) -> None:
+    _, expected = train_whole(tiny, 1, 1)
+    config = vary(tiny, train={"checkpoint_every": 2})
+    run = Run.start(config, tmp_path / "run")
+    run.checkpoints._background = True
+    assert_identical(train(run), expected)
+    assert run.checkpoints.steps() == [4, 6]
+    shutil.rmtree(run.checkpoints.path(6))
+    assert_identical(train(Run.start(config, tmp_path / "run")), expected)
+
+
+@pytest.mark.usefixtures("one_device")
 def test_profile_writes_a_trace(tiny: Config, tmp_path: Path) -> None:
     run = Run.start(tiny, tmp_path / "run")
     train(run, profile=True)  # ends during the ten traced steps
@@ -97,10 +113,15 @@ def test_profile_writes_a_trace(tiny: Config, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("background", [False, True])
 def test_divergence_names_the_step_and_the_last_good_checkpoint(
-    tiny: Config, tmp_path: Path
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
 ) -> None:
+    """A checkpoint that is being written is completed first."""
+    if background:
+        monkeypatch.setattr(trainer, "_agrees_before", lambda step: False)
     run = Run.start(vary(tiny, train={"checkpoint_every": 2}), tmp_path / "run")
+    run.checkpoints._background = background
     put = run.program.put
     batches = 0
 
