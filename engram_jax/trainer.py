@@ -277,6 +277,8 @@ class _Progress:
 
     def say_stopping(self, step: int) -> None:
         """Says that a signal ends the run before a step, and what a second signal does."""
+        if not is_leader():
+            return
         saved = self._run.checkpoints.steps()
         newest = f"with the checkpoint of step {saved[-1]}" if saved else "without a checkpoint"
         self._bar.write(
