@@ -13,9 +13,9 @@ evaluation (--sources, --step, --max-tokens, --no-statistics) writes
 With --tasks, it runs only tasks of lm-evaluation-harness (offline), prints a
 table, and writes `tasks.json`.
 
-Parameters and experts are split over the devices as in training, if there are
-enough of them, otherwise not; --mesh.data, --mesh.fsdp and --mesh.expert change
-that (`--mesh.data 1`: one device). Losses differ by rounding only. The sample
+Sequences, experts and parameters are split over the devices as in training, as
+far as there are enough; --mesh.context, --mesh.expert, --mesh.fsdp and
+--mesh.data change that (`--mesh.data 1`: one device). Losses differ by rounding only. The sample
 needs one process, and complete parameters on every device. --tasks uses one
 device.
 """

@@ -21,13 +21,13 @@ class BatchPart(NamedTuple):
     sharing: int = 1
 
     @property
-    def row_parts(self) -> int:
-        """Number of parts of B."""
+    def groups(self) -> int:
+        """Number of groups of processes that share rows: the number of parts of B."""
         return self.processes // self.sharing
 
     def rows(self, array: Shaped[np.ndarray, "A B ..."]) -> Shaped[np.ndarray, "A own ..."]:
         """The process's part of B, with all of T."""
-        return _cut(array, 1, self.process // self.sharing, self.row_parts)
+        return _cut(array, 1, self.process // self.sharing, self.groups)
 
     def positions(
         self, array: Shaped[np.ndarray, "A B T ..."]

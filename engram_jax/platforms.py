@@ -125,7 +125,9 @@ def least_bytes(config: Config, state: TrainState, devices: int) -> dict[str, in
     model, data, train = config.model, config.data, config.train
     tokens = data.batch_size * data.sequence_length // (train.accumulation * devices)
     number, parts = jnp.dtype(model.dtype).itemsize, count_parts(tokens, model.vocabulary)
-    gradients = {"gradients": device_bytes(state.params)}
+    gradients = {"gradients": device_bytes(state.params)}  # sums are in float32
+    if train.accumulation == 1:
+        gradients = {"gradients": gradients["gradients"] * number // 4}
     kept = {
         "inputs of the blocks": tokens * model.width * model.branches * model.layers * number,
         "logits": 4 * tokens * model.vocabulary // parts,
@@ -198,10 +200,28 @@ def check_devices(config: Config, ngram_hash: NgramHash | None, mesh: AnyMesh) -
             f"memory.row_width {config.memory.row_width} gives records of {words} words; leave "
             "the flag out, or raise memory.row_width (in float32, to at least 22)."
         )
-    if config.data.sequence_length % mesh.shape["context"]:
+    if (context := mesh.shape["context"]) > 1:
+        _check_context(config, context)
+
+
+def _check_context(config: Config, context: int) -> None:
+    """Checks that sequences can be split over so many devices."""
+    length = config.data.sequence_length
+    if length % context:
         raise InputError(
-            f"data.sequence_length {config.data.sequence_length} does not divide over mesh.context "
-            f"{mesh.shape['context']}; make it a multiple."
+            f"data.sequence_length {length} does not divide over mesh.context {context}; make it a "
+            "multiple."
+        )
+    reach = config.model.engram.reach
+    if config.memory.sites.layers and length // context < reach:
+        raise InputError(
+            f"With mesh.context {context}, a device has {length // context} positions of a "
+            f"sequence, but Engram's convolution looks {reach} back; lower mesh.context."
+        )
+    if config.model.attention.implementation == "cudnn":
+        raise InputError(
+            "--model.attention.implementation cudnn needs complete sequences; set mesh.context to "
+            "1, or leave it out."
         )
 
 

@@ -167,7 +167,8 @@ class Run:
         check_training_batch(config, mesh)
         check_evaluation_batch(config, mesh)
         run = cls._assemble(folder, config, tokenizer, ngram_hash, mesh)
-        check_memory(config, run.program.abstract_state(), run.program.mesh.size)
+        run.program.part()  # an error in the split of sequences over processes is found here
+        check_memory(config, run.program.abstract_state(), mesh.size)
         make_config_row_adam(config)  # an error in its betas is found here
         start, width = config.memory.start_from, config.memory.row_width
         if not resumes and start is not None and ngram_hash is not None:

@@ -10,7 +10,7 @@ attention (`layers/context.py`) and Engram's convolution (`layers/engram.py`).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -41,7 +41,8 @@ class MeshConfig:
             of zero-padded parts instead, which sends twice as many bytes.
         expert: devices over which the experts of a layer are split (expert parallelism).
         context: devices over which each sequence is split, for long sequences (context
-            parallelism).
+            parallelism). On a TPU, attention (splash) works in blocks. Elsewhere its scores are one
+            array of T² / context numbers per sequence and head, so only the rest saves memory.
     """
 
     data: int = -1
@@ -97,23 +98,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def fit_mesh(config: MeshConfig, rows: int) -> MeshConfig:
     """The mesh for reading a run of another mesh on the devices that are here.
 
-    Parameters, experts and sequences are split as in the run, if the number of devices allows it,
-    otherwise not at all. One process uses as many devices, a power of two, as divide a batch.
-    Several processes use all of theirs.
+    Sequences, experts and parameters are split as in the run, or over as many devices as there are.
+    One process uses the largest power of two of its devices that divides a batch. Several processes
+    use all of theirs.
 
     Args:
         config: the mesh of the run.
         rows: rows of a batch.
     """
-
-    def usable(parts: int) -> int:
-        count = len(jax.devices())
-        if jax.process_count() > 1:
-            return count
-        return math.gcd(parts, 1 << (count.bit_length() - 1))
-
-    parts, count = config.fsdp * config.expert * config.context, usable(rows * config.context)
-    return MeshConfig(usable(rows)) if count % parts else replace(config, data=count // parts)
+    count = len(jax.devices())
+    if jax.process_count() == 1:
+        count = math.gcd(rows * config.context, 1 << (count.bit_length() - 1))
+    context = math.gcd(config.context, count)
+    expert = math.gcd(config.expert, count // context)
+    fsdp = math.gcd(config.fsdp, count // (context * expert))
+    return MeshConfig(count // (context * expert * fsdp), fsdp, expert, context)
 
 
 def row_parts(mesh: AnyMesh) -> int:

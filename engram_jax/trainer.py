@@ -32,6 +32,8 @@ from engram_jax.run import Run
 from engram_jax.train_state import TrainState
 from engram_jax.train_step import Metrics, make_train_step
 
+AGREE_EVERY = 10  # steps between agreements of several processes
+
 
 class Diverged(RuntimeError):
     """The loss or the gradient is not finite."""
@@ -283,7 +285,7 @@ class _Progress:
         newest = f"with the checkpoint of step {saved[-1]}" if saved else "without a checkpoint"
         self._bar.write(
             f"Stopping before step {step + 1} because of a signal, after saving a checkpoint. A "
-            f"second signal ends the run at once, {newest}.",
+            f"second signal ends the run without it, {newest}.",
             file=self._bar.fp,
         )
 
@@ -342,7 +344,7 @@ def _agrees_before(step: int) -> bool:
 
     Several do so only every ten steps, because agreeing waits for the devices.
     """
-    return jax.process_count() == 1 or step % 10 == 0
+    return jax.process_count() == 1 or step % AGREE_EVERY == 0
 
 
 @contextmanager
@@ -372,7 +374,7 @@ def _stop_signal() -> Iterator[Callable[[int], bool]]:
     def request(number: int, frame: FrameType | None) -> None:
         nonlocal requested
         requested = True
-        # A second signal ends the process immediately.
+        # A second signal has its usual effect.
         signal.signal(number, handlers[signal.Signals(number)])
 
     handlers = {}

@@ -289,8 +289,8 @@ engram_jax/data/pipeline.py < data/test_pipeline.py
     + MapDataset.range(0,
 engram_jax/batch_part.py < data/test_pipeline.py
   all processes build the first slice
-    - process // self.sharing, self.row_parts
-    + process * 0, self.row_parts
+    - process // self.sharing, self.groups
+    + process * 0, self.groups
   all processes that share rows have their first positions
     - self.process % self.sharing
     + self.process % 1
@@ -457,7 +457,7 @@ engram_jax/sharding.py < test_sharding.py
     - longest = max(fitting
     + longest = min(fitting
   an evaluation uses devices that do not divide its batch
-    - math.gcd(parts, 1 << (count.bit_length() - 1))
+    - math.gcd(rows * config.context, 1 << (count.bit_length() - 1))
     + 1 << (count.bit_length() - 1)
 engram_jax/platforms.py < costs/test_memory.py
   a device of a mesh is thought to hold the whole batch

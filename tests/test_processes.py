@@ -4,13 +4,16 @@ The two processes are started once. The one process is the test process.
 """
 
 import json
+import os
 import shutil
+import signal
 import socket
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import jax
 import numpy as np
@@ -18,7 +21,7 @@ import pytest
 from programs import ROOT, fork
 from tiny_runs import losses, on_devices, share_programs, tiny_config, vary, with_backbone
 
-from engram_jax import processes
+from engram_jax import processes, trainer
 from engram_jax.config import Config, TrainConfig
 from engram_jax.errors import InputError
 from engram_jax.files import hold_lock
@@ -26,9 +29,11 @@ from engram_jax.layers.engram import EngramConfig
 from engram_jax.memory import lookup
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.processes import collective
+from engram_jax.program import Program
 from engram_jax.run import Run
 from engram_jax.sharding import MeshConfig
 from engram_jax.train_state import Weights
+from engram_jax.train_step import TrainStep, make_train_step
 from engram_jax.trainer import train
 
 RANKS = range(2)
@@ -77,10 +82,31 @@ def be_one_of_two(rank: int, port: int, data: Path, folder: Path, first: Path, h
     outside = vary(tiny(data, steps=STEPS), memory={"placement": "file"})
     train(Run.start(outside, folder / "again"))
     evaluate(folder)
+    train_until_signal(tiny(data, steps=STEPS), folder / "stopped", rank)
     try:
         train(Run.start(tiny(data, steps=2), held))
     except InputError as error:
         (folder / f"error-{rank}.txt").write_text(str(error))
+
+
+def train_until_signal(config: Config, folder: Path, rank: int) -> None:
+    """Trains until SIGTERM, which only the second process gets, in its first step."""
+
+    def make_signalled(program: Program) -> TrainStep:
+        train_step, signals = make_train_step(program), [signal.SIGTERM] * rank
+
+        def signalled(*arguments: Any) -> Any:
+            if signals:
+                os.kill(os.getpid(), signals.pop())
+            return train_step(*arguments)
+
+        return signalled
+
+    with (
+        patch.object(trainer, "make_train_step", make_signalled),
+        patch.object(trainer, "AGREE_EVERY", 3),
+    ):
+        train(Run.start(config, folder))
 
 
 def evaluate(folder: Path) -> None:
@@ -180,6 +206,12 @@ def test_two_processes_evaluate_as_one(trained: Trained) -> None:
         assert of_two == (pytest.approx(of_one, rel=1e-4, abs=1e-6) if near else of_one), path
     for name in ("gates.html", "memory.png"):
         assert (trained.two / "first" / name).is_file()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_after_a_checkpoint(trained: Trained) -> None:
+    saved = {path.name for path in (trained.two / "stopped" / "checkpoints").iterdir()}
+    assert saved == {"00000002", "00000003"}
 
 
 @pytest.mark.slow

@@ -34,7 +34,10 @@ from engram_jax.sharding import (
         (MeshConfig(), 8, 1, 1, MeshConfig(1)),
         (MeshConfig(), 8, 8, 1, MeshConfig(8)),
         (MeshConfig(fsdp=4), 8, 8, 1, MeshConfig(2, 4)),
-        (MeshConfig(1, 32, 8), 256, 8, 1, MeshConfig(8)),
+        (MeshConfig(1, 32, 8), 256, 8, 1, MeshConfig(1, 1, 8)),
+        (MeshConfig(8, 32), 256, 8, 1, MeshConfig(1, 8)),
+        (MeshConfig(context=16), 1, 8, 1, MeshConfig(1, context=8)),
+        (MeshConfig(fsdp=8, context=2), 4, 8, 1, MeshConfig(1, 4, context=2)),
         (MeshConfig(1, 2, 2), 8, 8, 1, MeshConfig(2, 2, 2)),
         (MeshConfig(), 12, 8, 1, MeshConfig(4)),  # 8 do not divide a batch
         (MeshConfig(), 48, 6, 1, MeshConfig(4)),  # 6 do not divide a table
@@ -121,21 +124,21 @@ def whole_process_orders(coordinates: Coordinates) -> Iterator[Coordinates]:
 
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(
-    ("topology", "wraps", "sizes"),
+    ("topology", "wraps", "ratios"),
     [
-        ("v5p:2x2x1", False, [(1, 4, 1), (2, 2, 1), (1, 2, 2)]),
-        ("v5p:2x2x2", False, [(1, 8, 1), (2, 4, 1), (1, 4, 2)]),
-        ("v5p:4x4x4", True, [(4, 16, 1), (8, 8, 1), (1, 8, 8), (1, 16, 4)]),
-        ("v5p:4x8x8", True, [(8, 32, 1), (1, 32, 8)]),
-        ("v5e:8x8", False, [(2, 32, 1), (1, 8, 8)]),
-        ("v5e:16x16", True, [(8, 32, 1), (1, 32, 8)]),
+        ("v5p:2x2x1", False, {(1, 4, 1): 1, (2, 2, 1): 1, (1, 2, 2): 1}),
+        ("v5p:2x2x2", False, {(1, 8, 1): 1, (2, 4, 1): 1, (1, 4, 2): 1}),
+        ("v5p:4x4x4", True, {(4, 16, 1): 1, (8, 8, 1): 1, (1, 16, 4): 1, (2, 8, 4): 1.154}),
+        ("v5p:4x8x8", True, {(8, 32, 1): 1, (1, 32, 8): 1, (16, 16, 1): 1.083, (2, 16, 8): 1.05}),
+        ("v5e:8x8", False, {(2, 32, 1): 1, (1, 8, 8): 1}),
+        ("v5e:16x16", True, {(8, 32, 1): 1, (1, 32, 8): 1, (16, 16, 1): 1.139}),
     ],
 )
 def test_chips_that_exchange_are_near_each_other(
-    topology: str, wraps: bool, sizes: list[tuple[int, int, int]]
+    topology: str, wraps: bool, ratios: dict[tuple[int, int, int], float]
 ) -> None:
-    """No order in which a process's chips are contiguous has shorter distances."""
-    for shape in sizes:
+    """Distances relative to the best order in which a process's chips are contiguous."""
+    for shape, ratio in ratios.items():
         chips = list(topology_mesh(topology, MeshConfig(*shape)).devices.flat)
         processes = [chip.process_index for chip in chips]
         assert processes == sorted(processes)  # process p builds part p of a batch
@@ -143,7 +146,7 @@ def test_chips_that_exchange_are_near_each_other(
         around = [wraps and size > 2 for size in coordinates.max(axis=0) + 1]
         orders = whole_process_orders(coordinates)
         best = min(spread(order, shape, around) for order in orders)
-        assert spread(coordinates, shape, around) == pytest.approx(best)
+        assert spread(coordinates, shape, around) / best == pytest.approx(ratio, abs=0.001)
 
 
 @pytest.mark.usefixtures("libtpu")

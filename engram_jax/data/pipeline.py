@@ -53,11 +53,11 @@ class BatchBuilder:
                 f"process is {self.part.process}; it must be at least 0 and below processes "
                 f"{self.part.processes}."
             )
-        if self.batch_size % (self.accumulation * self.part.row_parts):
+        if self.batch_size % (self.accumulation * self.part.groups):
             raise InputError(
                 f"a batch of {self.batch_size} rows does not divide into {self.accumulation} "
-                f"micro-batches for {self.part.row_parts} processes; make it a multiple of "
-                f"{self.accumulation * self.part.row_parts}."
+                f"micro-batches for {self.part.groups} processes; make it a multiple of "
+                f"{self.accumulation * self.part.groups}."
             )
 
     def __call__(self, number: int) -> Batch:

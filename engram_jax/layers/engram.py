@@ -69,6 +69,11 @@ class EngramConfig:
         if min(self.kernel, self.dilation) < 1:
             raise InputError("engram.kernel and engram.dilation must be at least 1.")
 
+    @property
+    def reach(self) -> int:
+        """How many tokens the convolution looks back."""
+        return (self.kernel - 1) * self.dilation if self.convolution else 0
+
 
 class MemoryHealth(NamedTuple):
     """Signs of an inert memory, means over tokens and branches; padding does not count.
@@ -219,8 +224,8 @@ class Engram(nnx.Module):
         gate, scale = gated_fusion.gate_new(hidden, key, value, gain, token_mask, form)
         # Reading what was just written lets XLA write in place. Otherwise it copies the cache.
         cache = GatedValues(*map(slots.write, cache, (value, scale)))
-        values, scales = (slots.window(part, self._reach) for part in cache)
-        segments = slots.segments_of_window(self._reach)
+        values, scales = (slots.window(part, self.config.reach) for part in cache)
+        segments = slots.segments_of_window(self.config.reach)
         if self.config.cross_documents:
             segments = jnp.minimum(segments, 0)
         added = gated_fusion.fuse_new(gate, taps, FusedTokens(values, scales, segments), form)
@@ -270,7 +275,7 @@ class Engram(nnx.Module):
         implementation = config.implementation if config.gated else "reference"
         fuse = partial(gated_fusion.fuse, form=form, implementation=implementation)
         tokens = (hidden, hidden if key is None else key, value, segments, token_mask)
-        return _fuse_own_tokens(fuse, self._reach, tokens, (gain, taps))
+        return _fuse_own_tokens(fuse, self.config.reach, tokens, (gain, taps))
 
     def _fusion(
         self,
@@ -286,12 +291,6 @@ class Engram(nnx.Module):
             *(config.convolution_epsilon, config.gated),
         )
         return gain, taps, form
-
-    @property
-    def _reach(self) -> int:
-        """How many tokens the convolution looks back."""
-        config = self.config
-        return (config.kernel - 1) * config.dilation if config.convolution else 0
 
 
 def _fuse_own_tokens(

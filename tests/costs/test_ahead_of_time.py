@@ -108,16 +108,17 @@ def test_the_exchange_sends_a_fraction_of_what_xlas_own_partitioning_sends(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [80, 256])
-def test_on_v5p_a_step_does_not_grow_with_the_table(mesh: jax.sharding.Mesh, width: int) -> None:
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize(("width", "sizes"), [(80, {"fsdp": 2}), (256, {"context": 2})])
+def test_on_v5p_a_step_does_not_grow_with_the_table(width: int, sizes: dict[str, int]) -> None:
     """To 0.2 %, because the compiler keeps small masks in on-chip memory for some R only."""
     config = vary(
         load_named_config("default"),
         model={"width": 64, "layers": 2, "feed_forward": 128},
         memory={"row_width": width, "adam": RowAdamConfig(form="exact")},
-        mesh={"fsdp": 2},
+        mesh=sizes,
     )
-    costs = []
+    mesh, costs = topology_mesh(TOPOLOGY, config.mesh), []
     for rows in (200_000, 800_000):  # too large for on-chip memory
         program = Program.of_sizes(vary(config, memory={"rows_per_head": (rows, rows)}), mesh)
         state, batch = abstract_step(program)
