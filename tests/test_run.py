@@ -328,7 +328,7 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused(tiny: Config, tmp_
         Run.start(vary(tiny, train={"evaluate_batch_size": 12}), tmp_path / "run")
     with pytest.raises(InputError, match="8 devices"):
         Run.start(vary(tiny, mesh={"fsdp": 3}), tmp_path / "run")
-    with pytest.raises(InputError, match="6 positions of a sequence, but .* 9 back"):
+    with pytest.raises(InputError, match=r"6 positions of a sequence, but .* 9 back"):
         Run.start(vary(tiny, mesh={"context": 4}), tmp_path / "run")
     split = vary(tiny, mesh={"context": 2}, data={"sequence_length": 25})
     with pytest.raises(InputError, match=r"sequence_length 25 does not divide over mesh.context 2"):
