@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Literal
 
 import numpy as np
@@ -83,7 +84,7 @@ class Corpus:
             size = (folder / "ids.bin").stat().st_size
             itemsize = np.dtype(self.manifest.dtype).itemsize
             self._check_columns()
-        except (OSError, ValueError, TypeError, EOFError) as error:
+        except (OSError, ValueError, TypeError, EOFError, SyntaxError, TokenError) as error:
             raise InputError(
                 f"{folder} is not a complete corpus ({error}); delete it, and run again."
             ) from error
@@ -95,7 +96,12 @@ class Corpus:
             )
 
     def _check_columns(self) -> None:
-        """Raises ValueError if a column of the documents has another type or length."""
+        """Raises ValueError if a column of the documents is not what was written.
+
+        Caches of earlier versions have no checksum. NumPy parses a damaged header with `tokenize`.
+        """
+        if self.manifest.crc32 not in (None, column_checksum(self.folder)):
+            raise ValueError("another checksum of its documents")
         documents = self.manifest.documents
         for name, dtype, length in (
             ("offsets", np.int64, documents + 1),
@@ -105,8 +111,6 @@ class Corpus:
             column = np.load(self.folder / f"{name}.npy", mmap_mode="r")
             if (column.dtype, column.shape) != (dtype, (length,)):
                 raise ValueError(f"{name}.npy has {column.dtype}{list(column.shape)}")
-        if self.manifest.crc32 not in (None, column_checksum(self.folder)):
-            raise ValueError("another checksum of its documents")
 
     def check_boundaries(self, bos_id: int, eos_id: int) -> None:
         """Check that documents begin with bos and end with eos, for at most 4,096 of them.

@@ -193,14 +193,19 @@ def test_a_source_with_a_name_of_230_bytes(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["offsets", "byte_lengths", "hashes"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "short", "typed"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "short", "typed", "header"])
 def test_a_damaged_column_of_the_cache_is_named(tmp_path, tokenizer, name, damage):
+    """Also in a cache of an earlier version, which has no checksum."""
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    file = build_corpus(path, tokenizer, tmp_path / "cache").folder / f"{name}.npy"
-    column = np.load(file)
+    folder = build_corpus(path, tokenizer, tmp_path / "cache").folder
+    file, manifest = folder / f"{name}.npy", json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"crc32": None}))
+    column, content = np.load(file), file.read_bytes()
     file.unlink()
     if damage == "empty":
         file.touch()
+    elif damage == "header":
+        file.write_bytes(content.replace(b"}", b"{", 1))
     elif damage != "missing":
         np.save(file, column[:-1] if damage == "short" else column.astype(np.float32))
     with pytest.raises(InputError, match=r"delete it, and run again"):
