@@ -71,8 +71,10 @@ class BatchBuilder:
             plan = planner.plan_part(whole.tokens, whole.segments, part)
             return whole.map(part.tokens)._replace(plan=plan)
         rows = self._read(part.rows(indices))
-        plan = planner and planner(rows.tokens, rows.segments, part)
-        return rows.map(part.positions)._replace(plan=plan)
+        own = rows.map(part.positions)
+        if planner is None:
+            return own
+        return own._replace(plan=planner(rows.tokens, rows.segments, part))
 
     def _read(self, indices: Int[np.ndarray, "A B"]) -> Batch:
         rows = self.rows.rows(indices.reshape(-1))
