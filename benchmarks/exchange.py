@@ -21,7 +21,7 @@ from engram_jax.memory import lookup
 from engram_jax.memory.layout import RecordLayout, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdamConfig, make_row_adam
-from engram_jax.sharding import TOKEN_AXES, MeshConfig
+from engram_jax.sharding import ROWS_SU, TOKEN_AXES, TOKENS_BT, MeshConfig
 
 COLUMNS, WIDTH = 16, 80
 ROWS = -(-COLUMNS * 2_262_500 // 4096) * 4096
@@ -55,14 +55,14 @@ def measure(topology: str, tokens: int, rows: int = ROWS) -> Costs:
         RowAdamConfig(form="exact"), lambda done: jnp.full(jnp.shape(done), 1e-3), 100
     )
 
-    def abstract(*shape: int, dtype: Any = jnp.int32) -> Any:
-        place = jax.NamedSharding(mesh, jax.P(TOKEN_AXES) if shape else jax.P())
+    def abstract(*shape: int, dtype: Any = jnp.int32, spec: jax.P = ROWS_SU) -> Any:
+        place = jax.NamedSharding(mesh, spec if shape else jax.P())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     layout = RecordLayout(WIDTH)
     table = Table(abstract(rows, layout.words, dtype=jnp.uint32), layout, layer=0)
     plan = RowPlan(abstract(chips, asked), abstract(chips), abstract(chips))
-    slots = SlotPlan(*[abstract(chips, tokens, COLUMNS)] * 2)
+    slots = SlotPlan(*[abstract(chips, tokens, COLUMNS, spec=TOKENS_BT)] * 2)
     gradient = abstract(chips, asked, WIDTH, dtype=jnp.float32)
 
     def look_up(table: Table, plan: RowPlan, slots: SlotPlan, step: Array) -> Array:

@@ -34,7 +34,7 @@ from engram_jax.memory import lookup
 from engram_jax.memory.layout import RecordLayout, RowState, Table
 from engram_jax.memory.plan import RowPlan, SlotPlan, plan_places
 from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, make_row_adam
-from engram_jax.sharding import TOKEN_AXES, MeshConfig, make_mesh
+from engram_jax.sharding import ROWS_SU, TOKENS_BT, MeshConfig, make_mesh
 
 TOKENS, COLUMNS, WIDTH = 8192, 16, 16
 LAYOUT = RecordLayout(WIDTH)
@@ -73,10 +73,9 @@ def fill_table(rows: int, layout: RecordLayout = LAYOUT) -> Table:
     return Table(records, layout, layer=0)
 
 
-def put[Tree](tree: Tree) -> Tree:
+def put[Tree](tree: Tree, spec: jax.P = ROWS_SU) -> Tree:
     """Puts arrays on the mesh of one device, without a copy."""
-    place = jax.NamedSharding(MESH, jax.P(TOKEN_AXES))
-    return jax.device_put(tree, place, donate=True)
+    return jax.device_put(tree, jax.NamedSharding(MESH, spec), donate=True)
 
 
 def touched_rows(rows: int) -> Advance:
@@ -86,7 +85,8 @@ def touched_rows(rows: int) -> Advance:
     plans = []
     for seed in range(PLANS):
         row_plan, slot_plan = plan_places(draw_places(rows, seed)[None, None], rows)
-        plans.append(put((row_plan, SlotPlan(*(part[0] for part in slot_plan)))))
+        slots = SlotPlan(*(part[0] for part in slot_plan))
+        plans.append((put(row_plan), put(slots, TOKENS_BT)))
 
     @partial(jax.jit, donate_argnums=0)
     def step(table: Table, plan: tuple[RowPlan, SlotPlan], adam: RowAdam, done: jax.Array) -> Table:

@@ -46,7 +46,7 @@ def test_a_mesh_gives_the_losses_of_one_device(
     alone, _ = train_whole(config, 1, 1)
     run, state = train_whole(config, *shape)
     mesh = run.program.mesh
-    assert mesh.devices.shape == (*shape, 1)
+    assert mesh.devices.shape == (*shape, 1, 1)
     for table in state.tables.values():
         shards = [shard.data.shape[0] for shard in table.records.addressable_shards]
         assert shards == [len(table.records) // mesh.size] * mesh.size

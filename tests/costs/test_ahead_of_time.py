@@ -25,7 +25,7 @@ from engram_jax.memory.places import exchange_capacity
 from engram_jax.memory.plan import RowPlan, SlotPlan
 from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, make_row_adam
 from engram_jax.program import Program
-from engram_jax.sharding import TOKEN_AXES, MeshConfig
+from engram_jax.sharding import ROWS_SU, TOKENS_BT, MeshConfig
 from engram_jax.train_step import make_train_step
 
 TOPOLOGY = "v5p:2x2x1"
@@ -38,9 +38,12 @@ def mesh(libtpu: None) -> jax.sharding.Mesh:
 
 
 def abstract(
-    mesh: jax.sharding.Mesh, shape: tuple[int, ...], dtype: type = jnp.int32
+    mesh: jax.sharding.Mesh,
+    shape: tuple[int, ...],
+    dtype: type = jnp.int32,
+    spec: jax.P = ROWS_SU,
 ) -> jax.ShapeDtypeStruct:
-    place = jax.NamedSharding(mesh, jax.P(TOKEN_AXES) if shape else jax.P())
+    place = jax.NamedSharding(mesh, spec if shape else jax.P())
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
@@ -55,7 +58,7 @@ def compile_memory_part(mesh: jax.sharding.Mesh, width: int, rows: int) -> Cost:
     plan = RowPlan(
         abstract(mesh, (chips, asked)), abstract(mesh, (chips,)), abstract(mesh, (chips,))
     )
-    slots = SlotPlan(*[abstract(mesh, (chips, TOKENS, COLUMNS))] * 2)
+    slots = SlotPlan(*[abstract(mesh, (chips, TOKENS, COLUMNS), spec=TOKENS_BT)] * 2)
 
     def part(table: Table, plan: RowPlan, slots: SlotPlan, adam: RowAdam, step: jax.Array):
         read = lookup.read_rows(table, plan, adam, step)

@@ -109,7 +109,7 @@ def test_the_default_on_a_gpu_is_what_its_generation_can(
     monkeypatch.setattr(attention, "platform_of", lambda mesh: "gpu")
     for width, array in arrays.items():
         expected = "cudnn" if width <= widest else "xla"
-        assert attention._fastest(array, array) == expected
+        assert attention._fastest(array, array, None) == expected
 
 
 def test_splash_is_xla_with_gradients() -> None:
