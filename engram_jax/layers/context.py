@@ -21,8 +21,8 @@ def on_all_positions(
     """The keys and values of all T positions, on every device that has some of the queries.
 
     If T is split over n devices, the results have n·B rows, one copy for each of the n devices.
-    Every copy has its own gradient. These are summed where the sources were gathered, which sends
-    as few bytes as the gather.
+    Every copy has its own gradient. These are summed for the sources, which are smaller, by a
+    reduce-scatter.
 
     Args:
         compute: gives keys and values, from `sources` of any positions and `parameters`.
