@@ -16,6 +16,7 @@ import jax
 
 from engram_jax.checkpoint import Checkpoints
 from engram_jax.config import Config, load_config, save_config
+from engram_jax.costs.memory import check_memory
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
 from engram_jax.data.sources import resolve_source, source_names
@@ -44,7 +45,6 @@ from engram_jax.placement import (
 )
 from engram_jax.platforms import (
     check_evaluation_batch,
-    check_memory,
     check_training_batch,
     default_workers,
     without_foreign_kernels,

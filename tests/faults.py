@@ -459,7 +459,7 @@ engram_jax/sharding.py < test_sharding.py
   an evaluation uses devices that do not divide its batch
     - math.gcd(rows * config.context, 1 << (count.bit_length() - 1))
     + 1 << (count.bit_length() - 1)
-engram_jax/platforms.py < costs/test_memory.py
+engram_jax/costs/memory.py < costs/test_memory.py
   a device of a mesh is thought to hold the whole batch
     - data.sequence_length // (train.accumulation * devices)
     + data.sequence_length // train.accumulation

@@ -26,6 +26,7 @@ from tiny_runs import (
 from engram_jax import files, platforms, program
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config, TrainConfig, load_config, save_config
+from engram_jax.costs import memory
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
@@ -608,7 +609,7 @@ def test_a_run_that_no_memory_can_hold_is_refused_at_once(
     field: str,
     value: int,
 ) -> None:
-    monkeypatch.setattr(platforms, "_memory", lambda _: (1.6e10, 1.6e10))
+    monkeypatch.setattr(memory, "_memory", lambda _: (1.6e10, 1.6e10))
     config = vary(config, memory={"adam": RowAdamConfig(form="lazy")})
     with (
         on_devices(1),

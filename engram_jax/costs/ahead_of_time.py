@@ -170,7 +170,7 @@ def abstract_step(program: Program) -> tuple[TrainState, Batch]:
     If the tables are outside the devices, the state has the buffers of a step.
     """
     data, accumulation = program.config.data, program.config.train.accumulation
-    shape = (accumulation, data.batch_size // accumulation, data.sequence_length)
+    shape = (accumulation, program.config.micro_batch_size, data.sequence_length)
     tokens = np.zeros(shape, np.int32)
     plan = None
     if program.ngram_hash is not None:

@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 from tiny_runs import vary
 
-from engram_jax import platforms
 from engram_jax.command_line import load_named_config
 from engram_jax.config import Config
+from engram_jax.costs import memory
 from engram_jax.costs.ahead_of_time import abstract_step, compile_cost, topology_mesh
-from engram_jax.costs.memory import estimate_bytes
+from engram_jax.costs.memory import check_memory, estimate_bytes, least_bytes
 from engram_jax.errors import InputError
-from engram_jax.platforms import check_memory, least_bytes
 from engram_jax.program import Program
 from engram_jax.sharding import MeshConfig, make_abstract_mesh
 from engram_jax.train_state import TrainState
@@ -67,7 +66,7 @@ def test_what_does_not_fit_is_named_before_anything_is_compiled(
     monkeypatch: pytest.MonkeyPatch, section: str, change: dict[str, Any], named: str, remedy: str
 ) -> None:
     config = replace(CONFIG, mesh=MeshConfig(1, 2, 1))
-    monkeypatch.setattr(platforms, "_memory", lambda _: (1e12, 5e8))
+    monkeypatch.setattr(memory, "_memory", lambda _: (1e12, 5e8))
     check_memory(config, *shapes(config))
     config = vary(config, **{section: change})
     found = rf"engram_2m needs at least .* GB on each device of a mesh of 2 \(.*{named} [1-9\d]"
