@@ -15,8 +15,8 @@ table, and writes `tasks.json`.
 
 Sequences, experts and parameters are split over the devices as in training, as
 far as there are enough; --mesh.context, --mesh.expert, --mesh.fsdp and
---mesh.data change that (`--mesh.data 1`: one device). Losses differ by rounding only. The sample
-needs one process, and complete parameters on every device. --tasks uses one
+--mesh.data change that (`--mesh.data 1`: one device). Losses differ by rounding
+only. A sample needs one process that splits none of them. --tasks uses one
 device.
 """
 
@@ -27,7 +27,7 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,6 +67,23 @@ from engram_jax.train_state import Weights
 
 MAP_TOKENS = 1024  # maximum number of tokens of a gate map, to keep the page readable
 OPENING_TOKENS = 160  # tokens of a held-out document that the map shows if no text is given
+
+
+@dataclass(frozen=True)
+class EvalMesh:
+    """Sizes of the mesh. If one is given, the others are 1, and data uses the remaining devices.
+
+    Attributes:
+        data: replicas of the parameters.
+        fsdp: devices over which each replica of the parameters is split.
+        expert: devices over which the experts of a layer are split.
+        context: devices over which each sequence is split.
+    """
+
+    data: int | None = None
+    fsdp: int | None = None
+    expert: int | None = None
+    context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,7 @@ class EvalOptions:
     seed: int = 0
     tasks: tuple[str, ...] = ()
     batch_size: int | None = None
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    mesh: EvalMesh = field(default_factory=EvalMesh)
     distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
@@ -149,7 +166,7 @@ def main(options: EvalOptions) -> None:
     if settings and not _can_continue(run):
         settings = None
         _print(
-            "No sample: it needs one process, and complete parameters on every device "
+            "No sample: it needs one process that splits neither parameters nor sequences "
             "(python -m engram_jax.generate).\n"
         )
     if settings:
@@ -196,9 +213,10 @@ def main(options: EvalOptions) -> None:
 
 def _open(options: EvalOptions) -> Run:
     """The run on the mesh of the options, by default on one that fits the devices here."""
-    config, mesh = load_config(options.run / "config.json"), options.mesh
-    if mesh == MeshConfig():
-        mesh = fit_mesh(config.mesh, options.batch_size or config.evaluate_batch_size)
+    config = load_config(options.run / "config.json")
+    given = {axis: size for axis, size in asdict(options.mesh).items() if size is not None}
+    rows = options.batch_size or config.evaluate_batch_size
+    mesh = MeshConfig(**given) if given else fit_mesh(config.mesh, rows)
     return Run.open(options.run, mesh, evaluate_batch_size=options.batch_size)
 
 
@@ -226,7 +244,8 @@ def _evaluate_tasks(options: EvalOptions) -> None:
         from engram_jax.evaluation.harness import load_tasks, run_tasks
     except ModuleNotFoundError as error:
         raise InputError(
-            f"--tasks needs the package {error.name}; run pip install engram-jax[lm-eval]."
+            f"--tasks needs the package {error.name}; run pip install -c constraints.txt -e "
+            "'.[lm-eval]'."
         ) from error
     run = Run.open(options.run)
     loaded = load_tasks(options.tasks)

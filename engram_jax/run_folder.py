@@ -137,8 +137,9 @@ def warn_of_settings(config: Config) -> None:
     if config.memory.layers and layout.padding > 0.25:
         narrower, wider = layout.better_widths()
         print(
-            f"{layout.padding:.0%} of every table row is padding at memory.row_width "
-            f"{layout.width}; {narrower} or {wider} use the memory better.",
+            f"At memory.row_width {layout.width}, {layout.padding:.0%} of the bytes of a table are "
+            f"padding (of a row's values and moments to whole lines); {narrower} or {wider} waste "
+            "less.",
             file=sys.stderr,
         )
     if warm_up >= steps:

@@ -64,7 +64,8 @@ class JsonTokenizer:
             import tokenizers
         except ImportError as error:
             raise InputError(
-                f"{name} needs the package tokenizers; run pip install engram-jax[hf]."
+                f"{name} needs the package tokenizers; run pip install -c constraints.txt -e "
+                "'.[hf]'."
             ) from error
         problem = f"{name} is not a tokenizer.json file of the package tokenizers"
         with _refusals(problem, "give the tokenizer.json of a model"):

@@ -102,9 +102,10 @@ class Soak:
             raise Failure(f"it did not end within {SECONDS} s") from error
         if "Traceback" in errors or "Segmentation" in errors:
             raise Failure(errors)
-        if program.returncode == 2 and len(re.findall(r"(?m)(?:^|\r)error: ", errors)) != 1:
+        if program.returncode in (1, 2) and len(re.findall(r"(?m)(?:^|\r)error: ", errors)) != 1:
             raise Failure(f"not one sentence: {errors}")
-        if program.returncode not in (0, 2, 130, -signal.SIGKILL, -signal.SIGTERM):
+        # 1: the loss is not finite.
+        if program.returncode not in (0, 1, 2, 130, -signal.SIGKILL, -signal.SIGTERM):
             raise Failure(f"status {program.returncode}: {errors}")
         return Ended(program.returncode, errors)
 
@@ -241,7 +242,7 @@ class Soak:
         field, value = self.random.choice(fields.split()), self.random.choice(values.split())
         if field in ("model.width", "model.layers", "memory.heads") and value == "1e3":
             return
-        self.expect(self.train(f"--{field}", value), 0, 2)
+        self.expect(self.train(f"--{field}", value), 0, 1, 2)
 
     def odd_path(self) -> None:
         """A run folder with an odd name."""

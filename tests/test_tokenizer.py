@@ -406,7 +406,7 @@ def test_json_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(InputError) as error:
         load_tokenizer(file)
-    one_sentence(error, "tokenizer.json", "pip install engram-jax[hf]")
+    one_sentence(error, "tokenizer.json", "-e '.[hf]'")
 
 
 @pytest.mark.parametrize(

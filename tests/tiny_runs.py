@@ -57,7 +57,8 @@ def tiny_config(folder: Path) -> Config:
             " ".join(WORDS[(start + stride * place) % len(WORDS)] for place in range(5 + start))
             for start in range(20)
         ]
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        if not path.exists():  # other processes may read it
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         sources.append(str(path))
     return Config(
         name="tiny",

@@ -116,9 +116,9 @@ def topology_mesh(topology: str, config: MeshConfig) -> jax.sharding.Mesh:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as error:  # its type differs between versions
         raise InputError(
-            f"The topology {topology!r} is not available ({error}); give a generation and a shape, "
-            "such as v5p:4x4x4 or v6e:2x2, and install libtpu if it is missing (pip install -e "
-            "'.[tpu]')."
+            f"The topology {topology!r} is not available ({error}); install libtpu if it is "
+            "missing (pip install -c constraints.txt -e '.[tpu]'), and give a generation and a "
+            "shape, such as v5p:4x4x4 or v6e:2x2."
         ) from error
     return make_mesh(config, devices)
 
