@@ -85,6 +85,16 @@ class EvalMesh:
     expert: int | None = None
     context: int | None = None
 
+    def resolve(self, trained: MeshConfig, rows: int) -> MeshConfig:
+        """The mesh; if no size is given, one that fits the devices here.
+
+        Args:
+            trained: the mesh of the training.
+            rows: rows of a batch.
+        """
+        given = {axis: size for axis, size in asdict(self).items() if size is not None}
+        return MeshConfig(**given) if given else fit_mesh(trained, rows)
+
 
 @dataclass(frozen=True)
 class EvalOptions:
@@ -214,9 +224,7 @@ def main(options: EvalOptions) -> None:
 def _open(options: EvalOptions) -> Run:
     """The run on the mesh of the options, by default on one that fits the devices here."""
     config = load_config(options.run / "config.json")
-    given = {axis: size for axis, size in asdict(options.mesh).items() if size is not None}
-    rows = options.batch_size or config.evaluate_batch_size
-    mesh = MeshConfig(**given) if given else fit_mesh(config.mesh, rows)
+    mesh = options.mesh.resolve(config.mesh, options.batch_size or config.evaluate_batch_size)
     return Run.open(options.run, mesh, evaluate_batch_size=options.batch_size)
 
 

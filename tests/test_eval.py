@@ -10,6 +10,7 @@ from engram_jax.config import save_config
 from engram_jax.errors import InputError
 from engram_jax.evaluation.report import POOLED
 from engram_jax.run import Run
+from engram_jax.sharding import MeshConfig
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +197,16 @@ def test_mistakes_leave_with_one_line_and_status_2(tmp_path, capfd):
     assert (ended.status, ended.out) == (2, "")
     assert ended.err.startswith("error: There is no run folder")
     assert len(ended.err.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("eval_program")
+def test_a_size_of_the_mesh_counts_also_if_it_is_the_default():
+    import eval
+
+    trained = MeshConfig(fsdp=2, context=2)
+    for flags, mesh in (
+        ([], MeshConfig(2, fsdp=2, context=2)),  # of 8 devices
+        (["--mesh.context", "1"], MeshConfig()),
+        (["--mesh.data", "1", "--mesh.fsdp", "2"], MeshConfig(1, fsdp=2)),
+    ):
+        assert eval.parse_options(["run", *flags]).mesh.resolve(trained, rows=8) == mesh
