@@ -39,6 +39,7 @@ from collections.abc import Callable, Iterator  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from functools import cache  # noqa: E402
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 from programs import ROOT  # noqa: E402
 from tiny_runs import (  # noqa: E402
@@ -57,6 +58,10 @@ from engram_jax.program import Program  # noqa: E402
 from engram_jax.run import Run  # noqa: E402
 from engram_jax.train_state import TrainState  # noqa: E402
 from engram_jax.trainer import train  # noqa: E402
+
+# Times of single examples say nothing on a machine that others use, too.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 # The slow parts of tests that train are done once for all equal runs.
 Program.initial_state = place_initial_state

@@ -155,7 +155,7 @@ def packed_batches(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return np.array(tokens, np.int32).reshape(shape), segments
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     packed_batches(),
     st.sampled_from([2, 3, 4]),
@@ -191,7 +191,7 @@ def test_rows_follow_the_formula_across_blocks() -> None:
     assert rows.tolist() == expected
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(packed_batches(), st.data())
 def test_a_part_of_the_tokens_needs_those_just_before_it(
     batch: tuple[np.ndarray, np.ndarray], data: st.DataObject
@@ -207,7 +207,7 @@ def test_a_part_of_the_tokens_needs_those_just_before_it(
     np.testing.assert_array_equal(rows, whole[:, start:])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(packed_batches(), st.data())
 def test_a_row_depends_on_no_future_token_and_no_other_document(
     batch: tuple[np.ndarray, np.ndarray], data: st.DataObject

@@ -206,7 +206,9 @@ def test_two_tasks_of_one_name_are_refused(run, eval_program):
 def test_a_missing_extra_is_named(run, eval_program, monkeypatch):
     monkeypatch.delitem(sys.modules, "engram_jax.evaluation.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(InputError, match=r"needs the package lm_eval; run pip install engram-jax"):
+    with pytest.raises(
+        InputError, match=r"needs the package lm_eval; run pip install -c constraints"
+    ):
         eval_program([str(run.folder), "--tasks", "names"])
 
 

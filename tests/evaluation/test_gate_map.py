@@ -67,7 +67,7 @@ def test_tokens_spell_the_text(run, read):
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_text_is_spelled_and_gated(read, text):
     gate_map = read(text)
     assert "".join(gate_map.texts) == text

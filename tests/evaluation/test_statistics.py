@@ -58,7 +58,7 @@ def spell_key(ngram: tuple[int, ...]) -> int:
     return sum(id_ * 5**back for back, id_ in enumerate(ngram))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 2**32 - 1), max_order=st.integers(2, 4), at_once=st.integers(1, 6))
 def test_counts_are_those_by_hand(seed: int, max_order: int, at_once: int) -> None:
     tokens, segments = draw_text(seed)

@@ -26,7 +26,7 @@ def largest_of_block(rows: np.ndarray) -> np.ndarray:
     return largest
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 70),
     st.sampled_from([*STORED]),

@@ -156,7 +156,7 @@ def test_lengths_beyond_the_file_are_refused(tmp_path: Path) -> None:
         Tensors.open(tmp_path / "missing.safetensors")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4),
     st.integers(0, 40),

@@ -68,7 +68,7 @@ def test_lower_precision_takes_fewer_words_and_rounds_to_nearest(
     np.testing.assert_array_equal(again, records)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(1e-30, 1e30), st.booleans(), st.integers(0, 2**32 - 1))
 def test_stochastic_rounding_is_right_on_average(size: float, negative: bool, seed: int) -> None:
     """Every element is one of its two neighbors, and their mean is the number, to 5 σ."""

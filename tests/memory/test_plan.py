@@ -62,7 +62,7 @@ def is_stable_order(keys: np.ndarray, order: np.ndarray) -> bool:
     return pairs == sorted(pairs) and sorted(order.tolist()) == list(range(len(keys)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(steps(), st.sampled_from([2, 3, 4]), st.sampled_from([2, 11, 5000]))
 def test_plans(step: tuple[np.ndarray, np.ndarray, int], max_order: int, rows: int) -> None:
     tokens, segments, shards = step

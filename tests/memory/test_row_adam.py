@@ -42,7 +42,7 @@ def run(adam: RowAdam, rows: RowState, gradients: np.ndarray, touched: np.ndarra
     return jax.lax.scan(step, rows, (numbers, jnp.asarray(gradients), jnp.asarray(touched)))[0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(0.9, 0.999), (0.0, 0.5), (0.95, 0.95)]))
 def test_a_lazy_row_is_an_adam_that_sees_only_its_own_steps(
     seed: int, betas: tuple[float, float]
@@ -90,7 +90,7 @@ def histories(draw: st.DrawFn):
     return (b1, b2), (warmup, decay_from), touched, gradients.astype(np.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(histories())
 def test_an_exact_row_is_where_dense_adam_has_it(history) -> None:
     """In float64, every row at every step, from zero, so that small updates are visible."""

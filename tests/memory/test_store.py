@@ -43,7 +43,7 @@ def test_rows_that_were_never_written_are_those_of_a_table_on_the_device(table: 
     np.testing.assert_array_equal(read(make_store(None, table), places), expected[places])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     writes=st.lists(st.sets(st.integers(4096, 8191), max_size=40), max_size=6),
     asked=st.sets(st.integers(4096, 8191), max_size=40),
