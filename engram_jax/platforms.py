@@ -1,4 +1,4 @@
-"""What depends on the platform: its kernels, its memory, and how many processes build batches."""
+"""What depends on the platform or the mesh: kernels, sizes that divide, and data workers."""
 
 import os
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""The costs of a configuration before it runs: by counting, and by compiling ahead of time."""
+"""The costs of a configuration before it runs: counted, traced, and compiled ahead of time."""
