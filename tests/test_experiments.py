@@ -9,22 +9,26 @@ from functools import partial
 
 import jax
 import pytest
+from matplotlib.figure import Figure
 from tiny_runs import on_devices, vary
 
 from configs.small import small_config
 from engram_jax.checkpoint import Checkpoints
 from engram_jax.costs.accounting import account
+from engram_jax.costs.ahead_of_time import abstract_step
 from engram_jax.errors import InputError
 from engram_jax.layers.mixture_of_experts import ExpertsConfig
+from engram_jax.program import Program
+from engram_jax.sharding import MeshConfig, make_mesh
+from engram_jax.train_step import make_train_step
 from experiments import (
     allocation,
     facts,
     memory_law,
     one_run,
-    row_optimizers,
 )
 from experiments.results import Results
-from experiments.sweep import Options, run_experiment
+from experiments.sweep import Options, Task, run_experiment
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +60,10 @@ def without_times(path):
     return [{name: part for name, part in of.items() if name != "measured"} for of in records]
 
 
-SMALLEST = {
+SMALLEST = {  # the last has memory
     "memory_law": ("no memory", "Engram, rows × 1", "OverEncoding, rows × 0.1"),
-    "controls": ("Engram", "one row per head"),
-    "ablations": ("Engram", "no gate"),
+    "controls": ("one row per head", "no memory, equal time", "Engram"),
+    "ablations": ("no gate", "Engram"),
     "allocation": ("ρ 0.75",),
     "layer_sweep": ("no memory", "layer 1"),
     "where_it_helps": ("no memory", "Engram"),
@@ -73,6 +77,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("experiments")
 
 
+def experiment_of(name):
+    return importlib.import_module(f"experiments.{name}")
+
+
 def make_few_facts(monkeypatch, folder):
     monkeypatch.setattr(facts, "FOLDER", folder)
     monkeypatch.setattr(facts, "FACTS", 3)
@@ -81,30 +89,40 @@ def make_few_facts(monkeypatch, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*SMALLEST, "comparison", "row_optimizers"])
-def test_every_arm_trains(name, family, folder, monkeypatch):
-    """Allocations of such a small model are not of equal size, so `allocate` is left out."""
+def test_the_step_of_every_arm_can_be_traced(family, folder, monkeypatch):
+    """Compiling all of them takes minutes. Some arms of each experiment are trained below.
+
+    Allocations of such a small model are not of equal size, so `allocate` is left out.
+    """
     make_few_facts(monkeypatch, folder / "text")
     monkeypatch.setattr(allocation, "allocate", lambda config, share: config)
-    monkeypatch.setattr(memory_law, "FACTORS", (1,))
-    monkeypatch.setattr(row_optimizers, "FACTORS", (10.0,))
-    monkeypatch.setattr(one_run, "ROUNDS", 2)
-    monkeypatch.setattr(one_run, "STEPS", 1)
-    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
-    options = Options(steps=2, seeds=1, runs=folder / "runs", results=folder / "every arm")
-    deeper = {kind: vary(family(kind), model={"layers": 4}) for kind in ("engram", "over_encoding")}
-    deeper["dense"] = vary(family("dense"), model={"layers": 4})
-    arms = experiment.arms(deeper.__getitem__)
-    results = run_experiment(experiment, options, deeper.__getitem__)
-    assert results.labels() == [arm.label for arm in arms]
-    timed = [arm.label for arm in arms if arm.same_time is not None]
-    assert all(results.relative_speed(label) > 0 for label in timed)
+    monkeypatch.setattr(memory_law, "FACTORS", (0.5, 1))
+    configs = {}
+    for name in (*SMALLEST, "comparison", "row_optimizers"):
+        experiment, layers = experiment_of(name).EXPERIMENT, 4 if name == "layer_sweep" else 2
+        arms = experiment.arms(
+            lambda kind, layers=layers: vary(family(kind), model={"layers": layers})
+        )
+        assert experiment.baseline in [arm.label for arm in arms]
+        configs |= {Task(arm, seed=0, steps=2).config(speed=None): arm.label for arm in arms}
+    assert len(configs) > 30
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    for config, label in configs.items():
+        program = Program.of_sizes(config, mesh)
+        state, batch = abstract_step(program)
+        with program.use_mesh():
+            step = make_train_step.__wrapped__(program)
+            after, metrics = jax.eval_shape(step, state, batch, program.abstract_row_adam())
+        assert jax.tree.structure(after) == jax.tree.structure(state), label
+        assert metrics["loss"].shape == (), label
 
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_the_smallest_form_from_nothing_to_the_plot(name, family, folder, monkeypatch):
     make_few_facts(monkeypatch, folder / "text")
-    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    monkeypatch.setattr(one_run, "ROUNDS", 2)
+    monkeypatch.setattr(one_run, "STEPS", 1)
+    experiment = experiment_of(name).EXPERIMENT
     if name == "allocation":  # it is between experts and table rows
         experts = ExpertsConfig(routed=10, shared=1, active=2, width=16)
         engram = vary(family("engram"), model={"experts": experts})
@@ -118,6 +136,8 @@ def test_the_smallest_form_from_nothing_to_the_plot(name, family, folder, monkey
     )
     results = run_experiment(experiment, options, family)
     assert set(results.labels()) == set(SMALLEST[name])
+    timed = [arm.label for arm in experiment.arms(family) if arm.same_time is not None]
+    assert all(results.relative_speed(label) > 0 for label in timed if label in SMALLEST[name])
     path = options.path(experiment)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     table = path.with_suffix(".md").read_text()
@@ -127,6 +147,15 @@ def test_the_smallest_form_from_nothing_to_the_plot(name, family, folder, monkey
         path.with_suffix(suffix).unlink()
     run_experiment(experiment, replace(options, plot_only=True, runs=folder / "none"))
     assert path.with_suffix(".md").read_text() == table and path.with_suffix(".png").exists()
+
+    [figures, *_] = results.of(SMALLEST[name][-1])  # drawn as those of every arm
+    every = {
+        arm.label: figures
+        | {"label": arm.label, "account": figures["account"] | {"rows": number}}
+        | {"loss": figures["loss"] | {"prose": 5 - 0.1 * number}}
+        for number, arm in enumerate(experiment.arms(family), 1)
+    }
+    experiment.draw(Results(tuple(every.values())), Figure())
 
 
 LAW = ("no memory", "Engram, rows × 1", "OverEncoding, rows × 0.1")
@@ -177,23 +206,19 @@ def test_controls_ablations_and_allocation_keep_what_they_promise():
         arms = module.EXPERIMENT.arms(partial(small_config, size="2m"))
         return {arm.label: account(arm.config) for arm in arms}
 
-    controls = counted(experiments_of("controls"))
+    controls = counted(experiment_of("controls"))
     flops = {label: of.training_flops for label, of in controls.items()}
     assert flops["no memory, equal FLOPs"] == pytest.approx(flops["Engram"], rel=1e-3)
     assert controls["one row per head"].memory == 16 * 10
     rival = controls["bigram table, no gate"].memory
     assert rival == pytest.approx(controls["Engram"].memory, rel=1e-3)
     assert flops["bigram table, no gate"] == flops["no memory"]
-    ablations = counted(experiments_of("ablations"))
+    ablations = counted(experiment_of("ablations"))
     for of in ablations.values():
         assert of.memory == pytest.approx(ablations["Engram"].memory, rel=0.02)
-    shares = counted(experiments_of("allocation"))  # equal sizes are asserted in it
+    shares = counted(experiment_of("allocation"))  # equal sizes are asserted in it
     for label, of in shares.items():
         assert of.allocation == pytest.approx(float(label.split()[1].rstrip(",")), abs=0.02)
-
-
-def experiments_of(name):
-    return importlib.import_module(f"experiments.{name}")
 
 
 def test_overencoding_gets_the_parameters_that_engram_reads_its_memory_with():

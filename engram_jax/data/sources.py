@@ -59,15 +59,15 @@ def resolve_source(name_or_path: str | Path) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not source_files(path):
-            raise InputError(f"folder {path} holds no file that ends in {_listed(ENDINGS)}.")
+            raise InputError(f"folder {path} holds no file that ends in {', '.join(ENDINGS)}.")
     elif not path.is_file():
         raise InputError(
             f"source {str(name_or_path)!r} is neither a file, a folder nor a shipped corpus "
-            f"({_listed(shipped_corpora())}); check the path. File names must end in "
-            f"{_listed(ENDINGS)}."
+            f"({', '.join(shipped_corpora())}); check the path. File names must end in "
+            f"{', '.join(ENDINGS)}."
         )
     elif _ending(path) is None:
-        raise InputError(f"cannot read {path}: its name must end in {_listed(ENDINGS)}.")
+        raise InputError(f"cannot read {path}: its name must end in {', '.join(ENDINGS)}.")
     check_utf8(path.resolve(), "a source")
     return path
 
@@ -194,10 +194,6 @@ def _ending(path: Path) -> str | None:
     return next((ending for ending in ENDINGS if name.endswith(ending)), None)
 
 
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names)
-
-
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
@@ -294,7 +290,7 @@ def _read_parquet(file: Path) -> Iterator[Document]:
             columns = table.schema_arrow.names
             if "text" not in columns:
                 raise InputError(
-                    f'{file} has no column "text" (it has {_listed(tuple(columns))}); rename the '
+                    f'{file} has no column "text" (it has {", ".join(columns)}); rename the '
                     "column that holds the documents."
                 )
             if columns.count("text") > 1:
@@ -352,6 +348,11 @@ def _parse(line: bytes, where: str) -> Document:
         what = getattr(error, "msg", str(error))
         at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         raise InputError(f"{where}: invalid JSON ({what}{at}); correct or remove it.") from error
+    if text.count('"text"') > 1 and isinstance(record, dict):
+        # Of equal names, JSON readers take one, and not all the same.
+        names = [name for name, _ in json.loads(text, object_pairs_hook=list)]
+        if names.count("text") > 1:
+            raise InputError(f'{where}: it has "text" several times; rename all but one.')
     return _document(record, where)
 
 

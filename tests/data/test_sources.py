@@ -204,6 +204,7 @@ def test_an_empty_name_is_no_source(name: str, tmp_path, monkeypatch):
         (b'{"body": "x"}', 'no string "text"'),
         (b'{"text": null}', 'no string "text"'),
         (b'["text"]', 'no string "text"'),
+        (b'{"text": "one", "text": "two"}', '"text" several times'),
         (b'{"text": "\xff"}', "not UTF-8"),
         (b'{"text": "\\ud800"}', "surrogate"),
     ],
@@ -212,6 +213,12 @@ def test_a_bad_line_is_named(tmp_path, second_line, message):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + second_line + b"\n")
     with pytest.raises(InputError, match=f"a.jsonl, line 2: .*{message}"):
         list(read_documents(tmp_path / "a.jsonl"))
+
+
+def test_the_name_text_inside_of_a_document_is_no_second_text(tmp_path):
+    record = {"text": 'the key "text"', "other": {"text": 1}, "title": "text"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    assert list(read_documents(tmp_path / "a.jsonl")) == [Document('the key "text"', "text")]
 
 
 @pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.xz", "jsonl.zst", "parquet", "array_record"])
