@@ -34,12 +34,8 @@ LONG = (1, 2, 2, 2)  # with every sequence on two devices
 )
 def backbone(request: pytest.FixtureRequest, tiny: Config) -> Config:
     """Without clipping, so that the moments after a step are multiples of its gradients."""
-    config = vary(with_backbone(tiny), train={"checkpoint_every": 3})
-    if request.param == "one layer":
-        experts = replace(config.model.experts, leading_dense=0)
-        one = {"layers": 1, "experts": experts, "scan": False, "remat": None}
-        config = vary(config, model=one)
-    return vary(config, optimizer={"clip_norm": 1e9})
+    config = with_backbone(tiny, layers=1 if request.param == "one layer" else 4)
+    return vary(config, train={"checkpoint_every": 3}, optimizer={"clip_norm": 1e9})
 
 
 of_a_loop = pytest.mark.parametrize("backbone", ["a loop"], indirect=True)
