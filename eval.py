@@ -58,7 +58,7 @@ from engram_jax.evaluation.memory_report import (
 )
 from engram_jax.evaluation.options import EvalOptions
 from engram_jax.evaluation.report import evaluate, format_report, to_json
-from engram_jax.files import atomic_write
+from engram_jax.files import atomic_write, expand_home
 from engram_jax.processes import end_together, is_leader, join_processes
 from engram_jax.run import Run
 from engram_jax.train_state import Weights
@@ -74,7 +74,7 @@ def parse_options(args: Sequence[str] | None = None) -> EvalOptions:
         InputError: an invalid value.
     """
     options = parse_flags(EvalOptions, args=args, prog="eval.py", description=__doc__ or "")
-    return replace(options, run=options.run.expanduser())
+    return replace(options, run=expand_home(options.run))
 
 
 def main(options: EvalOptions) -> None:

@@ -29,6 +29,7 @@ from engram_jax.costs.accounting import allocate
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import one_sentence
+from engram_jax.files import expand_home
 from engram_jax.memory.store import Placement
 from engram_jax.placement import open_stores
 from engram_jax.processes import end_together, is_leader, join_processes
@@ -73,8 +74,8 @@ def main(options: TrainOptions, config: Config) -> int:
         config = allocate(config, options.allocation)
     run = Run.start(
         config,
-        (options.run or Path("runs") / config.name).expanduser(),
-        start_from=options.start_from and options.start_from.expanduser(),
+        expand_home(options.run or Path("runs") / config.name),
+        start_from=options.start_from and expand_home(options.start_from),
         start_step=options.start_step,
         reschedule=options.reschedule,
     )

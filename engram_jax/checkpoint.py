@@ -220,6 +220,10 @@ class Checkpoints:
             InputError: there is no such checkpoint.
         """
         found = self.steps()
+        if not found and (self.folder.parent / MANIFEST).exists():
+            raise InputError(
+                f"{self.folder.parent} is a checkpoint; give the run's folder, and the step."
+            )
         if not found:
             raise InputError(
                 f"{self.folder} has no complete checkpoint: start the run from its beginning."
@@ -352,7 +356,7 @@ class Checkpoints:
         for path in [self.path(step) for step in self.steps()[: -self._keep]]:
             if path != final:
                 # Rename first: a killed process must not leave an incomplete checkpoint.
-                shutil.rmtree(path.rename(path.with_name(PARTIAL + path.name)))
+                remove(path.rename(path.with_name(PARTIAL + path.name)))
 
     def _free(self) -> int:
         there = next(path for path in [self.folder, *self.folder.parents] if path.exists())

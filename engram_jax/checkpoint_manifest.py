@@ -64,6 +64,8 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, FileFacts]]:
         OSError: it cannot be read.
     """
     path = folder / MANIFEST
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait
+        raise ValueError(f"{path} is no regular file")
     manifest = parse_json(path.read_text(encoding="utf-8"))
     content: dict[str, Any] = manifest["content"]
     if zlib.crc32(json.dumps(content).encode()) != manifest["crc32"]:

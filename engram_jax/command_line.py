@@ -3,7 +3,9 @@
 import difflib
 import importlib
 import io
+import os
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,8 @@ import tyro
 
 from engram_jax.config import Config
 from engram_jax.errors import InputError, one_sentence
+
+_LEAST_COLUMNS = 40  # of a terminal; in four columns, Tyro takes minutes for the help
 
 
 def named_configs() -> dict[str, str]:
@@ -125,6 +129,8 @@ def parse_flags(options: Any, *, description: str, **settings: Any) -> Any:
     """
     words = sys.argv[1:] if settings.get("args") is None else settings["args"]
     if {"-h", "--help"} & set(words):
+        if shutil.get_terminal_size().columns < _LEAST_COLUMNS:
+            os.environ["COLUMNS"] = str(_LEAST_COLUMNS)
         try:
             return tyro.cli(options, description="", **settings)
         finally:

@@ -83,6 +83,7 @@ def one_sentence() -> Iterator[None]:
         sys.stderr = UnbreakableErrors(sys.stderr)
     try:
         _check_limits()
+        os.getcwd()  # if the folder is gone, it is said now, and not at the end of a run
         yield
     except InputError as error:
         problem = str(error)
@@ -108,7 +109,9 @@ def one_sentence() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         if isinstance(error, MemoryError) or _OF_MEMORY.match(str(error)):
-            problem = f"The memory is full ({reason}); lower data.batch_size or other sizes."
+            why = f" ({reason})" if reason else ""
+            problem = f"The memory is full{why}; lower sizes such as data.batch_size, or give less "
+            problem += "input."
         elif _OF_ENVIRONMENT.match(str(error)):
             problem = f"{reason}; correct the name."
         else:

@@ -5,6 +5,11 @@ docs/use_elsewhere.md. `python -m engram_jax.import_run FOLDER RUN` is the way b
 """
 
 import os
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +22,7 @@ import tyro
 
 from engram_jax.command_line import parse_flags
 from engram_jax.errors import InputError, one_sentence
+from engram_jax.files import expand_home
 from engram_jax.formats.export import export_run
 from engram_jax.formats.quality import loss_change
 from engram_jax.formats.quantize import TableType
@@ -53,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     program = "python -m engram_jax.export"
     options = parse_flags(ExportOptions, args=args, prog=program, description=__doc__ or "")
-    folder, run_folder = options.folder.expanduser(), options.run.expanduser()
+    folder, run_folder = expand_home(options.folder), expand_home(options.run)
     if not run_folder.is_dir():
         raise InputError(f"There is no run folder {options.run}; train.py creates runs/NAME.")
     if options.max_tokens is not None and options.max_tokens < 1:

@@ -26,6 +26,32 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is too deeply nested") from error
 
 
+def has_name_twice(text: str, name: str) -> bool:
+    """Whether a JSON object has several values of a name. Of these, readers take different ones.
+
+    Args:
+        text: the object, which is valid JSON.
+        name: a name of its first level.
+    """
+    if text.count(f'"{name}"') < 2:
+        return False
+    return [other for other, _ in json.loads(text, object_pairs_hook=list)].count(name) > 1
+
+
+def expand_home(path: str | Path) -> Path:
+    """The path, with ~ and ~USER replaced by a home folder.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"{path} begins with the home folder of a user that does not exist here; correct it."
+        ) from error
+
+
 def read_regular(path: Path) -> bytes:
     """Returns the content of a file.
 
@@ -78,6 +104,8 @@ def hold_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
         BlockingIOError: another process holds the lock, and `wait` is False.
         InputError: the file cannot be written or locked.
     """
+    if path.exists() and not path.is_file():  # opening a pipe would wait
+        raise InputError(f"{path} is no regular file, so it cannot be locked; remove it.")
     with ExitStack() as stack:
         is_locked = True
         try:

@@ -31,7 +31,7 @@ from engram_jax.decoding.generate import Generator, Speed
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.decoding.text import Continuation
 from engram_jax.errors import InputError, one_sentence
-from engram_jax.files import parse_json
+from engram_jax.files import expand_home, has_name_twice, parse_json
 from engram_jax.memory.store import Placement
 from engram_jax.placement import open_stores
 from engram_jax.run import Run
@@ -94,9 +94,9 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse_flags(GenerateOptions, args=args, prog=program, description=__doc__ or "")
     settings = options.settings
     prompts = _given_prompts(options)
-    if not options.run.expanduser().is_dir():
+    if not expand_home(options.run).is_dir():
         raise InputError(f"There is no run folder {options.run}; train.py creates runs/NAME.")
-    run = Run.open(options.run.expanduser())
+    run = Run.open(expand_home(options.run))
     if options.compare_without_memory and not run.config.memory.layers:
         raise InputError(
             f"The model in {options.run} has no memory; leave out --compare-without-memory."
@@ -139,9 +139,11 @@ def _given_prompts(options: GenerateOptions) -> list[str] | None:
     if options.prompts_file is None:
         if options.prompts:
             return list(options.prompts)
+        name = "The standard input"
+        if sys.stdin is None:  # it is closed
+            raise InputError(f"{name} is closed; give a prompt.")
         if sys.stdin.isatty():
             return None
-        name = "The standard input"
         prompts = [line for _, line in _read_lines(name, sys.stdin.buffer.read())]
     elif options.prompts:
         raise InputError("Give prompts or --prompts-file, not both.")
@@ -155,7 +157,7 @@ def _given_prompts(options: GenerateOptions) -> list[str] | None:
 
 def _read_prompts(path: Path) -> Iterator[str]:
     try:
-        content = path.expanduser().read_bytes()
+        content = expand_home(path).read_bytes()
     except OSError as error:
         raise InputError(f"Cannot read --prompts-file {path}: {error.strerror}.") from error
     for number, line in _read_lines(f"--prompts-file {path}", content):
@@ -163,7 +165,7 @@ def _read_prompts(path: Path) -> Iterator[str]:
             prompt = parse_json(line)["prompt"]
         except (ValueError, KeyError, TypeError):
             prompt = None
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str) or has_name_twice(line, "prompt"):
             raise InputError(
                 f'Line {number} of --prompts-file {path} is not like {{"prompt": "a text"}}.'
             )

@@ -133,6 +133,41 @@ def check_same_run(config: Config, folder: Path, *, reschedule: bool = False) ->
     raise InputError(f"{message}, or name another --run folder{weights}.")
 
 
+def check_saved_by(config: Config, folder: Path, *, trains: bool) -> None:
+    """Checks that a run with this configuration saved the checkpoint in a folder.
+
+    It could be of another run, or the run's config.json could have been edited. The places of texts
+    and tokenizer may change.
+
+    Args:
+        config: the configuration of the run.
+        folder: folder of the checkpoint.
+        trains: the run goes on, so all that changes training matters, and not only the model.
+
+    Raises:
+        InputError: another run saved it.
+    """
+    ours, theirs = (_flatten(asdict(of)) for of in (config, load_config(folder / "config.json")))
+    places = ("name", "data.sources", "data.tokenizer")
+    parts = ("model.", "memory.", *(("optimizer.", "data.", "train.") if trains else ()))
+    differ = [
+        name
+        for name in ours | theirs
+        if ours.get(name) != theirs.get(name)
+        and name.startswith(parts)
+        and not name.startswith((*CHANGEABLE, *_RESCHEDULABLE, *places))
+    ]
+    names = [[Path(source).name for source in of["data.sources"]] for of in (ours, theirs)]
+    if trains and names[0] != names[1]:
+        differ.append("data.sources")
+    if differ:
+        name = differ[0]
+        raise InputError(
+            f"Another run saved the checkpoint {folder}: {name} is {theirs.get(name)} there, and "
+            f"{ours.get(name)} in this run; remove it, or restore this run's config.json."
+        )
+
+
 def _as_flag(name: str, value: Any) -> str:
     """The flag and its values, as on a command line."""
     values = value if isinstance(value, (list, tuple)) else [value]

@@ -4,6 +4,11 @@ The run can be evaluated, continued as text, and exported again; another run can
 weights (`train.py --start-from RUN`).
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +18,7 @@ import tyro
 
 from engram_jax.command_line import parse_flags
 from engram_jax.errors import one_sentence
+from engram_jax.files import expand_home
 from engram_jax.formats.export import import_run
 
 
@@ -37,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     program = "python -m engram_jax.import_run"
     options = parse_flags(ImportOptions, args=args, prog=program, description=__doc__ or "")
-    import_run(options.folder.expanduser(), options.run.expanduser())
+    import_run(expand_home(options.folder), expand_home(options.run))
     print(f"Created the run {options.run}.")
 
 

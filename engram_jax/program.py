@@ -46,6 +46,8 @@ from engram_jax.sharding import (
 from engram_jax.train_state import TrainState, Weights
 from engram_jax.typing import Parameters, PyTree
 
+_RANDOM = "threefry2x32"  # equal seeds give equal values, whatever JAX_DEFAULT_PRNG_IMPL is
+
 
 @dataclass(frozen=True)
 class Program:
@@ -78,7 +80,9 @@ class Program:
                 implementations.
         """
         check_devices(config, ngram_hash, mesh)
-        graph, shapes = nnx.split(nnx.eval_shape(lambda: _make_decoder(config, jax.random.key(0))))
+        graph, shapes = nnx.split(
+            nnx.eval_shape(lambda: _make_decoder(config, jax.random.key(0, impl=_RANDOM)))
+        )
         return Program(
             config=config,
             ngram_hash=ngram_hash,
@@ -347,7 +351,7 @@ class Program:
         )
 
     def _make_state(self, seed: UInt32[Any, ""]) -> TrainState:
-        params_key, _ = jax.random.split(jax.random.key(seed))
+        params_key, _ = jax.random.split(jax.random.key(seed, impl=_RANDOM))
         params: Parameters = nnx.to_pure_dict(nnx.split(_make_decoder(self.config, params_key))[1])
         tables = {
             layer: init_table(seed, table.rows, table.layout, layer, table.scale)

@@ -25,12 +25,13 @@ from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.decoding.text import Continuation
 from engram_jax.errors import InputError
-from engram_jax.files import check_run_path
+from engram_jax.files import check_run_path, expand_home
 from engram_jax.formats.start_memory import open_start
 from engram_jax.hashing import NgramHash
 from engram_jax.identity import (
     check_fitting,
     check_same_run,
+    check_saved_by,
     check_texts,
     checkpoint_identity,
     row_adam_facts,
@@ -116,8 +117,8 @@ class Run:
                 the mesh does not divide the sizes, the run has more steps than the configuration,
                 or the other run's weights do not fit.
         """
-        folder = Path(folder).expanduser()
-        start_from = None if start_from is None else Path(start_from).expanduser()
+        folder = expand_home(folder)
+        start_from = None if start_from is None else expand_home(start_from)
         with collective(f"start the run in {folder}"):
             run = cls._check_start(config, folder, reschedule)
             done = run.checkpoints.steps()
@@ -172,7 +173,7 @@ class Run:
         make_config_row_adam(config)  # an error in its betas is found here
         start, width = config.memory.start_from, config.memory.row_width
         if not resumes and start is not None and ngram_hash is not None:
-            open_start(Path(start).expanduser(), ngram_hash, width)
+            open_start(expand_home(start), ngram_hash, width)
         data = config.data
         mix_rows(run.corpora(), data.weights, data.sequence_length, config.train.seed)
         if resumes:
@@ -203,7 +204,7 @@ class Run:
             InputError: the folder holds no run, its tokenizer is missing, or the mesh does not fit
                 the devices, the model or a batch of an evaluation.
         """
-        folder = Path(folder).expanduser()
+        folder = expand_home(folder)
         config = load_config(folder / "config.json")
         if evaluate_batch_size is not None:
             train = replace(config.train, evaluate_batch_size=evaluate_batch_size)
@@ -330,6 +331,7 @@ class Run:
         """
         abstract = self.program.on_device().abstract_state()
         found, state = self.checkpoints.restore(abstract, step)
+        check_saved_by(self.config, self.checkpoints.path(found), trains=True)
         return replace(state, tables=self._tables(found, state.weights, stores))
 
     def restore_weights(
@@ -349,6 +351,8 @@ class Run:
         """
         abstract = self.program.on_device().abstract_state().weights
         found, weights = self.checkpoints.restore(abstract, step, partial=True)
+        if not reset_rows:  # otherwise these are the weights of another run
+            check_saved_by(self.config, self.checkpoints.path(found), trains=False)
         tables = self._tables(found, weights, stores, reset=reset_rows)
         return replace(weights, tables=tables)
 

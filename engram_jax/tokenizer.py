@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from engram_jax.errors import InputError
-from engram_jax.files import read_regular
+from engram_jax.files import expand_home, read_regular
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "tokenizers" / "default.model"
 
@@ -81,7 +81,7 @@ def load_tokenizer(
     from engram_jax.tokenizer_json import JsonTokenizer
     from engram_jax.tokenizer_sentencepiece import SentencePieceTokenizer
 
-    file = DEFAULT_MODEL if str(path) == "default" else Path(path).expanduser()
+    file = DEFAULT_MODEL if str(path) == "default" else expand_home(path)
     kinds: dict[str, type[SentencePieceTokenizer | JsonTokenizer]] = {
         ".model": SentencePieceTokenizer,
         ".json": JsonTokenizer,

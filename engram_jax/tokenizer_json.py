@@ -212,7 +212,15 @@ def _may_delete(backend: Any) -> bool:
     """Whether a tokenizer can delete text of more than single characters."""
     splits = repr(backend.pre_tokenizer)
     deletes = "Removed" in splits or "CharDelimiterSplit" in splits
-    return deletes or 'content=""' in repr(backend.normalizer)
+    return deletes or any(_blanked(step) is not None for step in _steps(backend.normalizer))
+
+
+def _blanked(step: Any) -> Any:
+    """The pattern of what a normalizer replaces by nothing visible, such as a space; else None."""
+    content = json.loads(step.__getstate__())
+    if content["type"] != "Replace" or has_visible(content["content"]):
+        return None
+    return content["pattern"]
 
 
 def _deleted(backend: Any, text: str) -> Iterator[str]:
@@ -221,9 +229,7 @@ def _deleted(backend: Any, text: str) -> Iterator[str]:
     from tokenizers.pre_tokenizers import Split
 
     for step in _steps(backend.normalizer):
-        content = json.loads(step.__getstate__())
-        if content["type"] == "Replace" and not content["content"]:
-            pattern = content["pattern"]
+        if (pattern := _blanked(step)) is not None:
             found = pattern.get("String") or Regex(pattern["Regex"])
             matches = Split(found, "removed", invert=True)
             yield from (match for match, _ in matches.pre_tokenize_str(text))

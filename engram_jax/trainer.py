@@ -23,6 +23,7 @@ from engram_jax.data.pipeline import prefetch_to_device
 from engram_jax.errors import UnbreakableErrors
 from engram_jax.evaluation.health import HealthStudy, warn_of_inert
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
+from engram_jax.files import expand_home
 from engram_jax.formats.start_memory import start_with
 from engram_jax.memory.row_feed import RowFeed
 from engram_jax.metrics import MetricsLog, read_metrics
@@ -319,7 +320,7 @@ def _first_state(run: Run, stores: Stores | None = None) -> TrainState:
         state, memory = program.initial_state(), run.config.memory.start_from
         if memory is None:
             return state
-        return start_with(program, state, Path(memory).expanduser(), stores)
+        return start_with(program, state, expand_home(memory), stores)
     with collective(f"start from {start_from}"):
         other = run.fitting(start_from)
     # The other run's checkpoints, restored with the shapes and devices of this run.
@@ -335,7 +336,7 @@ def _first_state(run: Run, stores: Stores | None = None) -> TrainState:
 
 _STOP_SIGNALS = (
     *(signal.SIGINT, signal.SIGTERM),
-    *(signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU),
+    *(signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
 )
 
 
@@ -366,8 +367,8 @@ def _complete_last(checkpoints: Checkpoints) -> Iterator[None]:
 def _stop_signal() -> Iterator[Callable[[int], bool]]:
     """Yields a function that tells whether to stop before a step, because of a signal.
 
-    The signals are Ctrl-C, SIGTERM, SIGHUP (a closed terminal), and SIGUSR1 and SIGXCPU (of cluster
-    schedulers), unless they are ignored, as SIGHUP by nohup.
+    The signals are Ctrl-C, SIGTERM, SIGHUP (a closed terminal), and SIGUSR1, SIGUSR2 and SIGXCPU
+    (of cluster schedulers), unless they are ignored, as SIGHUP by nohup.
     """
     requested = False
 

@@ -394,14 +394,31 @@ def test_other_entries_of_the_folder_are_no_checkpoints(
         assert saved.checkpoints.steps() == [10, 20, 30]
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
 def test_a_checkpoint_without_a_readable_manifest_is_damaged(
-    saved: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+    saved: SimpleNamespace, capsys: pytest.CaptureFixture[str], make: Callable[[Path], object]
 ) -> None:
     manifest = saved.folder / "00000020" / "manifest.json"
     manifest.unlink()
-    manifest.mkdir()
+    make(manifest)
     assert saved.checkpoints.restore(saved.abstract)[0] == 10
     assert "step 20 is damaged (manifest.json is unreadable)" in capsys.readouterr().err
+
+
+def test_a_linked_checkpoint_is_pruned_without_its_files(saved: SimpleNamespace) -> None:
+    elsewhere = saved.folder.parent / "elsewhere"
+    (saved.folder / "00000010").rename(elsewhere)
+    (saved.folder / "00000010").symlink_to(elsewhere)
+    saved.checkpoints.save(30, saved.states[10], config={})
+    assert saved.checkpoints.steps() == [20, 30]
+    assert {path.name for path in saved.folder.iterdir()} == {"00000020", "00000030"}
+    assert (elsewhere / "manifest.json").is_file()
+
+
+def test_a_checkpoint_is_not_taken_for_its_run(saved: SimpleNamespace) -> None:
+    inside = open_checkpoints(saved.folder / "00000020" / "checkpoints", keep=2)
+    with pytest.raises(InputError, match="00000020 is a checkpoint; give the run's folder"):
+        inside.require()
 
 
 @pytest.mark.parametrize("moment", ["manifest", "arrays"])

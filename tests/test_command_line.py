@@ -100,6 +100,23 @@ def test_help_explains_every_flag(program: str, capfd: pytest.CaptureFixture[str
         assert explanation and len(explanation[0].split()) > 4, flag
 
 
+def test_help_in_a_terminal_without_columns_is_not_endless(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1")
+    assert run_program(capfd, "train.py", "--help").status == 0
+
+
+@pytest.mark.parametrize(
+    "module", ["accounting", "ahead_of_time", "export", "import_run", "tokenizer_training"]
+)
+def test_an_interrupt_during_the_imports_ends_without_a_traceback(module: str) -> None:
+    """What stands before the imports handles it, and no import may do so."""
+    path = ROOT / "engram_jax" / f"{module}.py"
+    before = re.split(r"^from engram_jax", path.read_text(), flags=re.MULTILINE)[0]
+    assert "signal.signal(signal.SIGINT, signal.SIG_DFL)" in before
+
+
 def test_sentence_and_status_of_bad_input(capfd: pytest.CaptureFixture[str]) -> None:
     ended = run_program(capfd, "train.py", "nothing")
     assert ended.status == 2 and ended.out == ""
@@ -116,6 +133,7 @@ def test_sentence_and_status_of_bad_input(capfd: pytest.CaptureFixture[str]) -> 
         (OSError(27, "File too large"), "Cannot write a file (File too large)"),
         (OSError(24, "Too many open files", "/x"), "Too many files are open"),
         (MemoryError("Unable to allocate 7 GiB"), "The memory is full (Unable to allocate 7 GiB)"),
+        (MemoryError(), "The memory is full; lower sizes"),
         (
             jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n\nx"

@@ -125,6 +125,7 @@ def test_ctrl_c_ends_only_the_continuation(folder: str, monkeypatch, capsys) -> 
         (["the", "--temperature", "inf"], "--temperature is inf; it must be finite"),
         (["the", "--top-k", "9000"], "--top-k is 9000"),
         (["the", "--stop", ""], "--stop has an empty string"),
+        (["the", "--stop", "a\udcff"], "--stop is not valid Unicode"),
         (["the", "--prompts-file", "x.jsonl"], "not both"),
         (["--prompts-file", "missing.jsonl"], "Cannot read --prompts-file missing.jsonl"),
         ([], "The standard input has no prompts"),
@@ -140,6 +141,12 @@ def test_bad_input_is_one_sentence_before_the_checkpoint_is_read(
         main([folder, *flags])
 
 
+def test_a_closed_input_is_one_sentence(folder: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="The standard input is closed"):
+        main([folder])
+
+
 def test_an_unknown_step_is_refused(folder: str) -> None:
     with pytest.raises(InputError, match="7"):
         main([folder, "the", "--step", "7"])
@@ -153,6 +160,7 @@ def test_an_unknown_step_is_refused(folder: str) -> None:
         (b'{"prompt": 3}\n', "Line 1"),
         (b'{"prompt": "a"}\nnothing\n', "Line 2"),
         (b"\xff", "not UTF-8"),
+        (b'{"prompt": "a", "prompt": "b"}\n', "Line 1"),
     ],
 )
 def test_bad_files_are_refused(folder: str, tmp_path, content: bytes, named: str) -> None:

@@ -32,11 +32,12 @@ from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
 from engram_jax.formats.export import export_run, import_run
 from engram_jax.hashing import NgramHash
-from engram_jax.identity import check_same_run
+from engram_jax.identity import check_same_run, check_saved_by
 from engram_jax.layers.attention import AttentionConfig
 from engram_jax.layers.engram import EngramConfig
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.metrics import MetricsLog, read_metrics
+from engram_jax.program import Program
 from engram_jax.run import Run
 from engram_jax.sharding import MeshConfig, make_mesh
 from engram_jax.tokenizer import DEFAULT_MODEL
@@ -284,6 +285,20 @@ def test_a_lock_that_fails_is_one_sentence(
             pass
 
 
+def test_a_pipe_is_no_lock(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    with (
+        pytest.raises(InputError, match=r"lock is no regular file"),
+        files.hold_lock(tmp_path / "lock"),
+    ):
+        pass
+
+
+def test_the_home_of_nobody_is_named(config: Config) -> None:
+    with pytest.raises(InputError, match=r"^~no-such-user/x begins with the home folder"):
+        Run.start(config, "~no-such-user/x")
+
+
 def test_64_bit_types_are_refused(config: Config, tmp_path: Path) -> None:
     with jax.enable_x64(True), pytest.raises(InputError, match="unset JAX_ENABLE_X64"):
         Run.start(config, tmp_path / "run")
@@ -474,6 +489,24 @@ def test_a_run_whose_hash_is_gone_or_damaged_is_refused(tiny: Config, saved: Run
         Run.open(saved.folder)
 
 
+def test_a_checkpoint_of_another_run_is_refused(tiny: Config, saved: Run) -> None:
+    """Also if the run's own configuration was edited. Only the places of texts may change."""
+    folder = saved.checkpoints.path(6)
+    elsewhere = tuple(f"/elsewhere/{Path(source).name}" for source in tiny.data.sources)
+    moved = vary(tiny, data={"sources": elsewhere, "workers": 1}, train={"steps": 9})
+    for trains in (True, False):
+        check_saved_by(moved, folder, trains=trains)
+    other = vary(tiny, data={"sources": (tiny.data.sources[0], "other.jsonl")})
+    check_saved_by(other, folder, trains=False)
+    for config, named in ((other, "data.sources"), (vary(tiny, train={"seed": 2}), "train.seed")):
+        with pytest.raises(InputError, match=f"Another run saved .*00000006: {named} is"):
+            check_saved_by(config, folder, trains=True)
+    theta = replace(tiny.model.attention, theta=20_000.0)
+    save_config(vary(tiny, model={"attention": theta}), saved.folder / "config.json")
+    with pytest.raises(InputError, match=r"model\.attention\.theta is 10000\.0 there, and 20000"):
+        Run.open(saved.folder).restore_weights()
+
+
 def test_a_run_opens_on_one_device_whatever_trained_it(trained: Run) -> None:
     opened = Run.open(trained.folder)
     assert (trained.program.mesh.size, opened.program.mesh.size) == (8, 1)
@@ -566,6 +599,20 @@ def test_seeds_differ(tiny: Config, tmp_path: Path) -> None:
     )
     assert np.any(one.params["embedding"] != other.params["embedding"])
     assert np.any(one.tables[1].records != other.tables[1].records)
+
+
+def test_a_seed_means_the_same_whatever_generator_is_jaxs_default(
+    tiny: Config,
+) -> None:
+    program = Program.of_sizes(tiny, make_mesh(MeshConfig(), jax.devices()[:1]))
+    before = jax.config.read("jax_default_prng_impl")
+    jax.config.update("jax_default_prng_impl", "rbg")
+    try:
+        with program.use_mesh():
+            text = str(jax.make_jaxpr(program._make_state)(np.uint32(0)))
+    finally:
+        jax.config.update("jax_default_prng_impl", before)
+    assert "impl=fry" in text and "impl=rbg" not in text
 
 
 @pytest.mark.usefixtures("one_device")

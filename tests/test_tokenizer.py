@@ -275,6 +275,9 @@ NORMALIZERS, SPLITS = tokenizers.normalizers, tokenizers.pre_tokenizers
             None,
             "ab",
         ),
+        (NORMALIZERS.Replace(tokenizers.Regex(r"\d+\S*"), " "), None, "12"),
+        (NORMALIZERS.Replace(tokenizers.Regex(r"\s+\S+\s+"), "\u2581"), None, "d"),
+        (NORMALIZERS.Replace(tokenizers.Regex("ab"), "\u200b"), None, "ab"),
         (None, SPLITS.Split("b", "removed"), "b"),
         (None, SPLITS.Split(tokenizers.Regex("[a-z]+"), "removed", invert=True), "12"),
         (None, SPLITS.Sequence([SPLITS.Whitespace(), SPLITS.Punctuation("removed")]), "<>"),
@@ -306,6 +309,7 @@ def test_what_a_normalizer_may_change(text: str) -> None:
         [
             *(NORMALIZERS.NFKD(), NORMALIZERS.StripAccents(), NORMALIZERS.BertNormalizer()),
             *(NORMALIZERS.Strip(), NORMALIZERS.Replace("  ", "")),
+            NORMALIZERS.Replace(tokenizers.Regex(r"\s+"), " "),
         ]
     )
     tokenizer.pre_tokenizer = SPLITS.Split(tokenizers.Regex(r"\s+"), "removed")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from engram_jax.errors import InputError
-from engram_jax.files import check_utf8, parse_json
+from engram_jax.files import check_utf8, expand_home, has_name_twice, parse_json
 
 CORPORA = Path(__file__).parent / "corpora"
 
@@ -56,7 +56,7 @@ def resolve_source(name_or_path: str | Path) -> Path:
         return CORPORA / f"{name_or_path}.jsonl.xz"
     if not str(name_or_path).strip():
         raise InputError("A source has an empty name; give a shipped corpus or a path.")
-    path = Path(name_or_path).expanduser()
+    path = expand_home(name_or_path)
     if path.is_dir():
         if not source_files(path):
             raise InputError(f"folder {path} holds no file that ends in {', '.join(ENDINGS)}.")
@@ -287,7 +287,8 @@ def _read_parquet(file: Path) -> Iterator[Document]:
     row = 0
     try:
         with parquet.ParquetFile(file) as table:
-            columns = table.schema_arrow.names
+            schema = table.schema_arrow
+            columns = schema.names
             if "text" not in columns:
                 raise InputError(
                     f'{file} has no column "text" (it has {", ".join(columns)}); rename the '
@@ -295,13 +296,23 @@ def _read_parquet(file: Path) -> Iterator[Document]:
                 )
             if columns.count("text") > 1:
                 raise InputError(f'{file} has several columns "text"; rename all but one.')
-            wanted = [name for name in ("text", "title") if name in columns]
+            wanted = ["text"]
+            if "title" in columns and _is_text(arrow, schema.field("title").type):
+                wanted.append("title")
             for batch in table.iter_batches(columns=wanted, batch_size=1024):
                 for record in batch.to_pylist():
                     row += 1
                     yield _document(record, f"{file}, row {row}")
     except (arrow.ArrowException, OSError) as error:
         raise InputError(f"cannot read {file} after row {row}: {error}.") from error
+
+
+def _is_text(arrow: Any, kind: Any) -> bool:
+    """Whether a column holds text. (Some dates have no equivalent in Python.)"""
+    types = arrow.types
+    return any(
+        test(kind) for test in (types.is_string, types.is_large_string, types.is_string_view)
+    ) or (types.is_dictionary(kind) and _is_text(arrow, kind.value_type))
 
 
 def _read_array_record(file: Path) -> Iterator[Document]:
@@ -348,11 +359,8 @@ def _parse(line: bytes, where: str) -> Document:
         what = getattr(error, "msg", str(error))
         at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         raise InputError(f"{where}: invalid JSON ({what}{at}); correct or remove it.") from error
-    if text.count('"text"') > 1 and isinstance(record, dict):
-        # Of equal names, JSON readers take one, and not all the same.
-        names = [name for name, _ in json.loads(text, object_pairs_hook=list)]
-        if names.count("text") > 1:
-            raise InputError(f'{where}: it has "text" several times; rename all but one.')
+    if isinstance(record, dict) and has_name_twice(text, "text"):
+        raise InputError(f'{where}: it has "text" several times; rename all but one.')
     return _document(record, where)
 
 
@@ -373,6 +381,8 @@ def _check(document: Document, where: str) -> Document:
 
 
 def _decode(content: bytes, where: str) -> str:
+    if 4 * content.count(0) > len(content) > 1:
+        raise InputError(f"{where}: it has many zero bytes, as in UTF-16; convert it to UTF-8.")
     try:
         return content.decode("utf-8-sig")  # some editors write a byte order mark first
     except UnicodeDecodeError as error:

@@ -29,7 +29,7 @@ from engram_jax.data.survey import (
     short_digest,
 )
 from engram_jax.errors import DISK_FULL, InputError
-from engram_jax.files import hold_lock
+from engram_jax.files import expand_home, hold_lock
 from engram_jax.tokenizer import Tokenizer
 
 # Version of the cache folder's content, part of its name. Increase it when the content changes.
@@ -66,7 +66,7 @@ def build_corpus(
     if not 0 <= held_out <= 1:
         raise InputError(f"held_out is {held_out}; it must be from 0 to 1.")
     path = resolve_source(source)
-    cache = Path(cache).expanduser()
+    cache = expand_home(cache)
     with _disk_errors(cache):
         folder = _Entry(path, tokenizer, cache).find_or_build()
     corpus = Corpus(folder, held_out, name)

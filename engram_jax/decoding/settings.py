@@ -47,6 +47,8 @@ class GenerationSettings:
             raise InputError(f"--min-p is {self.min_p}; it must be from 0 to 1.")
         if "" in self.stop_strings:
             raise InputError("--stop has an empty string; leave it out.")
+        if any("\ud800" <= character <= "\udfff" for character in "".join(self.stop_strings)):
+            raise InputError("--stop is not valid Unicode, so no text contains it; correct it.")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed is {self.seed}; it must be from 0 to 2³² − 1.")
         if self.capacity is not None and self.capacity < 2:

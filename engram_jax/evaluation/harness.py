@@ -18,6 +18,7 @@ from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.score import TextScorer
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
+from engram_jax.files import expand_home
 
 SHIPPED = Path(__file__).parent / "tasks"
 FEWSHOT_SEED = 1234  # of the harness's own command
@@ -132,7 +133,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     manager = TaskManager(include_path=SHIPPED, include_defaults=False)
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
-        if name not in manager.all_tasks and not Path(name).expanduser().is_file():
+        if name not in manager.all_tasks and not expand_home(name).is_file():
             raise InputError(
                 f"There is no task {name!r}; give a YAML file, or {', '.join(manager.all_tasks)}."
             )

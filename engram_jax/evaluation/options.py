@@ -9,6 +9,7 @@ import tyro
 
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
+from engram_jax.files import expand_home
 from engram_jax.sharding import MeshConfig, fit_mesh
 
 
@@ -120,7 +121,7 @@ class EvalOptions:
     @property
     def folder(self) -> Path:
         """The folder to write to."""
-        return (self.output or self.run).expanduser()
+        return expand_home(self.output or self.run)
 
     def file(self, name: str) -> Path:
         """The file to write; a partial evaluation does not replace a complete one."""
@@ -140,7 +141,7 @@ class EvalOptions:
             raise InputError("Give --text or --text-file, not both.")
         else:
             try:  # like a source: line ends stay, a byte order mark does not
-                text = self.text_file.expanduser().read_bytes().decode("utf-8-sig")
+                text = expand_home(self.text_file).read_bytes().decode("utf-8-sig")
             except OSError as error:
                 raise InputError(f"Cannot read {self.text_file}: {error.strerror}.") from error
             except UnicodeDecodeError as error:

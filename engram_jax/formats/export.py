@@ -41,6 +41,8 @@ from engram_jax.train_state import Weights
 
 FORMAT = "engram-jax 1"
 
+_TABLE_PARTS = "weight", "scale"  # tensors of a table; not all types have scales
+
 
 def export_run(
     run: Run, weights: Weights, folder: str | Path, table_type: TableType = "float32"
@@ -54,10 +56,16 @@ def export_run(
         table_type: storage type of the tables.
 
     Raises:
-        InputError: the folder is not empty, or a table has numbers that are not finite.
+        InputError: the folder is not empty, or there are numbers that are not finite.
     """
     config, hashes = exported_config(run.config, table_type), run.program.ngram_hash
     tensors: dict[str, Any] = dict(_dense(weights))
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise InputError(
+                f"{name} has numbers that are not finite, so the run in {run.folder} has diverged; "
+                "export another step."
+            )
     dense = sum(tensor.size for tensor in tensors.values())
     for layer in weights.tables:
         tensors |= table_tensors(run.program, weights, layer, table_type)
@@ -145,9 +153,12 @@ def _read_weights(program: Program, tensors: Tensors, folder: Path) -> Weights:
     if tensors.metadata.get("format") != FORMAT or not tensors.metadata.get("step", "").isdigit():
         raise InputError(f"{folder} is no export of this version; export the run again.")
 
+    read_names = set()
+
     def read(name: str, leaf: Any) -> jax.Array:
         tensors.require(name, leaf.shape, "F32")
-        return jax.device_put(tensors.view(name), leaf.sharding)
+        read_names.add(name)
+        return jax.device_put(_finite(tensors.view(name), name, folder), leaf.sharding)
 
     def read_dense(path: Any, leaf: Any) -> jax.Array:
         return read(jax.tree_util.keystr(path, simple=True, separator="."), leaf)
@@ -157,9 +168,10 @@ def _read_weights(program: Program, tensors: Tensors, folder: Path) -> Weights:
         rows = program.ngram_hash.rows[program.ngram_hash.spec.layers.index(layer)]
         mapped = map_table(tensors, layer, (rows, table.layout.width))
         for start in range(0, rows, PART):
-            yield mapped.read(np.arange(start, min(start + PART, rows)))
+            part = mapped.read(np.arange(start, min(start + PART, rows)))
+            yield _finite(part, f"tables.{layer}.weight", folder)
 
-    return Weights(
+    weights = Weights(
         step=jax.device_put(jnp.int32(int(tensors.metadata["step"])), abstract.step.sharding),
         params=jax.tree_util.tree_map_with_path(read_dense, abstract.params),
         tables={
@@ -171,3 +183,19 @@ def _read_weights(program: Program, tensors: Tensors, folder: Path) -> Weights:
             for layer, leaf in abstract.expert_bias.items()
         },
     )
+    read_names |= {f"tables.{layer}.{part}" for layer in weights.tables for part in _TABLE_PARTS}
+    if unknown := sorted(set(tensors.infos) - read_names):
+        raise InputError(
+            f"{folder} has a tensor {unknown[0]}, which its config.json does not ask for; export "
+            "the run again."
+        )
+    return weights
+
+
+def _finite(numbers: np.ndarray, name: str, folder: Path) -> np.ndarray:
+    """The numbers, which must be finite."""
+    if not np.isfinite(numbers).all():
+        raise InputError(
+            f"{name} in {folder} has numbers that are not finite; export the run again."
+        )
+    return numbers

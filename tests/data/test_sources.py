@@ -298,6 +298,27 @@ def test_a_parquet_file_without_texts_is_told_its_columns(tmp_path):
         list(read_documents(tmp_path / "a.parquet"))
 
 
+def test_a_title_that_is_no_text_is_left_out(tmp_path):
+    """Dates and times of Arrow that Python does not have were tracebacks."""
+    for kind in (pyarrow.date32(), pyarrow.timestamp("ns"), pyarrow.timestamp("s")):
+        number = 2**31 - 1 if kind == pyarrow.date32() else 2**62
+        title = pyarrow.array([number], pyarrow.int32() if number < 2**32 else pyarrow.int64())
+        table = pyarrow.table({"text": ["x"], "title": title.cast(kind)})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        assert list(read_documents(tmp_path / "a.parquet")) == [Document("x", "")]
+    titles = pyarrow.array(["t", "t"]).dictionary_encode()
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["x", "y"], "title": titles}), tmp_path / "a.parquet"
+    )
+    assert [title for _, title in read_documents(tmp_path / "a.parquet")] == ["t", "t"]
+
+
+def test_utf16_without_a_mark_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes("A text in UTF-16.".encode("utf-16-le"))
+    with pytest.raises(InputError, match=r"a\.txt: it has many zero bytes, as in UTF-16"):
+        list(read_documents(tmp_path / "a.txt"))
+
+
 def test_a_parquet_file_with_two_columns_of_texts_is_refused(tmp_path):
     columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
     table = pyarrow.Table.from_arrays(columns, names=["text", "text"])

@@ -175,6 +175,9 @@ def test_a_damaged_export_is_one_sentence(run: Run, tmp_path: Path) -> None:
         ({"tables.1.scale": None}, metadata, r"no tensor tables\.1\.scale"),
         ({"tables.1.weight": arrays["tables.1.weight"][1:]}, metadata, r"tables\.1\.weight in"),
         ({"norm.gain": np.zeros(3, np.float32)}, metadata, r"norm\.gain in .*expected F32 \[32\]"),
+        ({"norm.gain": np.full(32, np.nan, np.float32)}, metadata, r"norm\.gain in .*not finite"),
+        ({"tables.1.scale": arrays["tables.1.scale"] * np.nan}, metadata, "not finite"),
+        ({"more": np.zeros(0, np.float32)}, metadata, "has a tensor more"),
         ({}, metadata | {"step": "x"}, "no export of this version"),
         ({}, {}, "no export of this version"),
     ):
