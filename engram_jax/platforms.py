@@ -65,17 +65,31 @@ def default_workers(platform: str) -> int:
     return min(4, (os.cpu_count() or 1) // 2)
 
 
+# Options of JAX for debugging, and the values with which programs work.
+_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "jax_disable_jit": (False,),
+    "jax_numpy_dtype_promotion": ("standard",),
+    "jax_transfer_guard": (None, "allow", "log", "log_explicit"),
+}
+
+
 def check_devices(config: Config, ngram_hash: NgramHash | None, mesh: AnyMesh) -> None:
     """Checks that the devices of a mesh can run a configuration.
 
     Raises:
-        InputError: the mesh does not divide the tables, or its devices do not support the named
-            implementations.
+        InputError: the mesh does not divide the tables, its devices do not support the named
+            implementations, or an option of JAX is set under which nothing here works.
     """
     if jax.config.read("jax_enable_x64"):
         raise InputError(
             "64-bit types of JAX are enabled, so parameters would be float64; unset JAX_ENABLE_X64."
         )
+    for option, works in _OPTIONS.items():
+        if (value := getattr(jax.config, option)) not in works:
+            raise InputError(
+                f"JAX is set to {option} = {value}, which this project does not support; "
+                f"unset {option.upper()}."
+            )
     if ngram_hash is not None and any(rows % mesh.size for rows in ngram_hash.padded_rows):
         raise InputError(
             f"The rows of a table, a multiple of 4,096, cannot be split over {mesh.size} "

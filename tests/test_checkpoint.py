@@ -409,8 +409,9 @@ def test_a_linked_checkpoint_is_pruned_without_its_files(saved: SimpleNamespace)
     elsewhere = saved.folder.parent / "elsewhere"
     (saved.folder / "00000010").rename(elsewhere)
     (saved.folder / "00000010").symlink_to(elsewhere)
-    saved.checkpoints.save(30, saved.states[10], config={})
-    assert saved.checkpoints.steps() == [20, 30]
+    checkpoints = open_checkpoints(saved.folder, keep=2)
+    checkpoints.save(30, saved.states[10], config={})
+    assert checkpoints.steps() == [20, 30]
     assert {path.name for path in saved.folder.iterdir()} == {"00000020", "00000030"}
     assert (elsewhere / "manifest.json").is_file()
 

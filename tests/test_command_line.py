@@ -133,7 +133,7 @@ def test_sentence_and_status_of_bad_input(capfd: pytest.CaptureFixture[str]) -> 
         (OSError(27, "File too large"), "Cannot write a file (File too large)"),
         (OSError(24, "Too many open files", "/x"), "Too many files are open"),
         (MemoryError("Unable to allocate 7 GiB"), "The memory is full (Unable to allocate 7 GiB)"),
-        (MemoryError(), "The memory is full; lower sizes"),
+        (MemoryError(), "The memory is full"),
         (
             jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n\nx"

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -301,6 +303,23 @@ def test_the_home_of_nobody_is_named(config: Config) -> None:
 
 def test_64_bit_types_are_refused(config: Config, tmp_path: Path) -> None:
     with jax.enable_x64(True), pytest.raises(InputError, match="unset JAX_ENABLE_X64"):
+        Run.start(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        lambda: jax.disable_jit(),
+        lambda: jax.numpy_dtype_promotion("strict"),
+        lambda: jax.transfer_guard("disallow"),
+    ],
+    ids=["jit", "promotion", "transfers"],
+)
+def test_options_under_which_nothing_works_are_refused(
+    config: Config, tmp_path: Path, option: Callable[[], AbstractContextManager[None]]
+) -> None:
+    with option(), pytest.raises(InputError, match="does not support; unset JAX_"):
         Run.start(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -605,13 +624,8 @@ def test_a_seed_means_the_same_whatever_generator_is_jaxs_default(
     tiny: Config,
 ) -> None:
     program = Program.of_sizes(tiny, make_mesh(MeshConfig(), jax.devices()[:1]))
-    before = jax.config.read("jax_default_prng_impl")
-    jax.config.update("jax_default_prng_impl", "rbg")
-    try:
-        with program.use_mesh():
-            text = str(jax.make_jaxpr(program._make_state)(np.uint32(0)))
-    finally:
-        jax.config.update("jax_default_prng_impl", before)
+    with program.use_mesh(), jax.default_prng_impl("rbg"):
+        text = str(jax.make_jaxpr(program._make_state)(np.uint32(0)))
     assert "impl=fry" in text and "impl=rbg" not in text
 
 
