@@ -28,7 +28,7 @@ from engram_jax.config import Config
 from engram_jax.costs.accounting import allocate
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.settings import GenerationSettings
-from engram_jax.errors import one_sentence
+from engram_jax.errors import InputError, one_sentence
 from engram_jax.files import expand_home
 from engram_jax.memory.store import Placement
 from engram_jax.placement import open_stores
@@ -72,6 +72,8 @@ def main(options: TrainOptions, config: Config) -> int:
     """Trains, and prints the next command. Returns the exit status."""
     if options.allocation is not None:
         config = allocate(config, options.allocation)
+    if options.run is None and not config.name.strip("./ "):
+        raise InputError(f"--name is {config.name!r}; give a name, or a folder with --run.")
     run = Run.start(
         config,
         expand_home(options.run or Path("runs") / config.name),

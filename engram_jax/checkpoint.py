@@ -356,7 +356,8 @@ class Checkpoints:
         for path in [self.path(step) for step in self.steps()[: -self._keep]]:
             if path != final:
                 # Rename first: a killed process must not leave an incomplete checkpoint.
-                remove(path.rename(path.with_name(PARTIAL + path.name)))
+                removed = path.rename(path.with_name(PARTIAL + path.name))
+                removed.unlink() if removed.is_symlink() else shutil.rmtree(removed)
 
     def _free(self) -> int:
         there = next(path for path in [self.folder, *self.folder.parents] if path.exists())

@@ -158,8 +158,6 @@ class DataConfig:
             raise InputError("sequence_length and batch_size must be at least 1.")
         if min(self.workers or 0, self.prefetch) < 0:
             raise InputError("data.workers and data.prefetch must not be negative.")
-        if not self.cache.strip():
-            raise InputError("data.cache is empty; name a folder.")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out is {self.held_out}; it must be between 0 and 1.")
 
@@ -251,8 +249,6 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_numbers(asdict(self))
-        if not self.name.strip(". ") or set("/\\\0") & set(self.name):
-            raise InputError(f"name is {self.name!r}, which cannot be a folder; give another one.")
         outside = [layer for layer in self.memory.layers if layer >= self.model.layers]
         if outside:
             raise InputError(

@@ -13,9 +13,14 @@ from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+# Training saves a checkpoint and stops on these.
+STOP_SIGNALS = (
+    *(signal.SIGINT, signal.SIGTERM),
+    *(signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
 
-# Errors of JAX and pathlib: JAX_PLATFORMS names no platform, and ~NAME names no user.
-_OF_ENVIRONMENT = re.compile("Unable to initialize backend|Could not determine home directory")
+
+_OF_ENVIRONMENT = re.compile("Unable to initialize backend")  # JAX_PLATFORMS names no platform
 _OF_MEMORY = re.compile("RESOURCE_EXHAUSTED: .*?([Oo]ut of memory|allocat)", re.DOTALL)
 
 
@@ -83,7 +88,8 @@ def one_sentence() -> Iterator[None]:
         sys.stderr = UnbreakableErrors(sys.stderr)
     try:
         _check_limits()
-        os.getcwd()  # if the folder is gone, it is said now, and not at the end of a run
+        with suppress(PermissionError):
+            os.getcwd()  # if the folder is gone, it is said now, and not at the end of a run
         yield
     except InputError as error:
         problem = str(error)

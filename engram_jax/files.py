@@ -104,11 +104,11 @@ def hold_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
         BlockingIOError: another process holds the lock, and `wait` is False.
         InputError: the file cannot be written or locked.
     """
-    if path.exists() and not path.is_file():  # opening a pipe would wait
-        raise InputError(f"{path} is no regular file, so it cannot be locked; remove it.")
     with ExitStack() as stack:
         is_locked = True
         try:
+            if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe would wait
+                raise InputError(f"{path} is no regular file, so it cannot be locked; remove it.")
             file = stack.enter_context(path.open("w"))
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

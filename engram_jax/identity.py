@@ -136,36 +136,36 @@ def check_same_run(config: Config, folder: Path, *, reschedule: bool = False) ->
 def check_saved_by(config: Config, folder: Path, *, trains: bool) -> None:
     """Checks that a run with this configuration saved the checkpoint in a folder.
 
-    It could be of another run, or the run's config.json could have been edited. The places of texts
-    and tokenizer may change.
+    It could be of another run, or the run's config.json could have been edited. What a resumed or
+    rescheduled run may change can differ, and the places of texts and tokenizer.
 
     Args:
         config: the configuration of the run.
         folder: folder of the checkpoint.
-        trains: the run goes on, so all that changes training matters, and not only the model.
+        trains: the run goes on, so all that changes training matters. Otherwise, only what changes
+            the model and the held-out texts.
 
     Raises:
         InputError: another run saved it.
     """
     ours, theirs = (_flatten(asdict(of)) for of in (config, load_config(folder / "config.json")))
-    places = ("name", "data.sources", "data.tokenizer")
-    parts = ("model.", "memory.", *(("optimizer.", "data.", "train.") if trains else ()))
-    differ = [
-        name
-        for name in ours | theirs
-        if ours.get(name) != theirs.get(name)
-        and name.startswith(parts)
-        and not name.startswith((*CHANGEABLE, *_RESCHEDULABLE, *places))
-    ]
-    names = [[Path(source).name for source in of["data.sources"]] for of in (ours, theirs)]
-    if trains and names[0] != names[1]:
-        differ.append("data.sources")
-    if differ:
-        name = differ[0]
-        raise InputError(
-            f"Another run saved the checkpoint {folder}: {name} is {theirs.get(name)} there, and "
-            f"{ours.get(name)} in this run; remove it, or restore this run's config.json."
-        )
+    for of in (ours, theirs):  # texts are compared by name, without folder and ending
+        of["data.sources"] = [Path(source).name.split(".")[0] for source in of["data.sources"]]
+    if trains:
+        parts: tuple[str, ...] = ("model.", "memory.", "optimizer.", "data.", "train.")
+        free: tuple[str, ...] = ()
+    else:
+        parts, free = ("model.", "memory.", "data.held_out"), ("memory.adam.", "memory.init_scale")
+    free = (*CHANGEABLE, *_RESCHEDULABLE, *free, "data.tokenizer", "memory.start_from")
+    for name in ours | theirs:
+        if name.startswith(parts) and not name.startswith(free):
+            here, there = ours.get(name), theirs.get(name)
+            if here != there:
+                raise InputError(
+                    f"Another run saved the checkpoint {folder}: {name} is {there} there, and "
+                    f"{here} in this run; restore this run's config.json (its checkpoints have "
+                    "copies), or move that checkpoint away."
+                )
 
 
 def _as_flag(name: str, value: Any) -> str:

@@ -78,7 +78,7 @@ def check_devices(config: Config, ngram_hash: NgramHash | None, mesh: AnyMesh) -
 
     Raises:
         InputError: the mesh does not divide the tables, its devices do not support the named
-            implementations, or an option of JAX is set under which nothing here works.
+            implementations, or an unsupported option of JAX is set.
     """
     if jax.config.read("jax_enable_x64"):
         raise InputError(

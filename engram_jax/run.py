@@ -156,6 +156,8 @@ class Run:
     def _check_start(cls, config: Config, folder: Path, reschedule: bool) -> "Run":
         """Creates the run without writing to its folder, so that an error leaves no folder."""
         check_run_path(folder)
+        if not config.data.cache.strip():
+            raise InputError("data.cache is empty; name a folder.")
         resumes = (folder / "config.json").exists()
         if resumes:
             check_same_run(config, folder, reschedule=reschedule)
@@ -327,7 +329,8 @@ class Run:
             stores: empty stores, which get the rows; None: the state has tables on the devices.
 
         Raises:
-            InputError: there is no checkpoint, or it has another tokenizer, hash or model.
+            InputError: there is no checkpoint, it has another tokenizer, hash or model, or another
+                run saved it.
         """
         abstract = self.program.on_device().abstract_state()
         found, state = self.checkpoints.restore(abstract, step)

@@ -1,6 +1,7 @@
 """`tokenizer.json` files as tokenizers."""
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -216,22 +217,33 @@ def _may_delete(backend: Any) -> bool:
 
 
 def _blanked(step: Any) -> Any:
-    """The pattern of what a normalizer replaces by nothing visible, such as a space; else None."""
-    content = json.loads(step.__getstate__())
-    if content["type"] != "Replace" or has_visible(content["content"]):
+    """What a normalizer replaces with nothing visible, such as a space: a string, a Regex, or None.
+
+    A pattern that matches only spaces counts as None.
+    """
+    from tokenizers import Regex
+
+    if type(step).__name__ != "Replace":
         return None
-    return content["pattern"]
+    content = json.loads(step.__getstate__())
+    pattern = content["pattern"]
+    if has_visible(content["content"]):
+        return None
+    if "String" in pattern:
+        return pattern["String"] if has_visible(pattern["String"]) else None
+    return None if _OF_SPACES.fullmatch(pattern["Regex"]) else Regex(pattern["Regex"])
+
+
+_OF_SPACES = re.compile(r"(\\s| |\u2581)([+*]|\{\d+,?\d*\})?")
 
 
 def _deleted(backend: Any, text: str) -> Iterator[str]:
     """The parts of a text that the normalizer deletes by a pattern, or the pre-tokenizer."""
-    from tokenizers import Regex
     from tokenizers.pre_tokenizers import Split
 
     for step in _steps(backend.normalizer):
         if (pattern := _blanked(step)) is not None:
-            found = pattern.get("String") or Regex(pattern["Regex"])
-            matches = Split(found, "removed", invert=True)
+            matches = Split(pattern, "removed", invert=True)
             yield from (match for match, _ in matches.pre_tokenize_str(text))
         text = step.normalize_str(text)
     if backend.pre_tokenizer is not None:

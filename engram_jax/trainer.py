@@ -20,11 +20,12 @@ from engram_jax.checkpoint import Checkpoints
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.packing import SentBatch
 from engram_jax.data.pipeline import prefetch_to_device
-from engram_jax.errors import UnbreakableErrors
+from engram_jax.errors import STOP_SIGNALS, UnbreakableErrors
 from engram_jax.evaluation.health import HealthStudy, warn_of_inert
 from engram_jax.evaluation.held_out import Score, evaluate_held_out, make_scorer, pool
 from engram_jax.files import expand_home
 from engram_jax.formats.start_memory import start_with
+from engram_jax.identity import check_saved_by
 from engram_jax.memory.row_feed import RowFeed
 from engram_jax.metrics import MetricsLog, read_metrics
 from engram_jax.placement import Stores, bytes_of_all, open_feed
@@ -326,18 +327,13 @@ def _first_state(run: Run, stores: Stores | None = None) -> TrainState:
     # The other run's checkpoints, restored with the shapes and devices of this run.
     theirs = replace(run, checkpoints=other.checkpoints)
     weights = theirs.restore_weights(run.start_step, stores, reset_rows=True)
+    check_saved_by(other.config, other.checkpoints.path(int(weights.step)), trains=False)
     state = program.state_from_weights(weights)
     if is_leader():
         print(f"{run.folder} begins with the weights of step {int(weights.step)} of {start_from}.")
     # Otherwise a run that is killed before its first checkpoint would start at random.
     run.save(state, stores)
     return state
-
-
-_STOP_SIGNALS = (
-    *(signal.SIGINT, signal.SIGTERM),
-    *(signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
-)
 
 
 def _agrees_before(step: int) -> bool:
@@ -382,7 +378,7 @@ def _stop_signal() -> Iterator[Callable[[int], bool]]:
     if threading.current_thread() is threading.main_thread():  # only there, Python allows it
         handlers = {
             number: signal.signal(number, request)
-            for number in _STOP_SIGNALS
+            for number in STOP_SIGNALS
             if signal.getsignal(number) != signal.SIG_IGN
         }
 

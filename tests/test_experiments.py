@@ -117,6 +117,36 @@ def test_the_step_of_every_arm_can_be_traced(family, folder, monkeypatch):
         assert metrics["loss"].shape == (), label
 
 
+# Arms whose forms no other test here trains.
+MORE = {
+    "controls": ("bigram table, no gate", "rows frozen, scale 0.3", "Engram"),
+    "ablations": ("2- to 4-grams", "no vocabulary projection", "Engram"),
+    "layer_sweep": ("no memory", "layers 1 and 3"),
+    "comparison": ("dense", "dense, equal time", "OverEncoding", "Engram"),
+    "row_optimizers": ("exact × 10, scale 0.02", "lazy × 10, scale 0.02"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_other_arms_train(name, family, folder, monkeypatch):
+    monkeypatch.setattr(one_run, "ROUNDS", 2)
+    monkeypatch.setattr(one_run, "STEPS", 1)
+    layers = 4 if name == "layer_sweep" else 2
+    results = run_experiment(
+        experiment_of(name).EXPERIMENT,
+        Options(
+            steps=2,
+            seeds=1,
+            only=MORE[name],
+            runs=folder / "runs",
+            results=folder / "more",
+        ),
+        lambda kind: vary(family(kind), model={"layers": layers}),
+    )
+    assert set(results.labels()) == set(MORE[name])
+
+
 @pytest.mark.parametrize("name", SMALLEST)
 def test_the_smallest_form_from_nothing_to_the_plot(name, family, folder, monkeypatch):
     make_few_facts(monkeypatch, folder / "text")

@@ -59,7 +59,7 @@ def train_all(data: Path, folder: Path, first: Path, *, alone: bool = False) -> 
     write_memory(first, run, folder / f"memory-{jax.process_index()}.npz")
     if not alone:
         backbone = tiny(data, steps=2, backbone=True)
-        train(Run.start(vary(backbone, train={"evaluate_every": 0}), folder / "backbone"))
+        train(Run.start(backbone, folder / "backbone"))
         # Every sequence on all devices, each with three positions.
         engram, mesh = EngramConfig(kernel=2), MeshConfig(context=8)
         long = vary(replace(backbone, mesh=mesh), model={"engram": engram})
@@ -177,11 +177,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def assert_equal_losses(found: Path, expected: Path, *, steps: int, rel: float = 1e-5) -> None:
-    lines = losses(expected)
-    assert [step for step, _ in lines] == list(range(1, steps + 1))
-    assert losses(expected, "held_out") or expected.name == "backbone"
     for kind in ("train", "held_out"):
         lines = losses(expected, kind)
+        assert len(lines) == (steps if kind == "train" else steps // 2)
         assert losses(found, kind) == [(step, pytest.approx(loss, rel=rel)) for step, loss in lines]
 
 

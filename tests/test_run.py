@@ -515,6 +515,10 @@ def test_a_checkpoint_of_another_run_is_refused(tiny: Config, saved: Run) -> Non
     moved = vary(tiny, data={"sources": elsewhere, "workers": 1}, train={"steps": 9})
     for trains in (True, False):
         check_saved_by(moved, folder, trains=trains)
+    started = vary(moved, memory={"start_from": "/elsewhere", "init_scale": 0.1})
+    check_saved_by(started, folder, trains=False)
+    with pytest.raises(InputError, match=r"data\.held_out is 0\.5 there"):
+        check_saved_by(vary(tiny, data={"held_out": 0.6}), folder, trains=False)
     other = vary(tiny, data={"sources": (tiny.data.sources[0], "other.jsonl")})
     check_saved_by(other, folder, trains=False)
     for config, named in ((other, "data.sources"), (vary(tiny, train={"seed": 2}), "train.seed")):

@@ -1,7 +1,9 @@
 """The loop: equal results on all meshes, written files, divergence."""
 
 import io
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -12,10 +14,10 @@ from tiny_runs import TrainWhole, assert_identical, losses, on_devices, vary
 from engram_jax import trainer
 from engram_jax.config import Config
 from engram_jax.data.packing import Batch
-from engram_jax.errors import UnbreakableErrors
+from engram_jax.errors import STOP_SIGNALS, UnbreakableErrors
 from engram_jax.metrics import read_metrics
 from engram_jax.run import Run
-from engram_jax.trainer import Diverged, train
+from engram_jax.trainer import Diverged, _stop_signal, train
 
 
 @pytest.mark.usefixtures("one_device")
@@ -157,3 +159,17 @@ def test_an_error_output_that_is_gone_ends_no_run(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(sys, "stderr", stream)
         assert UnbreakableErrors().write("a") == 1
         UnbreakableErrors().flush()
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_every_signal_of_a_scheduler_stops_before_the_next_step(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(number, signal.default_int_handler)  # not that of nohup
+    try:
+        with _stop_signal() as stopped:
+            assert not stopped(0)
+            os.kill(os.getpid(), number)
+            assert stopped(0)
+    finally:
+        signal.signal(number, before)

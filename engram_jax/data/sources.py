@@ -296,23 +296,17 @@ def _read_parquet(file: Path) -> Iterator[Document]:
                 )
             if columns.count("text") > 1:
                 raise InputError(f'{file} has several columns "text"; rename all but one.')
-            wanted = ["text"]
-            if "title" in columns and _is_text(arrow, schema.field("title").type):
-                wanted.append("title")
+            # Arrow has dates and times that Python does not have.
+            times = [field.name for field in schema if arrow.types.is_temporal(field.type)]
+            if "text" in times:
+                raise InputError(f'{file} has dates in its column "text"; give it texts.')
+            wanted = [name for name in ("text", "title") if name in columns and name not in times]
             for batch in table.iter_batches(columns=wanted, batch_size=1024):
                 for record in batch.to_pylist():
                     row += 1
                     yield _document(record, f"{file}, row {row}")
     except (arrow.ArrowException, OSError) as error:
         raise InputError(f"cannot read {file} after row {row}: {error}.") from error
-
-
-def _is_text(arrow: Any, kind: Any) -> bool:
-    """Whether a column holds text. (Some dates have no equivalent in Python.)"""
-    types = arrow.types
-    return any(
-        test(kind) for test in (types.is_string, types.is_large_string, types.is_string_view)
-    ) or (types.is_dictionary(kind) and _is_text(arrow, kind.value_type))
 
 
 def _read_array_record(file: Path) -> Iterator[Document]:
@@ -382,7 +376,9 @@ def _check(document: Document, where: str) -> Document:
 
 def _decode(content: bytes, where: str) -> str:
     if 4 * content.count(0) > len(content) > 1:
-        raise InputError(f"{where}: it has many zero bytes, as in UTF-16; convert it to UTF-8.")
+        raise InputError(
+            f"{where}: it has many zero bytes, so it may be UTF-16; convert it to UTF-8."
+        )
     try:
         return content.decode("utf-8-sig")  # some editors write a byte order mark first
     except UnicodeDecodeError as error:

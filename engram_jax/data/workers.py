@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from engram_jax.errors import InputError
+from engram_jax.errors import STOP_SIGNALS, InputError
 
 # A new process does not inherit the pipes of the others. So the death of a process closes its pipe,
 # and whoever reads from the pipe is told.
@@ -156,8 +156,8 @@ def _send_items(pipe: Connection) -> None:
     The process ends after an error, or when its parent has closed the pipe or has ended. It ignores
     signals to the process group, because the parent may still need items.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     try:
         build, number, stride = pipe.recv()
         while True:

@@ -142,7 +142,7 @@ def exported_config(config: Config, table_type: TableType) -> Config:
 def _dense(weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
     """Dense parameters and biases of experts, by their names in an export."""
     for path, leaf in jax.tree.leaves_with_path(weights.params):
-        yield jax.tree_util.keystr(path, simple=True, separator="."), np.asarray(leaf)
+        yield _name(path), np.asarray(leaf)
     for layer, bias in weights.expert_bias.items():
         yield f"expert_bias.{layer}", np.asarray(bias)
 
@@ -153,15 +153,14 @@ def _read_weights(program: Program, tensors: Tensors, folder: Path) -> Weights:
     if tensors.metadata.get("format") != FORMAT or not tensors.metadata.get("step", "").isdigit():
         raise InputError(f"{folder} is no export of this version; export the run again.")
 
-    read_names = set()
+    _check_names(tensors, abstract, folder)
 
     def read(name: str, leaf: Any) -> jax.Array:
         tensors.require(name, leaf.shape, "F32")
-        read_names.add(name)
         return jax.device_put(_finite(tensors.view(name), name, folder), leaf.sharding)
 
     def read_dense(path: Any, leaf: Any) -> jax.Array:
-        return read(jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        return read(_name(path), leaf)
 
     def rows_of(layer: int, table: Table) -> Iterator[np.ndarray]:
         assert program.ngram_hash is not None
@@ -169,9 +168,9 @@ def _read_weights(program: Program, tensors: Tensors, folder: Path) -> Weights:
         mapped = map_table(tensors, layer, (rows, table.layout.width))
         for start in range(0, rows, PART):
             part = mapped.read(np.arange(start, min(start + PART, rows)))
-            yield _finite(part, f"tables.{layer}.weight", folder)
+            yield _finite(part, f"tables.{layer}", folder)
 
-    weights = Weights(
+    return Weights(
         step=jax.device_put(jnp.int32(int(tensors.metadata["step"])), abstract.step.sharding),
         params=jax.tree_util.tree_map_with_path(read_dense, abstract.params),
         tables={
@@ -183,13 +182,23 @@ def _read_weights(program: Program, tensors: Tensors, folder: Path) -> Weights:
             for layer, leaf in abstract.expert_bias.items()
         },
     )
-    read_names |= {f"tables.{layer}.{part}" for layer in weights.tables for part in _TABLE_PARTS}
-    if unknown := sorted(set(tensors.infos) - read_names):
+
+
+def _check_names(tensors: Tensors, abstract: Weights, folder: Path) -> None:
+    """Checks that an export has no tensors that its configuration does not have."""
+    known = {f"expert_bias.{layer}" for layer in abstract.expert_bias}
+    known |= {_name(path) for path, _ in jax.tree.leaves_with_path(abstract.params)}
+    known |= {f"tables.{layer}.{part}" for layer in abstract.tables for part in _TABLE_PARTS}
+    if unknown := sorted(set(tensors.infos) - known):
         raise InputError(
-            f"{folder} has a tensor {unknown[0]}, which its config.json does not ask for; export "
-            "the run again."
+            f"{folder} has a tensor {unknown[0]}, which its config.json does not have; export the "
+            "run again."
         )
-    return weights
+
+
+def _name(path: Any) -> str:
+    """The name of a dense parameter in an export."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _finite(numbers: np.ndarray, name: str, folder: Path) -> np.ndarray:

@@ -306,6 +306,10 @@ def test_a_title_that_is_no_text_is_left_out(tmp_path):
         table = pyarrow.table({"text": ["x"], "title": title.cast(kind)})
         pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
         assert list(read_documents(tmp_path / "a.parquet")) == [Document("x", "")]
+    times = pyarrow.array([1], pyarrow.int64()).cast(pyarrow.timestamp("ns"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": times}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet has dates in its column"):
+        list(read_documents(tmp_path / "a.parquet"))
     titles = pyarrow.array(["t", "t"]).dictionary_encode()
     pyarrow.parquet.write_table(
         pyarrow.table({"text": ["x", "y"], "title": titles}), tmp_path / "a.parquet"
@@ -315,7 +319,7 @@ def test_a_title_that_is_no_text_is_left_out(tmp_path):
 
 def test_utf16_without_a_mark_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes("A text in UTF-16.".encode("utf-16-le"))
-    with pytest.raises(InputError, match=r"a\.txt: it has many zero bytes, as in UTF-16"):
+    with pytest.raises(InputError, match=r"a\.txt: it has many zero bytes, so it may be UTF-16"):
         list(read_documents(tmp_path / "a.txt"))
 
 
