@@ -139,7 +139,7 @@ def test_with_sequences_on_several_chips_only_gathers_and_scatters_meet_the_tabl
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("libtpu")
-def test_on_v5p_a_step_does_not_grow_with_the_table() -> None:
+def test_on_v5p_a_step_does_not_grow_with_the_table(mesh: jax.sharding.Mesh) -> None:
     """To 0.2 %, because the compiler keeps small masks in on-chip memory for some R only."""
     costs = [compile_step(80, rows, {"fsdp": 2}) for rows in (200_000, 800_000)]
     growth = abs(costs[1].temporaries - costs[0].temporaries)
