@@ -46,6 +46,7 @@ from engram_jax.data.corpus import Corpus
 from engram_jax.data.sources import resolve_source
 from engram_jax.decoding.batches import make_batches
 from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.evaluation.gate_map import read_gates, write_html, write_png
 from engram_jax.evaluation.health import HealthStudy, format_health
@@ -84,7 +85,6 @@ def main(options: EvalOptions) -> None:
         InputError: invalid options, or data that cannot be read.
     """
     options.check()
-    settings = options.sample_settings()
     if options.tasks:
         _evaluate_tasks(options)
         return
@@ -98,14 +98,7 @@ def main(options: EvalOptions) -> None:
         )
     for source in options.sources:
         resolve_source(source)
-    if settings and not _can_continue(run):
-        settings = None
-        _print(
-            "No sample: it needs one process that splits neither parameters nor sequences "
-            "(python -m engram_jax.generate).\n"
-        )
-    if settings:
-        make_batches(run.config, run.tokenizer, [options.prompt], settings, run.program.mesh.size)
+    settings = _sample_settings(options, run)
     weights = run.restore_weights(options.step)
     corpora = run.corpora(options.sources)
     step = int(weights.step)
@@ -153,10 +146,19 @@ def _open(options: EvalOptions) -> Run:
     return Run.open(options.run, mesh, evaluate_batch_size=options.batch_size)
 
 
-def _can_continue(run: Run) -> bool:
-    """Whether a prompt can be continued on the mesh of the run."""
-    mesh = run.program.mesh
-    return jax.process_count() == 1 and mesh.shape["data"] == mesh.size
+def _sample_settings(options: EvalOptions, run: Run) -> GenerationSettings | None:
+    """The settings of the sample, for which the prompt is checked; None: there is no sample."""
+    settings, mesh = options.sample_settings(), run.program.mesh
+    if settings is None:
+        return None
+    if jax.process_count() > 1 or mesh.shape["data"] < mesh.size:
+        _print(
+            "No sample: it needs one process that splits neither parameters nor sequences "
+            "(python -m engram_jax.generate).\n"
+        )
+        return None
+    make_batches(run.config, run.tokenizer, [options.prompt], settings, mesh.size)
+    return settings
 
 
 def _print(text: str) -> None:

@@ -12,7 +12,7 @@ import jax
 
 from engram_jax.checkpoint_files import FileFacts
 from engram_jax.errors import InputError
-from engram_jax.files import parse_json, sync_folder
+from engram_jax.files import is_irregular, parse_json, sync_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 4  # in format 1 models did not scale the embedding; in 2 a table was four arrays
@@ -64,7 +64,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, FileFacts]]:
         OSError: it cannot be read.
     """
     path = folder / MANIFEST
-    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait
+    if is_irregular(path):
         raise ValueError(f"{path} is no regular file")
     manifest = parse_json(path.read_text(encoding="utf-8"))
     content: dict[str, Any] = manifest["content"]

@@ -129,13 +129,11 @@ def parse_flags(options: Any, *, description: str, **settings: Any) -> Any:
     """
     words = sys.argv[1:] if settings.get("args") is None else settings["args"]
     if {"-h", "--help"} & set(words):
-        columns = os.environ.get("COLUMNS", "")
         if shutil.get_terminal_size().columns < _LEAST_COLUMNS:
             os.environ["COLUMNS"] = str(_LEAST_COLUMNS)
         try:
             return tyro.cli(options, description="", **settings)
         finally:
-            os.environ["COLUMNS"] = columns
             print(f"\n{description}")
     # On a terminal, or with another encoding than UTF-8, Tyro draws its boxes in other ways.
     drawn, errors = _Utf8(), _Utf8()

@@ -52,13 +52,18 @@ def expand_home(path: str | Path) -> Path:
         ) from error
 
 
+def is_irregular(path: Path) -> bool:
+    """Whether a path is a pipe, socket or device, which must not be waited for."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def read_regular(path: Path) -> bytes:
     """Returns the content of a file.
 
     Raises:
         OSError: it cannot be read, or is a pipe or device, whose content may never end.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if is_irregular(path):
         raise OSError(errno.EINVAL, "no regular file", str(path))
     return path.read_bytes()
 
@@ -107,7 +112,7 @@ def hold_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     with ExitStack() as stack:
         is_locked = True
         try:
-            if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe would wait
+            if is_irregular(path):
                 raise InputError(f"{path} is no regular file, so it cannot be locked; remove it.")
             file = stack.enter_context(path.open("w"))
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -110,12 +110,7 @@ def check_same_run(config: Config, folder: Path, *, reschedule: bool = False) ->
     stored = load_config(folder / "config.json")
     ours, theirs = _flatten(asdict(config)), _flatten(asdict(stored))
     changeable = CHANGEABLE + (_RESCHEDULABLE if reschedule else ())
-    # If only one of them has a part, such as experts, all fields of that part differ.
-    differ = [
-        name
-        for name in ours | theirs
-        if ours.get(name) != theirs.get(name) and not name.startswith(changeable)
-    ]
+    differ = _differing(ours, theirs, changeable)
     if not differ:
         return
     if "name" in differ or ours.keys() != theirs.keys():
@@ -157,15 +152,25 @@ def check_saved_by(config: Config, folder: Path, *, trains: bool) -> None:
     else:
         parts, free = ("model.", "memory.", "data.held_out"), ("memory.adam.", "memory.init_scale")
     free = (*CHANGEABLE, *_RESCHEDULABLE, *free, "data.tokenizer", "memory.start_from")
-    for name in ours | theirs:
-        if name.startswith(parts) and not name.startswith(free):
-            here, there = ours.get(name), theirs.get(name)
-            if here != there:
-                raise InputError(
-                    f"Another run saved the checkpoint {folder}: {name} is {there} there, and "
-                    f"{here} in this run; restore this run's config.json (its checkpoints have "
-                    "copies), or move that checkpoint away."
-                )
+    for name in _differing(ours, theirs, free):
+        if name.startswith(parts):
+            raise InputError(
+                f"Another run saved the checkpoint {folder}: {name} is {theirs.get(name)} there, "
+                f"and {ours.get(name)} in this run; restore this run's config.json (its "
+                "checkpoints have copies), or move that checkpoint away."
+            )
+
+
+def _differing(ours: dict[str, Any], theirs: dict[str, Any], free: tuple[str, ...]) -> list[str]:
+    """The fields that differ, except for those that begin with a name in `free`.
+
+    If only one of them has a part, such as experts, all fields of that part differ.
+    """
+    return [
+        name
+        for name in ours | theirs
+        if ours.get(name) != theirs.get(name) and not name.startswith(free)
+    ]
 
 
 def _as_flag(name: str, value: Any) -> str:

@@ -112,7 +112,7 @@ def test_help_in_a_terminal_without_columns_is_not_endless(
     )
     monkeypatch.setenv("COLUMNS", "1")
     parse_flags(Options, description="", args=["--help"])
-    assert columns == [40] and os.environ["COLUMNS"] == "1"
+    assert columns == [40]
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_an_error_output_that_is_gone_ends_no_run(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_every_signal_of_a_scheduler_stops_before_the_next_step(
-    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals,
 ) -> None:
     before = signal.signal(number, signal.default_int_handler)  # not that of nohup
     try:
