@@ -157,7 +157,7 @@ def fill_stores(stores: Stores, files: Mapping[int, list[Path]], *, in_place: bo
             _check_fitting(path, store.table, table)
             store.table = table  # its initial rows may have another seed
             if maps:
-                store.adopt(written)
+                store.adopt(path, written)
                 continue
             for part in written.parts():
                 store.write_own(part)

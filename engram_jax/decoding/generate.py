@@ -88,6 +88,7 @@ class Generator:
         self.program = program
         self.tokenizer = tokenizer
         self.weights = prepare(program, weights, stores, memory=memory)
+        self._stores = (stores or {}) if memory else {}
         self.speed = Speed()
         self.programs = ProgramCache(program)
         self.by_sequence = jax.NamedSharding(program.mesh, BY_SEQUENCE)
@@ -111,8 +112,8 @@ class Generator:
             The continuations, in the order of the prompts.
 
         Raises:
-            InputError: a prompt is not valid Unicode or too long, top_k is too large, or logits are
-                not finite.
+            InputError: a prompt is not valid Unicode or too long, top_k is too large, logits are
+                not finite, or the file of a table was truncated.
         """
         found: dict[int, Continuation] = {}
         for batch in self.generate_batches(prompts, settings, show=show):
@@ -149,6 +150,15 @@ class Generator:
                 file=sys.stderr,
             )
 
+    def check_tables(self) -> None:
+        """Checks, before a program that reads them, that tables in files are still complete.
+
+        Raises:
+            InputError: a file was truncated.
+        """
+        for store in self._stores.values():
+            store.check_complete()
+
     def _continue(
         self, batch: PromptBatch, settings: GenerationSettings, show: Show
     ) -> dict[int, Continuation]:
@@ -168,6 +178,7 @@ class Generator:
             begin = time.perf_counter()
             while any(text.reason is None for text in texts):
                 done = put([text.reason is not None for text in texts], bool, fill=True)
+                self.check_tables()
                 state, drawing, *new = programs.burst(
                     *(self.weights, state, drawing._replace(done=done)),
                     *(draw_settings, max_tokens, limits),
@@ -205,6 +216,7 @@ class Generator:
         for first in range(0, tokens.shape[1], chunk):
             part = tokens[:, first : first + chunk], np.clip(lengths - first, 0, chunk)
             inputs = jax.device_put((*part, rows.chunk(first, chunk)), self.by_sequence)
+            self.check_tables()
             state = programs.prefill(self.weights, state, *inputs)
         jax.block_until_ready(state)
         self.speed += Speed(int(lengths.sum()), time.perf_counter() - begin)

@@ -144,6 +144,7 @@ class TextScorer:
                 here, there = slice(first, first + chunk), slice(first + 1, first + chunk + 1)
                 counts = np.clip(lengths - first, 0, chunk)
                 inputs = tokens[:, here], tokens[:, there], counts, memory.chunk(first, chunk)
+                self.generator.check_tables()
                 state, *found = self._likelihoods(
                     generator.weights, state, *jax.device_put(inputs, generator.by_sequence), pieces
                 )

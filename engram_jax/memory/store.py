@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -123,6 +123,7 @@ class RowStore:
         self._file = None if folder is None else _Extents(folder, 4 * words * count)
         self._records = _reserve(count, words, self._file)
         self._in_file, self._cold = folder is not None, False
+        self._adopted: tuple[Path, BinaryIO, int] | None = None  # a file, and its size
         self._whole = self._records.view(np.dtype((np.void, 4 * words)))[:, 0]  # moved as one
 
     @property
@@ -144,6 +145,25 @@ class RowStore:
         """Closes the file, which ends when nothing refers to its rows any more."""
         if self._file is not None:
             self._file.file.close()
+        if self._adopted is not None:
+            self._adopted[1].close()
+
+    def check_complete(self) -> None:
+        """Checks that a file that was taken over still has its size, before its rows are read.
+
+        Rows that are mapped and no longer in the file would end the process (SIGBUS).
+
+        Raises:
+            InputError: another program has truncated the file.
+        """
+        if self._adopted is None:
+            return
+        path, file, size = self._adopted
+        if (now := os.fstat(file.fileno()).st_size) != size:
+            raise InputError(
+                f"{path} was truncated while its rows were in use ({now:,} bytes, before {size:,}); "
+                "restore another checkpoint."
+            )
 
     @property
     def bytes(self) -> int:
@@ -151,7 +171,12 @@ class RowStore:
         return self.used * 4 * (self.table.layout.words + 1)
 
     def read(self, places: Int32[np.ndarray, "n"], out: UInt32[np.ndarray, "n words"]) -> None:
-        """Copies the records of places to `out`; initial ones for rows that were never written."""
+        """Copies the records of places to `out`; initial ones for rows that were never written.
+
+        Raises:
+            InputError: the file of the rows was truncated.
+        """
+        self.check_complete()
         slots = self._slot[places - self.first]
         if self.used:
             self._copy(np.maximum(slots, 1) - 1, out)
@@ -199,10 +224,12 @@ class RowStore:
         whole = np.ascontiguousarray(records).view(self._whole.dtype)[:, 0]
         self._whole[slots - 1] = whole
 
-    def adopt(self, written: Written) -> None:
-        """Takes over the rows of a file where they are. Then the store can only be read."""
+    def adopt(self, path: Path, written: Written) -> None:
+        """Takes over the mapped rows of a file where they are. Then the store can only be read."""
         if not len(written.places):
             return
+        file = path.open("rb")
+        self._adopted = path, file, os.fstat(file.fileno()).st_size
         self._slot[written.places - self.first] = np.arange(1, len(written.places) + 1)
         self._place, self._records, self.used = written.places, written.records, len(written.places)
         self._in_file = True

@@ -1,5 +1,6 @@
 """Generation: the texts of plain passes, in batches, on one device and on eight."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -108,6 +109,11 @@ def test_texts_do_not_depend_on_where_the_tables_are(
         assert generator.generate(prompts, settings) == expected
         without = Generator(run.program, run.tokenizer, dense, stores, memory=False)
         assert without.generate(prompts[:1], settings) != expected[:1]
+        for path in tmp_path.glob("rows/*/tables/*"):  # mapped and not read again
+            os.truncate(path, 64)
+            with pytest.raises(InputError, match="was truncated while its rows were in use"):
+                generator.generate(prompts, settings)
+            without.generate(prompts[:1], settings)
 
 
 def save_rows_of(run: Run, folder: Path) -> Run:

@@ -149,7 +149,7 @@ def test_a_store_without_rows_is_read_in_place(tmp_path: Path, in_file: bool) ->
     """As a checkpoint of a frozen table is; all rows are initial ones."""
     save_rows(RowStore(TABLE, 0, TABLE.rows), tmp_path / "rows")
     rows = RowStore(TABLE, 0, TABLE.rows, tmp_path if in_file else None)
-    rows.adopt(map_rows(tmp_path / "rows")[1])
+    rows.adopt(tmp_path / "rows", map_rows(tmp_path / "rows")[1])
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     found = open_table(rows, mesh)
     for places in (np.arange(5, dtype=np.int32), np.arange(FEW + 1, dtype=np.int32)):
@@ -157,6 +157,21 @@ def test_a_store_without_rows_is_read_in_place(tmp_path: Path, in_file: bool) ->
             state = found.read(jnp.asarray(places))
         expected = TABLE.layout.unpack(jnp.asarray(TABLE.initial_records(places)))
         np.testing.assert_array_equal(state.value, expected.value)
+    rows.close()
+
+
+def test_a_file_truncated_after_it_was_taken_over_is_one_sentence(tmp_path: Path) -> None:
+    """Reading its mapped rows would end the process."""
+    places = np.arange(9, dtype=np.int32)
+    written = RowStore(TABLE, 0, TABLE.rows)
+    written.write(places, np.ones((9, TABLE.layout.words), np.uint32))
+    save_rows(written, tmp_path / "rows")
+    rows = RowStore(TABLE, 0, TABLE.rows, tmp_path)
+    rows.adopt(tmp_path / "rows", map_rows(tmp_path / "rows")[1])
+    np.testing.assert_array_equal(read(rows, places), 1)
+    os.truncate(tmp_path / "rows", 100)
+    with pytest.raises(InputError, match="rows was truncated while its rows were in use"):
+        read(rows, places)
     rows.close()
 
 
