@@ -216,12 +216,13 @@ def print_reading(options: Options) -> None:
                     with path.open("rb") as file:
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                     store = RowStore(table, 0, rows)
-                    store.adopt(map_rows(path, random=random)[1])
+                    store.adopt(path, map_rows(path, random=random)[1])
                     places = generator.integers(0, rows, count, dtype=np.int32)
                     for name in rates:
                         start_time = time.perf_counter()
                         store.read(places, out)
                         rates[name].append(count / (time.perf_counter() - start_time))
+                    store.close()
                     del store
                 cold, warm = (statistics.median(rates[name]) for name in rates)
                 print(

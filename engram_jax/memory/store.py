@@ -161,8 +161,8 @@ class RowStore:
         path, file, size = self._adopted
         if (now := os.fstat(file.fileno()).st_size) != size:
             raise InputError(
-                f"{path} was truncated while its rows were in use ({now:,} bytes, before {size:,}); "
-                "restore another checkpoint."
+                f"{path} was truncated while its rows were in use: it has {now:,} bytes and had "
+                f"{size:,}; restore another checkpoint."
             )
 
     @property
