@@ -176,8 +176,8 @@ class NgramHash:
 
         Args:
             tokens: token ids; `DEAD` (−1) marks image placeholders.
-            segments: document number of every position; None: each row of the batch is one
-                document.
+            segments: document number of every position, another one for each document of a row;
+                None: each row is one document.
 
         Raises:
             InputError: an id is outside the vocabulary.
@@ -226,7 +226,7 @@ class NgramHash:
                 mix ^= window[back][block] * multipliers[back]
                 primes, offsets = self.primes[index, back - 1], self.offsets[index, back - 1]
                 _reduce(mix, primes, offsets, out=rows[back - 1, :, block])
-        return rows.reshape(-1, count).view(np.int32)
+        return rows.reshape(len(rows) * heads, count).view(np.int32)
 
     def hash_tokens(
         self,

@@ -9,6 +9,7 @@ program, so hashes of equal shape share a program.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, Shaped, UInt32
@@ -76,7 +77,8 @@ def hash_tokens(
     Args:
         constants: of the hash.
         tokens: token ids inside the vocabulary; `DEAD` (−1) marks image placeholders.
-        segments: document number of every position, at least 0.
+        segments: document number of every position, at least 0, another one for each document of a
+            row.
     """
     before = ((0, 0), (constants.multipliers.shape[2] - 1, 0))
     return hash_after(
@@ -106,7 +108,7 @@ def hash_after(
     rest = _divide(upper >> back, upper << shift | lower >> back, divisor, reciprocal)
     rest = _divide(rest, lower << shift, divisor, reciprocal)
     rows = (rest >> shift) + offset
-    return rows.astype(jnp.int32).reshape(*rows.shape[:3], -1)
+    return jax.lax.collapse(rows.astype(jnp.int32), 3)  # orders and heads
 
 
 def stored_places(

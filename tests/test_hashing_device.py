@@ -126,3 +126,11 @@ def test_a_part_needs_only_the_tokens_just_before_it() -> None:
     constants = HashConstants.of(ngram_hash)
     part = jax.jit(hashing_device.hash_after)(constants, tokens[:, 5:], segments[:, 5:])
     np.testing.assert_array_equal(part, whole[:, :, 7:])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_no_tokens_have_no_rows(shape: tuple[int, int]) -> None:
+    ngram_hash = draw_hash(np.random.default_rng(0), SHAPES[1], VOCABULARIES[0])
+    nothing = np.zeros(shape, np.int32)
+    assert_equal_to_the_host(ngram_hash, nothing, nothing)
+    assert ngram_hash.hash_tokens(0, nothing).shape == (*shape, ngram_hash.columns)
