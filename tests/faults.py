@@ -378,6 +378,9 @@ engram_jax/layers/hyper_connections.py < layers/test_hyper_connections.py
   a hyper-connection writes half
     - post=2 * jax.nn.sigmoid
     + post=jax.nn.sigmoid
+  the gradient of the mixing is transposed
+    - mix[:, :, m, :, None] * g[:, :, m, None]
+    + mix[:, :, :, m, None] * g[:, :, m, None]
 
 # Kernels
 

@@ -72,6 +72,27 @@ def test_a_layer_reads_and_writes_as_in_the_paper() -> None:
         np.testing.assert_allclose(after[row, t], expected, atol=5e-6)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 2e-6), ("bfloat16", 4e-3)])
+def test_gradients_of_writing_are_those_of_the_formula(dtype: str, error: float) -> None:
+    connection, x = make_connection(), draw_stream().astype(dtype)
+    y, g = draw_stream(2)[:, :, 0].astype(dtype), draw_stream(3).astype(dtype)
+    mappings = connection(x)
+    of_x, of_y, of_mappings = jax.vjp(write, x, y, mappings)[1](g)
+    assert of_x.dtype == of_y.dtype == dtype
+    x, y, g, mix, post = (
+        np.asarray(part, np.float64) for part in (x, y, g, mappings.mix, mappings.post)
+    )
+    for found, formula, inputs in (
+        (of_x, "btmn,btmd->btnd", (mix, g)),
+        (of_y, "btm,btmd->btd", (post, g)),
+        (of_mappings.mix, "btmd,btnd->btmn", (g, x)),
+        (of_mappings.post, "btmd,btd->btm", (g, y)),
+    ):
+        expected = np.einsum(formula, *inputs)
+        largest = np.abs(expected).max()
+        np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=error * largest)
+
+
 def test_every_parameter_gets_a_gradient() -> None:
     graph, params = nnx.split(make_connection())
     x, y = draw_stream(), draw_stream(3)[:, :, 0]
