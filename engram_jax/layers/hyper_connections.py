@@ -9,6 +9,8 @@ The three mappings depend on x. H_res is approximately doubly stochastic: Sinkho
 leave a small error (`column_error`). Thus H_res preserves the mean of the branches, at any depth.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -113,8 +115,7 @@ def _save(*inputs: Array) -> tuple[Array, tuple[Array, ...]]:
 def _gradients(inputs: tuple[Array, ...], of_written: Array) -> tuple[Array, ...]:
     """Written by hand, because the transposed sums would read `of_written` once for every branch.
 
-    On a CPU it takes 0.4 of the time, and a step of a narrow model on a TPU 0.86 of the cycles that
-    XLA estimates (docs/experiments.md, 2026-11-30).
+    It takes 0.4 of the time on a CPU (docs/experiments.md, 2026-11-30).
     """
     x, y, mix, post = inputs
     g, wide = of_written.astype(jnp.float32), x.astype(jnp.float32)
@@ -158,17 +159,11 @@ class HyperConnection(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T M D"]) -> Mappings:
         """The mappings for a residual stream."""
-        branches, width = x.shape[2:]
-        # One norm over all branches. It is a factor per token, so it is applied after projecting.
-        square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(2, 3)) / (branches * width)
-        norm = jax.lax.rsqrt(square + self.config.norm_epsilon)
-        projected = jnp.einsum(
-            "btmd,mdo->bto",
-            x.astype(jnp.float32),
-            self.projection[...],
-            precision=jax.lax.Precision.HIGHEST,  # accelerators would round to bfloat16
-        )
-        logits = norm[..., None] * projected
+        branches = x.shape[2]
+        project: Callable[..., Array] = partial(_project, epsilon=self.config.norm_epsilon)
+        if x.dtype != jnp.float32:  # the backward pass keeps x, and no copy of it in float32
+            project = jax.checkpoint(project, policy=jax.checkpoint_policies.dots_saveable)
+        logits = project(x, self.projection[...])
         pre, post, mix = (
             scale * part
             for scale, part in zip(
@@ -181,6 +176,17 @@ class HyperConnection(nnx.Module):
             post=2 * jax.nn.sigmoid(post + self.post_bias[None, None]),
             mix=sinkhorn(mix, self.config.sinkhorn_iterations),
         )
+
+
+def _project(
+    x: Float[Array, "B T M D"], projection: Float[Array, "M D outputs"], epsilon: float
+) -> Float[Array, "B T outputs"]:
+    """Projects the branches of every token, after one norm over all of them."""
+    wide = x.astype(jnp.float32)
+    highest = jax.lax.Precision.HIGHEST  # accelerators would round to bfloat16
+    projected = jnp.einsum("btmd,mdo->bto", wide, projection, precision=highest)
+    mean_square = jnp.sum(jnp.square(wide), axis=(2, 3)) / math.prod(x.shape[2:])
+    return jax.lax.rsqrt(mean_square + epsilon)[..., None] * projected  # a factor per token
 
 
 def sinkhorn(logits: Float[Array, "*batch M M"], iterations: int) -> Float[Array, "*batch M M"]:
