@@ -176,8 +176,8 @@ class NgramHash:
 
         Args:
             tokens: token ids; `DEAD` (−1) marks image placeholders.
-            segments: document number of every position, another one for each document of a row;
-                None: each row is one document.
+            segments: document number of every position, different for all documents of a row; None:
+                each row is one document.
 
         Raises:
             InputError: an id is outside the vocabulary.

@@ -77,8 +77,8 @@ def hash_tokens(
     Args:
         constants: of the hash.
         tokens: token ids inside the vocabulary; `DEAD` (−1) marks image placeholders.
-        segments: document number of every position, at least 0, another one for each document of a
-            row.
+        segments: document number of every position, at least 0, different for all documents of
+            a row.
     """
     before = ((0, 0), (constants.multipliers.shape[2] - 1, 0))
     return hash_after(

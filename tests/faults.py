@@ -101,6 +101,10 @@ engram_jax/formats/own_table.py < formats/test_export.py
   exported rows lack their pending updates
     - row_adam.current(layout.unpack(part), step)
     + layout.unpack(part).value
+engram_jax/formats/export_identity.py < formats/test_export.py
+  the hash of another export is used
+    - metadata.get(what) != fingerprint
+    + what not in metadata
 engram_jax/formats/start_memory.py < formats/test_start_memory.py
   rows of other n-grams are taken over
     - ours.projection.fingerprint == theirs.projection.fingerprint
@@ -378,6 +382,9 @@ engram_jax/layers/hyper_connections.py < layers/test_hyper_connections.py
   a hyper-connection writes half
     - post=2 * jax.nn.sigmoid
     + post=jax.nn.sigmoid
+  the backward pass keeps a bfloat16 stream in float32
+    - if dtype == jnp.float32:
+    + if dtype:
   the gradient of the mixing is transposed
     - mix[:, :, m, :, None] * g[:, :, m, None]
     + mix[:, :, :, m, None] * g[:, :, m, None]

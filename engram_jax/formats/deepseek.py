@@ -19,7 +19,13 @@ import numpy as np
 
 from engram_jax.compression import VocabularyProjection, project_vocabulary
 from engram_jax.errors import InputError
-from engram_jax.formats.json_config import positive, read_json
+from engram_jax.formats.json_config import (
+    natural,
+    naturals,
+    positive,
+    positive_number,
+    read_json,
+)
 from engram_jax.formats.mapped_table import SCALED, MappedTable
 from engram_jax.formats.released import LayerWeights, ReleasedMemory
 from engram_jax.formats.safetensors import TensorInfo, Tensors
@@ -63,18 +69,18 @@ def read_config(folder: Path) -> DeepSeekConfig:
         orders = positive(text, "engram_max_ngram_size") - 1
         return DeepSeekConfig(
             spec=HashSpec(
-                layers=tuple(text["engram_layer_ids"]),
+                layers=naturals(text, "engram_layer_ids"),
                 max_order=orders + 1,
                 heads=positive(text, "engram_n_heads"),
                 rows_per_head=(positive(text, "engram_vocab_size"),) * orders,
-                pad_id=text["engram_pad_token_id"],
+                pad_id=natural(text, "engram_pad_token_id"),
             ),
             row_width=positive(text, "engram_head_dim"),
             width=positive(text, "hidden_size"),
             branches=positive(text, "hc_mult"),
-            norm_epsilon=text["rms_norm_eps"],
+            norm_epsilon=positive_number(text, "rms_norm_eps"),
             projected_ids=positive(text, "engram_compressed_vocab_size"),
-            rows=tuple(text["engram_num_embeddings"]),
+            rows=naturals(text, "engram_num_embeddings"),
         )
     except (KeyError, TypeError) as error:
         raise InputError(

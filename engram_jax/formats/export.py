@@ -26,9 +26,16 @@ import numpy as np
 from engram_jax.config import Config, load_config, save_config
 from engram_jax.errors import InputError
 from engram_jax.files import atomic_folder, check_run_path
+from engram_jax.formats.export_identity import FORMAT, check_parts, fingerprints
 from engram_jax.formats.mapped_table import MappedTable
 from engram_jax.formats.model_card import model_card
-from engram_jax.formats.own_table import PART, make_table, map_table, table_tensors
+from engram_jax.formats.own_table import (
+    make_table,
+    map_table,
+    read_rows,
+    require_finite,
+    table_tensors,
+)
 from engram_jax.formats.quantize import TableType
 from engram_jax.formats.safetensors import Tensors, write
 from engram_jax.hashing import NgramHash
@@ -38,8 +45,6 @@ from engram_jax.run import Run
 from engram_jax.run_folder import load_run_tokenizer, write_beginning
 from engram_jax.sharding import MeshConfig, make_mesh
 from engram_jax.train_state import Weights
-
-FORMAT = "engram-jax 1"
 
 _TABLE_PARTS = "weight", "scale"  # tensors of a table; not all types have scales
 
@@ -70,6 +75,7 @@ def export_run(
     for layer in weights.tables:
         tensors |= table_tensors(run.program, weights, layer, table_type)
     metadata = {"format": FORMAT, "step": str(int(weights.step)), "tables": table_type}
+    metadata |= fingerprints(hashes, run.tokenizer)
     with atomic_folder(Path(folder)) as partial:
         write(partial / "model.safetensors", tensors, metadata)
         if hashes is not None:
@@ -104,7 +110,9 @@ def import_run(folder: str | Path, run_folder: str | Path) -> Run:
     ngram_hash = NgramHash.load(folder / "hash.json") if config.memory.layers else None
     program = Program.build(config, ngram_hash, make_mesh(MeshConfig(), jax.local_devices()[:1]))
     with atomic_folder(run_folder) as partial:
-        weights = _read_weights(program, Tensors.open(folder), folder)
+        tensors = Tensors.open(folder)
+        check_parts(tensors, folder, ngram_hash, tokenizer)
+        weights = _read_weights(program, tensors, folder)
         texts = {"tokenizer": tokenizer.fingerprint, "corpora": {}}
         write_beginning(partial, config, tokenizer, ngram_hash, texts)
         if (folder / "eval.json").exists():
@@ -150,14 +158,11 @@ def _dense(weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
 def _read_weights(program: Program, tensors: Tensors, folder: Path) -> Weights:
     """The weights of an export; they must have the shapes of the program."""
     abstract = program.abstract_state().weights
-    if tensors.metadata.get("format") != FORMAT or not tensors.metadata.get("step", "").isdigit():
-        raise InputError(f"{folder} is no export of this version; export the run again.")
-
     _check_names(tensors, abstract, folder)
 
     def read(name: str, leaf: Any) -> jax.Array:
         tensors.require(name, leaf.shape, "F32")
-        return jax.device_put(_finite(tensors.view(name), name, folder), leaf.sharding)
+        return jax.device_put(require_finite(tensors.view(name), name, folder), leaf.sharding)
 
     def read_dense(path: Any, leaf: Any) -> jax.Array:
         return read(_name(path), leaf)
@@ -166,9 +171,7 @@ def _read_weights(program: Program, tensors: Tensors, folder: Path) -> Weights:
         assert program.ngram_hash is not None
         rows = program.ngram_hash.rows[program.ngram_hash.spec.layers.index(layer)]
         mapped = map_table(tensors, layer, (rows, table.layout.width))
-        for start in range(0, rows, PART):
-            part = mapped.read(np.arange(start, min(start + PART, rows)))
-            yield _finite(part, f"tables.{layer}", folder)
+        return read_rows(mapped, rows, f"tables.{layer}", folder)
 
     return Weights(
         step=jax.device_put(jnp.int32(int(tensors.metadata["step"])), abstract.step.sharding),
@@ -199,12 +202,3 @@ def _check_names(tensors: Tensors, abstract: Weights, folder: Path) -> None:
 def _name(path: Any) -> str:
     """The name of a dense parameter in an export."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _finite(numbers: np.ndarray, name: str, folder: Path) -> np.ndarray:
-    """The numbers, which must be finite."""
-    if not np.isfinite(numbers).all():
-        raise InputError(
-            f"{name} in {folder} has numbers that are not finite; export the run again."
-        )
-    return numbers

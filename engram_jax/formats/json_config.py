@@ -1,11 +1,12 @@
 """Reads the `config.json` of a checkpoint."""
 
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engram_jax.errors import InputError
+from engram_jax.files import parse_json, read_regular
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -15,7 +16,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: the file is missing, or contains something else.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = parse_json(read_regular(path))
     except OSError as error:
         raise InputError(
             f"Cannot read {path} ({error.strerror}); give the folder of a checkpoint."
@@ -27,14 +28,37 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def positive(config: Mapping[str, Any], name: str) -> int:
-    """A field that must be an integer above 0.
+def natural(config: Mapping[str, Any], name: str, *, least: int = 0) -> int:
+    """A field that must be an integer from `least` to 2³¹ − 1.
 
     Raises:
         KeyError: it is missing.
         TypeError: it is something else.
     """
+    return _natural(config[name], name, least)
+
+
+def positive(config: Mapping[str, Any], name: str) -> int:
+    """A field that must be an integer from 1 to 2³¹ − 1; errors as for `natural`."""
+    return natural(config, name, least=1)
+
+
+def naturals(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """A field that must be a list of integers from 0 to 2³¹ − 1; errors as for `natural`."""
+    if not isinstance(config[name], list):
+        raise TypeError(f"{name} is {config[name]!r}")
+    return tuple(_natural(value, name, 0) for value in config[name])
+
+
+def positive_number(config: Mapping[str, Any], name: str) -> float:
+    """A field that must be a finite number above 0; errors as for `natural`."""
     value = config[name]
-    if type(value) is not int or value < 1:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise TypeError(f"{name} is {value!r}")
+    return float(value)
+
+
+def _natural(value: Any, name: str, least: int) -> int:
+    if type(value) is not int or not least <= value < 2**31:
         raise TypeError(f"{name} is {value!r}")
     return value

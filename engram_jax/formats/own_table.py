@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float32
 
+from engram_jax.errors import InputError
 from engram_jax.formats.mapped_table import MappedTable
 from engram_jax.formats.quantize import SCALES, STORED, TableType, blocks, quantize
 from engram_jax.formats.safetensors import Parts, Tensors
@@ -120,6 +122,33 @@ def map_table(tensors: Tensors, layer: int, shape: tuple[int, int]) -> MappedTab
         tensors.require(f"{name}.scale", (shape[0], blocks(shape[1])), scale)
         scales = (view(f"{name}.scale"),)
     return MappedTable((view(f"{name}.weight"),), scales)
+
+
+def read_rows(
+    mapped: MappedTable, rows: int, name: str, folder: Path
+) -> Iterator[Float32[np.ndarray, "n F"]]:
+    """The first rows of a table in the order of their numbers, in parts.
+
+    Raises:
+        InputError: there are numbers that are not finite.
+    """
+    for start in range(0, rows, PART):
+        part = mapped.read(np.arange(start, min(start + PART, rows)))
+        yield require_finite(part, name, folder)
+
+
+def require_finite(numbers: np.ndarray, name: str, folder: Path) -> np.ndarray:
+    """The numbers.
+
+    Raises:
+        InputError: not all are finite.
+    """
+    if not np.isfinite(numbers).all():
+        raise InputError(
+            f"{name} in {folder} has numbers that are not finite; export the run, or download the "
+            "checkpoint again."
+        )
+    return numbers
 
 
 def _place_parts(ngram_hash: NgramHash, layer: int) -> Iterator[np.ndarray]:

@@ -22,7 +22,13 @@ import numpy as np
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
-from engram_jax.formats.json_config import positive, read_json
+from engram_jax.formats.json_config import (
+    natural,
+    naturals,
+    positive,
+    positive_number,
+    read_json,
+)
 from engram_jax.formats.mapped_table import MappedTable
 from engram_jax.formats.released import LayerWeights, ReleasedMemory
 from engram_jax.formats.safetensors import Tensors
@@ -71,12 +77,12 @@ def read_config(folder: Path) -> QwenConfig:
         order = positive(text, "ngram_size")
         return QwenConfig(
             spec=HashSpec(
-                layers=tuple(number - 1 for number in text["ple_layer_ids"]),
+                layers=tuple(number - 1 for number in naturals(text, "ple_layer_ids")),
                 max_order=order,
                 heads=positive(text, "heads_per_ngram"),
                 rows_per_head=(positive(text, "ngram_vocab_size_base"),) * (order - 1),
-                pad_id=text["eos_token_id"],
-                seed=text["seed"],
+                pad_id=natural(text, "eos_token_id"),
+                seed=natural(text, "seed"),
                 variant="qwen",
             ),
             vocabulary=positive(text, "vocab_size"),
@@ -86,7 +92,7 @@ def read_config(folder: Path) -> QwenConfig:
             shards=positive(text, "split_ngram_parts"),
             multiple=positive(text, "make_ngram_vocab_size_divisible_by"),
             kernel=positive(text, "ple_conv_kernel_size"),
-            norm_epsilon=text["rms_norm_eps"],
+            norm_epsilon=positive_number(text, "rms_norm_eps"),
         )
     except (KeyError, TypeError) as error:
         raise InputError(
@@ -141,17 +147,28 @@ def open_memory(folder: Path) -> ReleasedMemory:
 def _open_table(config: QwenConfig, tensors: Tensors, layer: int, rows: int) -> MappedTable:
     padded = -(-rows // config.multiple) * config.multiple
     columns = config.spec.heads * (config.spec.max_order - 1)
+    if config.memory_width % columns:
+        raise InputError(
+            f"ple_embed_dim {config.memory_width} is no multiple of the {columns} rows of a token; "
+            "download config.json again."
+        )
     shape = (padded // config.shards, config.memory_width // columns)
     names = [
         _require(tensors, layer, f"ngram_embedding.shard_{shard}", shape, *_FLOATS, "F8_E4M3")
         for shard in range(config.shards)
     ]
-    factor = 1.0
-    if tensors.infos[names[0]].dtype == "F8_E4M3":
-        scale = tensors.view(_find(tensors, layer, "weight_scale"))
-        if scale.size != 1:
-            raise InputError(f"weight_scale of layer {layer} has {scale.size} numbers, expected 1.")
-        factor = float(scale.reshape(-1)[0])
+    dtype, factor = tensors.infos[names[0]].dtype, 1.0
+    for name in names:
+        tensors.require(name, shape, dtype)
+    if dtype == "F8_E4M3":
+        name = _find(tensors, layer, "weight_scale")
+        info, scale = tensors.infos[name], tensors.view(name).reshape(-1)
+        if info.dtype not in ("F32", "BF16") or scale.size != 1 or not 0 < scale[0] < np.inf:
+            raise InputError(
+                f"{name} is {info.dtype} {list(info.shape)} ({scale[:3].tolist()}), expected "
+                "one number above 0 in F32 or BF16; it does not fit its table."
+            )
+        factor = float(scale[0])
     return MappedTable(tuple(tensors.view(name, random=True) for name in names), factor=factor)
 
 

@@ -5,9 +5,11 @@ all tensors without gaps. The NumPy loader of the library fails on float8; here,
 types that NumPy lacks.
 """
 
+import errno
 import json
 import math
 import mmap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from engram_jax.errors import InputError
-from engram_jax.files import atomic_write
+from engram_jax.files import atomic_write, is_irregular, read_regular
 
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
@@ -32,8 +34,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
+_OTHERS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}  # bits; not read here
+_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | _OTHERS
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 25_000_000  # bytes; a tensor needs about 150
+_MAX_DIMENSIONS = 8
 _ALIGNMENT = 64  # bytes; JAX on a CPU uses aligned arrays without a copy
 
 
@@ -42,7 +47,7 @@ class TensorInfo:
     """A tensor's description in the header of its file.
 
     Attributes:
-        dtype: name of the type, such as "F8_E4M3"; a key of `DTYPES`.
+        dtype: name of the type, such as "F8_E4M3".
         shape: its shape.
         file: path of the file.
         start: byte of the file where its data begins.
@@ -135,8 +140,13 @@ class Tensors:
         Args:
             name: name of the tensor.
             random: it will be read at random rows, so the system should not read ahead.
+
+        Raises:
+            InputError: it has a type of which this project reads no tensors.
         """
         info = self.infos[name]
+        if info.dtype not in DTYPES:
+            raise InputError(f"Tensor {name!r} in {info.file} is {info.dtype}, which is not read.")
         if info.file not in self._maps:
             with info.file.open("rb") as file:
                 self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -155,20 +165,25 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         InputError: the file is missing, or its header is invalid or does not fit its size.
     """
     with _invalid(path):
+        if is_irregular(path):
+            raise OSError(errno.EINVAL, "no regular file", str(path))
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise ValueError(f"it has {size:,} bytes, and its header would have {length:,}")
-            header = json.loads(file.read(length))
-        if not isinstance(header, dict):
+            text = file.read(length)
+        if text[:1] != b"{":
             raise ValueError("its header is not an object")
+        header = json.loads(text.decode(), object_pairs_hook=_without_repeats)
         metadata = _text_only(header.pop("__metadata__", {}))
         infos = {name: _describe(name, entry, path, 8 + length) for name, entry in header.items()}
         end = 8 + length
         for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)):
             if info.start != end:
-                raise ValueError(f"tensor {name} begins at byte {info.start:,}, expected {end:,}")
+                raise ValueError(
+                    f"tensor {name[:60]!r} begins at byte {info.start:,}, expected {end:,}"
+                )
             end = info.stop
         if end != size:
             raise ValueError(f"its tensors end at byte {end:,}, and the file has {size:,}")
@@ -214,25 +229,36 @@ def write(
 def _read_index(path: Path) -> dict[str, str]:
     """The name of the file of every tensor, from an index."""
     with _invalid(path):
-        files = _text_only(json.loads(path.read_bytes())["weight_map"])
+        files = _text_only(json.loads(read_regular(path))["weight_map"])
         for name in files.values():
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"it names a file {name!r}")
+                raise ValueError(f"it names a file {name[:60]!r}")
     return files
 
 
 def _describe(name: str, entry: Any, path: Path, begin: int) -> TensorInfo:
     """Checks a tensor's entry in a header whose data begins at byte `begin`."""
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"tensor {name} has the unknown type {dtype!r}")
+    name = repr(name[:60])
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"tensor {name} has the unknown type {str(dtype)[:60]!r}")
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+        if not isinstance(numbers, list) or len(numbers) > _MAX_DIMENSIONS:
+            raise ValueError(f"tensor {name} has no shape or range, or too many dimensions")
+        if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
             raise ValueError(f"tensor {name} has the shape {shape} and the range {offsets}")
     start, stop = offsets
-    if stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+    if 8 * (stop - start) != math.prod(shape) * _BITS[dtype]:
         raise ValueError(f"tensor {name} is {dtype} {shape} in {stop - start:,} bytes")
     return TensorInfo(dtype, tuple(shape), path, begin + start, begin + stop)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        (twice, _), *_ = (Counter(name for name, _ in pairs) - Counter(list(found))).items()
+        raise ValueError(f"{twice[:60]!r} occurs twice")
+    return found
 
 
 def _text_only(entries: Any) -> dict[str, str]:

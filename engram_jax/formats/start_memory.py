@@ -11,9 +11,10 @@ import numpy as np
 
 from engram_jax.errors import InputError
 from engram_jax.formats import deepseek, qwen
+from engram_jax.formats.export_identity import check_parts
 from engram_jax.formats.json_config import positive, read_json
 from engram_jax.formats.mapped_table import MappedTable
-from engram_jax.formats.own_table import PART, fill_store, make_table, map_table
+from engram_jax.formats.own_table import fill_store, make_table, map_table, read_rows
 from engram_jax.formats.safetensors import SINGLE, Tensors
 from engram_jax.hashing import NgramHash
 from engram_jax.placement import Stores
@@ -32,7 +33,7 @@ def open_start(folder: Path, ngram_hash: NgramHash, row_width: int) -> dict[int,
     Raises:
         InputError: it is no such checkpoint, or its rows are for other n-grams or of another width.
     """
-    theirs, tables = _open(folder, ngram_hash)
+    theirs, tables = _open(folder)
     if not _reads_equally(ngram_hash, theirs):
         spec, ids = theirs.spec, theirs.projection
         raise InputError(
@@ -70,10 +71,7 @@ def start_with(
     mapped = open_start(folder, ngram_hash, program.config.memory.row_width)
     tables = {}
     for layer, rows in zip(ngram_hash.spec.layers, ngram_hash.rows, strict=True):
-        parts = (
-            mapped[layer].read(np.arange(start, min(start + PART, rows)))
-            for start in range(0, rows, PART)
-        )
+        parts = read_rows(mapped[layer], rows, f"The memory of layer {layer}", folder)
         if stores:
             fill_store(program, stores[layer], parts)
         else:
@@ -81,7 +79,7 @@ def start_with(
     return replace(state, tables=tables)
 
 
-def _open(folder: Path, ours: NgramHash) -> tuple[NgramHash, dict[int, MappedTable]]:
+def _open(folder: Path) -> tuple[NgramHash, dict[int, MappedTable]]:
     """The hash and the tables of a checkpoint of any known format."""
     config = read_json(folder / "config.json")
     text = config.get("text_config", config)
@@ -92,6 +90,7 @@ def _open(folder: Path, ours: NgramHash) -> tuple[NgramHash, dict[int, MappedTab
                 "FOLDER, and start from FOLDER."
             )
         theirs, tensors = NgramHash.load(folder / "hash.json"), Tensors.open(folder)
+        check_parts(tensors, folder, theirs)
         try:
             width = positive(config["memory"], "row_width")
         except (KeyError, TypeError) as error:
@@ -101,7 +100,7 @@ def _open(folder: Path, ours: NgramHash) -> tuple[NgramHash, dict[int, MappedTab
             for layer, rows in zip(theirs.spec.layers, theirs.rows, strict=True)
         }
     if isinstance(text, dict) and "engram_layer_ids" in text:
-        memory = deepseek.open_memory(folder, ours.projection)
+        memory = deepseek.open_memory(folder)
     elif isinstance(text, dict) and "ple_layer_ids" in text:
         memory = qwen.open_memory(folder)
     else:

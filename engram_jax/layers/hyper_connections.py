@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +79,21 @@ def read(x: Float[Array, "B T M D"], mappings: Mappings | None) -> Float[Array, 
     """H_pre x, the input of a layer; without mappings, the only branch."""
     if mappings is None:
         return x[:, :, 0]
-    weighted = mappings.pre[..., None] * x.astype(jnp.float32)
-    return jnp.sum(weighted, axis=2).astype(x.dtype)
+    return _keeping_its_inputs(_weighted_sum, x.dtype)(mappings.pre, x)
+
+
+def _weighted_sum(pre: Float[Array, "B T M"], x: Float[Array, "B T M D"]) -> Float[Array, "B T D"]:
+    return jnp.sum(pre[..., None] * x.astype(jnp.float32), axis=2).astype(x.dtype)
+
+
+def _keeping_its_inputs(function: Callable[..., Array], dtype: Any) -> Callable[..., Array]:
+    """The function, whose backward pass keeps the stream in its dtype, and no copy in float32.
+
+    A stream in float32 has no copy.
+    """
+    if dtype == jnp.float32:
+        return function
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_saveable)
 
 
 def write(
@@ -92,10 +105,9 @@ def write(
     """
     if mappings is None:
         return x + y[:, :, None]
-    return _mix_and_add(x, y, mappings.mix, mappings.post)
+    return _write(x, y, mappings.mix, mappings.post)
 
 
-@jax.custom_vjp
 def _mix_and_add(
     x: Float[Array, "B T M D"],
     y: Float[Array, "B T D"],
@@ -108,19 +120,20 @@ def _mix_and_add(
     return (mixed + post[..., None] * y[:, :, None].astype(jnp.float32)).astype(x.dtype)
 
 
-def _save(*inputs: Array) -> tuple[Array, tuple[Array, ...]]:
+def _write_forward(*inputs: Array) -> tuple[Array, tuple[Array, ...]]:
     return _mix_and_add(*inputs), inputs
 
 
-def _gradients(inputs: tuple[Array, ...], of_written: Array) -> tuple[Array, ...]:
-    """Written by hand, because the transposed sums would read `of_written` once for every branch.
+def _write_backward(inputs: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
+    """The gradients of `_mix_and_add`'s inputs, given that of its result.
+
+    Written by hand, because JAX's transposed sums read `gradient` once for every branch.
 
     It takes 0.4 of the time on a CPU (docs/experiments.md, 2026-11-30).
     """
     x, y, mix, post = inputs
-    g, wide = of_written.astype(jnp.float32), x.astype(jnp.float32)
-    branches = range(x.shape[2])
-    zero = jnp.float32(0)
+    g, wide = gradient.astype(jnp.float32), x.astype(jnp.float32)
+    branches, zero = range(x.shape[2]), jnp.float32(0)  # the start of a sum, for its type
     of_x = sum((mix[:, :, m, :, None] * g[:, :, m, None] for m in branches), zero)
     of_y = sum((post[:, :, m, None] * g[:, :, m] for m in branches), zero)
     of_mix = jnp.sum(g[:, :, :, None] * wide[:, :, None], axis=-1)
@@ -128,7 +141,8 @@ def _gradients(inputs: tuple[Array, ...], of_written: Array) -> tuple[Array, ...
     return of_x.astype(x.dtype), of_y.astype(y.dtype), of_mix, of_post
 
 
-_mix_and_add.defvjp(_save, _gradients)
+_write = jax.custom_vjp(_mix_and_add)
+_write.defvjp(_write_forward, _write_backward)
 
 
 class HyperConnection(nnx.Module):
@@ -160,10 +174,8 @@ class HyperConnection(nnx.Module):
     def __call__(self, x: Float[Array, "B T M D"]) -> Mappings:
         """The mappings for a residual stream."""
         branches = x.shape[2]
-        project: Callable[..., Array] = partial(_project, epsilon=self.config.norm_epsilon)
-        if x.dtype != jnp.float32:  # the backward pass keeps x, and no copy of it in float32
-            project = jax.checkpoint(project, policy=jax.checkpoint_policies.dots_saveable)
-        logits = project(x, self.projection[...])
+        project = partial(_project, epsilon=self.config.norm_epsilon)
+        logits = _keeping_its_inputs(project, x.dtype)(x, self.projection[...])
         pre, post, mix = (
             scale * part
             for scale, part in zip(

@@ -159,7 +159,7 @@ class RowStore:
         if self._adopted is None:
             return
         path, file, size = self._adopted
-        if (now := os.fstat(file.fileno()).st_size) != size:
+        if (now := os.fstat(file.fileno()).st_size) < size:
             raise InputError(
                 f"{path} was truncated while its rows were in use: it has {now:,} bytes and had "
                 f"{size:,}; restore another checkpoint."

@@ -162,6 +162,11 @@ def test_the_released_sizes(tmp_path: Path) -> None:
         ({"engram_n_heads": "2"}, "does not describe a memory of DeepSeek.*engram_n_heads is '2'"),
         ({"engram_vocab_size": None}, "does not describe"),
         ({"engram_layer_ids": 3}, "does not describe"),
+        ({"engram_layer_ids": [1.0, 3]}, r"engram_layer_ids is 1\.0"),
+        ({"engram_pad_token_id": None}, "engram_pad_token_id is None"),
+        ({"engram_vocab_size": 10**30}, "engram_vocab_size is 1000"),
+        ({"rms_norm_eps": "1e-20"}, "rms_norm_eps is '1e-20'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"hc_mult": 0}, "does not describe"),
     ],
 )

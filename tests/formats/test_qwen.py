@@ -141,6 +141,11 @@ def test_a_wrong_configuration_is_one_sentence(folder: Path, tmp_path: Path) -> 
         ({"ple_layer_ids": [2, 3]}, r"0 tensors …layers\.2…ple…layer_multipliers"),
         ({"split_ngram_parts": 2}, r"expected BF16 or F16 or F32 or F8_E4M3 \[128, 8\]"),
         ({"seed": "x"}, "does not describe a memory of Qwen"),
+        ({"seed": 1234.0}, r"seed is 1234\.0"),
+        ({"eos_token_id": [1, 2]}, r"eos_token_id is \[1, 2\]"),
+        ({"vocab_size": 10**30}, "vocab_size is 1000"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
+        ({"ple_embed_dim": 33}, "ple_embed_dim 33 is no multiple of the 4 rows"),
         ({"hc_count": 2.0}, "hc_count is 2.0"),
     ):
         config.unlink()

@@ -95,11 +95,22 @@ def build(ngram_hash: NgramHash, row_width: int) -> Program:
     return Program.build(config, ngram_hash, make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
-def test_a_released_memory_under_another_network(tmp_path: Path) -> None:
+def test_a_released_memory_under_another_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     golden, sizes = load_golden("f_v41_mini")
     entries = [test_deepseek.entries(1), test_deepseek.entries(3)]
     folder = write_checkpoint(tmp_path / "deepseek", entries, {"text_config": sizes})
     program = build(released_hash(golden, sizes), 64)
+    with pytest.raises(InputError, match=r"tokenizer\.json"):  # nothing else tells its projection
+        start_with(program, program.initial_state(), folder)
+    theirs = [program.ngram_hash.projection]  # the miniature has a projection and no tokenizer
+    monkeypatch.setattr(deepseek, "load_tokenizer", lambda path: path)
+    monkeypatch.setattr(deepseek, "project_vocabulary", lambda tokenizer: theirs[0])
+    theirs[0] = VocabularyProjection(theirs[0].lookup[::-1].copy())  # of another tokenizer
+    with pytest.raises(InputError, match="other n-grams"):
+        open_start(folder, program.ngram_hash, 64)
+    theirs[0] = program.ngram_hash.projection
     state = start_with(program, program.initial_state(), folder)
     released = deepseek.open_memory(folder, program.ngram_hash.projection)
     for layer in (1, 3):
@@ -110,6 +121,12 @@ def test_a_released_memory_under_another_network(tmp_path: Path) -> None:
     first = replace(program.ngram_hash.spec, layers=(1,))
     alone = NgramHash.build(first, program.ngram_hash.projection)
     assert open_start(folder, alone, 64).keys() == {1}
+
+    *of_scales, scales = entries[0]["layers.1.engram.embed.scale"]
+    entries[0]["layers.1.engram.embed.scale"] = (*of_scales, b"\xff" + scales[1:])  # NaN
+    folder = write_checkpoint(tmp_path / "damaged", entries, {"text_config": sizes})
+    with pytest.raises(InputError, match=r"layer 1 in .* not finite"):
+        start_with(program, program.initial_state(), folder)
 
     golden, sizes = load_golden("g_qwen_mini")
     folder = write_checkpoint(

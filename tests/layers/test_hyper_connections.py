@@ -188,6 +188,18 @@ def test_a_bfloat16_stream_keeps_its_dtype_and_float32_coefficients() -> None:
     np.testing.assert_allclose(seen.astype(jnp.float32), expected, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_backward_pass_keeps_no_copy_of_the_stream_in_another_dtype(dtype: str) -> None:
+    connection, x = make_connection(), draw_stream().astype(dtype)
+
+    def run(x: Array) -> Array:
+        mappings = connection(x)
+        return write(x, jnp.tanh(read(x, mappings)), mappings)
+
+    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(run, x)[1], x))
+    assert {leaf.dtype.name for leaf in kept if leaf.size == x.size} == {dtype}
+
+
 @pytest.mark.parametrize("change", [{"branches": 1}, {"sinkhorn_iterations": 0}])
 def test_impossible_sizes_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(InputError, match="at least"):
