@@ -64,6 +64,8 @@ def main(args: Sequence[str] | None = None) -> None:
         raise InputError(f"There is no run folder {options.run}; train.py creates runs/NAME.")
     if options.max_tokens is not None and options.max_tokens < 1:
         raise InputError(f"--max-tokens is {options.max_tokens}; score at least 1 token.")
+    if options.max_tokens is not None and options.tolerance is None:
+        raise InputError("--max-tokens needs --tolerance: without it, no text is scored.")
     if folder.is_dir() and any(folder.iterdir()):  # before an evaluation
         raise InputError(f"{folder} is not empty; name another folder.")
     run = Run.open(run_folder)

@@ -15,6 +15,13 @@ _TYPES: dict[TableType, str] = {
     "int8": "int8, with one bfloat16 factor per 32 numbers",
 }
 
+_KINDS = {
+    "engram": "A language model with conditional memory (hashed n-gram tables, Engram)",
+    "over_encoding": "A language model with hashed n-gram tables at its input (OverEncoding)",
+    "added": "A language model with hashed n-gram rows added to its input",
+    "none": "A language model without memory",
+}
+
 
 def model_card(
     config: Config,
@@ -39,10 +46,8 @@ def model_card(
     lines = [
         f"# {config.name}",
         "",
-        "A language model with conditional memory: hashed n-gram tables beside a transformer"
-        if ngram_hash
-        else "A language model without memory",
-        "(Engram, [arXiv 2601.07372](https://arxiv.org/abs/2601.07372)), trained with engram-jax.",
+        f"{_KINDS[config.memory.fusion if ngram_hash else 'none']}, trained with engram-jax",
+        "([arXiv 2601.07372](https://arxiv.org/abs/2601.07372)).",
         "",
         "| | |",
         "|---|---|",

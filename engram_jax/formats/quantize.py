@@ -40,10 +40,12 @@ def quantize(
     - "int8": −127…127. The scale is the largest number of the block / 127, rounded to bfloat16.
 
     Raises:
-        InputError: a number is not finite.
+        InputError: a number is not finite, or from 2¹²⁷ up and could be rounded to infinity.
     """
     if not np.isfinite(rows).all():
         raise InputError("The table has numbers that are not finite; export another checkpoint.")
+    if table_type != "float32" and np.abs(rows).max(initial=0) >= 2.0**127:
+        raise InputError(f"The table has numbers above 1e38, too large for {table_type}.")
     if table_type not in SCALES:
         return rows.astype(STORED[table_type]), None
     padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % SCALED)))
@@ -60,4 +62,5 @@ def quantize(
         scales = factor.astype(SCALES[table_type])
         fitted = np.rint(in_blocks / scales.astype(np.float32)[..., None])
         stored = np.clip(fitted, -127, 127).astype(np.int8)
+    scales[(stored == 0).all(axis=2)] = 1  # as of zeros, which is how these blocks are read
     return np.ascontiguousarray(stored.reshape(padded.shape)[:, : rows.shape[1]]), scales

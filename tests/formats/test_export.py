@@ -159,6 +159,8 @@ def test_invalid_folders_are_one_sentence(run: Run, tmp_path: Path) -> None:
         export.main([str(run.folder), str(tmp_path / "full")])
     with pytest.raises(InputError, match="--max-tokens is 0"):
         export.main([str(run.folder), str(tmp_path / "a"), "--max-tokens", "0"])
+    with pytest.raises(InputError, match="--max-tokens needs --tolerance"):
+        export.main([str(run.folder), str(tmp_path / "a"), "--max-tokens", "9"])
     with pytest.raises(InputError, match="No configuration"):
         import_run.main([str(tmp_path / "none"), str(tmp_path / "run")])
 

@@ -59,6 +59,20 @@ def test_errors_are_bounded_and_bytes_are_stable(
         assert one is other is None or one.tobytes() == other.tobytes()
 
 
+@pytest.mark.parametrize("table_type", SCALES)
+def test_blocks_that_round_to_zeros_are_those_of_zeros(table_type: TableType) -> None:
+    tiny = np.array([[1e-42], [-5e-42], [0]], np.float32)
+    stored, scales = quantize(tiny, table_type)
+    assert not stored.astype(np.float32).any() and (scales == 1).all()
+
+
+@pytest.mark.parametrize("table_type", sorted({*STORED} - {"float32"}))
+def test_numbers_that_would_round_to_infinity_are_refused(table_type: TableType) -> None:
+    with pytest.raises(InputError, match="above 1e38"):
+        quantize(np.array([[1, -3.4e38]], np.float32), table_type)
+    assert np.isfinite(there_and_back(np.array([[1, -1.7e38]], np.float32), table_type)).all()
+
+
 def test_scales_of_float8_are_the_smallest_possible() -> None:
     """The largest number of a block is stored as 240 to 448."""
     generator = np.random.default_rng(0)
