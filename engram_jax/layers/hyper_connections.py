@@ -115,7 +115,7 @@ def _mix_and_add(
     post: Float[Array, "B T M"],
 ) -> Float[Array, "B T M D"]:
     wide = x.astype(jnp.float32)
-    # Not a matrix product: M × M is too small for one, and XLA fuses this sum into one pass.
+    # Not a matrix product: M × M is too small for one (docs/experiments.md, 2026-11-30).
     mixed = sum(mix[:, :, :, n, None] * wide[:, :, None, n] for n in range(x.shape[2]))
     return (mixed + post[..., None] * y[:, :, None].astype(jnp.float32)).astype(x.dtype)
 
@@ -127,9 +127,8 @@ def _write_forward(*inputs: Array) -> tuple[Array, tuple[Array, ...]]:
 def _write_backward(inputs: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
     """The gradients of `_mix_and_add`'s inputs, given that of its result.
 
-    Written by hand, because JAX's transposed sums read `gradient` once for every branch.
-
-    It takes 0.4 of the time on a CPU (docs/experiments.md, 2026-11-30).
+    Written by hand, because JAX's transposed sums read `gradient` once for every branch. On a CPU,
+    this takes 0.4 of their time (docs/experiments.md, 2026-11-30).
     """
     x, y, mix, post = inputs
     g, wide = gradient.astype(jnp.float32), x.astype(jnp.float32)
