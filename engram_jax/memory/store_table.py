@@ -1,5 +1,6 @@
 """A finished table outside the devices, for generation and scoring."""
 
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, no_type_check
@@ -7,6 +8,7 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compute_on import compute_on
 from jaxtyping import Array, Bool, Int32, Shaped, UInt32
 
 from engram_jax.memory import records
@@ -42,11 +44,42 @@ class InPlaceTable:
         else:
             slots = self.slots.at[places].get(mode="clip")
         written = records.read(Table(self.records, layout, table.layer), slots - 1)
-        initial = layout.unpack(
-            initial_records(places, table.seed, layout, table.layer, table.scale)
+        return _complete(table, places, slots, written)
+
+
+@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PinnedTable:
+    """A copy of a store in pinned memory of the host, which programs of a TPU read in their loops.
+
+    The host gathers the rows as a part of the program, and the device gets only these. So the table
+    takes no memory of the device. Each device of the process has its own copy.
+
+    Attributes:
+        slots: slot of every place, from 1; 0: the row was never written.
+        records: the records by slot.
+        table: the table.
+    """
+
+    slots: Int32[Array, "R"]
+    records: UInt32[Array, "n words"]
+    table: TableInfo = field(metadata={"static": True})
+
+    def read(self, places: Int32[Array, "n"]) -> RowState:
+        """The rows of places; zeros for padding, from R up."""
+
+        def gather(slots: Array, records: Array, places: Array) -> tuple[Array, Array]:
+            found = slots.at[places].get(mode="clip")
+            return found, records.at[jnp.maximum(found, 1) - 1].get(mode="clip")
+
+        on_host = compute_on(
+            gather, compute_type="device_host", out_memory_spaces=(jax.memory.Space.Device,) * 2
         )
-        own = jax.tree.map(partial(_where, slots > 0), written, initial)
-        return jax.tree.map(lambda part: _where(places < table.rows, part, 0), own)
+        slots, words = on_host(
+            self.slots, self.records, jax.device_put(places, jax.memory.Space.Host)
+        )
+        return _complete(self.table, places, slots, self.table.layout.unpack(words))
 
 
 @jax.tree_util.register_dataclass
@@ -84,19 +117,44 @@ class CallbackTable:
         return self.layout.unpack(words)
 
 
-StoreTable = InPlaceTable | CallbackTable
+StoreTable = InPlaceTable | PinnedTable | CallbackTable
 
 
 def open_table(store: RowStore, mesh: jax.sharding.Mesh) -> StoreTable:
-    """A store of a complete table, for programs on a mesh. It must not be written meanwhile."""
+    """A store of a complete table, for programs on a mesh. It must not be written meanwhile.
+
+    A CPU reads it where it is, a TPU from a copy in pinned memory, if there is room for it. Else
+    programs call the host.
+    """
     assert store.first == 0 and store.count == store.table.rows, "a part of a table"
+    replicated = jax.NamedSharding(mesh, REPLICATED)
     arrays = store.slots, store.records
     aligned = not any(array.ctypes.data % ALIGNMENT for array in arrays)
-    if platform_of(mesh) != "cpu" or not aligned:
-        return CallbackTable(store)
-    replicated = jax.NamedSharding(mesh, REPLICATED)
-    slots, rows = (jax.device_put(array, replicated, may_alias=True) for array in arrays)
-    return InPlaceTable(slots, rows, store.table)
+    if platform_of(mesh) == "cpu" and aligned:
+        slots, rows = (jax.device_put(array, replicated, may_alias=True) for array in arrays)
+        return InPlaceTable(slots, rows, store.table)
+    size = len(mesh.local_devices) * (store.slots.nbytes + store.bytes)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if platform_of(mesh) == "tpu" and not store.in_file and size <= free:
+        return pin_table(store, replicated)
+    return CallbackTable(store)
+
+
+def pin_table(store: RowStore, sharding: jax.NamedSharding) -> PinnedTable:
+    """A copy of a store in pinned memory of the host, for every device of a sharding."""
+    pinned = sharding.with_memory_kind("pinned_host")
+    arrays = store.slots, store.records[: max(store.used, 1)]
+    return PinnedTable(*(jax.device_put(array, pinned) for array in arrays), store.table)
+
+
+def _complete(
+    table: TableInfo, places: Int32[Array, "n"], slots: Int32[Array, "n"], written: RowState
+) -> RowState:
+    """Rows that have slots, initial rows for the others, and zeros for padding."""
+    layout = table.layout
+    initial = layout.unpack(initial_records(places, table.seed, layout, table.layer, table.scale))
+    own = jax.tree.map(partial(_where, slots > 0), written, initial)
+    return jax.tree.map(lambda part: _where(places < table.rows, part, 0), own)
 
 
 def _where(condition: Bool[Array, "n"], this: Shaped[Array, "n ..."], other: Any) -> Array:

@@ -12,19 +12,25 @@ import jax.monitoring
 import numpy as np
 import pytest
 from plainly import continue_greedily, log_probabilities_of
-from tiny_runs import assert_identical, plain_pass
+from tiny_runs import assert_identical, plain_pass, tiny_config, use_rows, vary
 
 from engram_jax.checkpoint import Checkpoints
 from engram_jax.costs.accounting import decode_state_bytes
+from engram_jax.costs.ahead_of_time import topology_mesh
 from engram_jax.decoding import batches, generate
+from engram_jax.decoding import weights as decode_weights
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.programs import ProgramCache, Programs
 from engram_jax.decoding.settings import GenerationSettings
+from engram_jax.decoding.weights import prepare
 from engram_jax.errors import InputError
 from engram_jax.memory import store_table
-from engram_jax.memory.store_table import CallbackTable, InPlaceTable
+from engram_jax.memory.store import RowStore
+from engram_jax.memory.store_table import CallbackTable, InPlaceTable, PinnedTable, pin_table
 from engram_jax.placement import fill_from_tables, open_stores
+from engram_jax.program import Program
 from engram_jax.run import Run
+from engram_jax.sharding import REPLICATED, MeshConfig, make_mesh
 
 PROMPTS = ["Alexander the Great", "", "born in Wales and on café", "東京", "the"]
 GREEDY = GenerationSettings(tokens=6, temperature=0.0)
@@ -83,6 +89,7 @@ def test_a_text_does_not_depend_on_the_others(untrained) -> None:
     [
         ("engram", "host", InPlaceTable),
         ("engram", "host", CallbackTable),
+        pytest.param("engram", "host", PinnedTable, marks=pytest.mark.slow),
         ("bfloat16", "file", InPlaceTable),
         pytest.param("bfloat16", "file", CallbackTable, marks=pytest.mark.slow),
         pytest.param("two_layers", "file", InPlaceTable, marks=pytest.mark.slow),
@@ -92,7 +99,9 @@ def test_a_text_does_not_depend_on_the_others(untrained) -> None:
 def test_texts_do_not_depend_on_where_the_tables_are(
     untrained, tmp_path, monkeypatch, form, placement, read
 ) -> None:
-    """Bit for bit: read in place, or by the host before and by a callback during the loop."""
+    """Bit for bit: read in place or pinned, or by the host before and by callbacks in the loop."""
+    if read is PinnedTable:
+        monkeypatch.setattr(decode_weights, "open_table", pinned)
     if read is CallbackTable:
         monkeypatch.setattr(store_table, "ALIGNMENT", 1 << 62)  # no address is a multiple
     run = Run.open(untrained(form).folder)
@@ -116,6 +125,40 @@ def test_texts_do_not_depend_on_where_the_tables_are(
             with pytest.raises(InputError, match="was truncated while its rows were in use"):
                 generator.generate(prompts, settings)
             without.generate(prompts[:1], settings)
+
+
+def pinned(store: RowStore, mesh: jax.sharding.Mesh) -> PinnedTable:
+    """What a TPU reads."""
+    return pin_table(store, jax.NamedSharding(mesh, REPLICATED))
+
+
+@pytest.mark.slow
+def test_programs_of_a_tpu_read_pinned_memory_of_the_host(tmp_path, libtpu) -> None:
+    """Compiled for four chips: the host sends rows within the loop, and no chip has a table."""
+    config = vary(tiny_config(tmp_path), memory={"row_width": 42, "rows_per_head": (20_000,) * 2})
+    mesh = topology_mesh("v5p:2x2x1", MeshConfig())
+    program = Program.of_sizes(config, mesh)
+    assert program.ngram_hash is not None
+    (rows,) = program.ngram_hash.padded_rows
+
+    def on_chips(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        place = jax.NamedSharding(mesh, REPLICATED, memory_kind=leaf.sharding.memory_kind)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    here = Program.of_sizes(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    state = here.initial_state()
+    with open_stores(here, tmp_path, "host") as stores, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_weights, "open_table", pinned)
+        fill_from_tables(stores, {layer: use_rows(t, 2) for layer, t in state.tables.items()})
+        weights = prepare(here, replace(state.weights, tables={}), stores)
+    with jax.set_mesh(mesh):
+        programs = ProgramCache(program).get(jax.tree.map(on_chips, weights), 4, 128)
+    table = rows * 4 * config.memory.layout.words
+    for compiled in programs:
+        memory = compiled.memory_analysis()
+        assert memory.host_argument_size_in_bytes >= table
+        assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < table / 3
+        assert "HostExecute" in compiled.as_text()
 
 
 def save_rows_of(run: Run, folder: Path) -> Run:

@@ -19,7 +19,7 @@ from engram_jax.memory.layout import RecordLayout, StorageConfig, init_table
 from engram_jax.memory.records import FEW
 from engram_jax.memory.row_file import map_rows, save_rows
 from engram_jax.memory.store import EXTENT, RowStore, TableInfo
-from engram_jax.memory.store_table import InPlaceTable, open_table
+from engram_jax.memory.store_table import InPlaceTable, open_table, pin_table
 from engram_jax.sharding import MeshConfig, make_mesh
 
 TABLE = TableInfo(layer=3, rows=8192, layout=RecordLayout(5), seed=9, scale=0.02, hash="abc")
@@ -76,9 +76,9 @@ def test_a_store_is_a_dictionary_in_the_order_of_first_writes(
 
 
 @pytest.mark.parametrize("table", [TABLE, SMALL], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("count", [FEW, FEW + 1])
-def test_programs_read_a_store_in_place(table: TableInfo, count: int) -> None:
-    """Written rows, rows that were never written, and padding, by both ways of a CPU."""
+@pytest.mark.parametrize(("count", "pinned"), [(FEW, False), (FEW + 1, False), (FEW, True)])
+def test_programs_read_a_store(table: TableInfo, count: int, pinned: bool) -> None:
+    """Written rows, rows that were never written, and padding, in every way."""
     rows = RowStore(table, 0, table.rows)
     generator, words = np.random.default_rng(0), table.layout.words
     written = generator.permutation(table.rows)[:3000].astype(np.int32)
@@ -86,11 +86,15 @@ def test_programs_read_a_store_in_place(table: TableInfo, count: int) -> None:
     places = generator.integers(table.rows, size=count, dtype=np.int32)
     places[7] = table.rows  # padding
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
-    found = open_table(rows, mesh)
-    assert isinstance(found, InPlaceTable)
-    for array, shared in ((found.slots, rows.slots), (found.records, rows.records)):
-        for shard in array.addressable_shards:  # nothing is copied, on no device
-            assert shard.data.unsafe_buffer_pointer() == shared.ctypes.data
+    if pinned:
+        found = pin_table(rows, jax.NamedSharding(mesh, jax.P()))
+        assert found.records.shape == (3000, words)
+    else:
+        found = open_table(rows, mesh)
+        assert isinstance(found, InPlaceTable)
+        for array, shared in ((found.slots, rows.slots), (found.records, rows.records)):
+            for shard in array.addressable_shards:  # nothing is copied, on no device
+                assert shard.data.unsafe_buffer_pointer() == shared.ctypes.data
     with jax.set_mesh(mesh):
         state = jax.jit(lambda table, places: table.read(places))(found, places)
     expected = read(rows, np.minimum(places, table.rows - 1))
