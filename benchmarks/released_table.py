@@ -3,7 +3,8 @@
 Command: `python -m benchmarks.released_table` (Linux). It makes a checkpoint of the released sizes
 without data (a sparse file of 94 GiB that takes a few kilobytes), reads 65,536 random rows (which
 loads their pages into memory), and then reads the same rows again, in other orders. Baseline: the
-same bytes by one `os.pread` for the numbers of a row and one for its scales.
+same bytes by one `os.pread` for the numbers of a row and one for its scales. "Records" is what
+training reads, with room for moments, if a run begins with this memory (`--memory.start-from`).
 """
 
 import json
@@ -12,14 +13,23 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.formats import deepseek
+from engram_jax.formats.start_memory import read_records
+from engram_jax.hashing import ROW_MULTIPLE
+from engram_jax.memory.layout import RecordLayout
+from engram_jax.memory.places import stored_places
+from engram_jax.memory.store import RowStore, StartTable, TableInfo
 
 ROWS, PROJECTED, ROUNDS, READ = 384_006_168, 99_092, 9, 65_536
+PADDED = -(-ROWS // ROW_MULTIPLE) * ROW_MULTIPLE
+TABLE = TableInfo(1, PADDED, RecordLayout(256), seed=0, scale=0.02, hash="")
 CONFIG = {
     **{"engram_layer_ids": [1], "engram_num_embeddings": [ROWS], "engram_max_ngram_size": 4},
     **{"engram_vocab_size": 16_000_000, "engram_n_heads": 8, "engram_head_dim": 256},
@@ -58,12 +68,27 @@ def main() -> None:
                 os.pread(descriptor, 256, weight.start + 256 * row)
                 os.pread(descriptor, 8, scale.start + 8 * row)
 
-        rates: dict[str, list[float]] = {"stored bytes": [], "float32": [], "pread": []}
+        rates: dict[str, list[float]] = {
+            what: [] for what in ("stored bytes", "float32", "records", "pread")
+        }
         for _ in range(ROUNDS):
             generator.shuffle(rows)
             rates["stored bytes"].append(READ / seconds(lambda: table.gather(rows)))
             rates["float32"].append(READ / seconds(lambda: table.read(rows)))
             rates["pread"].append(READ / seconds(pread))
+        print(f"largest resident memory: {largest_resident():.2f} GiB")
+
+        start = StartTable(name, table.fingerprint)
+        store = RowStore(TABLE, 0, TABLE.rows)
+        store.begin_with(
+            replace(TABLE, start=start), partial(read_records, TABLE, ROWS, table, folder)
+        )
+        places = stored_places(rows.astype(np.int32), TABLE.rows)
+        records = np.empty((READ, TABLE.layout.words), np.uint32)
+        for _ in range(ROUNDS):
+            generator.shuffle(places)
+            rates["records"].append(READ / seconds(lambda: store.read(places, records)))
+        print(f"with records: {largest_resident():.2f} GiB")
         os.close(descriptor)
     print(f"first read: {first:,.0f} rows/s (holes: no disk is read)")
     for what, found in rates.items():
@@ -72,9 +97,12 @@ def main() -> None:
             f"{what}: {np.median(found):,.0f} rows/s, "
             f"{ratio[0]:.1f} ({ratio[1]:.1f}–{ratio[2]:.1f}) × pread"
         )
+
+
+def largest_resident() -> float:
+    """The largest resident memory of this process so far, in GiB."""
     status = Path("/proc/self/status").read_text()
-    resident = int(status.partition("VmHWM:")[2].split()[0]) / 2**20
-    print(f"largest resident memory: {resident:.2f} GiB")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
 def write_sparse(folder: Path) -> None:

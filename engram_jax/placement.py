@@ -18,17 +18,25 @@ from jaxtyping import Array, Int32, UInt32
 
 from engram_jax.checkpoint import TABLES
 from engram_jax.errors import InputError
+from engram_jax.files import expand_home
+from engram_jax.formats.start_memory import open_tables, read_table
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table, init_table
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.memory.row_feed import RowFeed
 from engram_jax.memory.row_file import map_rows, save_rows
-from engram_jax.memory.store import PART, Placement, RowStore, TableInfo
+from engram_jax.memory.store import (
+    PART,
+    InitialRecords,
+    Placement,
+    RowStore,
+    Stores,
+    TableInfo,
+    Written,
+)
 from engram_jax.program import Program
 from engram_jax.sharding import TABLE_RW, TOKEN_AXES, MeshConfig, make_mesh
 from engram_jax.train_state import Weights
-
-type Stores = Mapping[int, RowStore]  # by layer id; empty: the tables are on the devices
 
 
 @contextmanager
@@ -124,7 +132,8 @@ def take_over(
     files, tables, step = row_files(checkpoint, program.tables()), weights.tables, weights.step
     with program.use_mesh():
         if stores and files:
-            fill_stores(stores, files, in_place=program.has_tables and before is None)
+            in_place = program.has_tables and before is None
+            fill_stores(program, stores, files, in_place=in_place)
             if before is not None:
                 settle_stores(stores, before, step, keep_moments=keep_moments)
             return {}
@@ -141,24 +150,30 @@ def take_over(
     return tables
 
 
-def fill_stores(stores: Stores, files: Mapping[int, list[Path]], *, in_place: bool = False) -> None:
+def fill_stores(
+    program: Program,
+    stores: Stores,
+    files: Mapping[int, list[Path]],
+    *,
+    in_place: bool = False,
+) -> None:
     """Writes the rows of a checkpoint's files to empty stores.
 
     Args:
+        program: the program that will use them.
         stores: the stores.
         files: by layer id.
         in_place: stores in files map the rows of a single file instead of copying them. Then they
             can only be read.
     """
     for layer, store in stores.items():
-        for path in files[layer]:
-            maps = in_place and store.in_file and len(files[layer]) == 1
-            table, written = map_rows(path, random=maps)
-            _check_fitting(path, store.table, table)
-            store.table = table  # its initial rows may have another seed
-            if maps:
-                store.adopt(path, written)
-                continue
+        maps = in_place and store.in_file and len(files[layer]) == 1
+        theirs, rows = _map_files(files[layer], store.table, random=maps)
+        store.begin_with(*_open_start(program, theirs))
+        if maps:
+            store.adopt(files[layer][0], rows[0])
+            continue
+        for written in rows:
             for part in written.parts():
                 store.write_own(part)
 
@@ -200,29 +215,63 @@ def _file_name(layer: int, first: int | None) -> str:
     return f"{layer}-{'*' if first is None else first}.rows"
 
 
-def _check_fitting(path: Path, ours: TableInfo, theirs: TableInfo) -> None:
-    """Checks that a file has rows of this table; only the seed and the scale may differ."""
-    if replace(theirs, seed=ours.seed, scale=ours.scale) != ours:
+def _map_files(
+    paths: list[Path], ours: TableInfo, *, random: bool = False
+) -> tuple[TableInfo, list[Written]]:
+    """A table as its files describe it, and its written rows, file by file.
+
+    Raises:
+        InputError: a file is damaged, or of another table: only the initial rows may differ.
+    """
+    found = [map_rows(path, random=random) for path in paths]
+    for path, (theirs, _) in zip(paths, found, strict=True):
+        if replace(theirs, seed=ours.seed, scale=ours.scale, start=ours.start) != ours:
+            raise InputError(
+                f"{path} has the rows of another table than this run ({theirs}, here {ours}); give "
+                "this run the same memory."
+            )
+    return found[0][0], [written for _, written in found]
+
+
+def _open_start(program: Program, table: TableInfo) -> tuple[TableInfo, InitialRecords | None]:
+    """The table, and what reads its initial rows if they are in another checkpoint (`StartTable`).
+
+    Raises:
+        InputError: that checkpoint is missing, or its rows are others than before.
+    """
+    if table.start is None:
+        return table, None
+    moved, folder = program.config.memory.start_from, Path(table.start.folder)
+    if not folder.is_dir() and moved is not None:
+        folder = expand_home(moved)
+    if not folder.is_dir():
         raise InputError(
-            f"{path} has the rows of another table than this run ({theirs}, here {ours}); give "
-            "this run the same memory."
+            f"Checkpoints of this run have only the rows that training has changed; the others are "
+            f"in {folder}, which is missing. Move it back, or resume with --memory.start-from."
         )
+    found, read = open_tables(program, folder)[table.layer]
+    if found.start is None or found.start.fingerprint != table.start.fingerprint:
+        raise InputError(
+            f"The memory in {folder} is not the one that this run began with; give that to "
+            "--memory.start-from."
+        )
+    return replace(table, start=found.start), read
 
 
 def _load_table(program: Program, ours: TableInfo, paths: list[Path]) -> Table:
-    found = [map_rows(path) for path in paths]
-    for path, (table, _) in zip(paths, found, strict=True):
-        _check_fitting(path, ours, table)
-    seed, scale = found[0][0].seed, found[0][0].scale
+    theirs, rows = _map_files(paths, ours)
     sharding = jax.NamedSharding(program.mesh, TABLE_RW)
 
     def initial(seed: Array) -> UInt32[Array, "R words"]:
-        return init_table(seed, ours.rows, ours.layout, ours.layer, scale).records
+        return init_table(seed, ours.rows, ours.layout, ours.layer, theirs.scale).records
 
-    records = jax.jit(jax.sharding.auto_axes(initial, axes=TOKEN_AXES, out_sharding=sharding))(
-        np.uint32(seed)
-    )
-    for _, written in found:
+    theirs, read = _open_start(program, theirs)
+    if read is not None:
+        records = read_table(program, theirs, read).records
+    else:
+        make = jax.sharding.auto_axes(initial, axes=TOKEN_AXES, out_sharding=sharding)
+        records = jax.jit(make)(np.uint32(theirs.seed))
+    for written in rows:
         for places, part in written.parts():
             missing = PART - len(places)
             records = _put_rows(

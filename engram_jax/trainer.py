@@ -27,8 +27,9 @@ from engram_jax.files import expand_home
 from engram_jax.formats.start_memory import start_with
 from engram_jax.identity import check_saved_by
 from engram_jax.memory.row_feed import RowFeed
+from engram_jax.memory.store import Stores
 from engram_jax.metrics import MetricsLog, read_metrics
-from engram_jax.placement import Stores, bytes_of_all, open_feed
+from engram_jax.placement import bytes_of_all, open_feed
 from engram_jax.processes import all_agree, collective, is_leader
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState

@@ -169,8 +169,8 @@ engram_jax/memory/initial_rows.py < memory/test_initial_rows.py
     + mix(xp.asarray(seed, xp.uint32).reshape(1))
 engram_jax/memory/store.py < memory/test_store.py
   a row that was never written reads as the first one written
-    - out[missing] = self.table.initial_records(places[missing])
-    + self.table.initial_records(places[missing])
+    - out[missing] = self._initial(places[missing])
+    + self._initial(places[missing])
   disk space is allocated for the new rows only
     - used * records[0].nbytes
     + len(new) * records[0].nbytes
@@ -204,6 +204,9 @@ engram_jax/memory/store_table.py < memory/test_store.py
   padding reads as a row
     - _where(places < table.rows, part, 0)
     + _where(places <= table.rows, part, 0)
+  a program reads the pinned record after the right one
+    - records.at[jnp.maximum(found, 1) - 1]
+    + records.at[found]
 engram_jax/memory/row_feed.py < test_placement.py
   a row that the running step changes is read from the store
     - np.where(same, index, -1)
@@ -217,8 +220,16 @@ engram_jax/memory/plan.py < test_placement.py
     + np.searchsorted(needed, request) - owner_start[:1]
 engram_jax/placement.py < test_placement.py
   the initial rows of another run get this run's seed
-    - store.table = table
-    + store.table
+    - store.begin_with(*_open_start(program, theirs))
+    + store.begin_with(store.table)
+engram_jax/placement.py < formats/test_start_memory.py
+  rows are read in whatever checkpoint is there
+    - found.start.fingerprint != table.start.fingerprint
+    + found.start.fingerprint != found.start.fingerprint
+engram_jax/memory/places.py < formats/test_start_memory.py
+  the row of a place is that of another place
+    - places % blocks * ROW_MULTIPLE + places // blocks
+    + places % ROW_MULTIPLE * blocks + places // ROW_MULTIPLE
 engram_jax/memory/records.py < memory/test_lookup.py
   padding is written to the last row
     -    mode="drop",

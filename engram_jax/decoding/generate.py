@@ -21,7 +21,7 @@ from engram_jax.decoding.text import Continuation, GrowingText
 from engram_jax.decoding.weights import prepare
 from engram_jax.errors import InputError
 from engram_jax.layers.decode_state import DecodeState
-from engram_jax.placement import Stores
+from engram_jax.memory.store import Stores
 from engram_jax.program import Program
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import Weights

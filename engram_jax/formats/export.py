@@ -170,7 +170,7 @@ def _read_weights(program: Program, tensors: Tensors, folder: Path) -> Weights:
     def rows_of(layer: int, table: Table) -> Iterator[np.ndarray]:
         assert program.ngram_hash is not None
         rows = program.ngram_hash.rows[program.ngram_hash.spec.layers.index(layer)]
-        mapped = map_table(tensors, layer, (rows, table.layout.width))
+        mapped = map_table(tensors, layer, (rows, table.layout.width), random=False)
         return read_rows(mapped, rows, f"tables.{layer}", folder)
 
     return Weights(

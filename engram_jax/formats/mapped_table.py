@@ -1,13 +1,15 @@
 """A finished table in mapped files: read at its rows, without a copy of the table."""
 
+import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, Shaped
 
 SCALED = 32  # consecutive numbers of a row that share a scale
 _DECODED = 1024  # rows decoded at a time, so that they stay in the cache
+_SAMPLED = 1024  # rows of a fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,16 @@ class MappedTable:
     def width(self) -> int:
         """Row width F."""
         return int(self.parts[0].shape[1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (16 hex digits) of types, sizes, and 1,024 rows from all parts of the table."""
+        rows = np.linspace(0, self.rows - 1, _SAMPLED).astype(np.int64)
+        found = hashlib.sha256(f"{self.rows} {self.width} {self.factor}".encode())
+        for array in self.gather(rows):
+            if array is not None:
+                found.update(f"{array.dtype}".encode() + array.tobytes())
+        return found.hexdigest()[:16]
 
     def gather(
         self, rows: Int[np.ndarray, "n"]

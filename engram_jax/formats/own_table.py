@@ -17,11 +17,9 @@ from engram_jax.formats.safetensors import Parts, Tensors
 from engram_jax.hashing import NgramHash
 from engram_jax.memory.layout import Table
 from engram_jax.memory.places import stored_places
-from engram_jax.memory.store import RowStore, Written
+from engram_jax.memory.store import PART, new_records
 from engram_jax.program import Program
 from engram_jax.train_state import Weights
-
-PART = 65_536  # rows converted at a time
 
 
 def settled_rows(
@@ -46,34 +44,12 @@ def make_table(program: Program, layer: int, parts: Iterable[Float32[np.ndarray,
         layer: layer id.
         parts: the rows, in parts as those of `settled_rows`.
     """
+    assert program.ngram_hash is not None
     abstract = program.abstract_state().tables[layer]
     records = np.zeros(abstract.records.shape, np.uint32)
-    for places, part in _make_records(program, layer, parts):
-        records[places] = part
-    return replace(abstract, records=jax.device_put(records, abstract.records.sharding))
-
-
-def fill_store(
-    program: Program, store: RowStore, parts: Iterable[Float32[np.ndarray, "n F"]]
-) -> None:
-    """Writes rows to a store that has none; arguments as for `make_table`."""
-    for rows in _make_records(program, store.table.layer, parts):
-        store.write_own(rows)
-
-
-def _make_records(
-    program: Program, layer: int, parts: Iterable[Float32[np.ndarray, "n F"]]
-) -> Iterator[Written]:
-    """Places and records of rows, in parts."""
-    assert program.ngram_hash is not None
-    layout = program.config.memory.layout
-    encode, columns = jax.jit(layout.value.encode), layout.columns[0]
     for places, values in zip(_place_parts(program.ngram_hash, layer), parts, strict=True):
-        whole = np.zeros((PART, layout.width), np.float32)
-        whole[: len(values)] = values
-        records = np.zeros((len(values), layout.words), np.uint32)
-        records[:, columns] = np.asarray(encode(whole))[: len(values)]
-        yield Written(places, records)
+        records[places] = new_records(abstract.layout, values)
+    return replace(abstract, records=jax.device_put(records, abstract.records.sharding))
 
 
 def table_tensors(
@@ -102,18 +78,21 @@ def table_tensors(
     return tensors
 
 
-def map_table(tensors: Tensors, layer: int, shape: tuple[int, int]) -> MappedTable:
-    """A table of an export, read in place at its rows.
+def map_table(
+    tensors: Tensors, layer: int, shape: tuple[int, int], *, random: bool = True
+) -> MappedTable:
+    """A table of an export, read in place.
 
     Args:
         tensors: tensors of the export.
         layer: layer id.
         shape: rows and row width of the table.
+        random: it will be read at random rows, so the system should not read ahead.
 
     Raises:
         InputError: there is no such table.
     """
-    view = partial(tensors.view, random=True)
+    view = partial(tensors.view, random=random)
     name = f"tables.{layer}"
     info = tensors.require(f"{name}.weight", shape, "F32", "BF16", "F8_E4M3", "I8")
     scales = None

@@ -2,23 +2,40 @@
 
 Only the tables are taken over. How the network reads them (keys, value, gates) is trained anew, so
 the network may have any width; with `memory.frozen`, the result tells what the tables know.
+
+Tables outside the devices are not copied: rows are read in the checkpoint until training writes
+them, so its tables may be larger than memory and disk would hold with moments.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
+from jaxtyping import Int32, UInt32
 
 from engram_jax.errors import InputError
 from engram_jax.formats import deepseek, qwen
 from engram_jax.formats.export_identity import check_parts
 from engram_jax.formats.json_config import positive, read_json
 from engram_jax.formats.mapped_table import MappedTable
-from engram_jax.formats.own_table import fill_store, make_table, map_table, read_rows
+from engram_jax.formats.own_table import map_table, require_finite
 from engram_jax.formats.safetensors import SINGLE, Tensors
 from engram_jax.hashing import NgramHash
-from engram_jax.placement import Stores
+from engram_jax.memory.layout import Table
+from engram_jax.memory.places import row_numbers
+from engram_jax.memory.store import (
+    PART,
+    InitialRecords,
+    StartTable,
+    Stores,
+    TableInfo,
+    new_records,
+)
 from engram_jax.program import Program
+from engram_jax.sharding import TABLE_RW
 from engram_jax.train_state import TrainState
 
 
@@ -55,13 +72,32 @@ def open_start(folder: Path, ngram_hash: NgramHash, row_width: int) -> dict[int,
 def start_with(
     program: Program, state: TrainState, folder: Path, stores: Stores | None = None
 ) -> TrainState:
-    """The state with the tables of a checkpoint; the optimizer state of their rows is reset.
+    """The state with the tables of a checkpoint, whose rows have no moments.
 
     Args:
         program: the program.
         state: the state before the first step.
         folder: the checkpoint.
-        stores: get the rows, if the tables are outside the devices.
+        stores: begin with the rows, if the tables are outside the devices.
+
+    Raises:
+        InputError: as in `open_start`.
+    """
+    opened = open_tables(program, folder)
+    if not stores:
+        tables = {layer: read_table(program, *of_layer) for layer, of_layer in opened.items()}
+        return replace(state, tables=tables)
+    for layer, store in stores.items():
+        store.begin_with(*opened[layer])
+    return state
+
+
+def open_tables(program: Program, folder: Path) -> dict[int, tuple[TableInfo, InitialRecords]]:
+    """The tables of a program that begin with a checkpoint's rows, and what reads these, by layer.
+
+    Args:
+        program: the program.
+        folder: the checkpoint.
 
     Raises:
         InputError: as in `open_start`.
@@ -69,14 +105,43 @@ def start_with(
     ngram_hash = program.ngram_hash
     assert ngram_hash is not None, "the configuration has memory"
     mapped = open_start(folder, ngram_hash, program.config.memory.row_width)
-    tables = {}
-    for layer, rows in zip(ngram_hash.spec.layers, ngram_hash.rows, strict=True):
-        parts = read_rows(mapped[layer], rows, f"The memory of layer {layer}", folder)
-        if stores:
-            fill_store(program, stores[layer], parts)
-        else:
-            tables[layer] = make_table(program, layer, parts)
-    return replace(state, tables=tables)
+    opened: dict[int, tuple[TableInfo, InitialRecords]] = {}
+    for rows, (layer, table) in zip(ngram_hash.rows, program.tables().items(), strict=True):
+        start = StartTable(str(folder.absolute()), mapped[layer].fingerprint)
+        read = partial(read_records, table, rows, mapped[layer], folder)
+        opened[layer] = replace(table, start=start), read
+    return opened
+
+
+def read_table(program: Program, info: TableInfo, read: InitialRecords) -> Table:
+    """A table on the devices with the rows of a checkpoint. A process reads its devices' rows."""
+
+    def read_part(index: Any) -> UInt32[np.ndarray, "part words"]:
+        start, stop, _ = index[0].indices(info.rows)
+        records = np.empty((stop - start, info.layout.words), np.uint32)
+        for first in range(start, stop, PART):
+            places = np.arange(first, min(first + PART, stop), dtype=np.int32)
+            records[first - start :][: len(places)] = read(places)
+        return records
+
+    shape, sharding = (info.rows, info.layout.words), jax.NamedSharding(program.mesh, TABLE_RW)
+    records = jax.make_array_from_callback(shape, sharding, read_part)
+    return Table(records, info.layout, info.layer)
+
+
+def read_records(
+    table: TableInfo,
+    rows: int,
+    mapped: MappedTable,
+    folder: Path,
+    places: Int32[np.ndarray, "n"],
+) -> UInt32[np.ndarray, "n words"]:
+    """The records of places in a checkpoint's table, without moments; zeros for padding."""
+    numbers = row_numbers(places, table.rows)
+    values = mapped.read(np.minimum(numbers, rows - 1))
+    values[numbers >= rows] = 0
+    require_finite(values, f"The memory of layer {table.layer}", folder)
+    return new_records(table.layout, values)
 
 
 def _open(folder: Path) -> tuple[NgramHash, dict[int, MappedTable]]:

@@ -29,6 +29,14 @@ def stored_places(
     return row_numbers % ROW_MULTIPLE * blocks + row_numbers // ROW_MULTIPLE
 
 
+def row_numbers(
+    places: Int32[np.ndarray, "*shape"], padded_rows: int
+) -> Int32[np.ndarray, "*shape"]:
+    """The row numbers of places: the inverse of `stored_places`."""
+    blocks = padded_rows // ROW_MULTIPLE
+    return places % blocks * ROW_MULTIPLE + places // blocks
+
+
 def expected_distinct(reads: int) -> float:
     """A bound of the distinct rows among this many reads of text: Heaps' law.
 

@@ -4,7 +4,7 @@
     records   uint32 [n, words], in the order of their first write
     places    int32 [n]
 
-The header has the table (layer, rows, layout, seed, scale, hash) and n. All numbers are
+The header has the table (layer, rows, layout, seed, scale, hash, start) and n. All numbers are
 little-endian.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from engram_jax.errors import InputError
 from engram_jax.files import parse_json
 from engram_jax.memory.layout import RecordLayout, StorageConfig
-from engram_jax.memory.store import RowStore, TableInfo, Written
+from engram_jax.memory.store import RowStore, StartTable, TableInfo, Written
 
 MAGIC = b"ENGRAMRW"
 ALIGNMENT = 64
@@ -56,9 +56,12 @@ def map_rows(path: Path, *, random: bool = False) -> tuple[TableInfo, Written]:
                 raise ValueError("no rows of a table")
             content: dict[str, Any] = parse_json(file.read(length))
         facts, count = dict(content["table"]), int(content["written"])
-        layout = facts.pop("layout")
-        storage = StorageConfig(**layout["storage"])
-        table = TableInfo(**facts, layout=RecordLayout(layout["width"], storage))
+        layout, start = facts.pop("layout"), facts.pop("start", None)
+        table = TableInfo(
+            **facts,
+            layout=RecordLayout(layout["width"], StorageConfig(**layout["storage"])),
+            start=None if start is None else StartTable(**start),
+        )
         begin, words = -(-(16 + length) // ALIGNMENT) * ALIGNMENT, table.layout.words
         expected = begin + 4 * count * (words + 1)
         if (size := path.stat().st_size) != expected:

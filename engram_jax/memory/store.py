@@ -16,20 +16,21 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Int32, UInt32
+from jaxtyping import Float32, Int32, UInt32
 
 from engram_jax.errors import InputError
 from engram_jax.memory.initial_rows import initial_values
 from engram_jax.memory.layout import RecordLayout
 
 type Placement = Literal["device", "host", "file"]
+type InitialRecords = Callable[[Int32[np.ndarray, "n"]], UInt32[np.ndarray, "n words"]]
 
 EXTENT = 64 << 20  # bytes of a file that are allocated together
 PART = 1 << 16  # slots that are copied or compared together
@@ -38,6 +39,19 @@ LEAST_TIMED = 16  # fewer records say nothing about where they come from
 COLD = 5e-6  # seconds a record: more from the disk, 2 to 3 µs if memory was asked, 0.3 to 1 if not
 _LIBC = ctypes.CDLL(None)
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # Python 3.12 has no name for it
+
+
+@dataclass(frozen=True)
+class StartTable:
+    """A table of another checkpoint, whose rows are the initial ones.
+
+    Attributes:
+        folder: the checkpoint.
+        fingerprint: of the table.
+    """
+
+    folder: str
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class TableInfo:
         seed: seed of the initial rows.
         scale: standard deviation of the initial rows.
         hash: fingerprint of the hash.
+        start: the table whose rows are the initial ones; None: they are computed (`initial_rows`).
     """
 
     layer: int
@@ -59,27 +74,33 @@ class TableInfo:
     seed: int
     scale: float
     hash: str
+    start: StartTable | None = None
 
     def initial_records(self, places: Int32[np.ndarray, "n"]) -> UInt32[np.ndarray, "n words"]:
-        """The records of rows that were never written."""
-        layout = self.layout
-        records = np.zeros((len(places), layout.words), np.uint32)
+        """The computed records of rows that were never written."""
         values = initial_values(
-            places, layout.width, seed=self.seed, layer=self.layer, scale=self.scale
+            places, self.layout.width, seed=self.seed, layer=self.layer, scale=self.scale
         )
-        columns = layout.columns[0]
-        if layout.storage.value == "float32":
-            records[:, columns] = values.view(np.uint32)
-        else:
-            halves = values.astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32)
-            words = columns.stop - columns.start
-            records[:, columns] = halves[:, :words]
-            records[:, : layout.width - words] |= halves[:, words:] << 16
-        return records
+        return new_records(self.layout, values)
 
     def as_json(self) -> dict[str, Any]:
         """All fields as plain JSON."""
         return asdict(self)
+
+
+def new_records(
+    layout: RecordLayout, values: Float32[np.ndarray, "n F"]
+) -> UInt32[np.ndarray, "n words"]:
+    """Records with these embeddings, without moments."""
+    records, columns = np.zeros((len(values), layout.words), np.uint32), layout.columns[0]
+    if layout.storage.value == "float32":
+        records[:, columns] = values.view(np.uint32)
+    else:
+        halves = values.astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32)
+        words = columns.stop - columns.start
+        records[:, columns] = halves[:, :words]
+        records[:, : layout.width - words] |= halves[:, words:] << 16
+    return records
 
 
 class Written(NamedTuple):
@@ -115,8 +136,8 @@ class RowStore:
     def __init__(
         self, table: TableInfo, first: int, count: int, folder: Path | None = None
     ) -> None:
-        self.table, self.first, self.count = table, first, count
-        self.used = 0  # slots
+        self.first, self.count, self.used = first, count, 0  # used: slots
+        self.begin_with(table)
         words = table.layout.words
         self._slot = _reserve(count, 1, None).reshape(-1).view(np.int32)  # of a place; 0: none
         self._place = _reserve(count, 1, None).reshape(-1).view(np.int32)  # of a slot
@@ -125,6 +146,16 @@ class RowStore:
         self._in_file, self._cold = folder is not None, False
         self._adopted: tuple[Path, BinaryIO, int] | None = None  # a file, and its size
         self._whole = self._records.view(np.dtype((np.void, 4 * words)))[:, 0]  # moved as one
+
+    def begin_with(self, table: TableInfo, initial: InitialRecords | None = None) -> None:
+        """Sets what the rows were before they are written. No row may be written yet.
+
+        Args:
+            table: the table.
+            initial: gives the records of places of `table.start`, if it has one.
+        """
+        assert not self.used and (table.start is None) == (initial is None)
+        self.table, self._initial = table, initial or table.initial_records
 
     @property
     def slots(self) -> Int32[np.ndarray, "places"]:
@@ -174,7 +205,8 @@ class RowStore:
         """Copies the records of places to `out`; initial ones for rows that were never written.
 
         Raises:
-            InputError: the file of the rows was truncated.
+            InputError: the file of the rows was truncated, or a row of another checkpoint has
+                numbers that are not finite.
         """
         self.check_complete()
         slots = self._slot[places - self.first]
@@ -182,7 +214,7 @@ class RowStore:
             self._copy(np.maximum(slots, 1) - 1, out)
         missing = np.flatnonzero(slots == 0)
         if len(missing):
-            out[missing] = self.table.initial_records(places[missing])
+            out[missing] = self._initial(places[missing])
 
     def _copy(self, slots: Int32[np.ndarray, "n"], out: UInt32[np.ndarray, "n words"]) -> None:
         """Copies records. While they come from the disk, many are asked for together.
@@ -253,8 +285,11 @@ class RowStore:
         for begin in range(0, len(records), PART):
             part = records[begin : begin + PART]
             places = np.arange(start + begin, start + begin + len(part), dtype=np.int32)
-            changed = np.any(part != self.table.initial_records(places), axis=1)
+            changed = np.any(part != self._initial(places), axis=1)
             self.write(places[changed], part[changed])
+
+
+type Stores = Mapping[int, RowStore]  # by layer id; empty: the tables are on the devices
 
 
 class _Extents:

@@ -124,9 +124,11 @@ def open_table(store: RowStore, mesh: jax.sharding.Mesh) -> StoreTable:
     """A store of a complete table, for programs on a mesh. It must not be written meanwhile.
 
     A CPU reads it where it is, a TPU from a copy in pinned memory, if there is room for it. Else
-    programs call the host.
+    programs call the host. Only the host can read the rows of another checkpoint.
     """
     assert store.first == 0 and store.count == store.table.rows, "a part of a table"
+    if store.table.start is not None:
+        return CallbackTable(store)
     replicated = jax.NamedSharding(mesh, REPLICATED)
     arrays = store.slots, store.records
     aligned = not any(array.ctypes.data % ALIGNMENT for array in arrays)
@@ -143,8 +145,8 @@ def open_table(store: RowStore, mesh: jax.sharding.Mesh) -> StoreTable:
 def pin_table(store: RowStore, sharding: jax.NamedSharding) -> PinnedTable:
     """A copy of a store in pinned memory of the host, for every device of a sharding."""
     pinned = sharding.with_memory_kind("pinned_host")
-    arrays = store.slots, store.records[: max(store.used, 1)]
-    return PinnedTable(*(jax.device_put(array, pinned) for array in arrays), store.table)
+    slots, rows = jax.device_put((store.slots, store.records[: max(store.used, 1)]), pinned)
+    return PinnedTable(slots, rows, store.table)
 
 
 def _complete(

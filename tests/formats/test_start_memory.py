@@ -1,6 +1,8 @@
 """Memories of other checkpoints under a new network."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import test_deepseek
 import test_qwen
 from checkpoints import write_checkpoint
 from golden import load_golden, qwen_hash, released_hash
-from tiny_runs import make_run, tiny_config, vary
+from tiny_runs import assert_identical, make_run, tiny_config, vary
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config, MemoryConfig
@@ -22,7 +24,12 @@ from engram_jax.formats.start_memory import open_start, start_with
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.engram import EngramConfig
 from engram_jax.memory.places import stored_places
+from engram_jax.memory.row_file import map_rows
+from engram_jax.memory.store import RowStore
+from engram_jax.memory.store_table import CallbackTable
+from engram_jax.memory.store_table import open_table as open_store
 from engram_jax.model import DecoderConfig
+from engram_jax.placement import open_stores
 from engram_jax.program import Program
 from engram_jax.run import Run
 from engram_jax.sharding import MeshConfig, make_mesh
@@ -64,13 +71,71 @@ def test_a_run_begins_with_the_memory_of_an_export(
 
 
 @pytest.mark.slow
-def test_a_frozen_memory_does_not_change(export: Path, tmp_path: Path, one_device: None) -> None:
-    run = Run.start(wider(tmp_path, export), tmp_path / "run")
-    state = train(run)
-    mapped = open_table(export, 1)
-    assert int(state.step) == 2
-    found = stored_rows(run.program, state, 1)
-    np.testing.assert_array_equal(found, mapped.read(np.arange(mapped.rows)))
+@pytest.mark.parametrize("frozen", [True, False])
+def test_it_trains_equally_wherever_its_rows_are(
+    export: Path, tmp_path: Path, one_device: None, frozen: bool
+) -> None:
+    mapped, states = open_table(export, 1), []
+    for placement in ("device", "file"):
+        config = vary(wider(tmp_path, export), memory={"placement": placement, "frozen": frozen})
+        run = Run.start(config, tmp_path / placement)
+        train(run)
+        states.append(Run.open(run.folder).restore())
+    assert_identical(*states)
+    found = stored_rows(run.program, states[0], 1)
+    assert np.array_equal(found, mapped.read(np.arange(mapped.rows))) == frozen
+    [path] = run.folder.glob("checkpoints/00000002/tables/*")
+    assert (len(map_rows(path)[1].places) == 0) == frozen
+
+
+def test_outside_the_devices_its_rows_are_not_copied(
+    export: Path, tmp_path: Path, one_device: None
+) -> None:
+    memory, moved = tmp_path / "memory", tmp_path / "moved"
+    shutil.copytree(export, memory)
+    config = vary(wider(tmp_path, memory), memory={"placement": "file"})
+    run = Run.start(config, tmp_path / "run")
+    program = run.program.on_device()
+    table = start_with(program, program.initial_state(), memory).tables[1]
+    expected = np.array(table.records)
+    [rows], [padded] = program.ngram_hash.rows, program.ngram_hash.padded_rows
+    filled = stored_places(np.arange(rows, dtype=np.int32), padded)
+    assert not np.delete(expected, filled, axis=0).any()  # padding
+    with open_stores(run.program, tmp_path, "file") as stores:
+        state = _first_state(run, stores)
+        assert state.tables == {} and stores[1].used == 0
+        np.testing.assert_array_equal(read_all(stores[1]), expected)
+        expected[[5, 6000 % len(expected)]] += 1
+        stores[1].write_changed(0, expected)
+        assert stores[1].used == 2
+        run.save(state, stores)
+    run = Run.open(run.folder)
+    np.testing.assert_array_equal(run.restore_weights().tables[1].records, expected)
+    for placement in ("host", "file"):
+        with open_stores(run.program, tmp_path, placement) as stores:
+            run.restore_weights(None, stores)
+            assert stores[1].used == 2
+            assert isinstance(open_store(stores[1], run.program.mesh), CallbackTable)
+            np.testing.assert_array_equal(read_all(stores[1]), expected)
+
+    memory.rename(moved)
+    with pytest.raises(
+        InputError, match=r"rows that training has changed; .*memory, which is miss"
+    ):
+        run.restore_weights()
+    run = Run.start(vary(config, memory={"start_from": str(moved)}), run.folder)
+    np.testing.assert_array_equal(run.restore_weights().tables[1].records, expected)
+    with (moved / "model.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)  # in its last row
+        file.write(b"\0\0\0\1")
+    with pytest.raises(InputError, match="moved is not the one that this run began with"):
+        run.restore_weights()
+
+
+def read_all(store: RowStore) -> np.ndarray:
+    records = np.empty((store.count, store.table.layout.words), np.uint32)
+    store.read(np.arange(store.count, dtype=np.int32), records)
+    return records
 
 
 def build(ngram_hash: NgramHash, row_width: int) -> Program:
