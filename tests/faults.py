@@ -113,6 +113,9 @@ engram_jax/formats/start_memory.py < formats/test_start_memory.py
 # Plan and places
 
 engram_jax/memory/places.py < memory/test_places.py
+  the row of a place is that of another place
+    - places % blocks * ROW_MULTIPLE + places // blocks
+    + places % ROW_MULTIPLE * blocks + places // ROW_MULTIPLE
   two rows have one place
     - row_numbers % ROW_MULTIPLE * blocks
     + row_numbers % ROW_MULTIPLE * (blocks - 1)
@@ -226,10 +229,6 @@ engram_jax/placement.py < formats/test_start_memory.py
   rows are read in whatever checkpoint is there
     - found.start.fingerprint != table.start.fingerprint
     + found.start.fingerprint != found.start.fingerprint
-engram_jax/memory/places.py < formats/test_start_memory.py
-  the row of a place is that of another place
-    - places % blocks * ROW_MULTIPLE + places // blocks
-    + places % ROW_MULTIPLE * blocks + places // ROW_MULTIPLE
 engram_jax/memory/records.py < memory/test_lookup.py
   padding is written to the last row
     -    mode="drop",

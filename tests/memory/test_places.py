@@ -8,7 +8,7 @@ import pytest
 from engram_jax.compression import VocabularyProjection
 from engram_jax.data.sources import read_documents
 from engram_jax.hashing import HashSpec, NgramHash
-from engram_jax.memory.places import exchange_capacity, stored_places
+from engram_jax.memory.places import exchange_capacity, row_numbers, stored_places
 from engram_jax.memory.plan import Planner
 from engram_jax.tokenizer import load_tokenizer
 
@@ -18,6 +18,7 @@ def test_every_row_has_a_place_of_its_own(padded_rows: int) -> None:
     places = stored_places(np.arange(padded_rows, dtype=np.int32), padded_rows)
     assert places.dtype == np.int32
     np.testing.assert_array_equal(np.sort(places), np.arange(padded_rows))
+    np.testing.assert_array_equal(row_numbers(places, padded_rows), np.arange(padded_rows))
 
 
 @pytest.mark.parametrize("shards", [2, 64, 1024])
