@@ -22,9 +22,10 @@ device.
 
 import json
 import os
-import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
+from engram_jax.beginning import begin
+
+begin()
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -34,8 +35,6 @@ from typing import Any
 
 os.environ["MPLBACKEND"] = "agg"  # pictures are only written
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # for --tasks
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/xla")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 import numpy as np

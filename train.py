@@ -13,13 +13,12 @@ import os
 import signal
 import sys
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
+from engram_jax.beginning import begin
+
+begin()
 
 from dataclasses import dataclass
 from pathlib import Path
-
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/xla")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 

@@ -1,9 +1,9 @@
 """`python -m engram_jax.accounting`: parameters, FLOPs and bytes of state of configurations."""
 
-import signal
+from engram_jax.beginning import begin
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
+    begin(caches=False)
 
 from engram_jax.costs.accounting import main
 from engram_jax.errors import one_sentence

@@ -1,9 +1,9 @@
 """`python -m engram_jax.ahead_of_time`: what a configuration costs on a TPU slice."""
 
-import signal
+from engram_jax.beginning import begin
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
+    begin(caches=False)
 
 from engram_jax.costs.ahead_of_time import main
 from engram_jax.errors import one_sentence

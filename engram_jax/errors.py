@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from threading import Timer
 from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -72,8 +73,8 @@ class UnbreakableErrors(io.TextIOBase):
 def one_sentence() -> Iterator[None]:
     """On an error that the user can correct, ends the program with one sentence and status 2.
 
-    Ctrl-C ends it with status 130. Output that the terminal's encoding does not have, such as ± in
-    ASCII, is escaped.
+    Ctrl-C ends it with status 130, also in a moment when Python ignores exceptions. Output that the
+    terminal's encoding does not have, such as ± in ASCII, is escaped.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # so that imports end without traceback
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -86,6 +87,7 @@ def one_sentence() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     if sys.stderr is sys.__stderr__:
         sys.stderr = UnbreakableErrors(sys.stderr)
+    report, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
         _check_limits()
         with suppress(PermissionError):
@@ -124,8 +126,21 @@ def one_sentence() -> Iterator[None]:
             raise
     else:
         return
+    finally:
+        sys.unraisablehook = report
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
+
+
+def _interrupt_again(ignored: Any) -> None:
+    """Reports an exception that Python ignores. Ctrl-C is sent again, a little later.
+
+    JAX frees memory in a callback of the garbage collector, which can raise nothing.
+    """
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def _check_limits() -> None:

@@ -4,19 +4,15 @@ FOLDER gets the weights, the configuration, the hash, the tokenizer and a model 
 docs/use_elsewhere.md. `python -m engram_jax.import_run FOLDER RUN` is the way back.
 """
 
-import os
-import signal
+from engram_jax.beginning import begin
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
+    begin()
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
-
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/xla")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import tyro
 

@@ -152,7 +152,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     If writing fails, it is removed, and there is no `folder`.
 
     Raises:
-        InputError: `folder` is a file, or not empty.
+        InputError: `folder` is a file, or not empty, at the beginning or at the end.
     """
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -161,7 +161,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        partial.replace(folder)
+        try:
+            partial.replace(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise InputError(
+                f"Another program has written to {folder} meanwhile; name another folder."
+            ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

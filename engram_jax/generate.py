@@ -8,20 +8,19 @@ batch.
 
 import json
 import os
-import signal
 import sys
 import tempfile
 
+from engram_jax.beginning import begin
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
+    begin()
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Annotated
-
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/xla")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+from typing import Annotated, BinaryIO
 
 import tyro
 
@@ -35,6 +34,8 @@ from engram_jax.files import expand_home, has_name_twice, parse_json
 from engram_jax.memory.store import Placement
 from engram_jax.placement import open_stores
 from engram_jax.run import Run
+
+MOST_BYTES = 1 << 28  # of all prompts
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _given_prompts(options: GenerateOptions) -> list[str] | None:
             raise InputError(f"{name} is closed; give a prompt.")
         if sys.stdin.isatty():
             return None
-        prompts = [line for _, line in _read_lines(name, sys.stdin.buffer.read())]
+        prompts = [line for _, line in _read_lines(name, sys.stdin.buffer)]
     elif options.prompts:
         raise InputError("Give prompts or --prompts-file, not both.")
     else:
@@ -157,10 +158,11 @@ def _given_prompts(options: GenerateOptions) -> list[str] | None:
 
 def _read_prompts(path: Path) -> Iterator[str]:
     try:
-        content = expand_home(path).read_bytes()
+        with expand_home(path).open("rb") as file:
+            lines = _read_lines(f"--prompts-file {path}", file)
     except OSError as error:
         raise InputError(f"Cannot read --prompts-file {path}: {error.strerror}.") from error
-    for number, line in _read_lines(f"--prompts-file {path}", content):
+    for number, line in lines:
         try:
             prompt = parse_json(line)["prompt"]
         except (ValueError, KeyError, TypeError):
@@ -172,11 +174,16 @@ def _read_prompts(path: Path) -> Iterator[str]:
         yield prompt
 
 
-def _read_lines(name: str, content: bytes) -> list[tuple[int, str]]:
+def _read_lines(name: str, file: BinaryIO | BufferedIOBase) -> list[tuple[int, str]]:
     """The lines that are not blank, with their numbers from 1.
 
     (`str.splitlines` would also split at characters that a text may have, such as U+2028.)
     """
+    content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:  # or it never ends
+        raise InputError(
+            f"{name} has more than {MOST_BYTES >> 20} MiB; give fewer prompts at a time."
+        )
     try:
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

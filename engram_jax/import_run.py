@@ -4,10 +4,10 @@ The run can be evaluated, continued as text, and exported again; another run can
 weights (`train.py --start-from RUN`).
 """
 
-import signal
+from engram_jax.beginning import begin
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
+    begin(caches=False)
 
 from collections.abc import Sequence
 from dataclasses import dataclass

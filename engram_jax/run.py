@@ -5,6 +5,7 @@ A run folder contains `config.json`, the tokenizer, `hash.json` (if the model ha
 event files, `checkpoints/`, and the results of evaluation.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -410,7 +411,7 @@ class Run:
     def save(self, state: TrainState, stores: Stores | None = None, *, wait: bool = True) -> Path:
         """Saves the state as a checkpoint of its step, with what is needed to read it.
 
-        The run folder may have been moved since: nothing is read from it.
+        If the run folder was moved or removed since, it says so: nothing is read from it.
 
         Args:
             state: the state.
@@ -424,6 +425,12 @@ class Run:
                 self.program.ngram_hash.save(folder / "hash.json")
             store_tokenizer(folder, self.tokenizer)
 
+        if is_leader() and not (self.folder / "config.json").exists():
+            print(
+                f"{self.folder} was moved or removed, so this checkpoint begins a new folder "
+                "there. It holds all that is needed to read it.",
+                file=sys.stderr,
+            )
         return self.checkpoints.save(
             int(state.step),
             replace(state, tables={}) if stores else state,

@@ -13,11 +13,12 @@ corpus: vital_en 3.960, austen 4.193, factbook 3.790, web_bible 3.901, wordnet 3
 
 import io
 import re
-import signal
 import sys
 
+from engram_jax.beginning import begin
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C gives no traceback
+    begin(caches=False)
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,10 +1,12 @@
 """The command line: named configs, flags, and what a typo gets."""
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,14 +117,51 @@ def test_help_in_a_terminal_without_columns_is_not_endless(
     assert columns == [40]
 
 
-@pytest.mark.parametrize(
-    "module", ["accounting", "ahead_of_time", "export", "import_run", "tokenizer_training"]
-)
-def test_an_interrupt_during_the_imports_ends_without_a_traceback(module: str) -> None:
-    """What stands before the imports handles it, and no import may do so."""
-    path = ROOT / "engram_jax" / f"{module}.py"
-    before = re.split(r"^from engram_jax", path.read_text(), flags=re.MULTILINE)[0]
-    assert "signal.signal(signal.SIGINT, signal.SIG_DFL)" in before
+PROGRAMS = [
+    *("train.py", "eval.py"),
+    *(
+        f"engram_jax/{name}.py"
+        for name in ("accounting", "ahead_of_time", "export", "generate", "import_run")
+    ),
+    "engram_jax/tokenizer_training.py",
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_begin_before_they_import_anything_slow(program: str) -> None:
+    """So that Ctrl-C during the imports gives no traceback."""
+    before, call, _ = (ROOT / program).read_text().partition("begin(")
+    assert call
+    modules = set()
+    for line in ast.parse(before.removesuffix('if __name__ == "__main__":\n    ')).body:
+        if isinstance(line, ast.Import):
+            modules |= {alias.name for alias in line.names}
+        elif isinstance(line, ast.ImportFrom):
+            modules.add(line.module)
+    assert modules <= {*sys.stdlib_module_names, "engram_jax.beginning"}
+
+
+def test_a_setting_that_jax_refuses_is_one_sentence() -> None:
+    environment = os.environ | {"JAX_ENABLE_X64": "many"}
+    command = [sys.executable, "-m", "engram_jax.generate", "run"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith("error: JAX cannot be imported (invalid truth value 'many'")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_an_interrupt_that_python_ignores_comes_again() -> None:
+    """As in JAX's callback of the garbage collector, and in destructors."""
+
+    class Interrupted:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    report = sys.unraisablehook
+    with pytest.raises(SystemExit) as ended, one_sentence():
+        Interrupted()  # freed at once
+        time.sleep(60)
+    assert ended.value.code == 130 and sys.unraisablehook is report
 
 
 def test_sentence_and_status_of_bad_input(capfd: pytest.CaptureFixture[str]) -> None:

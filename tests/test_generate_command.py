@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engram_jax import generate
 from engram_jax.decoding import batches
 from engram_jax.decoding.text import Continuation, GrowingText
 from engram_jax.errors import InputError
@@ -168,6 +169,12 @@ def test_bad_files_are_refused(folder: str, tmp_path, content: bytes, named: str
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"--prompts-file.*{named}|{named}.*--prompts-file"):
         main([folder, "--prompts-file", str(path)])
+
+
+def test_a_file_that_never_ends_is_refused(folder: str, monkeypatch) -> None:
+    monkeypatch.setattr(generate, "MOST_BYTES", 1 << 20)
+    with pytest.raises(InputError, match="--prompts-file /dev/zero has more than 1 MiB"):
+        main([folder, "--prompts-file", "/dev/zero"])
 
 
 def test_a_run_without_memory_or_checkpoint(untrained, tmp_path) -> None:

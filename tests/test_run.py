@@ -451,11 +451,12 @@ def test_a_run_is_read_and_resumed_without_the_files_it_was_made_from(
 
 
 def test_a_run_whose_folder_was_moved_saves_a_checkpoint_that_can_be_read(
-    saved: Run, tmp_path: Path
+    saved: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = saved.restore()
     saved.folder.rename(tmp_path / "moved")
     path = saved.save(state)
+    assert f"{saved.folder} was moved or removed" in capsys.readouterr().err
     for name in ("config.json", "hash.json", "tokenizer.model"):
         assert (path / name).read_bytes() == (tmp_path / "moved" / name).read_bytes()
     assert_identical(saved.restore(), state)

@@ -13,6 +13,7 @@ from tiny_runs import assert_identical, make_run, plain_pass, scale_rows, tiny_c
 
 from engram_jax import export, import_run
 from engram_jax.errors import InputError
+from engram_jax.files import atomic_folder
 from engram_jax.formats import safetensors
 from engram_jax.formats.export import export_run, open_table
 from engram_jax.formats.export import import_run as import_export
@@ -200,3 +201,15 @@ def test_a_damaged_export_is_one_sentence(run: Run, tmp_path: Path) -> None:
     os.truncate(path, len(original) - 1)
     with pytest.raises(InputError, match="not a valid safetensors file"):
         import_export(folder, tmp_path / "run")
+
+
+def test_a_folder_that_another_program_fills_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    with (
+        pytest.raises(InputError, match=r"Another program has written to .*export meanwhile"),
+        atomic_folder(folder) as partial,
+    ):
+        (partial / "ours").touch()
+        folder.mkdir()
+        (folder / "theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["export", "theirs"]
