@@ -1,9 +1,9 @@
 """Packing of very many documents, compared with arrays that hold numbers of each document.
 
-    python -m benchmarks.data_at_size [--documents 100_000_000] [--plain False]
+    python -m benchmarks.data_at_size [--documents 100000000] [--no-plain]
 
 The corpus has random lengths and no text: its file of ids is sparse. The plain version packs the
-same rows with the order of an epoch by `argsort`, and start, length and end of every document in
+same rows with arrays of the order of an epoch, and of start, length and end of every document in
 the order, in int64. Each version runs in its own process, on one core; a data worker needs the same
 memory. Seconds are those of the CPU, so other programs may run. Bytes are those of NumPy's arrays.
 Files that are mapped are not counted, because all processes of a machine share them. The two
@@ -25,8 +25,8 @@ from typing import NamedTuple
 import numpy as np
 
 from engram_jax.command_line import run_function
-from engram_jax.data.corpus import Corpus, CorpusView, Manifest, column_checksum
-from engram_jax.data.packing import Batch, PackedRows
+from engram_jax.data.corpus import Corpus, Manifest, column_checksum
+from engram_jax.data.packing import Batch, PackedRows, Shuffle
 from engram_jax.data.token_cache import FORMAT
 
 ROWS, LENGTH = 8, 4096
@@ -84,35 +84,17 @@ class PlainStream(NamedTuple):
 class PlainRows(PackedRows):
     """The same rows, with arrays of all documents."""
 
-    def __init__(self, documents: CorpusView, sequence_length: int, seed: int) -> None:
-        """Pack `documents`."""
-        super().__init__(documents, sequence_length, seed)
-        numbers = documents.indices.astype(np.int64)
-        self._starts = documents.corpus.offsets[numbers]
-        self._lengths = documents.corpus.offsets[numbers + 1] - self._starts
-
     def _stream(self, epoch: int) -> PlainStream:  # type: ignore[override]
         if epoch not in self._epochs:
-            order = np.argsort(_splitmix64(len(self.documents), self.seed, self.source, epoch))
-            starts, lengths = self._starts[order], self._lengths[order]
-            stream = PlainStream(self.documents.corpus.ids, starts, np.cumsum(lengths), lengths)
+            corpus = self.documents.corpus
+            count = corpus.manifest.documents
+            order = Shuffle(count, self.seed, self.source, epoch)(np.arange(count))
+            order = order[self.documents.contains(order)]
+            starts = corpus.offsets[order]
+            lengths = corpus.offsets[order + 1] - starts
+            stream = PlainStream(corpus.ids, starts, np.cumsum(lengths), lengths)
             self._epochs = {epoch: stream}  # type: ignore[dict-item]
         return self._epochs[epoch]  # type: ignore[return-value]
-
-
-def _splitmix64(count: int, *key: int) -> np.ndarray:
-    """The outputs by which an epoch is ordered."""
-
-    def mix(values: np.ndarray) -> np.ndarray:
-        values = values + np.uint64(0x9E3779B97F4A7C15)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
-
-    state = np.zeros(1, np.uint64)
-    for part in key:
-        state = mix(state ^ np.uint64(part))
-    return mix(state + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def write_corpus(folder: Path, documents: int) -> None:

@@ -184,11 +184,12 @@ def _as_flag(name: str, value: Any) -> str:
 
 
 def check_texts(texts: dict[str, Any], folder: Path) -> None:
-    """Checks that tokenizer and corpora have the fingerprints that a resumed run started with."""
+    """Checks that a resumed run reads the same tokens in the same order as when it started."""
     path = folder / "texts.json"
     try:
         begun = parse_json(read_regular(path))
         tokenizer, theirs = begun["tokenizer"], dict(begun["corpora"])
+        order = begun.get("order", 1)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{path}, the fingerprints of the texts, is missing or damaged ({error}); restore it, "
@@ -205,6 +206,11 @@ def check_texts(texts: dict[str, Any], folder: Path) -> None:
         raise InputError(
             f"The text of {', '.join(changed)} is not what {folder} was begun with; restore it, or "
             "choose another --run folder to start again."
+        )
+    if order != texts["order"]:
+        raise InputError(
+            f"{folder} was begun by a version that reads texts in another order; choose another "
+            f"--run folder (to start with its weights, add --start-from {folder})."
         )
 
 

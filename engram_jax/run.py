@@ -19,6 +19,7 @@ from engram_jax.checkpoint import Checkpoints
 from engram_jax.config import Config, load_config, save_config
 from engram_jax.costs.memory import check_memory
 from engram_jax.data.corpus import Corpus
+from engram_jax.data.packing import ORDER
 from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
 from engram_jax.data.sources import resolve_source, source_names
 from engram_jax.data.token_cache import build_corpus
@@ -184,9 +185,9 @@ class Run:
         return run
 
     def _texts(self) -> dict[str, Any]:
-        """Fingerprints of the tokenizer and of the tokenized corpora."""
+        """Fingerprints of the tokenizer and of the tokenized corpora, and the order of reading."""
         corpora = {corpus.name: corpus.folder.name for corpus in self.corpora()}
-        return {"tokenizer": self.tokenizer.fingerprint, "corpora": corpora}
+        return {"tokenizer": self.tokenizer.fingerprint, "corpora": corpora, "order": ORDER}
 
     @classmethod
     def open(

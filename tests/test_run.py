@@ -258,6 +258,16 @@ def test_a_file_of_a_run_that_is_a_folder_is_one_sentence(
         Run.start(config, tmp_path / "run")
 
 
+def test_a_run_of_another_order_of_texts_is_not_resumed(config: Config, tmp_path: Path) -> None:
+    Run.start(config, tmp_path / "run")
+    path = tmp_path / "run" / "texts.json"
+    begun = json.loads(path.read_text())
+    del begun["order"]  # as of the first versions
+    path.write_text(json.dumps(begun))
+    with pytest.raises(InputError, match=r"reads texts in another order; .* --start-from"):
+        Run.start(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize("content", ["null", "{}", "[]", '{"tokenizer": 1, "corpora": 2}'])
 def test_fingerprints_of_texts_of_another_form_are_one_sentence(
     config: Config, tmp_path: Path, content: str

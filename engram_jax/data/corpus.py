@@ -165,19 +165,16 @@ class Corpus:
     @cached_property
     def train(self) -> "CorpusView":
         """The documents to train on."""
-        return CorpusView(self, "train", self._select(held_out=False))
+        return CorpusView(self, "train")
 
     @cached_property
     def held_out(self) -> "CorpusView":
         """The documents that are never used for training."""
-        return CorpusView(self, "held_out", self._select(held_out=True))
+        return CorpusView(self, "held_out")
 
-    def _select(self, *, held_out: bool) -> Integer[np.ndarray, "chosen"]:
-        """Numbers of the documents on one side."""
-        count, share = len(self.hashes), self._held_out_share
-        sides = ((b.start, is_held_out(self.hashes[b], share)) for b in blocks(count))
-        chosen = [begin + np.flatnonzero(side == held_out) for begin, side in sides]
-        return np.concatenate(chosen, dtype=number_type(count), casting="unsafe")
+    def held_out_among(self, numbers: Integer[np.ndarray, "n"] | slice) -> Bool[np.ndarray, "n"]:
+        """Which of these documents are held out."""
+        return is_held_out(self.hashes[numbers], self._held_out_share)
 
 
 def is_held_out(
@@ -189,24 +186,17 @@ def is_held_out(
 
 
 class CorpusView:
-    """A subset of a corpus's documents, in the same order.
+    """The documents of one side of a corpus, in the same order or in that of their hashes.
 
     Attributes:
         corpus: the corpus.
-        indices: numbers of the documents in the corpus.
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        side: Literal["train", "held_out"],
-        indices: Integer[np.ndarray, "documents"],
-        *,
-        is_by_hash: bool = False,
+        self, corpus: Corpus, side: Literal["train", "held_out"], *, is_by_hash: bool = False
     ) -> None:
-        """View the documents `indices` of `corpus.train` or `corpus.held_out`."""
+        """View the documents of `corpus.train` or `corpus.held_out`."""
         self.corpus = corpus
-        self.indices = indices
         self._side = side
         self._is_by_hash = is_by_hash
 
@@ -216,7 +206,7 @@ class CorpusView:
 
     def __len__(self) -> int:
         """Return the number of documents."""
-        return len(self.indices)
+        return self._sizes[0]
 
     def __repr__(self) -> str:
         """Show the corpus, the side and the size."""
@@ -232,19 +222,42 @@ class CorpusView:
         """Bytes of each document's text in UTF-8."""
         return self.corpus.byte_lengths[self.indices]
 
-    @cached_property
+    @property
     def token_count(self) -> int:
         """Total number of tokens."""
-        lengths = (self.corpus.lengths_of(self.indices[b]) for b in blocks(len(self)))
-        return sum(int(of_block.sum()) for of_block in lengths)
+        return self._sizes[1]
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int]:
+        """Number of documents, and of tokens; without arrays of all documents."""
+        documents = tokens = 0
+        for block in blocks(self.corpus.manifest.documents):
+            begins = self.corpus.offsets[block.start : block.stop + 1]
+            chosen = self.contains(block)
+            documents += int(chosen.sum())
+            tokens += int(np.diff(begins)[chosen].sum())
+        return documents, tokens
+
+    @cached_property
+    def indices(self) -> Integer[np.ndarray, "documents"]:
+        """Numbers of the documents in the corpus."""
+        count = self.corpus.manifest.documents
+        chosen = [b.start + np.flatnonzero(self.contains(b)) for b in blocks(count)]
+        indices = np.concatenate(chosen, dtype=number_type(count), casting="unsafe")
+        if self._is_by_hash:
+            indices = indices[np.argsort(self.corpus.hashes[indices], kind="stable")]
+        return indices
+
+    def contains(self, numbers: Integer[np.ndarray, "n"] | slice) -> Bool[np.ndarray, "n"]:
+        """Which of the corpus's documents with these numbers are here."""
+        return self.corpus.held_out_among(numbers) == (self._side == "held_out")
 
     def by_hash(self) -> "CorpusView":
         """Return the same documents in the order of their texts' hashes.
 
         The first ones are a random sample, which depends only on the texts.
         """
-        order = np.argsort(self.corpus.hashes[self.indices], kind="stable")
-        return CorpusView(self.corpus, self._side, self.indices[order], is_by_hash=True)
+        return CorpusView(self.corpus, self._side, is_by_hash=True)
 
     def tokens(self, document: int | np.integer) -> Int32[np.ndarray, "length"]:
         """Return the token ids of one document, bos and eos included."""

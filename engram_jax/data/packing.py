@@ -10,9 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt64
 
-from engram_jax.data.corpus import Corpus, CorpusView, blocks, number_type
+from engram_jax.data.corpus import CorpusView, blocks
 from engram_jax.errors import InputError
 from engram_jax.memory.plan import BufferPlan, SlotPlan
+
+ORDER = 2  # version of the order of an epoch's documents
+
+type Order = Callable[[Int64[np.ndarray, "n"]], Integer[np.ndarray, "n"]]
 
 
 class Batch(NamedTuple):
@@ -130,10 +134,10 @@ class PackedRows:
     def _stream(self, epoch: int) -> "_Stream":
         stream = self._epochs.get(epoch)  # read once, because several threads may be here
         if stream is None:
-            numbers = shuffled(len(self.documents), self.seed, self.source, epoch)
-            for block in blocks(len(numbers)):  # in place, because a second array may be large
-                numbers[block] = self.documents.indices[numbers[block]]
-            stream = _Stream(self.documents.corpus, numbers)
+            # All documents of the corpus, of which the held-out ones have no tokens here.
+            count = self.documents.corpus.manifest.documents
+            order = Shuffle(count, self.seed, self.source, epoch)
+            stream = _Stream(self.documents, count, order)
             # A batch can contain rows of two epochs. Older epochs are not needed again.
             self._epochs = dict([*self._epochs.items(), (epoch, stream)][-2:])
         return stream
@@ -170,7 +174,7 @@ def pack_held_out(documents: CorpusView, sequence_length: int, batch_size: int) 
         )
     if sequence_length < 1 or batch_size < 1:
         raise InputError("sequence_length and batch_size must be at least 1.")
-    stream = _Stream(corpus, documents.indices)
+    stream = _Stream(documents, len(documents), documents.indices.__getitem__)
     row_count = -(-(documents.token_count - 1) // sequence_length)
     return (
         stream.cut(first + np.arange(batch_size), sequence_length)
@@ -186,17 +190,26 @@ class _Stream:
     """Documents one after another.
 
     Args:
-        corpus: their corpus.
-        numbers: their numbers in the corpus, in the order of the stream.
+        view: the documents.
+        count: number of places in the stream.
+        order: the number in the corpus of the document at every place. Those that are not in the
+            view have no tokens.
     """
 
-    def __init__(self, corpus: Corpus, numbers: Integer[np.ndarray, "documents"]) -> None:
-        self._corpus, self._numbers = corpus, numbers
+    def __init__(self, view: CorpusView, count: int, order: Order) -> None:
+        self._view, self._corpus, self._count, self._order = view, view.corpus, count, order
         sums = [np.zeros(1, np.int64)]
-        for block in blocks(len(numbers)):
-            lengths = corpus.lengths_of(numbers[block])
+        for block in blocks(count):
+            _, lengths = self._documents(np.arange(block.start, block.stop))
             sums.append(np.add.reduceat(lengths, np.arange(0, len(lengths), _GROUP)))
         self._marks = np.cumsum(np.concatenate(sums))  # tokens before each group, and of all
+
+    def _documents(
+        self, places: Int64[np.ndarray, "n"]
+    ) -> tuple[Integer[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
+        """Numbers in the corpus, and tokens, of the documents at some places."""
+        numbers = self._order(places)
+        return numbers, np.where(self._view.contains(numbers), self._corpus.lengths_of(numbers), 0)
 
     def cut(self, rows: Int64[np.ndarray, "B"], sequence_length: int) -> Batch:
         """Return rows of the stream, with padding after its end.
@@ -207,15 +220,14 @@ class _Stream:
         first = rows[:, None] * sequence_length
         places = first + np.arange(sequence_length + 1)
         inside = places < self._marks[-1]
-        near, ends = self._near(places)
-        numbers = self._numbers[near]
-        begins = ends - corpus.lengths_of(numbers)
+        near, numbers, begins, ends = self._near(places)
         documents = np.where(inside, np.searchsorted(ends, places, side="right"), 0)
         sources = (corpus.offsets[numbers] - begins)[documents] + places
         tokens = np.where(inside, corpus.ids[np.where(inside, sources, 0)], corpus.manifest.pad_id)
         tokens = tokens.astype(np.int32)
         same = (documents[:, 1:] == documents[:, :-1]) & inside[:, 1:]
-        segments = np.where(inside, documents - documents[:, :1] + 1, 0)
+        ranks = np.cumsum(ends > begins)[documents]
+        segments = np.where(inside, ranks - ranks[:, :1] + 1, 0)
         positions = np.where(inside, places - np.maximum(begins[documents], first), 0)
         return Batch(
             tokens=tokens[:, :-1],
@@ -228,63 +240,69 @@ class _Stream:
 
     def _near(
         self, places: Int64[np.ndarray, "B T_and_one"]
-    ) -> tuple[Int64[np.ndarray, "near"], Int64[np.ndarray, "near"]]:
-        """Numbers in the stream, and ends, of the documents in the groups of these places."""
+    ) -> tuple[Integer[np.ndarray, "near"], ...]:
+        """The documents in the groups of these places.
+
+        Returns:
+            Their numbers in the stream and in the corpus, and where they begin and end.
+        """
         spans = np.searchsorted(self._marks, places[:, [0, -1]], side="right") - 1
         spans = np.minimum(spans, len(self._marks) - 2)
         groups = np.unique(np.concatenate([np.arange(low, high + 1) for low, high in spans]))
         near = (groups[:, None] * _GROUP + np.arange(_GROUP)).ravel()
-        near = near[near < len(self._numbers)]
-        lengths = self._corpus.lengths_of(self._numbers[near])
+        near = near[near < self._count]
+        numbers, lengths = self._documents(near)
         sums = np.cumsum(lengths)
         skipped = self._marks[groups] - (sums - lengths)[::_GROUP]
-        return near, sums + np.repeat(skipped, _GROUP)[: len(near)]
+        ends = sums + np.repeat(skipped, _GROUP)[: len(near)]
+        return near, numbers, ends - lengths, ends
 
 
-def shuffled(count: int, *key: int) -> Integer[np.ndarray, "count"]:
-    """Return a permutation of range(count) that depends only on the arguments.
+class Shuffle:
+    """A random order of `count` items, which depends only on the arguments.
 
-    Items are sorted by their output of SplitMix64 (Steele, Lea and Flood 2014). Unlike the shuffle
-    of a NumPy generator, this cannot change between NumPy releases. SplitMix64 is a bijection, so
-    the outputs are sorted alone, in place, and the items are computed from them.
+    The item of every place is computed from the place alone, so that an order of very many
+    documents takes no memory. It is a bijection of the numbers of b bits: in every round an odd
+    factor, a sum and a shift, as in SplitMix64. A number beyond the items is mapped again, until it
+    is one of them (cycle walking). Unlike the shuffle of a NumPy generator, this cannot change
+    between NumPy releases.
+
+    Args:
+        count: number of items.
+        key: integers, such as a seed and an epoch.
     """
-    state = np.zeros(1, np.uint64)
-    for part in key:
-        state = _mix(state ^ np.uint64(part % 2**64))
-    outputs = np.empty(count, np.uint64)
-    for block in blocks(count):
-        items = np.arange(block.start, block.stop, dtype=np.uint64)
-        outputs[block] = _mix(state + items * _GOLDEN)
-    outputs.sort()
-    order = np.empty(count, number_type(count))
-    for block in blocks(count):
-        order[block] = (_unmix(outputs[block]) - state) * _inverse(_GOLDEN)
-    return order
+
+    def __init__(self, count: int, *key: int) -> None:
+        bits = max((count - 1).bit_length(), _LEAST_BITS)
+        self._count, self._mask = np.uint64(count), np.uint64((1 << bits) - 1)
+        self._shift = np.uint64((bits + 1) // 2)
+        state = np.zeros(1, np.uint64)
+        for part in key:
+            state = _mix(state ^ np.uint64(part % 2**64))
+        drawn = _mix(state + np.arange(2 * _ROUNDS, dtype=np.uint64) * _GOLDEN)
+        self._factors, self._terms = drawn[:_ROUNDS] | np.uint64(1), drawn[_ROUNDS:]
+
+    def __call__(self, places: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+        """Returns the items at these places."""
+        items = self._map(places.astype(np.uint64))
+        while len(beyond := np.flatnonzero(items >= self._count)):
+            items[beyond] = self._map(items[beyond])
+        return items.astype(np.int64)
+
+    def _map(self, numbers: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
+        for factor, term in zip(self._factors, self._terms, strict=True):
+            numbers = (numbers * factor + term) & self._mask
+            numbers ^= numbers >> self._shift
+        return numbers
 
 
+_ROUNDS, _LEAST_BITS = 6, 6  # with fewer, orders of a hundred items are less than random
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
-def _mix(values: UInt64[np.ndarray, "count"]) -> UInt64[np.ndarray, "count"]:
+def _mix(values: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
+    """An output of SplitMix64 (Steele, Lea and Flood 2014)."""
     values = values + _GOLDEN
-    values = (values ^ (values >> np.uint64(30))) * _FACTORS[0]
-    values = (values ^ (values >> np.uint64(27))) * _FACTORS[1]
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-def _unmix(values: UInt64[np.ndarray, "count"]) -> UInt64[np.ndarray, "count"]:
-    """The inverse of `_mix`."""
-    values = _unshift(values, 31) * _inverse(_FACTORS[1])
-    values = _unshift(values, 27) * _inverse(_FACTORS[0])
-    return _unshift(values, 30) - _GOLDEN
-
-
-def _unshift(values: UInt64[np.ndarray, "count"], bits: int) -> UInt64[np.ndarray, "count"]:
-    """The inverse of `values ^ (values >> bits)`, for 22 bits or more."""
-    return values ^ (values >> np.uint64(bits)) ^ (values >> np.uint64(2 * bits))
-
-
-def _inverse(factor: np.uint64) -> np.uint64:
-    """What multiplies with an odd factor to 1, modulo 2⁶⁴."""
-    return np.uint64(pow(int(factor), -1, 2**64))

@@ -1,3 +1,4 @@
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -6,7 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_corpora import ByteTokenizer, random_texts
 
-from engram_jax.data.packing import PackedRows, pack_held_out, shuffled
+from benchmarks.data_at_size import write_corpus
+from engram_jax.data.corpus import Corpus
+from engram_jax.data.packing import PackedRows, Shuffle, pack_held_out
 from engram_jax.errors import InputError
 
 TEXTS = random_texts(40, 30)
@@ -29,13 +32,38 @@ def splitmix64(state):
     return state ^ (state >> 31)
 
 
-@given(count=st.integers(0, 50), key=st.tuples(st.integers(0, 2**70), st.integers(0, 9)))
-def test_the_shuffle_is_splitmix64_in_plain_integers(count, key):
+def shuffled(count, *key):
+    return Shuffle(count, *key)(np.arange(count)).tolist()
+
+
+@given(count=st.integers(1, 300), key=st.tuples(st.integers(0, 2**70), st.integers(0, 9)))
+def test_the_shuffle_in_plain_integers(count, key):
     state = 0
     for part in key:
         state = splitmix64(state ^ part % 2**64)
-    numbers = [splitmix64((state + i * 0x9E3779B97F4A7C15) % 2**64) for i in range(count)]
-    assert shuffled(count, *key).tolist() == sorted(range(count), key=numbers.__getitem__)
+    drawn = [splitmix64((state + i * 0x9E3779B97F4A7C15) % 2**64) for i in range(12)]
+    bits = max(6, (count - 1).bit_length())
+
+    def map_once(number):
+        for factor, term in zip(drawn[:6], drawn[6:], strict=True):
+            number = (number * (factor | 1) + term) % 2**bits
+            number ^= number >> (bits + 1) // 2
+        return number
+
+    expected = []
+    for number in range(count):
+        number = map_once(number)
+        while number >= count:
+            number = map_once(number)
+        expected.append(number)
+    assert shuffled(count, *key) == expected and sorted(expected) == list(range(count))
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 10**5, 2**16 + 1])
+def test_every_item_has_one_place(count):
+    assert np.array_equal(np.sort(shuffled(count, 7)), np.arange(count))
+    places = np.array([count - 1, 0], np.uint32)
+    assert Shuffle(count, 7)(places).tolist() == [shuffled(count, 7)[place] for place in places]
 
 
 def test_splitmix64_is_the_published_one():
@@ -46,10 +74,13 @@ def test_splitmix64_is_the_published_one():
 
 
 def test_documents_land_anywhere_in_an_epoch():
-    ranks = np.array([np.argsort(shuffled(20, 0, epoch)) for epoch in range(2000)])
-    counts = np.stack([np.bincount(of_one, minlength=20) for of_one in ranks.T])
+    orders = np.array([shuffled(20, 0, epoch) for epoch in range(2000)])
+    counts = np.stack([np.bincount(of_one, minlength=20) for of_one in orders.T])
     # 100 expected in each of the 400 cells, with a standard deviation of 9.7.
     assert abs(counts - 100).max() < 50
+    following = np.zeros((20, 20))
+    np.add.at(following, (orders[:, :-1], orders[:, 1:]), 1)
+    assert abs(following[~np.eye(20, dtype=bool)] - 100).max() < 50  # likewise
 
 
 @reuse_fixture
@@ -57,11 +88,13 @@ def test_documents_land_anywhere_in_an_epoch():
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     sequence_length=st.integers(1, 30),
     epoch=st.integers(0, 3),
+    held_out=st.sampled_from([0.0, 0.5]),
 )
-def test_rows_are_those_of_a_naive_packer(corpus_of, lengths, sequence_length, epoch):
+def test_rows_are_those_of_a_naive_packer(corpus_of, lengths, sequence_length, epoch, held_out):
     texts = [chr(ord("a") + i) * length for i, length in enumerate(lengths)]
-    corpus = corpus_of(texts)
-    if corpus.manifest.tokens < sequence_length + 1:
+    corpus = corpus_of(texts, held_out=held_out)
+    trained = corpus.train.indices.tolist()
+    if corpus.train.token_count < sequence_length + 1:
         with pytest.raises(InputError, match="too few for one row"):
             PackedRows(corpus.train, sequence_length, 0)
         return
@@ -70,7 +103,9 @@ def test_rows_are_those_of_a_naive_packer(corpus_of, lengths, sequence_length, e
 
     stream = []  # (document, token)
     for document in shuffled(len(texts), 0, 0, epoch):
-        stream += [(document, token) for token in corpus.train.tokens(document)]
+        if document in trained:
+            tokens = corpus.train.tokens(trained.index(document))
+            stream += [(document, token) for token in tokens]
     expected_rows = (len(stream) - 1) // sequence_length
     assert rows.rows_per_epoch == expected_rows
     for number in range(expected_rows):
@@ -103,14 +138,14 @@ def test_an_epoch_holds_every_token_once_but_the_tail(corpus_of):
 
 
 def test_rows_are_those_of_earlier_versions(corpus_of):
-    """Runs are paired by the order of documents, and resume in it."""
+    """Runs are paired by the order of documents, and resume in it; see `packing.ORDER`."""
     texts = [chr(ord("a") + i % 26) * (1 + i * 7919 % 50) for i in range(1000)]
     corpus = corpus_of(texts, held_out=0.1)
     rows = PackedRows(corpus.train, 64, seed=3, source=1)
     of_two_epochs = rows.rows(rows.rows_per_epoch + np.arange(-100, 100))
     assert [zlib.crc32(field.tobytes()) for field in of_two_epochs[:5]] == [
-        *(2696665163, 2516243395, 2124103870),
-        *(1366645246, 3527019994),
+        *(1884436884, 3296229018, 1712679123),
+        *(2943036488, 1946954670),
     ]
     held_out = list(pack_held_out(corpus.held_out, 16, 32))
     fields = [np.concatenate([batch[index] for batch in held_out]) for index in range(6)]
@@ -128,6 +163,18 @@ def test_rows_may_be_asked_for_in_any_order(corpus_of):
     order = np.random.default_rng(0).permutation(count)
     for field, again in zip(whole[:5], PackedRows(corpus.train, 8, 0).rows(order)[:5], strict=True):
         assert np.array_equal(field[order], again)
+
+
+def test_an_epoch_takes_no_memory_for_its_documents(tmp_path):
+    """Of each group of 64 documents, only a sum of tokens: 8 bytes."""
+    count = 200_000
+    write_corpus(tmp_path, count)
+    tracemalloc.start()
+    rows = PackedRows(Corpus(tmp_path, 0.01).train, 64, seed=0)
+    rows.rows(np.array([0, rows.rows_per_epoch]))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 2 * (count / 64 * 8) + 100_000  # two epochs
 
 
 def test_seed_and_source_change_the_order(corpus_of):
