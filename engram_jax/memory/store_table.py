@@ -135,10 +135,10 @@ def open_table(store: RowStore, mesh: jax.sharding.Mesh) -> StoreTable:
     if platform_of(mesh) == "cpu" and aligned:
         slots, rows = (jax.device_put(array, replicated, may_alias=True) for array in arrays)
         return InPlaceTable(slots, rows, store.table)
-    size = len(mesh.local_devices) * (store.slots.nbytes + store.bytes)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if platform_of(mesh) == "tpu" and not store.in_file and size <= free:
-        return pin_table(store, replicated)
+    if platform_of(mesh) == "tpu" and not store.in_file:
+        size = len(mesh.local_devices) * (store.slots.nbytes + store.bytes)
+        if size <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            return pin_table(store, replicated)
     return CallbackTable(store)
 
 
