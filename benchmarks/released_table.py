@@ -14,14 +14,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.formats import deepseek
-from engram_jax.formats.start_memory import read_records
+from engram_jax.formats.start_memory import MappedStart
 from engram_jax.hashing import ROW_MULTIPLE
 from engram_jax.memory.layout import RecordLayout
 from engram_jax.memory.places import stored_places
@@ -80,9 +79,8 @@ def main() -> None:
 
         start = StartTable(name, table.fingerprint)
         store = RowStore(TABLE, 0, TABLE.rows)
-        store.begin_with(
-            replace(TABLE, start=start), partial(read_records, TABLE, ROWS, table, folder)
-        )
+        begun = replace(TABLE, start=start)
+        store.set_initial(begun, MappedStart(begun, ROWS, table, folder))
         places = stored_places(rows.astype(np.int32), TABLE.rows)
         records = np.empty((READ, TABLE.layout.words), np.uint32)
         for _ in range(ROUNDS):

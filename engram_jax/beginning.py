@@ -20,5 +20,11 @@ def begin(*, caches: bool = True) -> None:
     try:
         import jax  # noqa: F401
     except (ValueError, TypeError) as error:
-        print(f"error: JAX cannot be imported ({error}); correct that setting.", file=sys.stderr)
+        settings = " ".join(name for name in sorted(os.environ) if name.startswith("JAX_"))
+        if not settings:
+            raise
+        print(
+            f"error: JAX cannot be imported ({error}); correct what is set for it: {settings}.",
+            file=sys.stderr,
+        )
         sys.exit(2)

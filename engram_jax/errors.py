@@ -87,12 +87,12 @@ def one_sentence() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     if sys.stderr is sys.__stderr__:
         sys.stderr = UnbreakableErrors(sys.stderr)
-    report, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
         _check_limits()
         with suppress(PermissionError):
             os.getcwd()  # if the folder is gone, it is said now, and not at the end of a run
-        yield
+        with _interrupts_again():
+            yield
     except InputError as error:
         problem = str(error)
     except KeyboardInterrupt:
@@ -126,21 +126,32 @@ def one_sentence() -> Iterator[None]:
             raise
     else:
         return
-    finally:
-        sys.unraisablehook = report
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
 
 
-def _interrupt_again(ignored: Any) -> None:
-    """Reports an exception that Python ignores. Ctrl-C is sent again, a little later.
+@contextmanager
+def _interrupts_again() -> Iterator[None]:
+    """Ctrl-C comes again, a little later, if Python ignores it.
 
-    JAX frees memory in a callback of the garbage collector, which can raise nothing.
+    It does so in destructors and callbacks, as in JAX's callback of the garbage collector.
     """
-    if issubclass(ignored.exc_type, KeyboardInterrupt):
-        Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
-    else:
-        sys.__unraisablehook__(ignored)
+    report, pending = sys.unraisablehook, []
+
+    def send_again(ignored: Any) -> None:
+        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+            report(ignored)
+            return
+        pending.append(Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)))
+        pending[-1].start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
+        for timer in pending:
+            timer.join()
 
 
 def _check_limits() -> None:

@@ -35,7 +35,7 @@ from engram_jax.memory.store import Placement
 from engram_jax.placement import open_stores
 from engram_jax.run import Run
 
-MOST_BYTES = 1 << 28  # of all prompts
+MOST_BYTES = 1 << 28  # of the standard input, or of a file of prompts
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class GenerateOptions:
     Attributes:
         run: the run folder that train.py wrote.
         prompts: texts to continue.
-        prompts_file: JSON Lines with a field "prompt".
+        prompts_file: JSON Lines with a field "prompt"; at most 256 MiB.
         step: step of the checkpoint; by default, the newest.
         tokens: maximum number of tokens to add to a prompt.
         temperature: divisor of the logits; 0 takes the most likely token.

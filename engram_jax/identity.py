@@ -109,10 +109,7 @@ def check_same_run(config: Config, folder: Path, *, reschedule: bool = False) ->
     """
     stored = load_config(folder / "config.json")
     ours, theirs = _flatten(asdict(config)), _flatten(asdict(stored))
-    saved = any((folder / "checkpoints").glob("*"))
     changeable = CHANGEABLE + (_RESCHEDULABLE if reschedule else ())
-    if saved:  # the first rows are known, but where they are may have changed
-        changeable += ("memory.start_from",)
     differ = _differing(ours, theirs, changeable)
     if not differ:
         return
@@ -123,7 +120,7 @@ def check_same_run(config: Config, folder: Path, *, reschedule: bool = False) ->
     message = f"{folder} holds another run: give {wanted} to resume it"
     if all(name.startswith(_RESCHEDULABLE) for name in differ):
         message += ", add --reschedule to continue it with your flags"
-    if saved:
+    if any((folder / "checkpoints").glob("*")):
         weights = f" (to start with the weights of {folder}, add --start-from {folder})"
     else:
         message += f", delete {folder}, which has no checkpoint, to start again"

@@ -8,7 +8,7 @@ devices. Both can be restored by runs of any placement, on any mesh.
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -19,7 +19,7 @@ from jaxtyping import Array, Int32, UInt32
 from engram_jax.checkpoint import TABLES
 from engram_jax.errors import InputError
 from engram_jax.files import expand_home
-from engram_jax.formats.start_memory import open_tables, read_table
+from engram_jax.formats.start_memory import MappedStart, open_tables, read_table
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table, init_table
 from engram_jax.memory.row_adam import RowAdam
@@ -27,7 +27,6 @@ from engram_jax.memory.row_feed import RowFeed
 from engram_jax.memory.row_file import map_rows, save_rows
 from engram_jax.memory.store import (
     PART,
-    InitialRecords,
     Placement,
     RowStore,
     Stores,
@@ -166,10 +165,12 @@ def fill_stores(
         in_place: stores in files map the rows of a single file instead of copying them. Then they
             can only be read.
     """
+    opened = StartMemories(program)
     for layer, store in stores.items():
         maps = in_place and store.in_file and len(files[layer]) == 1
         theirs, rows = _map_files(files[layer], store.table, random=maps)
-        store.begin_with(*_open_start(program, theirs))
+        start = opened.find(theirs)
+        store.set_initial(start.table if start else theirs, start)
         if maps:
             store.adopt(files[layer][0], rows[0])
             continue
@@ -187,8 +188,9 @@ def fill_from_tables(stores: Stores, tables: Mapping[int, Table]) -> None:
 
 def load_tables(program: Program, files: Mapping[int, list[Path]]) -> dict[int, Table]:
     """Tables on the devices from a checkpoint's files."""
+    opened = StartMemories(program)
     return {
-        layer: _load_table(program, table, files[layer])
+        layer: _load_table(program, opened, table, files[layer])
         for layer, table in program.tables().items()
     }
 
@@ -225,7 +227,8 @@ def _map_files(
     """
     found = [map_rows(path, random=random) for path in paths]
     for path, (theirs, _) in zip(paths, found, strict=True):
-        if replace(theirs, seed=ours.seed, scale=ours.scale, start=ours.start) != ours:
+        expected = replace(ours, seed=theirs.seed, scale=theirs.scale, start=theirs.start)
+        if not theirs == expected == found[0][0]:
             raise InputError(
                 f"{path} has the rows of another table than this run ({theirs}, here {ours}); give "
                 "this run the same memory."
@@ -233,41 +236,55 @@ def _map_files(
     return found[0][0], [written for _, written in found]
 
 
-def _open_start(program: Program, table: TableInfo) -> tuple[TableInfo, InitialRecords | None]:
-    """The table, and what reads its initial rows if they are in another checkpoint (`StartTable`).
+class StartMemories:
+    """The checkpoints whose rows are the initial ones of tables, each opened once.
 
-    Raises:
-        InputError: that checkpoint is missing, or its rows are others than before.
+    Args:
+        program: the program whose tables these are.
     """
-    if table.start is None:
-        return table, None
-    moved, folder = program.config.memory.start_from, Path(table.start.folder)
-    if not folder.is_dir() and moved is not None:
-        folder = expand_home(moved)
-    if not folder.is_dir():
+
+    def __init__(self, program: Program) -> None:
+        self._configured = program.config.memory.start_from
+        self._open = cache(partial(open_tables, program))
+
+    def find(self, table: TableInfo) -> MappedStart | None:
+        """The initial rows of a table, if they are in another checkpoint.
+
+        It may have been moved: `memory.start_from` of the configuration is tried first.
+
+        Raises:
+            InputError: it is missing, or its rows are others than before.
+        """
+        if table.start is None:
+            return None
+        recorded, problem = Path(table.start.folder), ""
+        for folder in dict.fromkeys([expand_home(self._configured or recorded), recorded]):
+            try:
+                found = self._open(folder)[table.layer]
+            except InputError as error:
+                problem = problem or str(error)
+                continue
+            if found.fingerprint == table.start.fingerprint:
+                return found
+            problem = problem or f"The memory in {folder} is not that one."
         raise InputError(
             f"Checkpoints of this run have only the rows that training has changed; the others are "
-            f"in {folder}, which is missing. Move it back, or resume with --memory.start-from."
+            f"in the memory that it began with, {recorded}. {problem} Move that back, or write "
+            "where it is as memory.start_from into the run's config.json."
         )
-    found, read = open_tables(program, folder)[table.layer]
-    if found.start is None or found.start.fingerprint != table.start.fingerprint:
-        raise InputError(
-            f"The memory in {folder} is not the one that this run began with; give that to "
-            "--memory.start-from."
-        )
-    return replace(table, start=found.start), read
 
 
-def _load_table(program: Program, ours: TableInfo, paths: list[Path]) -> Table:
+def _load_table(
+    program: Program, opened: StartMemories, ours: TableInfo, paths: list[Path]
+) -> Table:
     theirs, rows = _map_files(paths, ours)
     sharding = jax.NamedSharding(program.mesh, TABLE_RW)
 
     def initial(seed: Array) -> UInt32[Array, "R words"]:
         return init_table(seed, ours.rows, ours.layout, ours.layer, theirs.scale).records
 
-    theirs, read = _open_start(program, theirs)
-    if read is not None:
-        records = read_table(program, theirs, read).records
+    if (start := opened.find(theirs)) is not None:
+        records = read_table(program, start).records
     else:
         make = jax.sharding.auto_axes(initial, axes=TOKEN_AXES, out_sharding=sharding)
         records = jax.jit(make)(np.uint32(theirs.seed))

@@ -130,6 +130,10 @@ class Run:
                     "raise train.steps."
                 )
             run = replace(run, start_from=start_from, start_step=start_step)
+            if start_from is not None and config.memory.start_from is not None and not done:
+                raise InputError(
+                    "--start-from takes the memory of that run; leave out --memory.start-from."
+                )
             if start_step is not None and start_from is None:
                 raise InputError("--start-step chooses a checkpoint of --start-from; give both.")
             if start_from is not None and not done:
@@ -426,10 +430,11 @@ class Run:
                 self.program.ngram_hash.save(folder / "hash.json")
             store_tokenizer(folder, self.tokenizer)
 
-        if is_leader() and not (self.folder / "config.json").exists():
+        gone = not (self.folder / "config.json").exists()
+        if gone and is_leader() and not self.checkpoints.steps():
             print(
-                f"{self.folder} was moved or removed, so this checkpoint begins a new folder "
-                "there. It holds all that is needed to read it.",
+                f"{self.folder} was moved or removed: checkpoints go to a new folder there, with "
+                "copies of configuration, tokenizer and hash.",
                 file=sys.stderr,
             )
         return self.checkpoints.save(

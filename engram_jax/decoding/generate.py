@@ -151,10 +151,10 @@ class Generator:
             )
 
     def check_tables(self) -> None:
-        """Checks, before a program that reads them, that tables in files are still complete.
+        """Checks tables outside the devices, before and after a program that reads them.
 
         Raises:
-            InputError: a file was truncated.
+            InputError: a file was truncated, or rows could not be read.
         """
         for store in self._stores.values():
             store.check_complete()
@@ -184,6 +184,7 @@ class Generator:
                     *(draw_settings, max_tokens, limits),
                 )
                 tokens, log_probabilities = jax.device_get(new)
+                self.check_tables()
                 _add(batch.numbers, texts, tokens, log_probabilities, show)
         tokens_of_all = sum(len(text.tokens) for text in texts)
         self.speed += Speed(tokens=tokens_of_all, seconds=time.perf_counter() - begin)
@@ -219,6 +220,7 @@ class Generator:
             self.check_tables()
             state = programs.prefill(self.weights, state, *inputs)
         jax.block_until_ready(state)
+        self.check_tables()
         self.speed += Speed(int(lengths.sum()), time.perf_counter() - begin)
         return programs, state
 

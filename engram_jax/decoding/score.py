@@ -149,6 +149,7 @@ class TextScorer:
                     generator.weights, state, *jax.device_put(inputs, generator.by_sequence), pieces
                 )
                 parts.append(jax.device_get(found))
+                self.generator.check_tables()
         of_targets, is_greedy = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
         return [
             (of_targets[number, : len(row) - 1], is_greedy[number, : len(row) - 1])

@@ -7,8 +7,9 @@ Tables outside the devices are not copied: rows are read in the checkpoint until
 them, so its tables may be larger than memory and disk would hold with moments.
 """
 
-from dataclasses import replace
-from functools import partial
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,10 @@ from engram_jax.formats.own_table import map_table, require_finite
 from engram_jax.formats.safetensors import SINGLE, Tensors
 from engram_jax.hashing import NgramHash
 from engram_jax.memory.layout import Table
-from engram_jax.memory.places import row_numbers
-from engram_jax.memory.store import (
-    PART,
-    InitialRecords,
-    StartTable,
-    Stores,
-    TableInfo,
-    new_records,
-)
+from engram_jax.memory.mapped_rows import is_truncated, read_ahead
+from engram_jax.memory.places import row_numbers, stored_places
+from engram_jax.memory.store import PART, StartTable, Stores, TableInfo, Written, new_records
+from engram_jax.processes import check_same_everywhere
 from engram_jax.program import Program
 from engram_jax.sharding import TABLE_RW
 from engram_jax.train_state import TrainState
@@ -84,16 +80,83 @@ def start_with(
         InputError: as in `open_start`.
     """
     opened = open_tables(program, folder)
+    check_same_everywhere(
+        [int(rows.fingerprint[:7], 16) for rows in opened.values()],
+        f"The processes see different memories in {folder}; it must be the same for all of them.",
+    )
     if not stores:
-        tables = {layer: read_table(program, *of_layer) for layer, of_layer in opened.items()}
+        tables = {layer: read_table(program, rows) for layer, rows in opened.items()}
         return replace(state, tables=tables)
     for layer, store in stores.items():
-        store.begin_with(*opened[layer])
+        store.set_initial(opened[layer].table, opened[layer])
     return state
 
 
-def open_tables(program: Program, folder: Path) -> dict[int, tuple[TableInfo, InitialRecords]]:
-    """The tables of a program that begin with a checkpoint's rows, and what reads these, by layer.
+@dataclass(frozen=True, eq=False)
+class MappedStart:
+    """The rows of a checkpoint's table as a run's records, without moments (`store.StartRows`).
+
+    Attributes:
+        table: the table of the run.
+        rows: its rows, without padding.
+        mapped: the table of the checkpoint.
+        folder: the checkpoint.
+    """
+
+    table: TableInfo
+    rows: int
+    mapped: MappedTable
+    folder: Path
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the checkpoint's table."""
+        assert self.table.start is not None
+        return self.table.start.fingerprint
+
+    def read(self, places: Int32[np.ndarray, "n"]) -> UInt32[np.ndarray, "n words"]:
+        """The records of places; zeros for padding.
+
+        Raises:
+            InputError: there are numbers that are not finite.
+        """
+        numbers = row_numbers(places, self.table.rows)
+        records = self._records(np.minimum(numbers, self.rows - 1))
+        records[numbers >= self.rows] = 0
+        return records
+
+    def parts(self) -> Iterator[Written]:
+        """All rows, in the order of their numbers.
+
+        Raises:
+            InputError: there are numbers that are not finite.
+        """
+        for array in self.mapped.arrays:
+            read_ahead(array)
+        for start in range(0, self.rows, PART):
+            numbers = np.arange(start, min(start + PART, self.rows), dtype=np.int32)
+            yield Written(stored_places(numbers, self.table.rows), self._records(numbers))
+
+    def check_complete(self) -> None:
+        """Checks that the files still have their size.
+
+        Raises:
+            InputError: another program has truncated one.
+        """
+        if any(map(is_truncated, self.mapped.arrays)):
+            raise InputError(
+                f"A file in {self.folder} was truncated while its rows were in use; download or "
+                "export it again."
+            )
+
+    def _records(self, numbers: Int32[np.ndarray, "n"]) -> UInt32[np.ndarray, "n words"]:
+        values = self.mapped.read(numbers)
+        require_finite(values, f"The memory of layer {self.table.layer}", self.folder)
+        return new_records(self.table.layout, values)
+
+
+def open_tables(program: Program, folder: Path) -> dict[int, MappedStart]:
+    """The tables of a checkpoint for a program, by layer id. They are not read.
 
     Args:
         program: the program.
@@ -105,43 +168,38 @@ def open_tables(program: Program, folder: Path) -> dict[int, tuple[TableInfo, In
     ngram_hash = program.ngram_hash
     assert ngram_hash is not None, "the configuration has memory"
     mapped = open_start(folder, ngram_hash, program.config.memory.row_width)
-    opened: dict[int, tuple[TableInfo, InitialRecords]] = {}
+    opened = {}
     for rows, (layer, table) in zip(ngram_hash.rows, program.tables().items(), strict=True):
         start = StartTable(str(folder.absolute()), mapped[layer].fingerprint)
-        read = partial(read_records, table, rows, mapped[layer], folder)
-        opened[layer] = replace(table, start=start), read
+        opened[layer] = MappedStart(replace(table, start=start), rows, mapped[layer], folder)
     return opened
 
 
-def read_table(program: Program, info: TableInfo, read: InitialRecords) -> Table:
-    """A table on the devices with the rows of a checkpoint. A process reads its devices' rows."""
+def read_table(program: Program, start: MappedStart) -> Table:
+    """A table on the devices with the rows of a checkpoint.
+
+    Raises:
+        InputError: it is too large, or there are numbers that are not finite.
+    """
+    info = start.table
 
     def read_part(index: Any) -> UInt32[np.ndarray, "part words"]:
-        start, stop, _ = index[0].indices(info.rows)
-        records = np.empty((stop - start, info.layout.words), np.uint32)
-        for first in range(start, stop, PART):
-            places = np.arange(first, min(first + PART, stop), dtype=np.int32)
-            records[first - start :][: len(places)] = read(places)
+        begin, end, _ = index[0].indices(info.rows)
+        records = np.zeros((end - begin, info.layout.words), np.uint32)
+        for places, rows in start.parts():
+            own = (places >= begin) & (places < end)
+            records[places[own] - begin] = rows[own]
         return records
 
     shape, sharding = (info.rows, info.layout.words), jax.NamedSharding(program.mesh, TABLE_RW)
-    records = jax.make_array_from_callback(shape, sharding, read_part)
+    try:
+        records = jax.make_array_from_callback(shape, sharding, read_part)
+    except MemoryError as error:
+        raise InputError(
+            f"The table of layer {info.layer} has {4 * math.prod(shape) / 1e9:,.0f} GB with its "
+            "moments; train with --memory.placement file, and generate with --tables file."
+        ) from error
     return Table(records, info.layout, info.layer)
-
-
-def read_records(
-    table: TableInfo,
-    rows: int,
-    mapped: MappedTable,
-    folder: Path,
-    places: Int32[np.ndarray, "n"],
-) -> UInt32[np.ndarray, "n words"]:
-    """The records of places in a checkpoint's table, without moments; zeros for padding."""
-    numbers = row_numbers(places, table.rows)
-    values = mapped.read(np.minimum(numbers, rows - 1))
-    values[numbers >= rows] = 0
-    require_finite(values, f"The memory of layer {table.layer}", folder)
-    return new_records(table.layout, values)
 
 
 def _open(folder: Path) -> tuple[NgramHash, dict[int, MappedTable]]:

@@ -2,24 +2,23 @@
 
 Which rows a step needs depends on its tokens only, so the host knows them before the device needs
 them. A store keeps the records of one layer that were ever written, in *slots* in the order of
-their first write, and an index from places to slots. All other rows have their initial values
-(`initial_rows`). So memory and file grow with the rows that training touches, not with the table.
+their first write, and an index from places to slots. All other rows have their initial values:
+computed ones (`initial_rows`), or those of another checkpoint (`StartTable`). So memory and file
+grow with the rows that training touches, not with the table.
 
 The file of a store is a sparse mapping of full size. Its disk space is allocated in extents before
 slots in them are written: a write through a mapping into a hole on a full disk would kill the
 process.
 """
 
-import ctypes
 import mmap
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -28,16 +27,12 @@ from jaxtyping import Float32, Int32, UInt32
 from engram_jax.errors import InputError
 from engram_jax.memory.initial_rows import initial_values
 from engram_jax.memory.layout import RecordLayout
+from engram_jax.memory.mapped_rows import RowReads, is_truncated
 
 type Placement = Literal["device", "host", "file"]
-type InitialRecords = Callable[[Int32[np.ndarray, "n"]], UInt32[np.ndarray, "n words"]]
 
 EXTENT = 64 << 20  # bytes of a file that are allocated together
 PART = 1 << 16  # slots that are copied or compared together
-PREFETCHED = 512  # records that are asked for together, if they come from the disk
-LEAST_TIMED = 16  # fewer records say nothing about where they come from
-COLD = 5e-6  # seconds a record: more from the disk, 2 to 3 µs if memory was asked, 0.3 to 1 if not
-_LIBC = ctypes.CDLL(None)
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # Python 3.12 has no name for it
 
 
@@ -77,7 +72,7 @@ class TableInfo:
     start: StartTable | None = None
 
     def initial_records(self, places: Int32[np.ndarray, "n"]) -> UInt32[np.ndarray, "n words"]:
-        """The computed records of rows that were never written."""
+        """The computed records of rows that were never written, for a table without `start`."""
         values = initial_values(
             places, self.layout.width, seed=self.seed, layer=self.layer, scale=self.scale
         )
@@ -86,6 +81,27 @@ class TableInfo:
     def as_json(self) -> dict[str, Any]:
         """All fields as plain JSON."""
         return asdict(self)
+
+
+@runtime_checkable
+class StartRows(Protocol):
+    """The rows of `TableInfo.start`."""
+
+    def read(self, places: Int32[np.ndarray, "n"]) -> UInt32[np.ndarray, "n words"]:
+        """The records of places.
+
+        Raises:
+            InputError: there are numbers that are not finite.
+        """
+        ...
+
+    def check_complete(self) -> None:
+        """Checks that the files still have their size.
+
+        Raises:
+            InputError: another program has truncated one.
+        """
+        ...
 
 
 def new_records(
@@ -137,25 +153,27 @@ class RowStore:
         self, table: TableInfo, first: int, count: int, folder: Path | None = None
     ) -> None:
         self.first, self.count, self.used = first, count, 0  # used: slots
-        self.begin_with(table)
+        self.set_initial(table)
         words = table.layout.words
         self._slot = _reserve(count, 1, None).reshape(-1).view(np.int32)  # of a place; 0: none
         self._place = _reserve(count, 1, None).reshape(-1).view(np.int32)  # of a slot
         self._file = None if folder is None else _Extents(folder, 4 * words * count)
         self._records = _reserve(count, words, self._file)
-        self._in_file, self._cold = folder is not None, False
-        self._adopted: tuple[Path, BinaryIO, int] | None = None  # a file, and its size
+        self._in_file, self._reads = folder is not None, RowReads()
+        self._adopted: Path | None = None
+        self._failed: InputError | None = None
         self._whole = self._records.view(np.dtype((np.void, 4 * words)))[:, 0]  # moved as one
 
-    def begin_with(self, table: TableInfo, initial: InitialRecords | None = None) -> None:
-        """Sets what the rows were before they are written. No row may be written yet.
+    def set_initial(self, table: TableInfo, start: StartRows | None = None) -> None:
+        """Sets what the rows are before they are written. No row may be written yet.
 
         Args:
             table: the table.
-            initial: gives the records of places of `table.start`, if it has one.
+            start: the rows of `table.start`, if it has one.
         """
-        assert not self.used and (table.start is None) == (initial is None)
-        self.table, self._initial = table, initial or table.initial_records
+        assert not self.used and (table.start is None) == (start is None)
+        self.table, self._start = table, start
+        self._initial = table.initial_records if start is None else start.read
 
     @property
     def slots(self) -> Int32[np.ndarray, "places"]:
@@ -176,25 +194,34 @@ class RowStore:
         """Closes the file, which ends when nothing refers to its rows any more."""
         if self._file is not None:
             self._file.file.close()
-        if self._adopted is not None:
-            self._adopted[1].close()
 
     def check_complete(self) -> None:
-        """Checks that a file that was taken over still has its size, before its rows are read.
+        """Checks that files that the rows are read from still have their size, before a read.
 
         Rows that are mapped and no longer in the file would end the process (SIGBUS).
 
         Raises:
-            InputError: another program has truncated the file.
+            InputError: another program has truncated a file; or a read for a compiled program,
+                which cannot raise, has failed since.
         """
-        if self._adopted is None:
-            return
-        path, file, size = self._adopted
-        if (now := os.fstat(file.fileno()).st_size) < size:
+        if self._adopted is not None and is_truncated(self._records):
             raise InputError(
-                f"{path} was truncated while its rows were in use: it has {now:,} bytes and had "
-                f"{size:,}; restore another checkpoint."
+                f"{self._adopted} was truncated while its rows were in use; restore another "
+                "checkpoint."
             )
+        if self._start is not None:
+            self._start.check_complete()
+        if self._failed is not None:
+            raise self._failed
+
+    def read_for_program(
+        self, places: Int32[np.ndarray, "n"], out: UInt32[np.ndarray, "n words"]
+    ) -> None:
+        """Like `read`; if it fails, `out` is zeros, and the next `check_complete` raises."""
+        try:
+            self.read(places, out)
+        except InputError as error:
+            out[...], self._failed = 0, error
 
     @property
     def bytes(self) -> int:
@@ -217,22 +244,11 @@ class RowStore:
             out[missing] = self._initial(places[missing])
 
     def _copy(self, slots: Int32[np.ndarray, "n"], out: UInt32[np.ndarray, "n words"]) -> None:
-        """Copies records. While they come from the disk, many are asked for together.
-
-        Otherwise the disk reads one page after another (docs/performance.md, "Tables off the
-        device").
-        """
         if not self._in_file:
             np.take(self._records, slots, axis=0, out=out, mode="clip")
             return
-        for start in range(0, len(slots), PREFETCHED):
-            part = slots[start : start + PREFETCHED]
-            begin = time.perf_counter()
-            if self._cold:
-                _prefetch(self._records, part)
-            np.take(self._records, part, axis=0, out=out[start : start + PREFETCHED], mode="clip")
-            if len(part) >= LEAST_TIMED:
-                self._cold = time.perf_counter() - begin > COLD * len(part)
+        for part in self._reads.parts(self._records, slots):
+            np.take(self._records, slots[part], axis=0, out=out[part], mode="clip")
 
     def write(self, places: Int32[np.ndarray, "n"], records: UInt32[np.ndarray, "n words"]) -> None:
         """Writes the records of distinct places.
@@ -260,8 +276,7 @@ class RowStore:
         """Takes over the mapped rows of a file where they are. Then the store can only be read."""
         if not len(written.places):
             return
-        file = path.open("rb")
-        self._adopted = path, file, os.fstat(file.fileno()).st_size
+        self._adopted = path
         self._slot[written.places - self.first] = np.arange(1, len(written.places) + 1)
         self._place, self._records, self.used = written.places, written.records, len(written.places)
         self._in_file = True
@@ -341,16 +356,6 @@ class _Extents:
                     "start again to continue from the newest checkpoint."
                 ) from error
             self._allocated += length
-
-
-def _prefetch(records: UInt32[np.ndarray, "R words"], slots: Int32[np.ndarray, "n"]) -> None:
-    """Asks the system to read the pages of some records, all at the same time."""
-    size = records.itemsize * records.shape[1]
-    begin = records.ctypes.data + slots.astype(np.int64) * size
-    first, last = begin // mmap.PAGESIZE, (begin + size - 1) // mmap.PAGESIZE
-    for page, end in set(zip(first.tolist(), (last + 1).tolist(), strict=True)):
-        address, length = page * mmap.PAGESIZE, (end - page) * mmap.PAGESIZE
-        _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
 
 
 def _reserve(rows: int, words: int, file: _Extents | None) -> UInt32[np.ndarray, "{rows} {words}"]:

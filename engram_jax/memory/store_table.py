@@ -1,8 +1,10 @@
 """A finished table outside the devices, for generation and scoring."""
 
-import os
+import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, no_type_check
 
 import jax
@@ -18,6 +20,7 @@ from engram_jax.memory.store import RowStore, TableInfo
 from engram_jax.sharding import REPLICATED, platform_of
 
 ALIGNMENT = 64  # bytes, of arrays that JAX shares instead of copying them
+LANES = 128  # words of a line of a TPU's memory
 
 
 @no_type_check  # at run time: as a pytree it also holds shapes and shardings
@@ -58,34 +61,38 @@ class PinnedTable:
 
     Attributes:
         slots: slot of every place, from 1; 0: the row was never written.
-        records: the records by slot.
+        lines: the records by slot, in lines of 128 words, because a TPU stores wider arrays in
+            tiles. (Records that are no whole lines, which a TPU does not use, are one line each.)
         table: the table.
     """
 
     slots: Int32[Array, "R"]
-    records: UInt32[Array, "n words"]
+    lines: UInt32[Array, "lines width"]
     table: TableInfo = field(metadata={"static": True})
 
     def read(self, places: Int32[Array, "n"]) -> RowState:
         """The rows of places; zeros for padding, from R up."""
+        space, words = jax.memory.Space, self.table.layout.words
+        of_record = words // self.lines.shape[1]
 
-        def gather(slots: Array, records: Array, places: Array) -> tuple[Array, Array]:
+        def gather(slots: Array, lines: Array, places: Array, within: Array) -> tuple[Array, Array]:
             found = slots.at[places].get(mode="clip")
-            return found, records.at[jnp.maximum(found, 1) - 1].get(mode="clip")
+            numbers = (jnp.maximum(found, 1) - 1)[:, None] * of_record + within
+            return found, lines.at[numbers].get(mode="clip").reshape(-1, words)
 
         on_host = compute_on(
-            gather, compute_type="device_host", out_memory_spaces=(jax.memory.Space.Device,) * 2
+            gather, compute_type="device_host", out_memory_spaces=(space.Device,) * 2
         )
-        slots, words = on_host(
-            self.slots, self.records, jax.device_put(places, jax.memory.Space.Host)
-        )
-        return _complete(self.table, places, slots, self.table.layout.unpack(words))
+        # All operands of the host are in its memory, also these constants.
+        within = jax.device_put(jnp.arange(of_record, dtype=jnp.int32)[None], space.Host)
+        slots, found = on_host(self.slots, self.lines, jax.device_put(places, space.Host), within)
+        return _complete(self.table, places, slots, self.table.layout.unpack(found))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CallbackTable:
-    """A store that compiled programs of other platforms read by a callback.
+    """A store that compiled programs read by a callback.
 
     Attributes:
         store: the store.
@@ -102,7 +109,7 @@ class CallbackTable:
         """The records of places, on the host; zeros for padding, from R up."""
         found = np.empty((len(places), self.layout.words), np.uint32)
         rows = self.store.table.rows
-        self.store.read(np.minimum(places, rows - 1), found)
+        self.store.read_for_program(np.minimum(places, rows - 1), found)
         found[places >= rows] = 0
         return found
 
@@ -123,30 +130,59 @@ StoreTable = InPlaceTable | PinnedTable | CallbackTable
 def open_table(store: RowStore, mesh: jax.sharding.Mesh) -> StoreTable:
     """A store of a complete table, for programs on a mesh. It must not be written meanwhile.
 
-    A CPU reads it where it is, a TPU from a copy in pinned memory, if there is room for it. Else
-    programs call the host. Only the host can read the rows of another checkpoint.
+    A CPU reads it where it is, a TPU from a copy in pinned memory. If there is no room for that, or
+    if rows are in another checkpoint, programs call the host.
     """
     assert store.first == 0 and store.count == store.table.rows, "a part of a table"
-    if store.table.start is not None:
-        return CallbackTable(store)
-    replicated = jax.NamedSharding(mesh, REPLICATED)
     arrays = store.slots, store.records
     aligned = not any(array.ctypes.data % ALIGNMENT for array in arrays)
+    if store.table.start is not None:
+        return CallbackTable(store)
     if platform_of(mesh) == "cpu" and aligned:
+        replicated = jax.NamedSharding(mesh, REPLICATED)
         slots, rows = (jax.device_put(array, replicated, may_alias=True) for array in arrays)
         return InPlaceTable(slots, rows, store.table)
     if platform_of(mesh) == "tpu" and not store.in_file:
         size = len(mesh.local_devices) * (store.slots.nbytes + store.bytes)
-        if size <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            return pin_table(store, replicated)
+        if size > (free := free_memory()):
+            why = f"a copy for each device has {size / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
+        elif reads_rightly(table := pin_table(store, mesh), store, mesh):
+            return table
+        else:
+            why = "programs read other rows from pinned memory"
+        print(f"Rows are read by calls of the host, one per token: {why}.", file=sys.stderr)
     return CallbackTable(store)
 
 
-def pin_table(store: RowStore, sharding: jax.NamedSharding) -> PinnedTable:
-    """A copy of a store in pinned memory of the host, for every device of a sharding."""
-    pinned = sharding.with_memory_kind("pinned_host")
-    slots, rows = jax.device_put((store.slots, store.records[: max(store.used, 1)]), pinned)
-    return PinnedTable(slots, rows, store.table)
+def pin_table(store: RowStore, mesh: jax.sharding.Mesh) -> PinnedTable:
+    """A copy of a store in pinned memory of the host, for every device of a mesh."""
+    pinned = jax.NamedSharding(mesh, REPLICATED, memory_kind="pinned_host")
+    words = store.table.layout.words
+    records = store.records[: max(store.used, 1)]
+    lines = records.reshape(-1, words if words % LANES else LANES)
+    slots, lines = jax.device_put((store.slots, lines), pinned)
+    return PinnedTable(slots, lines, store.table)
+
+
+def reads_rightly(table: PinnedTable, store: RowStore, mesh: jax.sharding.Mesh) -> bool:
+    """Whether a compiled program reads the rows of a store, for 256 places from all parts of it."""
+    places = np.linspace(0, store.count - 1, 256).astype(np.int32)
+    expected = np.empty((len(places), store.table.layout.words), np.uint32)
+    store.read(places, expected)
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda table, places: table.read(places))(table, places)
+    parts = zip(found, store.table.layout.unpack(jnp.asarray(expected)), strict=True)
+    return all(np.asarray(one).tobytes() == np.asarray(other).tobytes() for one, other in parts)
+
+
+def free_memory() -> int:
+    """Bytes of memory that this process may still use (Linux)."""
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = 1024 * int(facts["MemAvailable"].split()[0])
+    with suppress(OSError, ValueError):  # without a limit it is "max"
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
 
 
 def _complete(

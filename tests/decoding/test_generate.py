@@ -25,7 +25,6 @@ from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.decoding.weights import prepare
 from engram_jax.errors import InputError
 from engram_jax.memory import store_table
-from engram_jax.memory.store import RowStore
 from engram_jax.memory.store_table import CallbackTable, InPlaceTable, PinnedTable, pin_table
 from engram_jax.placement import fill_from_tables, open_stores
 from engram_jax.program import Program
@@ -101,7 +100,7 @@ def test_texts_do_not_depend_on_where_the_tables_are(
 ) -> None:
     """Bit for bit: read in place or pinned, or by the host before and by callbacks in the loop."""
     if read is PinnedTable:
-        monkeypatch.setattr(decode_weights, "open_table", pinned)
+        monkeypatch.setattr(decode_weights, "open_table", pin_table)
     if read is CallbackTable:
         monkeypatch.setattr(store_table, "ALIGNMENT", 1 << 62)  # no address is a multiple
     run = Run.open(untrained(form).folder)
@@ -127,15 +126,13 @@ def test_texts_do_not_depend_on_where_the_tables_are(
             without.generate(prompts[:1], settings)
 
 
-def pinned(store: RowStore, mesh: jax.sharding.Mesh) -> PinnedTable:
-    """What a TPU reads."""
-    return pin_table(store, jax.NamedSharding(mesh, REPLICATED))
-
-
 @pytest.mark.slow
 def test_programs_of_a_tpu_read_pinned_memory_of_the_host(tmp_path, libtpu) -> None:
-    """Compiled for four chips: the host sends rows within the loop, and no chip has a table."""
-    config = vary(tiny_config(tmp_path), memory={"row_width": 42, "rows_per_head": (20_000,) * 2})
+    """Compiled for four chips: the host sends rows within the loop, and no chip has a table.
+
+    A TPU stores lines of 128 words one after another, but tiles of wider arrays.
+    """
+    config = vary(tiny_config(tmp_path), memory={"row_width": 85, "rows_per_head": (20_000,) * 2})
     mesh = topology_mesh("v5p:2x2x1", MeshConfig())
     program = Program.of_sizes(config, mesh)
     assert program.ngram_hash is not None
@@ -148,7 +145,7 @@ def test_programs_of_a_tpu_read_pinned_memory_of_the_host(tmp_path, libtpu) -> N
     here = Program.of_sizes(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     state = here.initial_state()
     with open_stores(here, tmp_path, "host") as stores, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode_weights, "open_table", pinned)
+        patch.setattr(decode_weights, "open_table", pin_table)
         fill_from_tables(stores, {layer: use_rows(t, 2) for layer, t in state.tables.items()})
         weights = prepare(here, replace(state.weights, tables={}), stores)
     with jax.set_mesh(mesh):
@@ -158,7 +155,9 @@ def test_programs_of_a_tpu_read_pinned_memory_of_the_host(tmp_path, libtpu) -> N
         memory = compiled.memory_analysis()
         assert memory.host_argument_size_in_bytes >= table
         assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < table / 3
-        assert "HostExecute" in compiled.as_text()
+        lines, text = rows * config.memory.layout.words // 128, compiled.as_text()
+        assert "HostExecute" in text
+        assert f"u32[{lines},128]" in text and f"u32[{rows},256]" not in text
 
 
 def save_rows_of(run: Run, folder: Path) -> Run:

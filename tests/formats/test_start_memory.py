@@ -17,12 +17,15 @@ from tiny_runs import assert_identical, make_run, tiny_config, vary
 
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config, MemoryConfig
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
-from engram_jax.formats import deepseek
+from engram_jax.formats import deepseek, mapped_table
 from engram_jax.formats.export import export_run, open_table
 from engram_jax.formats.start_memory import open_start, start_with
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.engram import EngramConfig
+from engram_jax.memory.layout import StorageConfig
 from engram_jax.memory.places import stored_places
 from engram_jax.memory.row_file import map_rows
 from engram_jax.memory.store import RowStore
@@ -88,15 +91,17 @@ def test_it_trains_equally_wherever_its_rows_are(
     assert (len(map_rows(path)[1].places) == 0) == frozen
 
 
-def test_outside_the_devices_its_rows_are_not_copied(
-    export: Path, tmp_path: Path, one_device: None
-) -> None:
-    memory, moved = tmp_path / "memory", tmp_path / "moved"
-    shutil.copytree(export, memory)
-    config = vary(wider(tmp_path, memory), memory={"placement": "file"})
+@pytest.fixture
+def in_place(export: Path, tmp_path: Path, one_device: None) -> tuple[Run, Config, np.ndarray]:
+    """A run whose rows, except for two, are in a copy of the export, and all its records."""
+    shutil.copytree(export, tmp_path / "memory")
+    config = vary(
+        wider(tmp_path, tmp_path / "memory"),
+        memory={"placement": "file", "storage": StorageConfig("bfloat16", "bfloat16", "row")},
+    )
     run = Run.start(config, tmp_path / "run")
     program = run.program.on_device()
-    table = start_with(program, program.initial_state(), memory).tables[1]
+    table = start_with(program, program.initial_state(), tmp_path / "memory").tables[1]
     expected = np.array(table.records)
     [rows], [padded] = program.ngram_hash.rows, program.ngram_hash.padded_rows
     filled = stored_places(np.arange(rows, dtype=np.int32), padded)
@@ -105,11 +110,17 @@ def test_outside_the_devices_its_rows_are_not_copied(
         state = _first_state(run, stores)
         assert state.tables == {} and stores[1].used == 0
         np.testing.assert_array_equal(read_all(stores[1]), expected)
-        expected[[5, 6000 % len(expected)]] += 1
+        expected[[5, 1500]] += 1
         stores[1].write_changed(0, expected)
         assert stores[1].used == 2
         run.save(state, stores)
-    run = Run.open(run.folder)
+    return Run.open(run.folder), config, expected
+
+
+def test_outside_the_devices_its_rows_are_not_copied(
+    in_place: tuple[Run, Config, np.ndarray], tmp_path: Path
+) -> None:
+    run, _, expected = in_place
     np.testing.assert_array_equal(run.restore_weights().tables[1].records, expected)
     for placement in ("host", "file"):
         with open_stores(run.program, tmp_path, placement) as stores:
@@ -117,19 +128,96 @@ def test_outside_the_devices_its_rows_are_not_copied(
             assert stores[1].used == 2
             assert isinstance(open_store(stores[1], run.program.mesh), CallbackTable)
             np.testing.assert_array_equal(read_all(stores[1]), expected)
+            table = stores[1].table
+            half = RowStore(replace(table, start=None), 2048, 2048)  # as of another process
+            half.set_initial(table, stores[1]._start)
+            places = np.arange(2048, 4096, dtype=np.int32)
+            records = np.empty((2048, half.table.layout.words), np.uint32)
+            half.read(places, records)
+            np.testing.assert_array_equal(records, expected[2048:])
 
-    memory.rename(moved)
-    with pytest.raises(
-        InputError, match=r"rows that training has changed; .*memory, which is miss"
-    ):
+
+def test_its_rows_are_found_where_the_memory_was_moved(
+    in_place: tuple[Run, Config, np.ndarray], tmp_path: Path
+) -> None:
+    run, config, expected = in_place
+    moved = tmp_path / "moved"
+    (tmp_path / "memory").rename(moved)
+    with pytest.raises(InputError, match=r"memory\. Cannot read .* Move that back, or write"):
         run.restore_weights()
-    run = Run.start(vary(config, memory={"start_from": str(moved)}), run.folder)
-    np.testing.assert_array_equal(run.restore_weights().tables[1].records, expected)
-    with (moved / "model.safetensors").open("r+b") as file:
-        file.seek(-4, os.SEEK_END)  # in its last row
+    with pytest.raises(InputError, match="holds another run"):
+        Run.start(vary(config, memory={"start_from": str(moved)}), run.folder)
+    path = run.folder / "config.json"
+    path.write_text(path.read_text().replace(str(tmp_path / "memory"), str(moved)))
+    for other in (False, True):  # something else may be at the old place
+        if other:
+            (tmp_path / "memory").mkdir()
+        np.testing.assert_array_equal(
+            Run.open(run.folder).restore_weights().tables[1].records, expected
+        )
+    Run.start(vary(config, memory={"start_from": str(moved)}), run.folder)
+
+
+def test_another_memory_in_its_place_is_refused(
+    in_place: tuple[Run, Config, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row of a small table counts, and 4,096 of a large one."""
+    run, _, _ = in_place
+    with (tmp_path / "memory" / "model.safetensors").open("r+b") as file:
+        file.seek(-4 * 8 * 7, os.SEEK_END)  # a number of a row near the end
         file.write(b"\0\0\0\1")
-    with pytest.raises(InputError, match="moved is not the one that this run began with"):
+    with pytest.raises(InputError, match="memory is not that one"):
         run.restore_weights()
+    table = open_table(tmp_path / "memory", 1)
+    whole = table.fingerprint
+    monkeypatch.setattr(mapped_table, "_HASHED", 0)
+    monkeypatch.setattr(mapped_table, "_SAMPLED", 100)
+    assert open_table(tmp_path / "memory", 1).fingerprint not in (whole, "")
+    with pytest.raises(IndexError):
+        table.gather(np.array([table.rows]))
+
+
+def test_damage_is_one_sentence_when_its_rows_are_read(
+    in_place: tuple[Run, Config, np.ndarray], tmp_path: Path
+) -> None:
+    """Also if a compiled program reads them, which cannot raise an error itself."""
+    run, _, expected = in_place
+    with open_stores(run.program, tmp_path, "host") as stores:
+        run.restore_weights(None, stores)
+        table = open_store(stores[1], run.program.mesh)
+        path = tmp_path / "memory" / "model.safetensors"
+        with path.open("r+b") as file:  # the mapped bytes change, too
+            file.seek(-32, os.SEEK_END)
+            file.write(np.full(8, np.nan, np.float32).tobytes())
+        with pytest.raises(InputError, match=r"layer 1 in .* not finite"):
+            read_all(stores[1])
+        good = np.array([5, 6], np.int32)
+        assert np.array_equal(table.fetch(good), expected[good])
+        stores[1].check_complete()
+        assert not table.fetch(np.arange(len(expected), dtype=np.int32)).any()
+        with pytest.raises(InputError, match=r"layer 1 in .* not finite"):
+            stores[1].check_complete()
+        os.truncate(path, path.stat().st_size - 4096)
+        with pytest.raises(InputError, match="memory was truncated while its rows were in use"):
+            stores[1].check_complete()
+
+
+def test_two_memories_to_start_from_are_refused(export: Path, tmp_path: Path, one_device) -> None:
+    with pytest.raises(InputError, match=r"leave out --memory\.start-from"):
+        Run.start(wider(tmp_path, export), tmp_path / "run", start_from=export.parent / "run")
+
+
+@pytest.mark.slow
+def test_texts_are_those_of_a_copied_memory(
+    in_place: tuple[Run, Config, np.ndarray], tmp_path: Path
+) -> None:
+    run, _, _ = in_place
+    settings = GenerationSettings(tokens=20, temperature=0.0)
+    parts = run.program, run.tokenizer
+    expected = Generator(*parts, run.restore_weights()).generate(["the", "a book"], settings)
+    with open_stores(run.program, tmp_path, "file") as stores:
+        generator = Generator(*parts, run.restore_weights(None, stores), stores)
+        assert generator.generate(["the", "a book"], settings) == expected
 
 
 def read_all(store: RowStore) -> np.ndarray:

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_jax.errors import InputError
-from engram_jax.memory import store
+from engram_jax.memory import mapped_rows
 from engram_jax.memory.layout import RecordLayout, StorageConfig, init_table
 from engram_jax.memory.records import FEW
 from engram_jax.memory.row_file import map_rows, save_rows
 from engram_jax.memory.store import EXTENT, RowStore, TableInfo
-from engram_jax.memory.store_table import InPlaceTable, open_table, pin_table
+from engram_jax.memory.store_table import InPlaceTable, open_table, pin_table, reads_rightly
 from engram_jax.sharding import MeshConfig, make_mesh
 
 TABLE = TableInfo(layer=3, rows=8192, layout=RecordLayout(5), seed=9, scale=0.02, hash="abc")
@@ -87,8 +87,10 @@ def test_programs_read_a_store(table: TableInfo, count: int, pinned: bool) -> No
     places[7] = table.rows  # padding
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
     if pinned:
-        found = pin_table(rows, jax.NamedSharding(mesh, jax.P()))
-        assert found.records.shape == (3000, words)
+        found = pin_table(rows, mesh)
+        assert found.lines.size == 3000 * words and reads_rightly(found, rows, mesh)
+        other = RowStore(table, 0, table.rows)
+        assert not reads_rightly(pin_table(other, mesh), rows, mesh)
     else:
         found = open_table(rows, mesh)
         assert isinstance(found, InPlaceTable)
@@ -107,14 +109,14 @@ def test_programs_read_a_store(table: TableInfo, count: int, pinned: bool) -> No
 def test_rows_on_a_slow_disk_are_asked_for_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cold: float
 ) -> None:
-    asked, ask_for = [], store._prefetch
+    asked, ask_for = [], mapped_rows.prefetch
 
     def count(records: np.ndarray, slots: np.ndarray) -> None:
         ask_for(records, slots)
         asked.append(len(slots))
 
-    monkeypatch.setattr(store, "_prefetch", count)
-    monkeypatch.setattr(store, "COLD", cold)
+    monkeypatch.setattr(mapped_rows, "prefetch", count)
+    monkeypatch.setattr(mapped_rows, "COLD", cold)
     rows = make_store(tmp_path)
     places = np.arange(4096, 8192, dtype=np.int32)
     records = np.random.default_rng(0).integers(2**32, size=(4096, 16), dtype=np.uint32)
@@ -137,12 +139,12 @@ def test_a_slow_disk_is_also_seen_while_it_is_asked(
         clock[0] += 10e-6 * len(slots)
         asked.append(len(slots))
 
-    monkeypatch.setattr(store, "_prefetch", prefetch)
-    monkeypatch.setattr(store.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(mapped_rows, "prefetch", prefetch)
+    monkeypatch.setattr(mapped_rows.time, "perf_counter", lambda: clock[0])
     rows = make_store(tmp_path)
     places = np.arange(4096, 4096 + 1536, dtype=np.int32)
     rows.write(places, np.ones((1536, 16), np.uint32))
-    rows._cold = True
+    rows._reads._cold = True
     read(rows, places)
     assert asked == [512, 512, 512]
     rows.close()
