@@ -208,8 +208,8 @@ engram_jax/memory/store_table.py < memory/test_store.py
     - _where(places < table.rows, part, 0)
     + _where(places <= table.rows, part, 0)
   a program reads the pinned record after the right one
-    - records.at[jnp.maximum(found, 1) - 1]
-    + records.at[found]
+    - (jnp.maximum(found, 1) - 1)[:, None]
+    + found[:, None]
 engram_jax/memory/row_feed.py < test_placement.py
   a row that the running step changes is read from the store
     - np.where(same, index, -1)
@@ -223,12 +223,37 @@ engram_jax/memory/plan.py < test_placement.py
     + np.searchsorted(needed, request) - owner_start[:1]
 engram_jax/placement.py < test_placement.py
   the initial rows of another run get this run's seed
-    - store.begin_with(*_open_start(program, theirs))
-    + store.begin_with(store.table)
+    - store.set_initial(start.table if start else theirs, start)
+    + store.set_initial(store.table)
+engram_jax/memory/mapped_rows.py < memory/test_store.py
+  a truncated file is read
+    - base.size() < len(base)
+    + base.size() > len(base)
+  rows on the disk are never asked for together
+    - if self._cold:
+    + if self._cold is None:
+engram_jax/formats/start_memory.py < formats/test_start_memory.py
+  padding reads as the last row
+    - records[numbers >= self.rows] = 0
+    + records[numbers > self.rows] = 0
+  NaN in a memory to start from is trained on
+    - require_finite(values, f"The memory of layer {self.table.layer}", self.folder)
+    + values
+engram_jax/errors.py < test_command_line.py
+  Ctrl-C in a destructor is lost at the end of a program
+    - timer.join()
+    + timer
+engram_jax/data/packing.py < data/test_packing.py
+  held-out documents are trained on
+    - np.where(self._view.contains(numbers), self._corpus.lengths_of(numbers), 0)
+    + self._corpus.lengths_of(numbers)
+  segments count documents without tokens
+    - np.cumsum(ends > begins)[documents]
+    + documents
 engram_jax/placement.py < formats/test_start_memory.py
   rows are read in whatever checkpoint is there
-    - found.start.fingerprint != table.start.fingerprint
-    + found.start.fingerprint != found.start.fingerprint
+    - found.fingerprint == table.start.fingerprint
+    + found.fingerprint == found.fingerprint
 engram_jax/memory/records.py < memory/test_lookup.py
   padding is written to the last row
     -    mode="drop",
