@@ -243,13 +243,6 @@ engram_jax/errors.py < test_command_line.py
   Ctrl-C in a destructor is lost at the end of a program
     - timer.join()
     + timer
-engram_jax/data/packing.py < data/test_packing.py
-  held-out documents are trained on
-    - np.where(self._view.contains(numbers), self._corpus.lengths_of(numbers), 0)
-    + self._corpus.lengths_of(numbers)
-  segments count documents without tokens
-    - np.cumsum(ends > begins)[documents]
-    + documents
 engram_jax/placement.py < formats/test_start_memory.py
   rows are read in whatever checkpoint is there
     - found.fingerprint == table.start.fingerprint
@@ -300,6 +293,12 @@ engram_jax/program.py < test_run.py
 # Data
 
 engram_jax/data/packing.py < data/test_packing.py
+  held-out documents are trained on
+    - np.where(self._view.contains(numbers), self._corpus.lengths_of(numbers), 0)
+    + self._corpus.lengths_of(numbers)
+  segments count documents without tokens
+    - np.cumsum(ends > begins)[documents]
+    + documents
   a document's end predicts the next one's beginning
     - (documents[:, 1:] == documents[:, :-1]) & inside[:, 1:]
     + inside[:, 1:]
@@ -310,8 +309,8 @@ engram_jax/data/packing.py < data/test_packing.py
     - skipped = self._marks[groups] - (sums - lengths)[::_GROUP]
     + skipped = self._marks[groups]
   an epoch has another order than in earlier versions
-    - outputs[block] = _mix(state + items * _GOLDEN)
-    + outputs[block] = _mix(state + items)
+    - drawn[:_ROUNDS] | np.uint64(1), drawn[_ROUNDS:]
+    + drawn[:_ROUNDS] | np.uint64(1), drawn[:_ROUNDS]
   positions count from a document's beginning in another row
     - places - np.maximum(begins[documents], first)
     + places - begins[documents]
@@ -335,8 +334,8 @@ engram_jax/batch_part.py < data/test_pipeline.py
     + self.process % 1
 engram_jax/data/corpus.py < data/test_corpus.py data/test_packing.py
   training reads what is held out
-    - self._select(held_out=False)
-    + np.arange(len(self.hashes))
+    - self.corpus.held_out_among(numbers) == (self._side == "held_out")
+    + self.corpus.held_out_among(numbers) | (self._side == "train")
 engram_jax/data/token_cache.py < data/test_corpus.py
   a source is always read before it is tokenized
     - if self._survey is None and any(self._cache.glob(pattern)):
