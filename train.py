@@ -82,6 +82,8 @@ def main(options: TrainOptions, config: Config) -> int:
     )
     if is_leader():
         print(*run.describe_data(), sep="\n")
+        if saved := run.checkpoints.steps():
+            print(f"Resuming after step {saved[-1]}.")
     try:
         state = train(run, profile=options.profile)
     except Diverged as error:

@@ -67,7 +67,7 @@ class GenerateOptions:
     prompts_file: Path | None = None
     step: int | None = None
     tokens: int = 100
-    temperature: float = 0.8
+    temperature: float = GenerationSettings.temperature
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0

@@ -384,7 +384,7 @@ class Run:
             if weights.tables and not reset and is_leader():
                 print(
                     f"The checkpoint of step {step} in {self.checkpoints.folder} has another row "
-                    "optimizer or schedule: applying the pending updates of its idle rows."
+                    "optimizer or schedule. All table rows are brought up to date under that first."
                 )
         keep_moments = not (reset or self.config.memory.frozen)
         return take_over(self.program, folder, weights, before, keep_moments, stores)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_jax.compression import VocabularyProjection, project_vocabulary
-from engram_jax.config import Config, save_config
+from engram_jax.config import Config, MemoryConfig, save_config
 from engram_jax.errors import InputError
 from engram_jax.files import atomic_write, hold_lock
 from engram_jax.hashing import NgramHash
@@ -134,7 +134,8 @@ def make_hash(config: Config, folder: Path) -> tuple[Tokenizer, NgramHash | None
 def warn_of_settings(config: Config) -> None:
     """Warns of settings that work, but are probably not intended."""
     layout, warm_up, steps = config.memory.layout, config.optimizer.warmup_steps, config.train.steps
-    if config.memory.layers and layout.padding > 0.25:
+    chosen = layout.width != MemoryConfig().row_width
+    if config.memory.layers and chosen and layout.padding > 0.25:
         narrower, wider = layout.better_widths()
         print(
             f"At memory.row_width {layout.width}, {layout.padding:.0%} of the bytes of a table are "

@@ -285,10 +285,10 @@ class _Progress:
         if not is_leader():
             return
         saved = self._run.checkpoints.steps()
-        newest = f"with the checkpoint of step {saved[-1]}" if saved else "without a checkpoint"
+        then = f"go on from the checkpoint of step {saved[-1]}" if saved else "begin again"
         self._bar.write(
             f"Stopping before step {step + 1} because of a signal, after saving a checkpoint. A "
-            f"second signal ends the run without it, {newest}.",
+            f"second signal ends the program at once, and the run would then {then}.",
             file=self._bar.fp,
         )
 

@@ -66,7 +66,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         stopped = train(Run.start(config, tmp_path / "parts"))
     assert 3 <= stopped.step < 6
     ending = f"Stopping before step {stopped.step + 1} because of a signal"
-    assert ending in (said := capsys.readouterr().err) and "without a checkpoint" in said
+    assert ending in (said := capsys.readouterr().err) and "the run would then begin again" in said
     assert [signal.getsignal(n) for n in signal.Signals] == handlers
     parts = Run.start(config, tmp_path / "parts")
     assert parts.checkpoints.steps() == [stopped.step]

@@ -90,6 +90,7 @@ class Generator:
         self.weights = prepare(program, weights, stores, memory=memory)
         self._stores = (stores or {}) if memory else {}
         self.speed = Speed()
+        self._has_warned = False
         self.programs = ProgramCache(program)
         self.by_sequence = jax.NamedSharding(program.mesh, BY_SEQUENCE)
 
@@ -141,9 +142,10 @@ class Generator:
             yield self._continue(batch, settings, show)
 
     def warn_beyond_training(self, used: int) -> None:
-        """Says so if tokens of a sequence exceed the length of the training rows."""
+        """Says so, once, if tokens of a sequence exceed the length of the training rows."""
         trained = self.program.config.data.sequence_length
-        if used > trained:
+        if used > trained and not self._has_warned:
+            self._has_warned = True
             print(
                 f"Up to {used:,} tokens are used, and the model was trained on rows of "
                 f"{trained:,}: text beyond that is likely to be worse.",

@@ -24,7 +24,7 @@ class GenerationSettings:
     """
 
     tokens: int = 100
-    temperature: float = 1.0
+    temperature: float = 0.8
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0

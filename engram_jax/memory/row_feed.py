@@ -214,8 +214,8 @@ class RowFeed:
 
         records, places = put(rows.records), put(rows.places)
         if not self._frozen:
-            # Also without a previous step: the step is donated its buffer, and so could change an
-            # array of the host.
+            # Without a previous step this is a copy. Otherwise the step would be donated an array
+            # that shares memory with one of the host, and could change it.
             before = records if previous is None else previous.records
             records = _join(before, records, put(rows.from_previous))
         return Table(records, table.layout, layer, places, table.rows)
