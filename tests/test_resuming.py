@@ -1,5 +1,6 @@
 """Resuming: stopped runs, killed runs, and runs that start from another run's weights."""
 
+import json
 import random
 import shutil
 import signal
@@ -19,6 +20,7 @@ from train_tiny import STEPS, train_tiny
 
 from engram_jax import trainer
 from engram_jax.config import Config, load_config
+from engram_jax.data import packing
 from engram_jax.errors import InputError
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.memory.store import Placement
@@ -330,18 +332,37 @@ def test_a_frozen_table_stays_bit_for_bit_while_the_network_learns(
     assert not any(np.any(part) for part in state_of_rows)
 
 
+def stream_in_order_1(rows: packing.PackedRows, epoch: int) -> packing._Stream:
+    """An epoch before `packing.ORDER` was 2: sorted by outputs of SplitMix64."""
+    state = np.zeros(1, np.uint64)
+    for part in (rows.seed, rows.source, epoch):
+        state = packing._mix(state ^ np.uint64(part))
+    outputs = state + np.arange(len(rows.documents), dtype=np.uint64) * packing._GOLDEN
+    numbers = rows.documents.indices[np.argsort(packing._mix(outputs))]
+    return packing._Stream(rows.documents, len(numbers), numbers.__getitem__)
+
+
 @pytest.mark.usefixtures("one_device")
-def test_a_run_of_an_earlier_version_goes_on(
+def test_the_state_of_a_run_of_an_earlier_version_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its configuration does not have later fields. Its checkpoint has format 3."""
+    """Its configuration does not have later fields. Its checkpoint has format 3.
+
+    It is not resumed, because its texts would have another order. In that order, it would be.
+    """
     with tarfile.open(FIXTURES / "run_aa84c85.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
     folder = Path("run")
     expected = losses(folder)
     assert [step for step, _ in expected] == [1, 2, 3, 4]
-    run = Run.start(load_config(folder / "config.json"), folder)
+    config = load_config(folder / "config.json")
+    with pytest.raises(InputError, match="another order"):
+        Run.start(config, folder)
+    monkeypatch.setattr(packing.PackedRows, "_stream", stream_in_order_1)
+    begun = json.loads((folder / "texts.json").read_text())
+    (folder / "texts.json").write_text(json.dumps(begun | {"order": packing.ORDER}))
+    run = Run.start(config, folder)
     assert run.checkpoints.steps() == [2]
     train(run)
     np.testing.assert_allclose(losses(folder), expected, rtol=1e-5)
