@@ -89,7 +89,7 @@ def test_results_are_printed_after_each_batch(folder: str, monkeypatch, capsys) 
 
     finish = GrowingText.finish
     monkeypatch.setattr(GrowingText, "finish", compare)
-    main([folder, *prompts, "--tokens", "3", "--seed", "5", "--temperature", "1", "--json"])
+    main([folder, *prompts, "--tokens", "3", "--seed", "5", "--json"])
     lines = [json.loads(text) for text in [*printed[1:], capsys.readouterr().out]]
     assert [line["number"] for line in lines] == [2, 1, 3]
     for line in lines:

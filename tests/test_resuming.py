@@ -291,11 +291,11 @@ def test_another_schedule_settles_the_tables_once(
     np.testing.assert_allclose(read(run, replace(new, tables=weights.tables)), read(run, new))
 
     assert train(run).step == 9
-    assert "pending updates" in capsys.readouterr().out
+    assert "brought up to date" in capsys.readouterr().out
     assert [step for step, _ in losses(saved)] == list(range(1, 10))
     # The checkpoint of step 9 has the new schedule.
     Run.start(longer, saved).restore()
-    assert "pending updates" not in capsys.readouterr().out
+    assert "brought up to date" not in capsys.readouterr().out
     with pytest.raises(InputError, match="at step 9, beyond"):
         Run.start(vary(longer, train={"steps": 8}), saved, reschedule=True)
     assert load_config(saved / "config.json") == longer  # an error changes nothing
