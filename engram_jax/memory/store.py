@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -41,11 +41,11 @@ class StartTable:
     """A table of another checkpoint, whose rows are the initial ones.
 
     Attributes:
-        folder: the checkpoint.
+        folder: the checkpoint, as this process names it.
         fingerprint: of the table.
     """
 
-    folder: str
+    folder: str = field(compare=False)
     fingerprint: str
 
 
