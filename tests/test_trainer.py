@@ -35,16 +35,17 @@ def test_loss_falls(tiny: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "shape"),
+    ("steps", "seed", "shape"),
     [
-        (6, (2, 4)),
-        *(pytest.param(20, shape, marks=pytest.mark.slow) for shape in ((1, 8), (8, 1))),
+        (6, 1, (2, 4)),
+        *(pytest.param(20, 7, shape, marks=pytest.mark.slow) for shape in ((1, 8), (8, 1))),
     ],
 )
 def test_a_mesh_gives_the_losses_of_one_device(
-    tiny: Config, train_whole: TrainWhole, steps: int, shape: tuple[int, int]
+    tiny: Config, train_whole: TrainWhole, steps: int, seed: int, shape: tuple[int, int]
 ) -> None:
-    config = vary(tiny, train={"steps": steps})
+    """With seeds 1 and 5, gate scores near 0 (see conftest.py) occur within 20 steps."""
+    config = vary(tiny, train={"steps": steps, "seed": seed})
     alone, _ = train_whole(config, 1, 1)
     run, state = train_whole(config, *shape)
     mesh = run.program.mesh
