@@ -1,4 +1,4 @@
-"""What a program does before its imports. Imports nothing of JAX."""
+"""What a program does before its other imports."""
 
 import os
 import signal

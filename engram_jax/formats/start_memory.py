@@ -182,18 +182,23 @@ def read_table(program: Program, start: MappedStart) -> Table:
         InputError: it is too large, or there are numbers that are not finite.
     """
     info = start.table
-
-    def read_part(index: Any) -> UInt32[np.ndarray, "part words"]:
-        begin, end, _ = index[0].indices(info.rows)
-        records = np.zeros((end - begin, info.layout.words), np.uint32)
-        for places, rows in start.parts():
-            own = (places >= begin) & (places < end)
-            records[places[own] - begin] = rows[own]
-        return records
-
     shape, sharding = (info.rows, info.layout.words), jax.NamedSharding(program.mesh, TABLE_RW)
+
+    def span(index: Any) -> tuple[int, int]:
+        begin, end, _ = index[0].indices(info.rows)
+        return begin, end
+
+    # A process's devices have consecutive parts, so one pass over the rows fills them all.
+    parts = [span(index) for index in sharding.addressable_devices_indices_map(shape).values()]
+    first, last = min(begin for begin, _ in parts), max(end for _, end in parts)
     try:
-        records = jax.make_array_from_callback(shape, sharding, read_part)
+        own = np.zeros((last - first, info.layout.words), np.uint32)
+        for places, rows in start.parts():
+            here = (places >= first) & (places < last)
+            own[places[here] - first] = rows[here]
+        records = jax.make_array_from_callback(
+            shape, sharding, lambda index: own[slice(*np.subtract(span(index), first))]
+        )
     except MemoryError as error:
         raise InputError(
             f"The table of layer {info.layer} has {4 * math.prod(shape) / 1e9:,.0f} GB with its "

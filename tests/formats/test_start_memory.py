@@ -22,7 +22,7 @@ from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
 from engram_jax.formats import deepseek, mapped_table
 from engram_jax.formats.export import export_run, open_table
-from engram_jax.formats.start_memory import open_start, start_with
+from engram_jax.formats.start_memory import MappedStart, open_start, start_with
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.engram import EngramConfig
 from engram_jax.memory.layout import StorageConfig
@@ -71,6 +71,21 @@ def test_a_run_begins_with_the_memory_of_an_export(
     found = stored_rows(run.program, state, 1)
     np.testing.assert_array_equal(found, mapped.read(np.arange(mapped.rows)))
     assert not np.asarray(state.tables[1].clocks()).any() and int(state.step) == 0
+
+
+def test_its_rows_are_copied_once_to_several_devices(
+    export: Path, tmp_path: Path, one_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, passes, parts = Run.start(wider(tmp_path, export), tmp_path / "run"), [], MappedStart.parts
+    monkeypatch.setattr(MappedStart, "parts", lambda start: passes.append(1) or parts(start))
+    found = []
+    for count in (1, 8):
+        mesh = make_mesh(MeshConfig(), jax.devices()[:count])
+        program = Program.build(run.config, run.program.ngram_hash, mesh)
+        state = start_with(program, program.initial_state(), export)
+        found.append(np.asarray(state.tables[1].records))
+    np.testing.assert_array_equal(*found)
+    assert found[0].any() and len(passes) == 2
 
 
 @pytest.mark.slow
