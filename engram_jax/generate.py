@@ -58,6 +58,8 @@ class GenerateOptions:
             needed.
         tables: where the tables are: on the "device", in "host" memory, or read in a "file". The
             texts are the same.
+        verify_rows: with tables outside the device: compare all rows that programs read with the
+            tables' own. Slower.
         compare_without_memory: also continue with the same seeds without the memory.
         json: print one JSON object per prompt, with its number, from 1.
     """
@@ -75,6 +77,7 @@ class GenerateOptions:
     seed: int = 0
     capacity: int | None = None
     tables: Placement = "device"
+    verify_rows: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     compare_without_memory: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
@@ -102,12 +105,14 @@ def main(args: Sequence[str] | None = None) -> None:
         raise InputError(
             f"The model in {options.run} has no memory; leave out --compare-without-memory."
         )
+    if options.verify_rows and options.tables == "device":
+        raise InputError("--verify-rows needs --tables host or --tables file.")
     # Errors in prompts and settings are found before the checkpoint is read.
     make_batches(run.config, run.tokenizer, prompts or [], settings, run.program.mesh.size)
     with open_stores(run.program, _scratch(run.folder), options.tables) as stores:
         weights = run.restore_weights(options.step, stores)
         parts = run.program, run.tokenizer, weights, stores
-        generators = {"": Generator(*parts)}
+        generators = {"": Generator(*parts, verify_rows=options.verify_rows)}
         if options.compare_without_memory:
             generators["without memory"] = Generator(*parts, memory=False)
         _answer(generators, prompts, options)

@@ -204,6 +204,9 @@ engram_jax/memory/store_table.py < memory/test_store.py
   a row that was never written reads as the first one written
     - partial(_where, slots > 0)
     + partial(_where, slots >= 0)
+  verified rows are never different
+    - wrong := numbers[own != np.asarray(sums)]
+    + wrong := numbers[own != own]
   padding reads as a row
     - _where(places < table.rows, part, 0)
     + _where(places <= table.rows, part, 0)

@@ -177,6 +177,11 @@ def test_a_file_that_never_ends_is_refused(folder: str, monkeypatch) -> None:
         main([folder, "--prompts-file", "/dev/zero"])
 
 
+def test_only_rows_outside_the_device_are_verified(folder: str) -> None:
+    with pytest.raises(InputError, match="--verify-rows needs --tables host"):
+        main([folder, "the", "--verify-rows"])
+
+
 def test_a_run_without_memory_or_checkpoint(untrained, tmp_path) -> None:
     with pytest.raises(InputError, match="has no memory; leave out --compare-without-memory"):
         main([str(untrained("dense").folder), "the", "--compare-without-memory"])

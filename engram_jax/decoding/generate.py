@@ -74,6 +74,7 @@ class Generator:
         weights: parameters and tables, which must not be donated meanwhile.
         stores: the tables by layer id, if they are outside the devices.
         memory: use the memory; without it, memory layers add nothing.
+        verify_rows: compare all rows that programs read from stores with the stores' own.
     """
 
     def __init__(
@@ -84,13 +85,14 @@ class Generator:
         stores: Stores | None = None,
         *,
         memory: bool = True,
+        verify_rows: bool = False,
     ) -> None:
         self.program = program
         self.tokenizer = tokenizer
-        self.weights = prepare(program, weights, stores, memory=memory)
+        self.weights = prepare(program, weights, stores, memory=memory, verify_rows=verify_rows)
         self._stores = (stores or {}) if memory else {}
         self.speed = Speed()
-        self._has_warned = False
+        self._has_warned, self._verifies = False, verify_rows
         self.programs = ProgramCache(program)
         self.by_sequence = jax.NamedSharding(program.mesh, BY_SEQUENCE)
 
@@ -156,8 +158,10 @@ class Generator:
         """Checks tables outside the devices, before and after a program that reads them.
 
         Raises:
-            InputError: a file was truncated, or rows could not be read.
+            InputError: a file was truncated, or rows could not be read, or differ.
         """
+        if self._verifies:
+            jax.effects_barrier()  # all comparisons so far are done
         for store in self._stores.values():
             store.check_complete()
 

@@ -13,7 +13,7 @@ from engram_jax.decoding.extend import BY_SEQUENCE, FetchedRecords, extend, on_a
 from engram_jax.decoding.sampling import DrawSettings, draw
 from engram_jax.decoding.weights import DecodeWeights
 from engram_jax.layers.decode_state import DecodeState
-from engram_jax.memory.store_table import CallbackTable
+from engram_jax.memory.store_table import called_tables
 from engram_jax.program import Program
 from engram_jax.sharding import TOKEN_AXES
 
@@ -190,8 +190,7 @@ class ProgramCache:
         chunk = self.chunk(batch)
         fetched = {
             layer: shape(np.uint32, chunk, self.columns, table.layout.words)
-            for layer, table in weights.outside.items()
-            if isinstance(table, CallbackTable)
+            for layer, table in called_tables(weights.outside).items()
         }
         lowered = (
             self._prefill.lower(weights, state, shape(np.int32, chunk), whole, fetched or None),

@@ -6,7 +6,7 @@ from jaxtyping import Int32
 from engram_jax.decoding.extend import FetchedRecords
 from engram_jax.decoding.weights import DecodeWeights
 from engram_jax.memory.places import stored_places
-from engram_jax.memory.store_table import CallbackTable
+from engram_jax.memory.store_table import called_tables
 from engram_jax.program import Program
 
 
@@ -22,11 +22,7 @@ class PromptRows:
     def __init__(
         self, program: Program, weights: DecodeWeights, tokens: Int32[np.ndarray, "B T"]
     ) -> None:
-        self._tables = {
-            layer: table
-            for layer, table in weights.outside.items()
-            if isinstance(table, CallbackTable)
-        }
+        self._tables = called_tables(weights.outside)
         ngram_hash = program.ngram_hash
         self._places = {
             layer: stored_places(ngram_hash.hash_tokens(layer, tokens), table.store.table.rows)

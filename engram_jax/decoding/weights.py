@@ -11,7 +11,7 @@ from engram_jax.hashing_device import HashConstants
 from engram_jax.memory.layout import Table
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.memory.store import RowStore
-from engram_jax.memory.store_table import StoreTable, open_table
+from engram_jax.memory.store_table import StoreTable, VerifiedTable, open_table
 from engram_jax.parameters import Plain, Role
 from engram_jax.program import Program
 from engram_jax.sharding import REPLICATED, TABLE_RW
@@ -54,6 +54,7 @@ def prepare(
     stores: Mapping[int, RowStore] | None = None,
     *,
     memory: bool = True,
+    verify_rows: bool = False,
 ) -> DecodeWeights:
     """Prepares a run's weights. The tables are not copied.
 
@@ -62,6 +63,7 @@ def prepare(
         weights: parameters and tables.
         stores: the tables by layer id, if they are outside the devices.
         memory: keep the memory; without it, memory layers add nothing.
+        verify_rows: let programs compare the rows that they read from stores (`VerifiedTable`).
     """
     model = program.config.model
 
@@ -76,11 +78,11 @@ def prepare(
 
     has_memory = memory and program.ngram_hash is not None
     assert isinstance(program.mesh, jax.sharding.Mesh)
-    outside = {
-        layer: open_table(store, program.mesh)
-        for layer, store in (stores or {}).items()
-        if has_memory
-    }
+    outside: dict[int, StoreTable] = {}
+    for layer, store in (stores or {}).items():
+        if has_memory:
+            table = open_table(store, program.mesh)
+            outside[layer] = VerifiedTable(table, store) if verify_rows else table
     with program.use_mesh():
         params, head = jax.jit(prepare_params)(weights.params)
         constants = None

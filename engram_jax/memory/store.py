@@ -202,7 +202,7 @@ class RowStore:
 
         Raises:
             InputError: another program has truncated a file; or a read for a compiled program,
-                which cannot raise, has failed since.
+                which cannot raise, has failed since, or had another result than the store has.
         """
         if self._adopted is not None and is_truncated(self._records):
             raise InputError(
@@ -222,6 +222,10 @@ class RowStore:
             self.read(places, out)
         except InputError as error:
             out[...], self._failed = 0, error
+
+    def fail(self, sentence: str) -> None:
+        """Lets the next `check_complete` raise: for a callback of a program, which cannot."""
+        self._failed = InputError(sentence)
 
     @property
     def bytes(self) -> int:

@@ -1,6 +1,7 @@
 """A finished table outside the devices, for generation and scoring."""
 
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,10 +11,12 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import io_callback
 from jax.experimental.compute_on import compute_on
 from jaxtyping import Array, Bool, Int32, Shaped, UInt32
 
 from engram_jax.memory import records
+from engram_jax.memory.initial_rows import mix
 from engram_jax.memory.layout import RecordLayout, RowState, Table, initial_records
 from engram_jax.memory.records import FEW
 from engram_jax.memory.store import RowStore, TableInfo
@@ -124,10 +127,66 @@ class CallbackTable:
         return self.layout.unpack(words)
 
 
-StoreTable = InPlaceTable | PinnedTable | CallbackTable
+@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VerifiedTable:
+    """A table of which every row that a program reads is compared with the store.
+
+    The program computes a checksum of each row, and the host, in a callback, that of the row as it
+    reads it. The next `RowStore.check_complete` raises if one differs.
+
+    Attributes:
+        table: the table that is read.
+        store: its store.
+    """
+
+    table: InPlaceTable | PinnedTable | CallbackTable
+    store: RowStore = field(metadata={"static": True})
+
+    def read(self, places: Int32[Array, "n"]) -> RowState:
+        """The rows of at most 8,192 places; zeros for padding, from R up.
+
+        (The arguments of a callback have less than 64 kB: see `CallbackTable.read`.)
+        """
+        rows = self.table.read(places)
+        sums = checksums(self.store.table.layout.pack(rows))
+        io_callback(self._compare, None, places, sums)
+        return rows
+
+    def _compare(self, places: Array, sums: Array) -> None:
+        """Compares checksums of a program with those of the store."""
+        numbers = np.asarray(places)
+        own = checksums(CallbackTable(self.store).fetch(numbers))
+        if len(wrong := numbers[own != np.asarray(sums)]):
+            self.store.fail(
+                f"A program read another row than the table of layer {self.store.table.layer} has "
+                f"at place {wrong[0]} ({len(wrong)} of {len(numbers)} rows differ). Report this, "
+                "and keep the tables on the device."
+            )
 
 
-def open_table(store: RowStore, mesh: jax.sharding.Mesh) -> StoreTable:
+def checksums(words: UInt32[Any, "n words"]) -> UInt32[Any, "n"]:
+    """A checksum of each record, with NumPy or JAX. It differs if any one word does."""
+    factors = mix(np.arange(1, words.shape[1] + 1, dtype=np.uint32)) | np.uint32(1)
+    return (words * factors[None]).sum(axis=1, dtype=np.uint32)
+
+
+StoreTable = InPlaceTable | PinnedTable | CallbackTable | VerifiedTable
+
+
+def called_tables(tables: Mapping[int, StoreTable]) -> dict[int, CallbackTable]:
+    """Those tables that programs read by a callback."""
+    inner = {
+        layer: table.table if isinstance(table, VerifiedTable) else table
+        for layer, table in tables.items()
+    }
+    return {layer: table for layer, table in inner.items() if isinstance(table, CallbackTable)}
+
+
+def open_table(
+    store: RowStore, mesh: jax.sharding.Mesh
+) -> InPlaceTable | PinnedTable | CallbackTable:
     """A store of a complete table, for programs on a mesh. It must not be written meanwhile.
 
     A CPU reads it where it is, a TPU from a copy in pinned memory. If there is no room for that, or

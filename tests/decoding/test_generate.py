@@ -112,8 +112,10 @@ def test_texts_do_not_depend_on_where_the_tables_are(
     with open_stores(run.program, tmp_path, placement) as stores:
         dense = run.restore_weights(None, stores)
         assert not dense.tables and all(store.used for store in stores.values())
-        generator = Generator(run.program, run.tokenizer, dense, stores)
-        assert {type(table) for table in generator.weights.outside.values()} == {read}
+        verify = placement == "host" and read is not CallbackTable
+        generator = Generator(run.program, run.tokenizer, dense, stores, verify_rows=verify)
+        tables = generator.weights.outside.values()
+        assert {type(one.table if verify else one) for one in tables} == {read}
         assert generator.generate(prompts, settings) == expected
         without = Generator(run.program, run.tokenizer, dense, stores, memory=False)
         assert without.generate(prompts[:1], settings) != expected[:1]

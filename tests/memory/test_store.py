@@ -18,8 +18,16 @@ from engram_jax.memory import mapped_rows
 from engram_jax.memory.layout import RecordLayout, StorageConfig, init_table
 from engram_jax.memory.records import FEW
 from engram_jax.memory.row_file import map_rows, save_rows
-from engram_jax.memory.store import EXTENT, RowStore, TableInfo
-from engram_jax.memory.store_table import InPlaceTable, open_table, pin_table, reads_rightly
+from engram_jax.memory.store import EXTENT, RowStore, TableInfo, new_records
+from engram_jax.memory.store_table import (
+    CallbackTable,
+    InPlaceTable,
+    StoreTable,
+    VerifiedTable,
+    open_table,
+    pin_table,
+    reads_rightly,
+)
 from engram_jax.sharding import MeshConfig, make_mesh
 
 TABLE = TableInfo(layer=3, rows=8192, layout=RecordLayout(5), seed=9, scale=0.02, hash="abc")
@@ -103,6 +111,28 @@ def test_programs_read_a_store(table: TableInfo, count: int, pinned: bool) -> No
     expected[7] = 0
     for part, wanted in zip(state, table.layout.unpack(jnp.asarray(expected)), strict=True):
         np.testing.assert_array_equal(part, wanted)
+
+
+def test_verified_rows_that_differ_are_one_sentence() -> None:
+    """One bit of one row, read by a program from a copy."""
+    store, other = (RowStore(SMALL, 0, SMALL.rows) for _ in range(2))
+    values = np.random.default_rng(0).normal(size=(900, SMALL.layout.width)).astype(np.float32)
+    for rows in (store, other):
+        rows.write(np.arange(900, dtype=np.int32), new_records(SMALL.layout, values))
+    other.records[500, 0] ^= 1 << 31
+    places = np.arange(0, SMALL.rows + 1, 2, dtype=np.int32)  # the last one is padding
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+
+    def read_verified(table: StoreTable) -> None:
+        with jax.set_mesh(mesh):
+            jax.jit(lambda table, places: table.read(places))(VerifiedTable(table, store), places)
+        jax.effects_barrier()
+        store.check_complete()
+
+    read_verified(CallbackTable(store))
+    read_verified(pin_table(store, mesh))
+    with pytest.raises(InputError, match=r"layer 3 has at place 500 \(1 of 4097 rows differ\)"):
+        read_verified(pin_table(other, mesh))
 
 
 @pytest.mark.parametrize("cold", [0, math.inf])
