@@ -57,14 +57,17 @@ def is_irregular(path: Path) -> bool:
     return path.exists() and not (path.is_file() or path.is_dir())
 
 
-def read_regular(path: Path) -> bytes:
-    """Returns the content of a file.
+def read_regular(path: Path, most: int | None = None) -> bytes:
+    """Returns the content of a file, which must have at most `most` bytes.
 
     Raises:
-        OSError: it cannot be read, or is a pipe or device, whose content may never end.
+        OSError: it cannot be read or is too large, or is a pipe or device, whose content may never
+            end.
     """
     if is_irregular(path):
         raise OSError(errno.EINVAL, "no regular file", str(path))
+    if most is not None and path.stat().st_size > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
     return path.read_bytes()
 
 

@@ -44,6 +44,7 @@ _VARIANT_CONVENTIONS: dict[HashVariant, tuple[str, ...]] = {
 # Elements hashed at a time: few enough for their 64-bit buffers (128 KiB) to stay in the cache,
 # enough to make the overhead of a NumPy call small.
 _BLOCK = 16_384
+_MOST_SIZES = 65_536  # primes, which are searched one by one
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,16 @@ class HashSpec:
             raise InputError("A hash needs at least one head and one row per head.")
         if self.seed < 0:
             raise InputError(f"The hash seed is {self.seed}; it must not be negative.")
+        if (sizes := len(self.layers) * self.heads * len(self.rows_per_head)) > _MOST_SIZES:
+            raise InputError(
+                f"A hash with {sizes:,} heads in all layers is not supported; at most "
+                f"{_MOST_SIZES:,} are. Lower heads or max_order."
+            )
         if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
             raise InputError(
                 f"Layer ids {self.layers} must be distinct, zero-based and at least one."
             )
+        _check_rows(self.layers[0], self.heads * sum(self.rows_per_head))
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +137,7 @@ class NgramHash:
 
     def __post_init__(self) -> None:
         for layer, rows in zip(self.spec.layers, self.rows, strict=True):
-            if rows > 2**30:
-                raise InputError(
-                    f"Layer {layer}'s table has {rows:,} rows; at most 1,073,741,824 are possible "
-                    "with 32-bit row numbers. Lower rows_per_head or heads."
-                )
+            _check_rows(layer, rows)
 
     @property
     def columns(self) -> int:
@@ -308,6 +311,15 @@ class NgramHash:
             "multipliers": self.multipliers.tolist(),
             "primes": self.primes.tolist(),
         }
+
+
+def _check_rows(layer: int, rows: int) -> None:
+    """Refuses tables that are too large for 32-bit row numbers, of which some are kept free."""
+    if rows > 2**30:
+        raise InputError(
+            f"Layer {layer}'s table has {rows:,} rows; at most 1,073,741,824 are possible with "
+            "32-bit row numbers. Lower rows_per_head or heads."
+        )
 
 
 def _draw_multipliers(spec: HashSpec, half_bound: int) -> Int64[np.ndarray, "L N"]:

@@ -5,8 +5,8 @@ A checkpoint of a run whose tables are on the devices has arrays of R rows. Othe
 devices. Both can be restored by runs of any placement, on any mesh.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,9 +17,15 @@ import numpy as np
 from jaxtyping import Array, Int32, UInt32
 
 from engram_jax.checkpoint import TABLES
+from engram_jax.config import load_config
 from engram_jax.errors import InputError
 from engram_jax.files import expand_home
-from engram_jax.formats.start_memory import MappedStart, open_tables, read_table
+from engram_jax.formats.start_memory import (
+    MappedStart,
+    open_start,
+    open_tables,
+    read_table,
+)
 from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table, init_table
 from engram_jax.memory.row_adam import RowAdam
@@ -33,6 +39,7 @@ from engram_jax.memory.store import (
     TableInfo,
     Written,
 )
+from engram_jax.processes import all_agree, collective
 from engram_jax.program import Program
 from engram_jax.sharding import TABLE_RW, TOKEN_AXES, MeshConfig, make_mesh
 from engram_jax.train_state import Weights
@@ -129,28 +136,44 @@ def take_over(
         stores: empty stores, which get the rows.
     """
     files, tables, step = row_files(checkpoint, program.tables()), weights.tables, weights.step
+    memories = StartMemories(program, checkpoint)
     with program.use_mesh():
         if stores and files:
             in_place = program.has_tables and before is None
-            fill_stores(program, stores, files, in_place=in_place)
+            fill_stores(memories, stores, files, in_place=in_place)
             if before is not None:
                 settle_stores(stores, before, step, keep_moments=keep_moments)
             return {}
         if files:
-            tables = load_tables(program, files)
+            tables = load_tables(memories, files)
         if before is not None:
             tables = {
                 layer: lookup.settle(table, before, step, keep_moments=keep_moments)
                 for layer, table in tables.items()
             }
         if stores:
+            memories.set_initial(stores)
             fill_from_tables(stores, tables)
             return {}
     return tables
 
 
+def check_start_memory(program: Program, checkpoint: Path) -> None:
+    """Checks that the rows which a checkpoint does not have can be found, without reading them.
+
+    Raises:
+        InputError: the memory that its run began with is missing.
+    """
+    memories, tables = StartMemories(program, checkpoint), []
+    with suppress(InputError):  # a damaged checkpoint, instead of which an older one is read
+        for paths in row_files(checkpoint, program.tables()).values():
+            tables.append(map_rows(paths[0])[0])
+    for table in tables:
+        memories.check(table)
+
+
 def fill_stores(
-    program: Program,
+    memories: "StartMemories",
     stores: Stores,
     files: Mapping[int, list[Path]],
     *,
@@ -159,17 +182,17 @@ def fill_stores(
     """Writes the rows of a checkpoint's files to empty stores.
 
     Args:
-        program: the program that will use them.
+        memories: where the initial rows may be.
         stores: the stores.
         files: by layer id.
         in_place: stores in files map the rows of a single file instead of copying them. Then they
             can only be read.
     """
-    opened = StartMemories(program)
     for layer, store in stores.items():
         maps = in_place and store.in_file and len(files[layer]) == 1
         theirs, rows = _map_files(files[layer], store.table, random=maps)
-        start = opened.find(theirs)
+        with collective(f"read the memory of layer {layer}"):
+            start = memories.find(theirs)
         store.set_initial(start.table if start else theirs, start)
         if maps:
             store.adopt(files[layer][0], rows[0])
@@ -186,12 +209,11 @@ def fill_from_tables(stores: Stores, tables: Mapping[int, Table]) -> None:
             store.write_changed(shard.index[0].start or 0, np.asarray(shard.data))
 
 
-def load_tables(program: Program, files: Mapping[int, list[Path]]) -> dict[int, Table]:
+def load_tables(memories: "StartMemories", files: Mapping[int, list[Path]]) -> dict[int, Table]:
     """Tables on the devices from a checkpoint's files."""
-    opened = StartMemories(program)
     return {
-        layer: _load_table(program, opened, table, files[layer])
-        for layer, table in program.tables().items()
+        layer: _load_table(memories, table, files[layer])
+        for layer, table in memories.program.tables().items()
     }
 
 
@@ -237,36 +259,69 @@ def _map_files(
 
 
 class StartMemories:
-    """The checkpoints whose rows are the initial ones of tables, each opened once.
+    """The checkpoints whose rows are the initial ones of a run's tables, each opened once.
+
+    They may have been moved. They are looked for where the configuration of the program says, then
+    where that of the checkpoint's run says, then where they were when the checkpoint was saved.
 
     Args:
         program: the program whose tables these are.
+        checkpoint: folder of the checkpoint, in the folder of its run.
     """
 
-    def __init__(self, program: Program) -> None:
-        self._configured = program.config.memory.start_from
+    def __init__(self, program: Program, checkpoint: Path) -> None:
+        self.program = program
+        self._configured = [program.config.memory.start_from]
+        with suppress(InputError):  # the run's own files may be gone
+            of_run = load_config(checkpoint.parents[1] / "config.json")
+            self._configured.append(of_run.memory.start_from)
         self._open = cache(partial(open_tables, program))
 
     def find(self, table: TableInfo) -> MappedStart | None:
         """The initial rows of a table, if they are in another checkpoint.
 
-        It may have been moved: `memory.start_from` of the configuration is tried first.
-
         Raises:
             InputError: it is missing, or its rows are others than before.
         """
+
+        def open_one(folder: Path) -> MappedStart:
+            found = self._open(folder)[table.layer]
+            if table.start is None or found.fingerprint != table.start.fingerprint:
+                raise InputError(f"The memory in {folder} is not that one.")
+            return found
+
+        return self._first_of(table, open_one)
+
+    def check(self, table: TableInfo) -> None:
+        """Like `find`, without reading rows."""
+        memory, ngram_hash = self.program.config.memory, self.program.ngram_hash
+        assert ngram_hash is not None
+        self._first_of(table, lambda folder: open_start(folder, ngram_hash, memory.row_width))
+
+    def set_initial(self, stores: Stores) -> None:
+        """Lets the rows of the configured memory be the initial ones of empty stores, if possible.
+
+        Then rows of a complete table that equal them are not written.
+        """
+        folder, opened = self.program.config.memory.start_from, {}
+        with suppress(InputError):
+            opened = {} if folder is None else self._open(expand_home(folder))
+        if all_agree(bool(opened)):
+            for layer, store in stores.items():
+                store.set_initial(opened[layer].table, opened[layer])
+
+    def _first_of[Opened](
+        self, table: TableInfo, open_one: Callable[[Path], Opened]
+    ) -> Opened | None:
+        """What can be opened first; None: the initial rows are computed."""
         if table.start is None:
             return None
-        recorded, problem = Path(table.start.folder), ""
-        for folder in dict.fromkeys([expand_home(self._configured or recorded), recorded]):
+        problem, recorded = "", table.start.folder
+        for folder in dict.fromkeys([*filter(None, self._configured), recorded]):
             try:
-                found = self._open(folder)[table.layer]
+                return open_one(expand_home(folder))
             except InputError as error:
                 problem = problem or str(error)
-                continue
-            if found.fingerprint == table.start.fingerprint:
-                return found
-            problem = problem or f"The memory in {folder} is not that one."
         raise InputError(
             f"Checkpoints of this run have only the rows that training has changed; the others are "
             f"in the memory that it began with, {recorded}. {problem} Move that back, or write "
@@ -274,16 +329,17 @@ class StartMemories:
         )
 
 
-def _load_table(
-    program: Program, opened: StartMemories, ours: TableInfo, paths: list[Path]
-) -> Table:
+def _load_table(memories: StartMemories, ours: TableInfo, paths: list[Path]) -> Table:
     theirs, rows = _map_files(paths, ours)
+    program = memories.program
     sharding = jax.NamedSharding(program.mesh, TABLE_RW)
 
     def initial(seed: Array) -> UInt32[Array, "R words"]:
         return init_table(seed, ours.rows, ours.layout, ours.layer, theirs.scale).records
 
-    if (start := opened.find(theirs)) is not None:
+    with collective(f"read the memory of layer {ours.layer}"):
+        start = memories.find(theirs)
+    if start is not None:
         records = read_table(program, start).records
     else:
         make = jax.sharding.auto_axes(initial, axes=TOKEN_AXES, out_sharding=sharding)

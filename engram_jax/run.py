@@ -43,6 +43,7 @@ from engram_jax.memory.layout import Table
 from engram_jax.placement import (
     Stores,
     bytes_of_all,
+    check_start_memory,
     save_stores,
     take_over,
 )
@@ -180,7 +181,9 @@ class Run:
         check_memory(config, run.program.abstract_state(), mesh.size)
         make_config_row_adam(config)  # an error in its betas is found here
         start, width = config.memory.start_from, config.memory.row_width
-        if not resumes and start is not None and ngram_hash is not None:
+        if steps := run.checkpoints.steps():
+            check_start_memory(run.program, run.checkpoints.path(steps[-1]))
+        elif start is not None and ngram_hash is not None:
             open_start(expand_home(start), ngram_hash, width)
         data = config.data
         mix_rows(run.corpora(), data.weights, data.sequence_length, config.train.seed)

@@ -91,8 +91,8 @@ engram_jax/formats/qwen.py < formats/test_qwen.py
     + taps[:, 0, ::-1].T.reshape
 engram_jax/formats/mapped_table.py < formats/test_deepseek.py
   parts are read by the row number of the table
-    - within[chosen]
-    + rows[chosen] % 2
+    - within[some][own], axis=0
+    + rows[some][own] % 2, axis=0
 engram_jax/formats/quantize.py < formats/test_quantize.py
   bytes change when a table is quantized again
     - np.frexp(largest / 464)
@@ -230,11 +230,14 @@ engram_jax/placement.py < test_placement.py
     + store.set_initial(store.table)
 engram_jax/memory/mapped_rows.py < memory/test_store.py
   a truncated file is read
-    - base.size() < len(base)
-    + base.size() > len(base)
+    - mapping.size() < len(mapping)
+    + mapping.size() > len(mapping)
   rows on the disk are never asked for together
-    - if self._cold:
-    + if self._cold is None:
+    - if self._cold and self._asked
+    + if self._cold is None and self._asked
+  rows that are in memory again are asked for for ever
+    - self._asked += 1
+    + self._asked += 0
 engram_jax/formats/start_memory.py < formats/test_start_memory.py
   padding reads as the last row
     - records[numbers >= self.rows] = 0
@@ -248,8 +251,8 @@ engram_jax/errors.py < test_command_line.py
     + timer
 engram_jax/placement.py < formats/test_start_memory.py
   rows are read in whatever checkpoint is there
-    - found.fingerprint == table.start.fingerprint
-    + found.fingerprint == found.fingerprint
+    - found.fingerprint != table.start.fingerprint
+    + found.fingerprint != found.fingerprint
 engram_jax/memory/records.py < memory/test_lookup.py
   padding is written to the last row
     -    mode="drop",

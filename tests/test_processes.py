@@ -25,6 +25,7 @@ from engram_jax import processes, trainer
 from engram_jax.config import Config, TrainConfig
 from engram_jax.errors import InputError
 from engram_jax.files import hold_lock
+from engram_jax.formats.export import export_run
 from engram_jax.layers.engram import EngramConfig
 from engram_jax.memory import lookup
 from engram_jax.memory.row_adam import RowAdamConfig
@@ -66,6 +67,16 @@ def train_all(data: Path, folder: Path, first: Path, *, alone: bool = False) -> 
         train(Run.start(long, folder / "long"))
 
 
+def train_on_memory(data: Path, folder: Path, export: Path) -> None:
+    """Trains on the rows of an export: with files of changed rows, then on the devices."""
+    for placement in ("file", "device"):
+        memory = {"start_from": str(export), "placement": placement}
+        train(Run.start(vary(tiny(data, steps=STEPS), memory=memory), folder))
+        with collective("lose the last checkpoint"):
+            if placement == "file" and jax.process_index() == 0:
+                shutil.rmtree(folder / "checkpoints" / f"{STEPS:08}")
+
+
 def be_one_of_two(rank: int, port: int, data: Path, folder: Path, first: Path, held: Path) -> None:
     """All work of a pair of processes; its message about `held` is written to a file."""
     jax.config.update("jax_platforms", "cpu")
@@ -74,6 +85,7 @@ def be_one_of_two(rank: int, port: int, data: Path, folder: Path, first: Path, h
     share_programs()
     jax.distributed.initialize(f"127.0.0.1:{port}", len(RANKS), rank)
     train_all(data, folder, first)
+    train_on_memory(data, folder / "memory", first.parent / "export")
     # Resumes from the checkpoint of two processes, with tables in files of the processes.
     with collective("lose the last checkpoint"):
         if rank == 0:
@@ -161,6 +173,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folders = Trained(*(tmp_path_factory.mktemp(name) for name in Trained._fields))
     data, first, held = folders.data, folders.one / "first", folders.one / "held"
     train_all(data, folders.one, first)
+    run = Run.open(first)
+    export_run(run, run.restore_weights(), first.parent / "export")
+    train_on_memory(data, folders.one / "memory", first.parent / "export")
     with on_devices(1):
         train_all(data, folders.alone, first, alone=True)
     evaluate(folders.one)
@@ -191,6 +206,13 @@ def test_two_processes_train_as_one(trained: Trained) -> None:
         (trained.two, trained.one),
     ):
         assert_equal_losses(folder / "first", other / "first", steps=STEPS)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_memory_of_an_export_as_one(trained: Trained) -> None:
+    assert_equal_losses(trained.two / "memory", trained.one / "memory", steps=STEPS)
+    first = losses(trained.one / "first", "train")[0]
+    assert losses(trained.one / "memory", "train")[0] != first
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ import numpy as np
 from engram_jax.compression import VocabularyProjection, project_vocabulary
 from engram_jax.errors import InputError
 from engram_jax.formats.json_config import (
+    MOST_ORDERS,
     natural,
     naturals,
     positive,
@@ -66,13 +67,13 @@ def read_config(folder: Path) -> DeepSeekConfig:
     content = read_json(folder / "config.json")
     text = content.get("text_config", content)
     try:
-        orders = positive(text, "engram_max_ngram_size") - 1
+        order = natural(text, "engram_max_ngram_size", least=2, most=MOST_ORDERS)
         return DeepSeekConfig(
             spec=HashSpec(
                 layers=naturals(text, "engram_layer_ids"),
-                max_order=orders + 1,
+                max_order=order,
                 heads=positive(text, "engram_n_heads"),
-                rows_per_head=(positive(text, "engram_vocab_size"),) * orders,
+                rows_per_head=(positive(text, "engram_vocab_size"),) * (order - 1),
                 pad_id=natural(text, "engram_pad_token_id"),
             ),
             row_width=positive(text, "engram_head_dim"),

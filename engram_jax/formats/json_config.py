@@ -16,7 +16,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: the file is missing, or contains something else.
     """
     try:
-        content = parse_json(read_regular(path))
+        content = parse_json(read_regular(path, MOST_BYTES))
     except OSError as error:
         raise InputError(
             f"Cannot read {path} ({error.strerror}); give the folder of a checkpoint."
@@ -28,14 +28,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def natural(config: Mapping[str, Any], name: str, *, least: int = 0) -> int:
-    """A field that must be an integer from `least` to 2³¹ − 1.
+MOST_BYTES = 1 << 28  # of a JSON file
+MOST = 2**31 - 1
+MOST_ORDERS = 64  # the largest n-gram order, so that a wrong number does not fill the memory
+
+
+def natural(config: Mapping[str, Any], name: str, *, least: int = 0, most: int = MOST) -> int:
+    """A field that must be an integer from `least` to `most`.
 
     Raises:
         KeyError: it is missing.
         TypeError: it is something else.
     """
-    return _natural(config[name], name, least)
+    return _natural(config[name], name, least, most)
 
 
 def positive(config: Mapping[str, Any], name: str) -> int:
@@ -47,7 +52,7 @@ def naturals(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
     """A field that must be a list of integers from 0 to 2³¹ − 1; errors as for `natural`."""
     if not isinstance(config[name], list):
         raise TypeError(f"{name} is {config[name]!r}")
-    return tuple(_natural(value, name, 0) for value in config[name])
+    return tuple(_natural(value, name) for value in config[name])
 
 
 def positive_number(config: Mapping[str, Any], name: str) -> float:
@@ -58,7 +63,7 @@ def positive_number(config: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def _natural(value: Any, name: str, least: int) -> int:
-    if type(value) is not int or not least <= value < 2**31:
+def _natural(value: Any, name: str, least: int = 0, most: int = MOST) -> int:
+    if type(value) is not int or not least <= value <= most:
         raise TypeError(f"{name} is {value!r}")
     return value

@@ -1,16 +1,24 @@
 """A finished table in mapped files: read at its rows, without a copy of the table."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, Shaped
 
-from engram_jax.memory.mapped_rows import RowReads
+from engram_jax.errors import InputError
+from engram_jax.memory.mapped_rows import (
+    RowReads,
+    is_truncated,
+    mapping_of,
+    prefetch,
+    read_ahead,
+)
 
 SCALED = 32  # consecutive numbers of a row that share a scale
-_DECODED = 1024  # rows decoded at a time, so that they stay in the cache
+_DECODED = 1024  # rows of a part decoded at a time, so that they stay in the cache
 _HASHED, _SAMPLED = 1 << 30, 4096  # larger tables have a fingerprint of so many rows
 
 
@@ -29,7 +37,9 @@ class MappedTable:
     parts: tuple[Shaped[np.ndarray, "_ F"], ...]
     scales: tuple[Shaped[np.ndarray, "_ blocks"], ...] | None = None
     factor: float = 1.0
-    _reads: RowReads = field(default_factory=RowReads, init=False, repr=False)
+    _reads: tuple[RowReads, RowReads] = field(
+        default_factory=lambda: (RowReads(), RowReads()), init=False, repr=False
+    )
 
     @property
     def rows(self) -> int:
@@ -43,16 +53,44 @@ class MappedTable:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (16 hex digits) of types, sizes, and rows: all, or a sample of a large table."""
+        """SHA-256 (16 hex digits) of types, sizes, and rows: all, or a sample of a large table.
+
+        Raises:
+            InputError: another program has truncated a file.
+        """
         found = hashlib.sha256(f"{self.rows} {self.width} {self.factor}".encode())
         whole = sum(array.nbytes for array in self.arrays) <= _HASHED
-        count = self.rows if whole else _SAMPLED
-        sampled = np.linspace(0, self.rows - 1, count).astype(np.int64)
-        for start in range(0, count, _SAMPLED):
-            for array in self.gather(sampled[start : start + _SAMPLED]):
-                if array is not None:
-                    found.update(f"{array.dtype}".encode() + array.tobytes())
+        for array in self._all_rows() if whole else self._sampled_rows():
+            found.update(f"{array.dtype}".encode() + array.tobytes())
         return found.hexdigest()[:16]
+
+    def _all_rows(self) -> Iterator[Shaped[np.ndarray, "_ _width"]]:
+        read_ahead(*self.arrays)
+        for array in self.arrays:
+            for start in range(0, len(array), _SAMPLED):
+                self._require_complete()
+                yield array[start : start + _SAMPLED]
+        read_ahead(*self.arrays, random=True)
+
+    def _sampled_rows(self) -> Iterator[Shaped[np.ndarray, "_ _width"]]:
+        rows = np.linspace(0, self.rows - 1, _SAMPLED).astype(np.int64)
+        self._require_complete()
+        yield from (array for array in self.gather(rows) if array is not None)
+
+    def _require_complete(self) -> None:
+        if self.is_truncated:
+            raise InputError(
+                "A file of a memory was truncated while it was read; download it again."
+            )
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether a file has become shorter. Reading its rows may end the process."""
+        return any(is_truncated(array) for array in self._one_of_each_map)
+
+    @cached_property
+    def _one_of_each_map(self) -> list[Shaped[np.ndarray, "_ _width"]]:
+        return list({id(mapping_of(array)): array for array in self.arrays}.values())
 
     @property
     def arrays(self) -> tuple[Shaped[np.ndarray, "_ _width"], ...]:
@@ -69,15 +107,17 @@ class MappedTable:
         """
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.rows):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of a table of {self.rows}")
-        scales = None if self.scales is None else _take(self.scales, rows, self._reads)
-        return _take(self.parts, rows, self._reads), scales
+        of_parts, of_scales = self._reads  # one may be in memory, and the other one not
+        scales = None if self.scales is None else _take(self.scales, rows, of_scales)
+        return _take(self.parts, rows, of_parts), scales
 
     def read(self, rows: Int[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape F"]:
         """The rows of these numbers in float32; every stored type converts to it exactly."""
         flat = rows.reshape(-1)
         values = np.empty((len(flat), self.width), np.float32)
-        for start in range(0, len(flat), _DECODED):
-            part = slice(start, start + _DECODED)
+        together = _DECODED * len(self.parts)
+        for start in range(0, len(flat), together):
+            part = slice(start, start + together)
             stored, scales = self.gather(flat[part])
             values[part] = _to_float32(stored)
             if scales is not None:
@@ -110,25 +150,28 @@ def _take(
     parts: tuple[Shaped[np.ndarray, "_ width"], ...], rows: Int[np.ndarray, "n"], reads: RowReads
 ) -> Shaped[np.ndarray, "n width"]:
     """Rows of consecutive parts. The parts' bytes are moved, whatever their type is."""
+    numbers, within = np.divmod(rows, len(parts[0]))
+    order = np.argsort(numbers, kind="stable") if len(parts) > 1 else slice(None)
+    numbers, within = numbers[order], within[order]
     taken = np.empty((len(rows), parts[0].shape[1]), parts[0].dtype)
+
+    def ask(some: slice) -> None:
+        for part, own in _by_part(numbers[some]):
+            prefetch(parts[part], within[some][own])
+
+    for some in reads.parts(len(rows), ask):
+        for part, own in _by_part(numbers[some]):
+            stored, found = parts[part].view(np.uint8), taken[some][own].view(np.uint8)
+            np.take(stored, within[some][own], axis=0, out=found, mode="clip")
     if len(parts) == 1:
-        _take_bytes(parts[0], rows, reads, taken)
         return taken
-    part, within = np.divmod(rows, len(parts[0]))
-    for number in np.unique(part):
-        chosen = part == number
-        found = np.empty((int(chosen.sum()), taken.shape[1]), taken.dtype)
-        _take_bytes(parts[number], within[chosen], reads, found)
-        taken[chosen] = found
-    return taken
+    found = np.empty_like(taken)
+    found[order] = taken
+    return found
 
 
-def _take_bytes(
-    part: Shaped[np.ndarray, "rows width"],
-    rows: Int[np.ndarray, "n"],
-    reads: RowReads,
-    out: Shaped[np.ndarray, "n width"],
-) -> None:
-    stored, found = part.view(np.uint8), out.view(np.uint8)
-    for some in reads.parts(part, rows):
-        np.take(stored, rows[some], axis=0, out=found[some], mode="clip")
+def _by_part(numbers: Int[np.ndarray, "n"]) -> Iterator[tuple[int, slice]]:
+    """The parts in an ascending array of parts' numbers, and where each one is in it."""
+    starts = np.flatnonzero(np.diff(numbers, prepend=-1)).tolist()
+    for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True):
+        yield int(numbers[start]), slice(start, stop)

@@ -13,7 +13,6 @@ Tensors of a memory layer, found by the ends of their names (`.weight` may follo
     conv1d                                      [M·D, 1, 4]       the last tap is the current token
 """
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from engram_jax.compression import VocabularyProjection
 from engram_jax.errors import InputError
 from engram_jax.formats.json_config import (
+    MOST_ORDERS,
     natural,
     naturals,
     positive,
@@ -74,7 +74,7 @@ def read_config(folder: Path) -> QwenConfig:
     content = read_json(folder / "config.json")
     text = content.get("text_config", content)
     try:
-        order = positive(text, "ngram_size")
+        order = natural(text, "ngram_size", least=2, most=MOST_ORDERS)
         return QwenConfig(
             spec=HashSpec(
                 layers=tuple(number - 1 for number in naturals(text, "ple_layer_ids")),
@@ -152,12 +152,16 @@ def _open_table(config: QwenConfig, tensors: Tensors, layer: int, rows: int) -> 
             f"ple_embed_dim {config.memory_width} is no multiple of the {columns} rows of a token; "
             "download config.json again."
         )
+    if padded % config.shards:
+        raise InputError(
+            f"split_ngram_parts {config.shards} does not divide a table of {padded:,} rows; "
+            "download config.json again."
+        )
     shape = (padded // config.shards, config.memory_width // columns)
-    names = [
-        _require(tensors, layer, f"ngram_embedding.shard_{shard}", shape, *_FLOATS, "F8_E4M3")
-        for shard in range(config.shards)
-    ]
-    dtype, factor = tensors.infos[names[0]].dtype, 1.0
+    first = _require(tensors, layer, _shard(0), shape, *_FLOATS, "F8_E4M3")
+    dtype, factor = tensors.infos[first].dtype, 1.0
+    before, after = first.rsplit(_shard(0), 1)
+    names = [before + _shard(number) + after for number in range(config.shards)]
     for name in names:
         tensors.require(name, shape, dtype)
     if dtype == "F8_E4M3":
@@ -170,6 +174,10 @@ def _open_table(config: QwenConfig, tensors: Tensors, layer: int, rows: int) -> 
             )
         factor = float(scale[0])
     return MappedTable(tuple(tensors.view(name, random=True) for name in names), factor=factor)
+
+
+def _shard(number: int) -> str:
+    return f"ngram_embedding.shard_{number}"
 
 
 def _load_weights(config: QwenConfig, tensors: Tensors, layer: int) -> LayerWeights:
@@ -207,13 +215,16 @@ def _require(
 
 def _find(tensors: Tensors, layer: int, ending: str) -> str:
     """The name of the one tensor of a layer's memory that ends so."""
-    pattern = re.compile(
-        rf"(.*\.)?layers\.{layer}\.(.*\.)?ple\.(.*\.)?{re.escape(ending)}(\.weight)?"
-    )
-    found = [name for name in tensors.infos if pattern.fullmatch(name)]
+    found = [name for name in tensors.infos if _is_of(name, layer, ending)]
     if len(found) != 1:
         raise InputError(
             f"The checkpoint has {len(found)} tensors …layers.{layer}…ple…{ending}, expected 1; "
             "it is of another format."
         )
     return found[0]
+
+
+def _is_of(name: str, layer: int, ending: str) -> bool:
+    """Whether a name is …layers.LAYER.….ple.….ENDING, or ends so with .weight."""
+    _, found, rest = f".{name.removesuffix('.weight')}".partition(f".layers.{layer}.")
+    return bool(found) and ".ple." in f".{rest}" and f".{rest}".endswith(f".{ending}")

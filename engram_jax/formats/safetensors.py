@@ -21,6 +21,7 @@ import numpy as np
 
 from engram_jax.errors import InputError
 from engram_jax.files import atomic_write, is_irregular, read_regular
+from engram_jax.formats.json_config import MOST_BYTES
 
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
@@ -142,15 +143,18 @@ class Tensors:
             random: it will be read at random rows, so the system should not read ahead.
 
         Raises:
-            InputError: it has a type of which this project reads no tensors.
+            InputError: it has a type of which this project reads no tensors, or its file is gone
+                or shorter than before.
         """
         info = self.infos[name]
         if info.dtype not in DTYPES:
             raise InputError(f"Tensor {name!r} in {info.file} is {info.dtype}, which is not read.")
         if info.file not in self._maps:
-            with info.file.open("rb") as file:
+            with _invalid(info.file), info.file.open("rb") as file:
                 self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         mapped, count = self._maps[info.file], math.prod(info.shape)
+        if len(mapped) < info.stop:
+            raise InputError(f"{info.file} was truncated while it was read; download it again.")
         if random and info.stop > info.start and hasattr(mmap, "MADV_RANDOM"):
             page = info.start - info.start % mmap.PAGESIZE
             mapped.madvise(mmap.MADV_RANDOM, page, info.stop - page)
@@ -229,7 +233,7 @@ def write(
 def _read_index(path: Path) -> dict[str, str]:
     """The name of the file of every tensor, from an index."""
     with _invalid(path):
-        files = _text_only(json.loads(read_regular(path))["weight_map"])
+        files = _text_only(json.loads(read_regular(path, MOST_BYTES))["weight_map"])
         for name in files.values():
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"it names a file {name[:60]!r}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from jaxtyping import Int32, UInt32
 
@@ -26,10 +27,10 @@ from engram_jax.formats.own_table import map_table, require_finite
 from engram_jax.formats.safetensors import SINGLE, Tensors
 from engram_jax.hashing import NgramHash
 from engram_jax.memory.layout import Table
-from engram_jax.memory.mapped_rows import is_truncated, read_ahead
+from engram_jax.memory.mapped_rows import read_ahead
 from engram_jax.memory.places import row_numbers, stored_places
 from engram_jax.memory.store import PART, StartTable, Stores, TableInfo, Written, new_records
-from engram_jax.processes import check_same_everywhere
+from engram_jax.processes import check_same_everywhere, collective
 from engram_jax.program import Program
 from engram_jax.sharding import TABLE_RW
 from engram_jax.train_state import TrainState
@@ -79,7 +80,8 @@ def start_with(
     Raises:
         InputError: as in `open_start`.
     """
-    opened = open_tables(program, folder)
+    with collective(f"read the memory in {folder}"):
+        opened = open_tables(program, folder)
     check_same_everywhere(
         [int(rows.fingerprint[:7], 16) for rows in opened.values()],
         f"The processes see different memories in {folder}; it must be the same for all of them.",
@@ -125,17 +127,19 @@ class MappedStart:
         records[numbers >= self.rows] = 0
         return records
 
-    def parts(self) -> Iterator[Written]:
-        """All rows, in the order of their numbers.
+    def parts(self, first: int, last: int) -> Iterator[Written]:
+        """The rows of the places first … last − 1, in the order of their numbers.
 
         Raises:
-            InputError: there are numbers that are not finite.
+            InputError: there are numbers that are not finite, or a file was truncated.
         """
-        for array in self.mapped.arrays:
-            read_ahead(array)
+        read_ahead(*self.mapped.arrays)
         for start in range(0, self.rows, PART):
             numbers = np.arange(start, min(start + PART, self.rows), dtype=np.int32)
-            yield Written(stored_places(numbers, self.table.rows), self._records(numbers))
+            places = stored_places(numbers, self.table.rows)
+            own = (places >= first) & (places < last)
+            self.check_complete()
+            yield Written(places[own], self._records(numbers[own]))
 
     def check_complete(self) -> None:
         """Checks that the files still have their size.
@@ -143,7 +147,7 @@ class MappedStart:
         Raises:
             InputError: another program has truncated one.
         """
-        if any(map(is_truncated, self.mapped.arrays)):
+        if self.mapped.is_truncated:
             raise InputError(
                 f"A file in {self.folder} was truncated while its rows were in use; download or "
                 "export it again."
@@ -151,6 +155,8 @@ class MappedStart:
 
     def _records(self, numbers: Int32[np.ndarray, "n"]) -> UInt32[np.ndarray, "n words"]:
         values = self.mapped.read(numbers)
+        if self.table.layout.storage.value == "bfloat16":  # in which large numbers are infinite
+            values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
         require_finite(values, f"The memory of layer {self.table.layer}", self.folder)
         return new_records(self.table.layout, values)
 
@@ -193,9 +199,8 @@ def read_table(program: Program, start: MappedStart) -> Table:
     first, last = min(begin for begin, _ in parts), max(end for _, end in parts)
     try:
         own = np.zeros((last - first, info.layout.words), np.uint32)
-        for places, rows in start.parts():
-            here = (places >= first) & (places < last)
-            own[places[here] - first] = rows[here]
+        for places, rows in start.parts(first, last):
+            own[places - first] = rows
         records = jax.make_array_from_callback(
             shape, sharding, lambda index: own[slice(*np.subtract(span(index), first))]
         )

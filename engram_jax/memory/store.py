@@ -27,7 +27,7 @@ from jaxtyping import Float32, Int32, UInt32
 from engram_jax.errors import InputError
 from engram_jax.memory.initial_rows import initial_values
 from engram_jax.memory.layout import RecordLayout
-from engram_jax.memory.mapped_rows import RowReads, is_truncated
+from engram_jax.memory.mapped_rows import RowReads, is_truncated, prefetch
 
 type Placement = Literal["device", "host", "file"]
 
@@ -217,14 +217,14 @@ class RowStore:
     def read_for_program(
         self, places: Int32[np.ndarray, "n"], out: UInt32[np.ndarray, "n words"]
     ) -> None:
-        """Like `read`; if it fails, `out` is zeros, and the next `check_complete` raises."""
+        """Like `read`; if it fails, `out` is zeros, and `check_complete` raises from then on."""
         try:
             self.read(places, out)
         except InputError as error:
             out[...], self._failed = 0, error
 
     def fail(self, sentence: str) -> None:
-        """Lets the next `check_complete` raise: for a callback of a program, which cannot."""
+        """Lets `check_complete` raise from now on: for a callback of a program, which cannot."""
         self._failed = InputError(sentence)
 
     @property
@@ -251,7 +251,11 @@ class RowStore:
         if not self._in_file:
             np.take(self._records, slots, axis=0, out=out, mode="clip")
             return
-        for part in self._reads.parts(self._records, slots):
+
+        def ask(part: slice) -> None:
+            prefetch(self._records, slots[part])
+
+        for part in self._reads.parts(len(slots), ask):
             np.take(self._records, slots[part], axis=0, out=out[part], mode="clip")
 
     def write(self, places: Int32[np.ndarray, "n"], records: UInt32[np.ndarray, "n words"]) -> None:

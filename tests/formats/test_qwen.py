@@ -147,6 +147,9 @@ def test_a_wrong_configuration_is_one_sentence(folder: Path, tmp_path: Path) -> 
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
         ({"ple_embed_dim": 33}, "ple_embed_dim 33 is no multiple of the 4 rows"),
         ({"hc_count": 2.0}, "hc_count is 2.0"),
+        ({"split_ngram_parts": 5}, "split_ngram_parts 5 does not divide a table of 256 rows"),
+        ({"heads_per_ngram": 2**31 - 1}, "heads in all layers is not supported"),
+        ({"ngram_size": 2**31 - 1}, "ngram_size is 2147483647"),
     ):
         config.unlink()
         config.write_text(json.dumps(SIZES | change))

@@ -20,9 +20,10 @@ from engram_jax.config import Config, MemoryConfig
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
-from engram_jax.formats import deepseek, mapped_table
+from engram_jax.formats import deepseek, mapped_table, start_memory
 from engram_jax.formats.export import export_run, open_table
-from engram_jax.formats.start_memory import MappedStart, open_start, start_with
+from engram_jax.formats.mapped_table import MappedTable
+from engram_jax.formats.start_memory import MappedStart, open_start, open_tables, start_with
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.engram import EngramConfig
 from engram_jax.memory.layout import StorageConfig
@@ -77,7 +78,7 @@ def test_its_rows_are_copied_once_to_several_devices(
     export: Path, tmp_path: Path, one_device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, passes, parts = Run.start(wider(tmp_path, export), tmp_path / "run"), [], MappedStart.parts
-    monkeypatch.setattr(MappedStart, "parts", lambda start: passes.append(1) or parts(start))
+    monkeypatch.setattr(MappedStart, "parts", lambda *of: passes.append(1) or parts(*of))
     found = []
     for count in (1, 8):
         mesh = make_mesh(MeshConfig(), jax.devices()[:count])
@@ -162,8 +163,16 @@ def test_its_rows_are_found_where_the_memory_was_moved(
         run.restore_weights()
     with pytest.raises(InputError, match="holds another run"):
         Run.start(vary(config, memory={"start_from": str(moved)}), run.folder)
+    with (  # before the corpora are read
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(InputError, match="Move that back, or write"),
+    ):
+        patch.setattr(Run, "corpora", None)
+        Run.start(config, run.folder)
     path = run.folder / "config.json"
     path.write_text(path.read_text().replace(str(tmp_path / "memory"), str(moved)))
+    theirs = replace(run, checkpoints=Run.open(run.folder).checkpoints)  # as of another run
+    np.testing.assert_array_equal(theirs.restore_weights().tables[1].records, expected)
     for other in (False, True):  # something else may be at the old place
         if other:
             (tmp_path / "memory").mkdir()
@@ -187,9 +196,47 @@ def test_another_memory_in_its_place_is_refused(
     whole = table.fingerprint
     monkeypatch.setattr(mapped_table, "_HASHED", 0)
     monkeypatch.setattr(mapped_table, "_SAMPLED", 100)
-    assert open_table(tmp_path / "memory", 1).fingerprint not in (whole, "")
+    rows = np.array(table.parts[0])
+    sampled = MappedTable((rows.copy(),)).fingerprint
+    assert sampled != whole
+    for row, is_read in ((0, True), (1, False), (len(rows) - 1, True)):
+        other = rows.copy()
+        other[row, -1] += 1
+        assert (MappedTable((other,)).fingerprint != sampled) == is_read
     with pytest.raises(IndexError):
         table.gather(np.array([table.rows]))
+
+
+def test_rows_of_a_device_that_were_not_changed_are_not_stored(
+    in_place: tuple[Run, Config, np.ndarray], tmp_path: Path
+) -> None:
+    """A checkpoint with arrays goes on with tables outside the devices, if the memory is there."""
+    run, config, expected = in_place
+    on_devices = Run.start(vary(config, memory={"placement": "device"}), tmp_path / "devices")
+    on_devices.save(run.restore())
+    for is_there in (True, False):
+        with open_stores(run.program, tmp_path, "host") as stores:
+            Run.open(on_devices.folder).restore_weights(None, stores)
+            assert (stores[1].used == 2) == (stores[1].table.start is not None) == is_there
+            np.testing.assert_array_equal(read_all(stores[1]), expected)
+        if is_there:
+            (tmp_path / "memory").rename(tmp_path / "gone")
+
+
+def test_a_memory_truncated_while_it_is_copied_is_one_sentence(
+    in_place: tuple[Run, Config, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _, _ = in_place
+    opened = open_tables(run.program, tmp_path / "memory")[1]
+    monkeypatch.setattr(start_memory, "PART", 512)
+    path, parts = tmp_path / "memory" / "model.safetensors", opened.parts(0, 4096)
+    next(parts)
+    os.truncate(path, 4096)
+    with pytest.raises(InputError, match="memory was truncated while its rows were in use"):
+        next(parts)
+    assert opened.mapped.is_truncated
+    with pytest.raises(InputError, match="truncated while it was read"):
+        replace(opened.mapped).fingerprint  # noqa: B018
 
 
 def test_damage_is_one_sentence_when_its_rows_are_read(
@@ -204,6 +251,11 @@ def test_damage_is_one_sentence_when_its_rows_are_read(
         with path.open("r+b") as file:  # the mapped bytes change, too
             file.seek(-32, os.SEEK_END)
             file.write(np.full(8, np.nan, np.float32).tobytes())
+        with pytest.raises(InputError, match=r"layer 1 in .* not finite"):
+            read_all(stores[1])
+        with path.open("r+b") as file:  # infinite in bfloat16
+            file.seek(-32, os.SEEK_END)
+            file.write(np.full(8, 3.4e38, np.float32).tobytes())
         with pytest.raises(InputError, match=r"layer 1 in .* not finite"):
             read_all(stores[1])
         good = np.array([5, 6], np.int32)

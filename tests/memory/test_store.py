@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from engram_jax.errors import InputError
 from engram_jax.memory import mapped_rows
+from engram_jax.memory import store as store_module
 from engram_jax.memory.layout import RecordLayout, StorageConfig, init_table
+from engram_jax.memory.mapped_rows import RowReads
 from engram_jax.memory.records import FEW
 from engram_jax.memory.row_file import map_rows, save_rows
 from engram_jax.memory.store import EXTENT, RowStore, TableInfo, new_records
@@ -139,13 +141,13 @@ def test_verified_rows_that_differ_are_one_sentence() -> None:
 def test_rows_on_a_slow_disk_are_asked_for_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cold: float
 ) -> None:
-    asked, ask_for = [], mapped_rows.prefetch
+    asked, ask_for = [], store_module.prefetch
 
     def count(records: np.ndarray, slots: np.ndarray) -> None:
         ask_for(records, slots)
         asked.append(len(slots))
 
-    monkeypatch.setattr(mapped_rows, "prefetch", count)
+    monkeypatch.setattr(store_module, "prefetch", count)
     monkeypatch.setattr(mapped_rows, "COLD", cold)
     rows = make_store(tmp_path)
     places = np.arange(4096, 8192, dtype=np.int32)
@@ -159,25 +161,34 @@ def test_rows_on_a_slow_disk_are_asked_for_together(
     rows.close()
 
 
-def test_a_slow_disk_is_also_seen_while_it_is_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [24, 2000])
+def test_rows_are_asked_for_only_while_they_are_on_the_disk(
+    monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    """Asking takes the time then, and the copy none."""
-    clock, asked = [0.0], []
-
-    def prefetch(records: np.ndarray, slots: np.ndarray) -> None:
-        clock[0] += 10e-6 * len(slots)
-        asked.append(len(slots))
-
-    monkeypatch.setattr(mapped_rows, "prefetch", prefetch)
+    """With a simulated clock, in which asking for rows takes longer than reading them in memory."""
+    clock, reads, asked = [0.0], RowReads(), []
     monkeypatch.setattr(mapped_rows.time, "perf_counter", lambda: clock[0])
-    rows = make_store(tmp_path)
-    places = np.arange(4096, 4096 + 1536, dtype=np.int32)
-    rows.write(places, np.ones((1536, 16), np.uint32))
-    rows._reads._cold = True
-    read(rows, places)
-    assert asked == [512, 512, 512]
-    rows.close()
+
+    def ask(part: slice) -> None:
+        clock[0] += 10e-6 * (part.stop - part.start)
+        asked.append(part)
+
+    def read_all(seconds: float) -> float:
+        """The share of rows that are asked for, in 40 reads; the others take `seconds` each."""
+        asked.clear()
+        for _ in range(40):
+            done = 0
+            for part in reads.parts(count, ask):
+                assert part.start == done < part.stop
+                done = part.stop
+                clock[0] += (0 if part in asked[-1:] else seconds) * (part.stop - part.start)
+            assert done == count
+        return sum(part.stop - part.start for part in asked) / (40 * count)
+
+    assert read_all(0.5e-6) == 0
+    assert read_all(100e-6) > 0.85
+    assert read_all(0.5e-6) < 0.25
+    assert read_all(0.5e-6) == 0
 
 
 @pytest.mark.parametrize("in_file", [True, False])
