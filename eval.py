@@ -60,6 +60,7 @@ from engram_jax.evaluation.options import EvalOptions
 from engram_jax.evaluation.report import evaluate, format_report, to_json
 from engram_jax.files import atomic_write, expand_home
 from engram_jax.processes import end_together, is_leader, join_processes
+from engram_jax.progress import say_at_first
 from engram_jax.run import Run
 from engram_jax.train_state import Weights
 
@@ -113,7 +114,7 @@ def main(options: EvalOptions) -> None:
         continuation = generator.generate([options.prompt], settings)[0].text
         results["sample"] = {"prompt": options.prompt, "continuation": continuation}
     study = _study(run, weights) if weights.tables and options.statistics else None
-    scorer = make_scorer(run.program)
+    scorer = say_at_first(make_scorer(run.program), "Compiling the evaluation.")
     if has_gates:
         text = _shorten(run, text or _opening(run, corpora[0]))
         gate_map = read_gates(run, scorer, weights, text)

@@ -31,6 +31,7 @@ from engram_jax.memory.store import Stores
 from engram_jax.metrics import MetricsLog, read_metrics
 from engram_jax.placement import bytes_of_all, open_feed
 from engram_jax.processes import all_agree, collective, is_leader
+from engram_jax.progress import say_at_first
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState
 from engram_jax.train_step import Metrics, make_train_step
@@ -65,7 +66,7 @@ def train(run: Run, *, profile: bool = False) -> TrainState:
         step = int(state.step)
         _require_space(run, feed)
         saved = step if run.checkpoints.steps() else None
-        train_step = make_train_step(program)
+        train_step = say_at_first(make_train_step(program), "Compiling the training step.")
         evaluate = _Evaluation(run, corpora, feed)
         progress = stack.enter_context(_open_progress(run, step, feed))
         stopped = stack.enter_context(_stop_signal())
@@ -133,7 +134,7 @@ class _Evaluation:
 
     def __init__(self, run: Run, corpora: Sequence[Corpus], feed: RowFeed | None) -> None:
         self._run, self._corpora, self._feed = run, corpora, feed
-        self._scorer = make_scorer(run.program)
+        self._scorer = say_at_first(make_scorer(run.program), "Compiling the evaluation.")
 
     def is_due(self, step: int) -> bool:
         config = self._run.config.train

@@ -15,6 +15,7 @@ from engram_jax.decoding.weights import DecodeWeights
 from engram_jax.layers.decode_state import DecodeState
 from engram_jax.memory.store_table import called_tables
 from engram_jax.program import Program
+from engram_jax.progress import say_if_slow
 from engram_jax.sharding import TOKEN_AXES
 
 BURST = 16  # tokens of a sequence between two reads by the host
@@ -198,4 +199,5 @@ class ProgramCache:
         )
         # Not in threads: after parallel loads from the compilation cache, programs that were loaded
         # later computed wrong numbers, or hung (jax 0.12.0, CPU).
-        return Programs(*(program.compile() for program in lowered))
+        with say_if_slow(f"Compiling for {batch} sequences of up to {capacity} tokens."):
+            return Programs(*(program.compile() for program in lowered))
