@@ -7,12 +7,10 @@ bits and wrong shapes with the same misleading error. Only a damaged checkpoint 
 to an earlier one. A different identity (hash or tokenizer) or different shapes are an error.
 """
 
-import logging
 import os
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager
@@ -30,7 +28,6 @@ from engram_jax.checkpoint_files import (
     find_damage,
     gather_facts,
     list_facts,
-    read_share,
 )
 from engram_jax.checkpoint_manifest import (
     MANIFEST,
@@ -40,26 +37,16 @@ from engram_jax.checkpoint_manifest import (
     read_manifest,
     write_manifest,
 )
+from engram_jax.checkpoint_orbax import ocp, orbax_context, read_when_written
 from engram_jax.errors import InputError, disk_reason
 from engram_jax.files import remove, sync_folder
 from engram_jax.processes import collective, first_text, gather, is_leader
 from engram_jax.train_state import array_bytes, named_leaves
 
-try:
-    from orbax.checkpoint import v1 as ocp
-except ImportError:  # the path until Orbax moves it
-    from orbax.checkpoint.experimental import v1 as ocp
-
 STATE = "state"
 TABLES = "tables"  # prefix of the tables' arrays, or folder of the files with their rows
 PARTIAL = "partial-"  # prefix of a folder that is being written or removed
 REPLACED = ".replaced"  # suffix of a complete checkpoint that a second save of its step replaces
-
-# Chunks of 64 MiB limit the memory in use, and let a restore on another mesh read only the parts it
-# needs. No compression: Zstandard saves 8 % on float32 tables and takes five times as long.
-CHUNK_BYTES = 64 << 20
-
-_WRITE_SECONDS = 24 * 3600  # Orbax gives up after 20 minutes by default
 
 
 class Checkpoints:
@@ -144,10 +131,10 @@ class Checkpoints:
                 write_parts(partial)
                 if is_leader():
                     write_files(partial)
-            with collective(f"write the checkpoint of step {step}"), _orbax_context():
+            with collective(f"write the checkpoint of step {step}"), orbax_context():
                 response = ocp.save_async(partial / STATE, arrays)
         content = manifest_content(step, self._identity, config, arrays)
-        self._saving = _Saving(step, content, _complete(partial, response))
+        self._saving = _Saving(step, content, read_when_written(partial, response))
         if wait:
             self.finish()
         return self.folder / f"{step:08d}"
@@ -275,7 +262,7 @@ class Checkpoints:
                 own = self._damage(candidate, here, partial)
             damage = first_text(own)
             if damage is None:
-                with _orbax_context(partial):
+                with orbax_context(partial):
                     arrays = ocp.load(self.path(candidate) / STATE, here)
                 leaves = [arrays.get(name) for name in wanted]
                 return candidate, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
@@ -377,41 +364,3 @@ class _Saving(NamedTuple):
     step: int
     content: Mapping[str, Any]
     facts: futures.Future[dict[str, FileFacts]]
-
-
-def _complete(folder: Path, response: Any) -> futures.Future[dict[str, FileFacts]]:
-    """Waits in a thread until Orbax has written all arrays, then reads this process's share.
-
-    The thread does not delay the end of the process. It must not use collectives of the devices:
-    their order beside those of the main thread would differ among the processes.
-    """
-    facts: futures.Future[dict[str, FileFacts]] = futures.Future()
-
-    def work() -> None:
-        try:
-            response.result()
-            facts.set_result(read_share(folder))
-        except BaseException as error:
-            facts.set_exception(error)
-
-    threading.Thread(target=work, name="checkpoint", daemon=True).start()
-    return facts
-
-
-class _RaisedAsWell(logging.Filter):
-    """Drops the errors that Orbax's threads log, with a traceback each, before they raise them."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in Path(record.pathname).parts)
-
-
-logging.getLogger("absl").addFilter(_RaisedAsWell())
-
-
-def _orbax_context(partial: bool = False) -> Any:
-    context = ocp.Context()
-    context.pytree.loading.partial_load = partial
-    context.asynchronous.timeout_secs = _WRITE_SECONDS
-    context.array.saving.use_compression = False
-    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    return context

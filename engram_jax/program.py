@@ -394,8 +394,7 @@ def _make_decoder(config: Config, key: jax.Array) -> Decoder:
 @lru_cache(maxsize=2)  # with exact Adam, 37 µs per step of the run
 def make_config_row_adam(config: Config) -> RowAdam:
     """The row optimizer of a configuration."""
-    adam = config.memory.adam
+    adam, steps = config.memory.adam, config.train.steps
     if config.memory.frozen:
         adam = replace(adam, form="lazy")  # no pending updates
-    schedule = make_schedule(config.optimizer, config.train.steps)
-    return make_row_adam(adam, schedule, config.train.steps)
+    return make_row_adam(adam, make_schedule(config.optimizer, steps), steps)

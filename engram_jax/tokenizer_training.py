@@ -27,7 +27,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from engram_jax.command_line import run_function
-from engram_jax.data.sources import read_documents
+from engram_jax.data.documents import read_documents
 from engram_jax.errors import InputError
 from engram_jax.files import atomic_write
 from engram_jax.tokenizer import checked_text

@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from programs import fork
 
-from engram_jax import checkpoint, checkpoint_files
+from engram_jax import checkpoint, checkpoint_files, checkpoint_orbax
 from engram_jax.checkpoint import Checkpoints, ocp
 from engram_jax.errors import InputError
 
@@ -337,13 +337,13 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(
 def test_a_save_in_the_background_has_the_state_before_later_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_share, is_held = checkpoint.read_share, threading.Event()
+    read_share, is_held = checkpoint_orbax.read_share, threading.Event()
 
     def wait_and_read(folder: Path) -> dict:
         assert is_held.wait(timeout=60)
         return read_share(folder)
 
-    monkeypatch.setattr(checkpoint, "read_share", wait_and_read)
+    monkeypatch.setattr(checkpoint_orbax, "read_share", wait_and_read)
     train_step = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
     state = train_step({"rows": np.arange(1 << 20, dtype=np.float32), "step": np.int32(0)})
     expected = jax.tree.map(np.array, state)

@@ -17,7 +17,8 @@ from jax import Array
 from tiny_runs import losses, tiny_config, vary
 
 from engram_jax.config import Config, TrainConfig
-from engram_jax.layers.attention import AttentionConfig, attend
+from engram_jax.layers.attention import AttentionConfig
+from engram_jax.layers.scaled_dot_product import attend
 from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.run import Run
 from engram_jax.trainer import train

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from engram_jax.data.sources import read_documents, source_files, source_name
+from engram_jax.data.documents import read_documents
+from engram_jax.data.sources import source_files, source_name
 from engram_jax.errors import InputError
 from engram_jax.files import parse_json
 

@@ -15,10 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from engram_jax.errors import InputError
-from engram_jax.layers.attention import Implementation, attend, attend_cached
 from engram_jax.layers.context import on_all_positions
 from engram_jax.layers.norms import RMSNorm
 from engram_jax.layers.positions import YarnConfig, rotate
+from engram_jax.layers.scaled_dot_product import Implementation, attend, attend_cached
 from engram_jax.layers.slots import Slots
 from engram_jax.parameters import Matrix
 

@@ -12,7 +12,7 @@ import pytest
 from small_corpora import ByteTokenizer, random_texts, write_jsonl
 
 from engram_jax import files
-from engram_jax.data import sources, survey
+from engram_jax.data import documents, survey
 from engram_jax.data.corpus import COLUMNS
 from engram_jax.data.token_cache import build_corpus
 from engram_jax.errors import InputError
@@ -68,7 +68,7 @@ def reads(monkeypatch):
 
     def read(path, *progress):
         begun.append(path)
-        return sources.read_documents(path, *progress)
+        return documents.read_documents(path, *progress)
 
     monkeypatch.setattr(survey, "read_documents", read)
     return begun

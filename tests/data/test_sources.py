@@ -12,14 +12,9 @@ import pytest
 import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from engram_jax.data import sources
-from engram_jax.data.sources import (
-    Document,
-    read_documents,
-    resolve_source,
-    shipped_corpora,
-    source_names,
-)
+from engram_jax.data import documents, sources
+from engram_jax.data.documents import Document, read_documents
+from engram_jax.data.sources import resolve_source, shipped_corpora, source_names
 from engram_jax.errors import InputError
 
 DOCUMENTS = [
@@ -258,10 +253,10 @@ def test_a_zstandard_file_of_a_large_window_is_read(tmp_path):
 def test_a_long_line_takes_time_in_proportion():
     """A line in many parts is joined once."""
     parts = [b"x" * 10] * 5 + [b"y\nz", b"", b"\n\n"]
-    lines = list(sources._split_lines(iter(parts)))
+    lines = list(documents._split_lines(iter(parts)))
     assert lines == [b"x" * 50 + b"y", b"z", b"", b""]
     start = time.process_time()
-    (line,) = sources._split_lines(iter([b"x" * 1000] * 100_000))
+    (line,) = documents._split_lines(iter([b"x" * 1000] * 100_000))
     assert len(line) == 10**8 and time.process_time() - start < 2
 
 

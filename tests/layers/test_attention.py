@@ -12,9 +12,10 @@ from jax import Array
 from lively import enliven
 
 from engram_jax.errors import InputError
-from engram_jax.layers import attention
-from engram_jax.layers.attention import Attention, AttentionConfig, attend
+from engram_jax.layers import scaled_dot_product
+from engram_jax.layers.attention import Attention, AttentionConfig
 from engram_jax.layers.context import on_all_positions
+from engram_jax.layers.scaled_dot_product import attend
 from engram_jax.sharding import BATCH_ABT, TOKENS_BT, MeshConfig, make_mesh
 
 SEGMENTS = np.array([[1] * 5 + [2] * 2 + [3] * 6 + [0] * 3, [1] * 16], np.int32)
@@ -105,11 +106,11 @@ def test_the_default_on_a_gpu_is_what_its_generation_can(
         width: jnp.zeros((1, 2, 1, width), jnp.bfloat16) for width in (64, 128, 192, 256, 264)
     }
     device = SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(attention.jax, "devices", lambda: [device])
+    monkeypatch.setattr(scaled_dot_product.jax, "devices", lambda: [device])
     monkeypatch.setattr(attention, "platform_of", lambda mesh: "gpu")
     for width, array in arrays.items():
         expected = "cudnn" if width <= widest else "xla"
-        assert attention._fastest(array, array, None) == expected
+        assert scaled_dot_product._fastest(array, array, None) == expected
 
 
 def test_splash_is_xla_with_gradients() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engram_jax.compression import VocabularyProjection
-from engram_jax.data.sources import read_documents
+from engram_jax.data.documents import read_documents
 from engram_jax.hashing import HashSpec, NgramHash
 from engram_jax.memory.places import exchange_capacity, row_numbers, stored_places
 from engram_jax.memory.plan import Planner

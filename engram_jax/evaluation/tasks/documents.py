@@ -11,7 +11,7 @@ import numpy as np
 
 from engram_jax.config import DataConfig
 from engram_jax.data.corpus import is_held_out
-from engram_jax.data.sources import read_documents
+from engram_jax.data.documents import read_documents
 from engram_jax.data.survey import document_hash
 
 MOST_CHARACTERS = 600  # of a context; with what follows, fewer than 256 tokens
