@@ -24,8 +24,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from engram_jax.data.pipeline import mix_rows
-from engram_jax.data.token_cache import build_corpus
-from engram_jax.evaluation.held_out import Suppress, evaluate_held_out, make_scorer
+from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.score import TextScorer
 from engram_jax.files import atomic_write
 from engram_jax.run import Run
 from engram_jax.train_state import Weights
@@ -34,7 +34,7 @@ from experiments.results import Results, standard_error
 from experiments.sweep import Arm, Experiment, Family, main
 
 FOLDER = Path("runs/experiments/facts_text")
-TEXT, PROBES = "facts.jsonl", "probes.jsonl"
+TEXT = "facts.jsonl"
 TIMES = (0, 1, 4, 16)
 FACTS = 67  # for each of them
 CHOICES = 10  # answers, of which the first is true
@@ -72,6 +72,12 @@ class Fact:
         """The sentence with one of the answers."""
         return f"the {self.question} is {self.answers[answer]}."
 
+    @property
+    def probes(self) -> list[str]:
+        """A document for each answer."""
+        sentences = [self.sentence(answer) for answer in range(CHOICES)]
+        return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+
 
 def make_facts() -> list[Fact]:
     """All facts; always the same."""
@@ -100,25 +106,19 @@ _SYLLABLES = (_ONSETS, _VOWELS, tuple("lmnrs"), _ONSETS, _VOWELS, (*"klnrs", "th
 
 
 def write_texts(facts: Sequence[Fact], held_out: float) -> Path:
-    """Writes the training text, and the sentences with all answers; returns the training text.
+    """Writes the training text, and returns its path.
 
-    The name of their folder is a hash of both, so that a run's key depends on them.
+    The name of its folder is a hash of the text and of all answers, so that a run's key depends on
+    them.
     """
-    sentences = [fact.sentence(answer) for fact in facts for answer in range(CHOICES)]
-    texts = {
-        TEXT: _training_texts(facts, held_out),
-        PROBES: [sentence[0].upper() + sentence[1:] for sentence in sentences],
-    }
-    lines = {
-        name: "".join(json.dumps({"text": text}) + "\n" for text in of)
-        for name, of in texts.items()
-    }
-    folder = FOLDER / hashlib.sha256("".join(lines.values()).encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in lines.items():
-        with atomic_write(folder / name) as partial:
-            partial.write_text(content)
-    return folder / TEXT
+    texts = _training_texts(facts, held_out)
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    probes = "".join(probe for fact in facts for probe in fact.probes)
+    path = FOLDER / hashlib.sha256(f"{content}{probes}".encode()).hexdigest()[:16] / TEXT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_text(content)
+    return path
 
 
 def _training_texts(facts: Sequence[Fact], held_out: float) -> Iterator[str]:
@@ -164,23 +164,21 @@ def recall(run: Run, weights: Weights) -> dict[str, Any]:
     - recall, recall_dropped: 1 or 0 for each fact, {"0": […], …}.
     - occurrences: how often the text that was read has the facts' whole sentences, on average.
     """
-    facts, program = make_facts(), run.program
+    facts = make_facts()
     times = np.array([fact.times for fact in facts])
-    probes = Path(run.config.data.sources[-1]).with_name(PROBES)
-    corpus = build_corpus(probes, run.tokenizer, run.config.data.cache, held_out=1.0)
+    probes = [("", probe) for fact in facts for probe in fact.probes]
 
-    def recalled(suppress: Suppress) -> dict[str, list[int]]:
-        scorer = make_scorer(program, suppress)
-        with program.use_mesh():
-            [score] = evaluate_held_out(program, scorer, weights, [corpus]).values()
-        assert score.by_document is not None
-        losses = score.by_document.losses.reshape(len(facts), CHOICES)
-        right = losses.argmin(axis=1) == 0
+    def recalled(*, memory: bool) -> dict[str, list[int]]:
+        # Every probe is a document in a row of its own, which no other text precedes.
+        generator = Generator(run.program.on_device(), run.tokenizer, weights, memory=memory)
+        found = TextScorer(generator).score(probes, ends=True)
+        likelihoods = np.array([one.log_probability for one in found])
+        right = likelihoods.reshape(len(facts), CHOICES).argmax(axis=1) == 0
         return {str(number): right[times == number].astype(int).tolist() for number in TIMES}
 
-    figures: dict[str, Any] = {"recall": recalled("nothing")}
+    figures: dict[str, Any] = {"recall": recalled(memory=True)}
     if weights.tables:
-        figures["recall_dropped"] = recalled("output")
+        figures["recall_dropped"] = recalled(memory=False)
     data, rows = run.config.data, int(weights.step) * run.config.data.batch_size
     mixture = mix_rows(run.corpora(), data.weights, data.sequence_length, run.config.train.seed)
     read = "\n".join(run.tokenizer.decode(row) for row in mixture.rows(np.arange(rows)).tokens)

@@ -43,14 +43,15 @@ def arms(family: Family) -> Sequence[Arm]:
 def draw(results: Results, figure: Figure) -> str:
     """Loss against the rows of all heads, with a line for each kind; returns the lines' slopes."""
     axes, remarks = figure.subplots(), []
+    baseline = [label for label in results.labels() if label == BASELINE]
     for title, color in zip(KINDS.values(), ("#3b6fd4", "#f4544a"), strict=True):
         labels = [label for label in results.labels() if label.startswith(title)]
         if not labels:
             continue
         rows = np.array([results.of(label)[0]["account"]["rows"] for label in labels])
-        losses = [results.values(label, "loss", "prose") for label in labels]
-        draw_points(axes, rows, losses, color, title)
-        line = fit_line(rows, results.paired(labels, "loss", "prose"))
+        losses = results.paired([*labels, *baseline], "loss", "prose")  # of the same seeds
+        draw_points(axes, rows, list(losses[: len(labels)]), color, title)
+        line = fit_line(rows, losses[: len(labels)])
         if line is None:
             continue
         axes.plot(rows, line.means, "--", color=color, linewidth=1)
@@ -61,7 +62,8 @@ def draw(results: Results, figure: Figure) -> str:
     axes.set_xscale("log")
     axes.set_xlabel("table rows, all heads")
     axes.set_ylabel("held-out loss, nats per token of prose")
-    if without := list(results.values(BASELINE, "loss", "prose")):
+    others = [label for label in results.labels() if label != BASELINE]
+    if baseline and (without := results.paired([BASELINE, *others], "loss", "prose")[0]).size:
         axes.axhline(np.mean(without), color="#777", linestyle=":", label=BASELINE)
     axes.legend(frameon=False)
     return "\n".join(remarks)

@@ -23,8 +23,9 @@ class Results:
 
     Attributes:
         records: one per run: label, seed, key (hash of the configuration), measurement (version of
-            the figures), the settings that differ from their defaults, the figures, how and when
-            they were measured, and the relative speed of an arm of equal time.
+            the figures), order (version of the order of documents), the settings that differ from
+            their defaults, the figures, how and when they were measured, and the relative speed of
+            an arm of equal time.
     """
 
     records: tuple[Record, ...]
@@ -79,6 +80,10 @@ class Results:
     def of(self, label: str) -> list[Record]:
         """The runs of a label, by seed."""
         return [record for record in self.records if record["label"] == label]
+
+    def orders(self, seed: int) -> set[int]:
+        """The orders in which the runs of a seed read the documents. Pairs need one order."""
+        return {order_of(record) for record in self.records if record["seed"] == seed}
 
     def relative_speed(self, label: str) -> float | None:
         """The measured speed by which an arm of equal time got its steps; None: none was."""
@@ -139,6 +144,11 @@ class Results:
             "are means over layers and held-out tokens.",
         ]
         return "\n".join(lines)
+
+
+def order_of(record: Record) -> int:
+    """The version of the order in which a run read the documents (`packing.ORDER`)."""
+    return int(record.get("order", 1))
 
 
 def steps_of(record: Record) -> int:

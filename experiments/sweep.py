@@ -25,13 +25,14 @@ from typing import Any, Literal
 from configs.small import Kind, small_config
 from engram_jax.command_line import load_named_config, parse_flags
 from engram_jax.config import Config
+from engram_jax.data.packing import ORDER
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.files import atomic_write, hold_lock
 from engram_jax.trainer import Diverged
 from experiments.measure import VERSION
 from experiments.one_run import SECONDS, Measure, relative_speed, train_and_measure
 from experiments.report import Draw, write_report
-from experiments.results import Record, Results
+from experiments.results import Record, Results, order_of
 from experiments.settings import settings
 
 type Family = Callable[[Kind], Config]
@@ -144,22 +145,28 @@ class Task:
         )
         return replace(self.arm.config, train=train)
 
-    def key(self, config: Config) -> str:
-        """Hash of the configuration and of what is measured: version, and the arm's own figures."""
+    def key(self, config: Config, order: int = ORDER) -> str:
+        """Hash of the configuration, of what is measured, and of the order of the documents.
+
+        Args:
+            config: the configuration.
+            order: version of the order (`packing.ORDER`); the first one is not in the hash.
+        """
         measured = {
             "measure": getattr(self.arm.measure, "__name__", None),
             "measurement": VERSION,
         }
-        return _hash(settings(config) | measured)
+        return _hash(settings(config) | measured | ({"order": order} if order > 1 else {}))
 
     def is_in(self, results: Results) -> bool:
         """Whether this run is finished."""
         speed = results.relative_speed(self.arm.label)
         if self.arm.same_time is not None and speed is None:
             return False
+        config = self.config(speed)
         return any(
-            (record["label"], record["key"]) == (self.arm.label, self.key(self.config(speed)))
-            for record in results.records
+            record["key"] == self.key(config, order_of(record))
+            for record in results.of(self.arm.label)
         )
 
 
@@ -258,6 +265,13 @@ class _Worker:
             results = Results.read(self._path)
             if task.is_in(results):
                 continue
+            if results.orders(task.seed) - {ORDER}:
+                print(
+                    f"{task.arm.label}, seed {task.seed}: is not trained, because other runs of "
+                    "this seed read the documents in an earlier order.",
+                    file=sys.stderr,
+                )
+                continue
             speed = self._speed(task.arm, results)
             config = task.config(speed)
             name = f"{task.key(config)}-{task.seed}"
@@ -302,7 +316,7 @@ class _Worker:
                 print(f"{name}: {error}", file=sys.stderr)
                 return None
             self._trained += 1
-        return record | {"label": task.arm.label, "key": task.key(config)}
+        return record | {"label": task.arm.label, "key": task.key(config), "order": ORDER}
 
     def _save(self, record: Record, folder: Path, tasks: Sequence[Task]) -> None:
         """Adds a record to the results, and deletes the run's checkpoints."""

@@ -356,14 +356,14 @@ engram_jax/data/survey.py < data/test_corpus.py
   a source that changes during its pass is used
     - ._contents != self._contents:
     + ._contents is None:
-engram_jax/data/sources.py < data/test_sources.py
+engram_jax/data/documents.py < data/test_sources.py
   a file that was cut short passes as whole
     - raise EOFError("the last stream does not end")
     + return
 
 # Layers
 
-engram_jax/layers/attention.py < layers/test_attention.py
+engram_jax/layers/scaled_dot_product.py < layers/test_attention.py
   attention sees the next token
     - slot[:, None] >= jnp.arange
     + slot[:, None] + 1 >= jnp.arange
@@ -631,7 +631,7 @@ engram_jax/layers/slots.py < decoding/test_extend.py
   a full state overwrites its last slots
     - mode="drop"
     + mode="clip"
-engram_jax/layers/attention.py < decoding/test_extend.py
+engram_jax/layers/scaled_dot_product.py < decoding/test_extend.py
   the sum of a block is not scaled to the new maximum
     - kept * total + jnp.sum
     + total + jnp.sum
@@ -646,6 +646,9 @@ engram_jax/decoding/sampling.py < decoding/test_sampling.py
     - | ((weights == weight) & is_before)
     + | (weights > weight)
 engram_jax/decoding/text.py < decoding/test_text.py
+  of overlapping stop strings, the first to begin ends a text
+    - found = [(place + size, place)
+    + found = [(place, place)
   a split character is shown
     - text = self._text.rstrip(_INCOMPLETE)
     + text = self._text
@@ -697,6 +700,9 @@ experiments/sweep.py < test_sweep.py
   the report that a kill has prevented is never written
     - if results.records:
     + if not results.records:
+  a run in the earlier order of documents is another one's pair
+    - if results.orders(task.seed) - {ORDER}:
+    + if results.orders(task.seed) & {ORDER}:
   another measurement has the same key
     - "measurement": VERSION,
     + "measurement": 0,
@@ -737,7 +743,7 @@ experiments/facts.py < test_experiment_statistics.py
     - for of in (by_seed, by_fact) if
     + for of in (by_seed,) if
   the key does not see the text
-    - hashlib.sha256("".join(lines.values()).encode())
+    - hashlib.sha256(f"{content}{probes}".encode())
     + hashlib.sha256(b"")
 experiments/memory_law.py < test_experiment_statistics.py
   the line is that of the first seed

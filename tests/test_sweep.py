@@ -16,7 +16,7 @@ from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.trainer import Diverged
 from experiments import facts, gpu, one_run, sweep
 from experiments.report import time_taken
-from experiments.results import Results
+from experiments.results import Results, order_of
 from experiments.settings import _differing, settings
 from experiments.sweep import Arm, Experiment, Options, Task, run_experiment
 
@@ -34,6 +34,26 @@ def test_runs_that_are_measured_in_another_way_are_other_runs(tiny, monkeypatch)
     old, new = (record("a", 0, 5.0, measurement=1), record("b", 0, 5.0, measurement=2))
     assert Results((old,)).add(new, ["a", "b"]).records == (new,)
     assert Results((new,)).add(record("a", 0, 4.0, measurement=2), ["a"]).labels() == ["a", "b"]
+
+
+def test_runs_with_another_order_of_documents_are_not_paired(tiny, options, pretended, capsys):
+    """A seed that was begun in the earlier order is neither copied nor continued."""
+    first, second = Arm("first", tiny), Arm("second", vary(tiny, optimizer={"z_loss": 1e-4}))
+    config = Task(first, 0, 2).config(None)
+    key = Task(first, 0, 2).key(config, order=1)
+    assert key != Task(first, 0, 2).key(config)
+    earlier = record("first", 0, 5.0, key=key, settings=settings(config))
+    Results((earlier,)).write(options.path(experiment_of(first)))
+    found = run_experiment(experiment_of(first, second), options, {"engram": tiny}.get)
+    assert [(one["label"], one["seed"], order_of(one)) for one in found.records] == [
+        ("first", 0, 1),
+        ("first", 1, 2),
+        ("second", 1, 2),
+    ]
+    assert "second, seed 0: is not trained" in capsys.readouterr().err
+    other = replace(experiment_of(first), name="other")
+    assert {order_of(one) for one in run_experiment(other, options, {}.get).records} == {2}
+    assert len(pretended) == 3  # seed 1 of the first arm is trained once
 
 
 def test_a_record_tells_whether_the_code_differs_from_its_commit(tmp_path):

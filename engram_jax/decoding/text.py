@@ -105,15 +105,15 @@ class GrowingText:
         self._settled, self._settled_length = len(self.tokens), len(self._text)
 
     def _cut_at_stop(self) -> None:
-        """Ends the text before the first stop string."""
+        """Ends the text before the stop string that is complete first, whatever a burst has."""
         # A split character at the end may become another one.
         text = self._text if self.reason else self._text.rstrip(_INCOMPLETE)
         begin = max(self._settled_length - max(map(len, self.stop), default=0) + 1, 0)
         places = [(text.find(stop, begin), len(stop)) for stop in self.stop]
-        found = [(place, place + size) for place, size in places if place >= 0]
+        found = [(place + size, place) for place, size in places if place >= 0]
         if not found:
             return
-        begin, ends = min(found)
+        ends, begin = min(found)
         self.reason, before = "stop", self._text[:ends]
         # The fewest tokens that have the stop string. (A search by the length of the text would
         # find others, because the parts of a split character have more characters than the whole.)

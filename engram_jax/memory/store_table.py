@@ -176,12 +176,8 @@ StoreTable = InPlaceTable | PinnedTable | CallbackTable | VerifiedTable
 
 
 def called_tables(tables: Mapping[int, StoreTable]) -> dict[int, CallbackTable]:
-    """Those tables that programs read by a callback."""
-    inner = {
-        layer: table.table if isinstance(table, VerifiedTable) else table
-        for layer, table in tables.items()
-    }
-    return {layer: table for layer, table in inner.items() if isinstance(table, CallbackTable)}
+    """Those tables whose rows of prompts the host reads, before programs need them."""
+    return {layer: table for layer, table in tables.items() if isinstance(table, CallbackTable)}
 
 
 def open_table(

@@ -88,6 +88,7 @@ def test_a_text_does_not_depend_on_the_others(untrained) -> None:
     [
         ("engram", "host", InPlaceTable),
         ("engram", "host", CallbackTable),
+        pytest.param("two_layers", "host", CallbackTable, marks=pytest.mark.slow),  # verified
         pytest.param("engram", "host", PinnedTable, marks=pytest.mark.slow),
         ("bfloat16", "file", InPlaceTable),
         pytest.param("bfloat16", "file", CallbackTable, marks=pytest.mark.slow),
@@ -112,7 +113,7 @@ def test_texts_do_not_depend_on_where_the_tables_are(
     with open_stores(run.program, tmp_path, placement) as stores:
         dense = run.restore_weights(None, stores)
         assert not dense.tables and all(store.used for store in stores.values())
-        verify = placement == "host" and read is not CallbackTable
+        verify = placement == "host" and (form, read) != ("engram", CallbackTable)
         generator = Generator(run.program, run.tokenizer, dense, stores, verify_rows=verify)
         tables = generator.weights.outside.values()
         assert {type(one.table if verify else one) for one in tables} == {read}

@@ -99,6 +99,12 @@ def test_the_first_of_several_stop_strings_ends_the_text() -> None:
     assert growing.finish().text == " a "
 
 
+@pytest.mark.parametrize("burst", [1, 2, 3, 16])
+def test_of_overlapping_stop_strings_the_first_to_be_complete_ends_the_text(burst: int) -> None:
+    _, growing = grow(" of London is the capital.", "London is the", "is", burst=burst)
+    assert growing.finish().text == " of London "
+
+
 def test_the_limit_ends_the_text() -> None:
     _, growing = grow(" of London is the capital.", limit=3, burst=2)
     found = growing.finish()
