@@ -152,7 +152,8 @@ def take_over(
                 for layer, table in tables.items()
             }
         if stores:
-            memories.set_initial(stores)
+            if not program.has_tables:  # it trains; for decoding, a copy is read faster
+                memories.set_initial(stores)
             fill_from_tables(stores, tables)
             return {}
     return tables

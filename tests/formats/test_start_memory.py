@@ -214,9 +214,10 @@ def test_rows_of_a_device_that_were_not_changed_are_not_stored(
     run, config, expected = in_place
     on_devices = Run.start(vary(config, memory={"placement": "device"}), tmp_path / "devices")
     on_devices.save(run.restore())
+    trains = Run.start(config, on_devices.folder)
     for is_there in (True, False):
         with open_stores(run.program, tmp_path, "host") as stores:
-            Run.open(on_devices.folder).restore_weights(None, stores)
+            trains.restore(stores=stores)
             assert (stores[1].used == 2) == (stores[1].table.start is not None) == is_there
             np.testing.assert_array_equal(read_all(stores[1]), expected)
         if is_there:
