@@ -124,7 +124,7 @@ class Model:
                 for first in range(0, length, chunk):
                     part = tokens[:, first : first + chunk], np.full(batch, chunk, np.int32)
                     inputs = jax.device_put(part, sharding)
-                    state = programs.prefill(self.prepared, state, *inputs)
+                    state = programs.prefill(self.prepared, state, *inputs, None)
                 held[:] = [jax.block_until_ready(state)]
             return perf_counter() - begin
 

@@ -55,9 +55,11 @@ def draw(results: Results, figure: Figure) -> str:
         if line is None:
             continue
         axes.plot(rows, line.means, "--", color=color, linewidth=1)
+        seeds = len(line.slopes)
         remarks.append(
-            f"- {title}: {mean_and_error(line.slopes, '+')} nats per decade of rows (mean ± "
-            f"standard error over {len(line.slopes)} seeds), R² {line.r_squared:.3f}."
+            f"- {title}: {mean_and_error(line.slopes, '+')} nats per decade of rows "
+            f"({f'mean ± standard error over {seeds} seeds' if seeds > 1 else 'one seed'}), R² "
+            f"{line.r_squared:.3f}."
         )
     axes.set_xscale("log")
     axes.set_xlabel("table rows, all heads")

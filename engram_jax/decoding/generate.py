@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from engram_jax.decoding.batches import PromptBatch, make_batches, padded_batch
 from engram_jax.decoding.extend import BY_SEQUENCE
-from engram_jax.decoding.programs import Drawing, Limits, ProgramCache, Programs
+from engram_jax.decoding.programs import BURST, Drawing, Limits, ProgramCache, Programs
 from engram_jax.decoding.prompt_rows import PromptRows
 from engram_jax.decoding.sampling import DrawSettings
 from engram_jax.decoding.settings import GenerationSettings
@@ -173,28 +173,49 @@ class Generator:
             GrowingText(self.tokenizer, ids, settings.stop_strings, self.tokenizer.eos_id, limit)
             for ids, limit in zip(batch.prompts, batch.limits, strict=True)
         ]
-        put = partial(self._put, padded_batch(len(texts), self.program.mesh.size))
-        limits = Limits(np.int32(self.tokenizer.vocab_size), np.int32(self.tokenizer.eos_id))
         with self.program.use_mesh():
             programs, state = self._read_prompts(batch)
-            draw_settings = self._draw_settings(batch, settings)
-            max_tokens = put(batch.limits, np.int32)
-            last = put([ids[-1] for ids in batch.prompts], np.int32)
-            drawing = Drawing(last, put([0] * len(texts), np.int32), put([], bool))
             begin = time.perf_counter()
-            while any(text.reason is None for text in texts):
-                done = put([text.reason is not None for text in texts], bool, fill=True)
-                self.check_tables()
-                state, drawing, *new = programs.burst(
-                    *(self.weights, state, drawing._replace(done=done)),
-                    *(draw_settings, max_tokens, limits),
-                )
-                tokens, log_probabilities = jax.device_get(new)
-                self.check_tables()
+            for tokens, log_probabilities in self._bursts(batch, settings, texts, programs, state):
                 _add(batch.numbers, texts, tokens, log_probabilities, show)
         tokens_of_all = sum(len(text.tokens) for text in texts)
         self.speed += Speed(tokens=tokens_of_all, seconds=time.perf_counter() - begin)
         return {n: text.finish() for n, text in zip(batch.numbers, texts, strict=True)}
+
+    def _bursts(
+        self,
+        batch: PromptBatch,
+        settings: GenerationSettings,
+        texts: Sequence[GrowingText],
+        programs: Programs,
+        state: DecodeState,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tokens and log-probabilities of each burst, [B, BURST], until all texts have ended.
+
+        A device sees itself where a text ends, except by a stop string. So without stop strings,
+        the next burst is computed while the caller works with one.
+        """
+        put = partial(self._put, padded_batch(len(texts), self.program.mesh.size))
+        limits = Limits(np.int32(self.tokenizer.vocab_size), np.int32(self.tokenizer.eos_id))
+        constants = self._draw_settings(batch, settings), put(batch.limits, np.int32), limits
+        last = put([ids[-1] for ids in batch.prompts], np.int32)
+        drawing = Drawing(last, put([0] * len(texts), np.int32), put([], bool))
+
+        def begin_burst(state: DecodeState, drawing: Drawing) -> tuple[Any, ...]:
+            self.check_tables()
+            return tuple(programs.burst(self.weights, state, drawing, *constants))
+
+        following, left = None, max(batch.limits)
+        while any(text.reason is None for text in texts):
+            if following is None:
+                done = put([text.reason is not None for text in texts], bool, fill=True)
+                following = begin_burst(state, drawing._replace(done=done))
+            (state, drawing, *new), following, left = following, None, left - BURST
+            if left > 0 and not settings.stop_strings:
+                following = begin_burst(state, drawing)
+            tokens, log_probabilities = jax.device_get(new)
+            self.check_tables()
+            yield tokens, log_probabilities
 
     def _draw_settings(self, batch: PromptBatch, settings: GenerationSettings) -> DrawSettings:
         """The settings of every sequence, on the devices."""

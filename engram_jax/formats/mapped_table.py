@@ -150,10 +150,15 @@ def _take(
     parts: tuple[Shaped[np.ndarray, "_ width"], ...], rows: Int[np.ndarray, "n"], reads: RowReads
 ) -> Shaped[np.ndarray, "n width"]:
     """Rows of consecutive parts. The parts' bytes are moved, whatever their type is."""
-    numbers, within = np.divmod(rows, len(parts[0]))
-    order = np.argsort(numbers, kind="stable") if len(parts) > 1 else slice(None)
-    numbers, within = numbers[order], within[order]
     taken = np.empty((len(rows), parts[0].shape[1]), parts[0].dtype)
+    if len(parts) == 1:
+        [stored], found = parts, taken.view(np.uint8)
+        for some in reads.parts(len(rows), lambda some: prefetch(stored, rows[some])):
+            np.take(stored.view(np.uint8), rows[some], axis=0, out=found[some], mode="clip")
+        return taken
+    numbers, within = np.divmod(rows, len(parts[0]))
+    order = np.argsort(numbers, kind="stable")
+    numbers, within = numbers[order], within[order]
 
     def ask(some: slice) -> None:
         for part, own in _by_part(numbers[some]):
@@ -163,11 +168,9 @@ def _take(
         for part, own in _by_part(numbers[some]):
             stored, found = parts[part].view(np.uint8), taken[some][own].view(np.uint8)
             np.take(stored, within[some][own], axis=0, out=found, mode="clip")
-    if len(parts) == 1:
-        return taken
-    found = np.empty_like(taken)
-    found[order] = taken
-    return found
+    in_order = np.empty_like(taken)
+    in_order[order] = taken
+    return in_order
 
 
 def _by_part(numbers: Int[np.ndarray, "n"]) -> Iterator[tuple[int, slice]]:

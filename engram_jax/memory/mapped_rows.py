@@ -15,6 +15,7 @@ from jaxtyping import Integer, Shaped
 TOGETHER = 512  # rows that are asked for together, if they come from the disk
 LEAST_TIMED = 16  # fewer rows say nothing about where they come from
 COLD = 5e-6  # seconds a row, if it was not asked for: more from the disk, 0.03 to 1 µs from memory
+CALLS = 100e-6  # seconds that the calls of a part take, whatever its rows are
 JUDGE_EVERY = 8  # of so many parts that are asked for, the next one is timed without asking
 _LIBC = ctypes.CDLL(None)
 
@@ -47,7 +48,7 @@ class RowReads:
                 yield part
                 size = part.stop - start
                 if size >= LEAST_TIMED:
-                    self._cold = time.perf_counter() - begin > COLD * size
+                    self._cold = time.perf_counter() - begin > CALLS + COLD * size
                 self._asked = 0
             start = part.stop
 
