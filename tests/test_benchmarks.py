@@ -1,0 +1,40 @@
+"""The benchmarks of what changes most run at the smallest sizes: nothing else calls them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import tiny_config, vary
+
+from benchmarks import decoding, placement
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
+def test_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path)
+    kinds = {"default": config, "dense": vary(config, memory={"layers": ()})}
+    monkeypatch.setattr(decoding, "load_named_config", kinds.get)
+    decoding.main(rounds=1, large_width=64)
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 3 * 3 + 2 * 2 + 4 + 3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(
+    ("flags", "lines"), [(["--steps", "1"], 3 + 2 * 2 + 5), (["--decode"], 5), (["--read"], 8)]
+)
+def test_placement(
+    flags: list[str],
+    lines: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = vary(tiny_config(tmp_path), train={"steps": 9})
+    monkeypatch.setattr(placement, "load_named_config", lambda name: config)
+    monkeypatch.setattr(sys, "argv", ["placement", "--rounds", "1", *flags])
+    placement.main()
+    assert len(capsys.readouterr().out.splitlines()) == lines
