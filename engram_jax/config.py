@@ -190,10 +190,9 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.accumulation, self.keep_checkpoints) < 1:
-            raise InputError(
-                "train.steps, train.accumulation and train.keep_checkpoints must be at least 1."
-            )
+        for name in ("steps", "accumulation", "keep_checkpoints"):
+            if (value := getattr(self, name)) < 1:
+                raise InputError(f"train.{name} is {value}; it must be at least 1.")
         if self.steps >= 2**31:
             raise InputError(f"train.steps is {self.steps}; it must be below 2³¹.")
         if not 0 <= self.seed < 2**32:

@@ -52,7 +52,7 @@ class GenerateOptions:
         top_k: draw from this many most likely tokens; by default, from all.
         top_p: draw from the fewest tokens that have this probability together.
         min_p: draw from tokens with at least this probability, relative to the most likely one.
-        stop: strings that end a continuation.
+        stop: strings that end a continuation; write them after RUN and the prompts.
         seed: seed of the first prompt; prompt n has seed + n.
         capacity: maximum number of tokens of prompt and continuation; by default, as many as
             needed.
@@ -65,7 +65,9 @@ class GenerateOptions:
     """
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    prompts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT")] = ()
+    prompts: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PROMPT …]")
+    ] = ()
     prompts_file: Path | None = None
     step: int | None = None
     tokens: int = 100
@@ -116,6 +118,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if options.compare_without_memory:
             generators["without memory"] = Generator(*parts, memory=False)
         _answer(generators, prompts, options)
+        if options.verify_rows:
+            rows = sum(store.compared for store in stores.values())
+            print(f"{rows:,} rows that programs read equal the tables' own.", file=sys.stderr)
 
 
 def _scratch(folder: Path) -> Path:

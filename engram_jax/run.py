@@ -28,6 +28,7 @@ from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.decoding.text import Continuation
 from engram_jax.errors import InputError
 from engram_jax.files import check_run_path, expand_home
+from engram_jax.formats.safetensors import SINGLE
 from engram_jax.formats.start_memory import open_start
 from engram_jax.hashing import NgramHash
 from engram_jax.identity import (
@@ -212,10 +213,15 @@ class Run:
             evaluate_batch_size: replaces that of the configuration.
 
         Raises:
-            InputError: the folder holds no run, its tokenizer is missing, or the mesh does not fit
-                the devices, the model or a batch of an evaluation.
+            InputError: the folder holds no run or an export, its tokenizer is missing, or the mesh
+                does not fit the devices, the model or a batch of an evaluation.
         """
         folder = expand_home(folder)
+        if (folder / SINGLE).exists() and not (folder / "checkpoints").exists():
+            raise InputError(
+                f"{folder} is an export and no run; run python -m engram_jax.import_run {folder} "
+                "RUN, and give RUN. (Its memory alone: --memory.start-from.)"
+            )
         config = load_config(folder / "config.json")
         if evaluate_batch_size is not None:
             train = replace(config.train, evaluate_batch_size=evaluate_batch_size)

@@ -387,9 +387,13 @@ def test_a_pad_outside_the_vocabulary_is_refused(pad_id: int) -> None:
 
 
 def test_a_table_beyond_32_bit_row_numbers_is_refused() -> None:
-    spec = HashSpec(heads=2, max_order=2, rows_per_head=(2**29 + 1,))
     with pytest.raises(InputError, match="32-bit"):
-        NgramHash.build(spec, VocabularyProjection.identity(9))
+        HashSpec(heads=2, max_order=2, rows_per_head=(2**29 + 1,))
+    almost = HashSpec(heads=2, max_order=2, rows_per_head=(2**29,))  # primes are larger
+    with pytest.raises(InputError, match="32-bit"):
+        NgramHash.build(almost, VocabularyProjection.identity(9))
+    with pytest.raises(InputError, match="65,568 heads in all layers"):
+        HashSpec(layers=tuple(range(32)), heads=2049, max_order=2, rows_per_head=(9,))
 
 
 def test_rows_are_equal_in_a_fresh_process_without_jax() -> None:

@@ -199,5 +199,6 @@ class ProgramCache:
         )
         # Not in threads: after parallel loads from the compilation cache, programs that were loaded
         # later computed wrong numbers, or hung (jax 0.12.0, CPU).
-        with say_if_slow(f"Compiling for {batch} sequences of up to {capacity} tokens."):
+        sequences = f"{batch} sequence{'s' * (batch > 1)}"
+        with say_if_slow(f"Compiling for {sequences} of up to {capacity} tokens."):
             return Programs(*(program.compile() for program in lowered))

@@ -248,6 +248,12 @@ def count_targets(view: CorpusView) -> int:
     return int(view.token_count - len(view))
 
 
+def count_scored(corpora: Sequence[Corpus], max_tokens: int | None) -> int:
+    """The number of tokens that `evaluate_held_out` scores."""
+    counts = [count_targets(corpus.held_out) for corpus in corpora]
+    return sum(counts if max_tokens is None else (min(max_tokens, count) for count in counts))
+
+
 def _tokens_per_byte(view: CorpusView) -> float:
     return float(count_targets(view) / view.byte_lengths.sum())
 

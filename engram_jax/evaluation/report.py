@@ -13,7 +13,7 @@ from engram_jax.evaluation.held_out import (
     ScoredBatch,
     Scorer,
     Suppress,
-    count_targets,
+    count_scored,
     difference,
     evaluate_held_out,
     make_scorer,
@@ -81,13 +81,10 @@ def evaluate(
         InputError: a corpus has no held-out documents.
     """
     parts: list[Suppress] = list(_ABLATIONS) if weights.tables else []
-    tokens = sum(count_targets(corpus.held_out) for corpus in corpora)
-    if max_tokens is not None:
-        tokens = sum(min(max_tokens, count_targets(corpus.held_out)) for corpus in corpora)
     with (
         program.use_mesh(),
         tqdm(
-            total=tokens * (1 + len(parts)),
+            total=count_scored(corpora, max_tokens) * (1 + len(parts)),
             unit=" tokens",
             unit_scale=True,
             leave=False,

@@ -105,6 +105,8 @@ def import_run(folder: str | Path, run_folder: str | Path) -> Run:
     """
     folder, run_folder = Path(folder), Path(run_folder)
     check_run_path(run_folder)
+    if (folder / "checkpoints").is_dir():
+        raise InputError(f"{folder} is a run already, and no export.")
     config = load_config(folder / "config.json")
     tokenizer = load_run_tokenizer(config, folder)
     ngram_hash = NgramHash.load(folder / "hash.json") if config.memory.layers else None

@@ -19,7 +19,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = parse_json(read_regular(path, MOST_BYTES))
     except OSError as error:
         raise InputError(
-            f"Cannot read {path} ({error.strerror}); give the folder of a checkpoint."
+            f"Cannot read {path} ({error.strerror}); give the folder of an export, or of a "
+            "released checkpoint."
         ) from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); download it again.") from error

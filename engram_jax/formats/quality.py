@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float32
+from tqdm import tqdm
 
 from engram_jax.data.corpus import Corpus
 from engram_jax.evaluation.held_out import (
     Score,
+    count_scored,
     difference,
     evaluate_held_out,
     make_scorer,
@@ -40,12 +42,22 @@ def loss_change(
         max_tokens: number of tokens to score per corpus; None: all.
     """
 
-    def score(program: Program, weights: Weights) -> dict[str, Score]:
-        with program.use_mesh():
-            scorer = make_scorer(program)
-            return evaluate_held_out(program, scorer, weights, corpora, max_tokens=max_tokens)
+    def score(program: Program, weights: Weights, title: str) -> dict[str, Score]:
+        total = count_scored(corpora, max_tokens)
+        with (
+            program.use_mesh(),
+            tqdm(total=total, desc=title, unit=" tokens", unit_scale=True, leave=False) as bar,
+        ):
+            return evaluate_held_out(
+                program,
+                make_scorer(program),
+                weights,
+                corpora,
+                max_tokens=max_tokens,
+                watch=lambda scored: bar.update(int(scored.mask.sum())),
+            )
 
-    before = score(run.program, weights)
+    before = score(run.program, weights, "scoring the run")
     config = exported_config(run.config, table_type)
     program = Program.build(config, run.program.ngram_hash, run.program.mesh)
     tables = {
@@ -54,7 +66,7 @@ def loss_change(
         )
         for layer in weights.tables
     }
-    after = score(program, replace(weights, tables=tables))
+    after = score(program, replace(weights, tables=tables), f"scoring tables in {table_type}")
     return (
         pool(list(before.values())),
         pool([difference(after[name], before[name]) for name in before]),

@@ -30,7 +30,7 @@ from engram_jax.memory.layout import Table
 from engram_jax.memory.mapped_rows import read_ahead
 from engram_jax.memory.places import row_numbers, stored_places
 from engram_jax.memory.store import PART, StartTable, Stores, TableInfo, Written, new_records
-from engram_jax.processes import check_same_everywhere, collective
+from engram_jax.processes import check_same_everywhere, collective, is_leader
 from engram_jax.program import Program
 from engram_jax.sharding import TABLE_RW
 from engram_jax.train_state import TrainState
@@ -51,8 +51,8 @@ def open_start(folder: Path, ngram_hash: NgramHash, row_width: int) -> dict[int,
     if not _reads_equally(ngram_hash, theirs):
         spec, ids = theirs.spec, theirs.projection
         raise InputError(
-            f"The rows of the memory in {folder} are for other n-grams than those of this run. It "
-            f"has --memory.layers {_words(spec.layers)} --memory.max-order {spec.max_order} "
+            f"The rows of the memory in {folder} are for other n-grams than those of this run. "
+            f"They need --memory.layers {_words(spec.layers)} --memory.max-order {spec.max_order} "
             f"--memory.heads {spec.heads} --memory.rows-per-head {_words(spec.rows_per_head)} "
             f"--memory.hash-seed {spec.seed} --memory.hash-variant {spec.variant}, pad id "
             f"{spec.pad_id}, and a vocabulary of {ids.vocab_size} ids, projected to {ids.size}."
@@ -86,6 +86,8 @@ def start_with(
         [int(rows.fingerprint[:7], 16) for rows in opened.values()],
         f"The processes see different memories in {folder}; it must be the same for all of them.",
     )
+    if is_leader():
+        print(f"The tables begin with the rows of the memory in {folder}.")
     if not stores:
         tables = {layer: read_table(program, rows) for layer, rows in opened.items()}
         return replace(state, tables=tables)

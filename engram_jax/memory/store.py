@@ -162,6 +162,7 @@ class RowStore:
         self._in_file, self._reads = folder is not None, RowReads()
         self._adopted: Path | None = None
         self._failed: InputError | None = None
+        self.compared = 0  # rows that programs have read, and that were found to be right
         self._whole = self._records.view(np.dtype((np.void, 4 * words)))[:, 0]  # moved as one
 
     def set_initial(self, table: TableInfo, start: StartRows | None = None) -> None:

@@ -164,6 +164,7 @@ class VerifiedTable:
                 f"at place {wrong[0]} ({len(wrong)} of {len(numbers)} rows differ). Report this, "
                 "and keep the tables on the device."
             )
+        self.store.compared += len(numbers) - len(wrong)
 
 
 def checksums(words: UInt32[Any, "n words"]) -> UInt32[Any, "n"]:

@@ -166,6 +166,14 @@ def test_invalid_folders_are_one_sentence(run: Run, tmp_path: Path) -> None:
         import_run.main([str(tmp_path / "none"), str(tmp_path / "run")])
 
 
+def test_an_export_is_no_run_and_a_run_no_export(run: Run, tmp_path: Path) -> None:
+    export_run(run, run.restore_weights(), tmp_path / "export")
+    with pytest.raises(InputError, match=r"is an export and no run; run .*import_run"):
+        Run.open(tmp_path / "export")
+    with pytest.raises(InputError, match="is a run already"):
+        import_export(run.folder, tmp_path / "imported")
+
+
 def test_a_damaged_export_is_one_sentence(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "export"
     export_run(run, run.restore_weights(), folder, "float8")

@@ -107,7 +107,7 @@ def test_the_default_on_a_gpu_is_what_its_generation_can(
     }
     device = SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(scaled_dot_product.jax, "devices", lambda: [device])
-    monkeypatch.setattr(attention, "platform_of", lambda mesh: "gpu")
+    monkeypatch.setattr(scaled_dot_product, "platform_of", lambda mesh: "gpu")
     for width, array in arrays.items():
         expected = "cudnn" if width <= widest else "xla"
         assert scaled_dot_product._fastest(array, array, None) == expected

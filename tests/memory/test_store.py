@@ -133,6 +133,7 @@ def test_verified_rows_that_differ_are_one_sentence() -> None:
 
     read_verified(CallbackTable(store))
     read_verified(pin_table(store, mesh))
+    assert store.compared == 2 * len(places)
     with pytest.raises(InputError, match=r"layer 3 has at place 500 \(1 of 4097 rows differ\)"):
         read_verified(pin_table(other, mesh))
 
@@ -149,6 +150,7 @@ def test_rows_on_a_slow_disk_are_asked_for_together(
 
     monkeypatch.setattr(store_module, "prefetch", count)
     monkeypatch.setattr(mapped_rows, "COLD", cold)
+    monkeypatch.setattr(mapped_rows, "CALLS", 0)
     rows = make_store(tmp_path)
     places = np.arange(4096, 8192, dtype=np.int32)
     records = np.random.default_rng(0).integers(2**32, size=(4096, 16), dtype=np.uint32)
