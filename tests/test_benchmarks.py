@@ -3,20 +3,22 @@
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from tiny_runs import tiny_config, vary
 
 from benchmarks import decoding, placement
+from engram_jax.sharding import make_mesh
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_device")
 def test_decoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(tmp_path)
     kinds = {"default": config, "dense": vary(config, memory={"layers": ()})}
     monkeypatch.setattr(decoding, "load_named_config", kinds.get)
+    monkeypatch.setattr(decoding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
     decoding.main(rounds=1, large_width=64)
     assert len(capsys.readouterr().out.splitlines()) == 3 + 3 * 3 + 2 * 2 + 4 + 3
 
