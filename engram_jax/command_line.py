@@ -101,7 +101,8 @@ def parse[Options](
         default=command(options(), config),
         args=words,
         prog=f"{program or Path(sys.argv[0]).name} [CONFIG]",
-        description=f"{description}\n\nConfigurations:\n{runs}\n\nDefaults below: of {name}.",
+        description=f"{description}\n\nConfigurations:\n{runs}\n\n"
+        f"The defaults below are those of {name}.",
         return_unknown_args=True,
         config=(tyro.conf.AvoidSubcommands,),  # the named configuration decides a model's parts
     )

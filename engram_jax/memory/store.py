@@ -225,8 +225,11 @@ class RowStore:
             out[...], self._failed = 0, error
 
     def fail(self, sentence: str) -> None:
-        """Lets `check_complete` raise from now on: for a callback of a program, which cannot."""
-        self._failed = InputError(sentence)
+        """Lets `check_complete` raise from now on, for a callback, which cannot. The first counts.
+
+        (Rows that could not be read are zeros, and so differ, too.)
+        """
+        self._failed = self._failed or InputError(sentence)
 
     @property
     def bytes(self) -> int:

@@ -136,6 +136,9 @@ def test_verified_rows_that_differ_are_one_sentence() -> None:
     assert store.compared == 2 * len(places)
     with pytest.raises(InputError, match=r"layer 3 has at place 500 \(1 of 4097 rows differ\)"):
         read_verified(pin_table(other, mesh))
+    store.fail("A consequence.")
+    with pytest.raises(InputError, match="layer 3 has at place 500"):
+        store.check_complete()
 
 
 @pytest.mark.parametrize("cold", [0, math.inf])
