@@ -18,7 +18,7 @@ its rows is missing, so the share of tokens without a missing row counts, too.
 import heapq
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,8 @@ from jaxtyping import Bool, Int64
 from matplotlib.figure import Figure
 
 from engram_jax.command_line import load_named_config, parse_flags
-from engram_jax.data.corpus import CorpusView
+from engram_jax.decoding.hot_rows import by_frequency, read_rows
 from engram_jax.errors import one_sentence
-from engram_jax.hashing import NgramHash
-from engram_jax.memory.places import stored_places
 from engram_jax.run import Run
 
 type Rows = Int64[np.ndarray, "tokens H"]
@@ -56,40 +54,10 @@ class Options:
     figure: Path | None = None
 
 
-def rows_of(views: Sequence[CorpusView], count: int, ngram_hash: NgramHash, size: int) -> Rows:
-    """The places of the rows that tokens read.
-
-    Args:
-        views: the sources; equally many tokens of each are read, documents in random order.
-        count: number of tokens.
-        ngram_hash: the hash; its first layer is read.
-        size: padded rows R.
-    """
-    texts = []
-    for view in (view.by_hash() for view in views):
-        left = count // len(views)
-        for document in range(len(view)):
-            texts.append(view.tokens(document)[:left])
-            left -= len(texts[-1])
-            if not left:
-                break
-    np.random.default_rng(0).shuffle(texts)
-    tokens = np.concatenate(texts)[None]
-    segments = np.repeat(np.arange(len(texts)), [len(text) for text in texts])[None]
-    rows = ngram_hash.hash_tokens(ngram_hash.spec.layers[0], tokens, segments)
-    return stored_places(rows, size)[0].astype(np.int64)
-
-
 def by_first_use(reads: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "distinct"]:
     """The distinct rows in the order of their first use."""
     rows, first = np.unique(reads, return_index=True)
     return rows[np.argsort(first)]
-
-
-def by_frequency(reads: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "distinct"]:
-    """The distinct rows, the most frequent first."""
-    rows, times = np.unique(reads, return_counts=True)
-    return rows[np.argsort(-times, kind="stable")]
 
 
 def hits_of_lru(reads: list[int], size: int) -> Iterator[bool]:
@@ -175,15 +143,16 @@ def main() -> None:
         run = Run.start(config, Path(folder))
         corpora, ngram_hash = run.corpora(), run.program.ngram_hash
         assert ngram_hash is not None
-        size = run.program.tables()[ngram_hash.spec.layers[0]].rows
+        layer = ngram_hash.spec.layers[0]
         trained, read = (
-            rows_of(views, count, ngram_hash, size)
+            read_rows(views, ngram_hash, layer, count).astype(np.int64)
             for views, count in (
                 ([corpus.train for corpus in corpora], options.train_tokens),
                 ([corpus.held_out for corpus in corpora], options.tokens),
             )
         )
-    print(f"{size:,} rows; {len(np.unique(trained)):,} of them in the training text")
+    used = len(np.unique(trained))
+    print(f"{ngram_hash.padded_rows[0]:,} rows; {used:,} of them in the training text")
     sizes = [4**power for power in range(5, 11)]
     rates: dict[str, list[tuple[float, float]]] = {}
     for count in sizes:

@@ -22,11 +22,14 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
+import numpy as np
 import tyro
+from jaxtyping import Int32
 
 from engram_jax.command_line import parse_flags
 from engram_jax.decoding.batches import make_batches
 from engram_jax.decoding.generate import Generator, Speed
+from engram_jax.decoding.hot_rows import hot_rows
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.decoding.text import Continuation
 from engram_jax.errors import InputError, one_sentence
@@ -58,6 +61,8 @@ class GenerateOptions:
             needed.
         tables: where the tables are: on the "device", in "host" memory, or read in a "file". The
             texts are the same.
+        hot_rows: with tables outside the device: keep copies of this many rows of each table on the
+            device, those that are most frequent in the training text.
         verify_rows: with tables outside the device: compare all rows that programs read with the
             tables' own. Slower.
         compare_without_memory: also continue with the same seeds without the memory.
@@ -79,6 +84,7 @@ class GenerateOptions:
     seed: int = 0
     capacity: int | None = None
     tables: Placement = "device"
+    hot_rows: int | None = None
     verify_rows: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     compare_without_memory: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -107,20 +113,36 @@ def main(args: Sequence[str] | None = None) -> None:
         raise InputError(
             f"The model in {options.run} has no memory; leave out --compare-without-memory."
         )
-    if options.verify_rows and options.tables == "device":
-        raise InputError("--verify-rows needs --tables host or --tables file.")
+    _check_tables(options)
     # Errors in prompts and settings are found before the checkpoint is read.
     make_batches(run.config, run.tokenizer, prompts or [], settings, run.program.mesh.size)
     with open_stores(run.program, _scratch(run.folder), options.tables) as stores:
         weights = run.restore_weights(options.step, stores)
         parts = run.program, run.tokenizer, weights, stores
-        generators = {"": Generator(*parts, verify_rows=options.verify_rows)}
+        hot = _count_hot_rows(run, options.hot_rows)
+        generators = {"": Generator(*parts, verify_rows=options.verify_rows, hot_rows=hot)}
         if options.compare_without_memory:
             generators["without memory"] = Generator(*parts, memory=False)
         _answer(generators, prompts, options)
         if options.verify_rows:
             rows = sum(store.compared for store in stores.values())
             print(f"{rows:,} rows that programs read equal the tables' own.", file=sys.stderr)
+
+
+def _check_tables(options: GenerateOptions) -> None:
+    """Checks the options for tables outside the device."""
+    if options.hot_rows is not None and options.hot_rows < 1:
+        raise InputError(f"--hot-rows is {options.hot_rows}; give a positive number.")
+    for name, given in (("hot-rows", options.hot_rows), ("verify-rows", options.verify_rows)):
+        if given and options.tables == "device":
+            raise InputError(f"--{name} needs --tables host or --tables file.")
+
+
+def _count_hot_rows(run: Run, count: int | None) -> dict[int, Int32[np.ndarray, "C"]] | None:
+    """The places of the rows that are copied to the device, by layer id; None: no copies."""
+    if count is None or run.program.ngram_hash is None:
+        return None
+    return hot_rows([corpus.train for corpus in run.corpora()], run.program.ngram_hash, count)
 
 
 def _scratch(folder: Path) -> Path:

@@ -177,9 +177,25 @@ def test_a_file_that_never_ends_is_refused(folder: str, monkeypatch) -> None:
         main([folder, "--prompts-file", "/dev/zero"])
 
 
-def test_only_rows_outside_the_device_are_verified(folder: str) -> None:
-    with pytest.raises(InputError, match="--verify-rows needs --tables host"):
-        main([folder, "the", "--verify-rows"])
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--verify-rows"], "--verify-rows needs --tables host"),
+        (["--hot-rows", "9"], "--hot-rows needs --tables host"),
+        (["--hot-rows", "0", "--tables", "host"], "--hot-rows is 0; give a positive number"),
+    ],
+)
+def test_options_of_tables_outside_the_device(folder: str, flags: list[str], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        main([folder, "the", *flags])
+
+
+def test_the_most_frequent_rows_of_the_training_text_get_copies(folder: str, capsys) -> None:
+    flags = ["--tokens", "4", "--temperature", "0"]
+    main([folder, "the", *flags])
+    main([folder, "the", *flags, "--tables", "host", "--hot-rows", "300"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
 
 
 def test_a_run_without_memory_or_checkpoint(untrained, tmp_path) -> None:

@@ -2,14 +2,14 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
 from engram_jax.decoding.batches import PromptBatch, make_batches, padded_batch
 from engram_jax.decoding.extend import BY_SEQUENCE
@@ -75,6 +75,7 @@ class Generator:
         stores: the tables by layer id, if they are outside the devices.
         memory: use the memory; without it, memory layers add nothing.
         verify_rows: compare all rows that programs read from stores with the stores' own.
+        hot_rows: places of rows that are copied to the devices, by layer id (`hot_rows`).
     """
 
     def __init__(
@@ -86,10 +87,13 @@ class Generator:
         *,
         memory: bool = True,
         verify_rows: bool = False,
+        hot_rows: Mapping[int, Int32[np.ndarray, "C"]] | None = None,
     ) -> None:
         self.program = program
         self.tokenizer = tokenizer
-        self.weights = prepare(program, weights, stores, memory=memory, verify_rows=verify_rows)
+        self.weights = prepare(
+            *(program, weights, stores), memory=memory, verify_rows=verify_rows, hot_rows=hot_rows
+        )
         self._stores = (stores or {}) if memory else {}
         self.speed = Speed()
         self._has_warned, self._verifies = False, verify_rows

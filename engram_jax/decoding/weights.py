@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from engram_jax.hashing_device import HashConstants
 from engram_jax.memory.layout import Table
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.memory.store import RowStore
-from engram_jax.memory.store_table import StoreTable, VerifiedTable, open_table
+from engram_jax.memory.store_table import StoreTable, VerifiedTable, copy_hot_rows, open_table
 from engram_jax.parameters import Plain, Role
 from engram_jax.program import Program
 from engram_jax.sharding import REPLICATED, TABLE_RW
@@ -55,6 +56,7 @@ def prepare(
     *,
     memory: bool = True,
     verify_rows: bool = False,
+    hot_rows: Mapping[int, Int32[np.ndarray, "C"]] | None = None,
 ) -> DecodeWeights:
     """Prepares a run's weights. The tables are not copied.
 
@@ -64,6 +66,7 @@ def prepare(
         stores: the tables by layer id, if they are outside the devices.
         memory: keep the memory; without it, memory layers add nothing.
         verify_rows: let programs compare the rows that they read from stores (`VerifiedTable`).
+        hot_rows: places of rows that are copied from stores to the devices, by layer id.
     """
     model = program.config.model
 
@@ -81,7 +84,8 @@ def prepare(
     outside: dict[int, StoreTable] = {}
     for layer, store in (stores or {}).items():
         if has_memory:
-            table = open_table(store, program.mesh)
+            bare, places = open_table(store, program.mesh), (hot_rows or {}).get(layer)
+            table = bare if places is None else copy_hot_rows(bare, store, places, program.mesh)
             outside[layer] = VerifiedTable(table, store) if verify_rows else table
     with program.use_mesh():
         params, head = jax.jit(prepare_params)(weights.params)

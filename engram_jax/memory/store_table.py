@@ -127,6 +127,40 @@ class CallbackTable:
         return self.layout.unpack(words)
 
 
+BareTable = InPlaceTable | PinnedTable | CallbackTable
+
+
+@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HotTable:
+    """A table outside the devices, with copies of some of its rows on the devices.
+
+    The table itself is read only if a program needs other rows, too, and then only for those.
+
+    Attributes:
+        numbers: number of every place's copy, from 1; 0: it has none.
+        copies: the copies, as a small table.
+        table: the table.
+    """
+
+    numbers: Int32[Array, "R"]
+    copies: Table
+    table: BareTable
+
+    def read(self, places: Int32[Array, "n"]) -> RowState:
+        """The rows of places; zeros for padding, from R up."""
+        numbers = self.numbers.at[places].get(mode="fill", fill_value=0)
+        found = records.read(self.copies, numbers - 1)
+        is_found = numbers > 0
+
+        def read_others() -> RowState:
+            others = self.table.read(jnp.where(is_found, len(self.numbers), places))
+            return jax.tree.map(partial(_where, is_found), found, others)
+
+        return jax.lax.cond(jnp.all(is_found), lambda: found, read_others)
+
+
 @no_type_check  # at run time: as a pytree it also holds shapes and shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -141,7 +175,7 @@ class VerifiedTable:
         store: its store.
     """
 
-    table: InPlaceTable | PinnedTable | CallbackTable
+    table: BareTable | HotTable
     store: RowStore = field(metadata={"static": True})
 
     def read(self, places: Int32[Array, "n"]) -> RowState:
@@ -173,17 +207,16 @@ def checksums(words: UInt32[Any, "n words"]) -> UInt32[Any, "n"]:
     return (words * factors[None]).sum(axis=1, dtype=np.uint32)
 
 
-StoreTable = InPlaceTable | PinnedTable | CallbackTable | VerifiedTable
+StoreTable = BareTable | HotTable | VerifiedTable
 
 
 def called_tables(tables: Mapping[int, StoreTable]) -> dict[int, CallbackTable]:
     """Those tables whose rows of prompts the host reads, before programs need them."""
-    return {layer: table for layer, table in tables.items() if isinstance(table, CallbackTable)}
+    below = {layer: t.table if isinstance(t, HotTable) else t for layer, t in tables.items()}
+    return {layer: table for layer, table in below.items() if isinstance(table, CallbackTable)}
 
 
-def open_table(
-    store: RowStore, mesh: jax.sharding.Mesh
-) -> InPlaceTable | PinnedTable | CallbackTable:
+def open_table(store: RowStore, mesh: jax.sharding.Mesh) -> BareTable:
     """A store of a complete table, for programs on a mesh. It must not be written meanwhile.
 
     A CPU reads it where it is, a TPU from a copy in pinned memory. If there is no room for that, or
@@ -208,6 +241,22 @@ def open_table(
             why = "programs read other rows from pinned memory"
         print(f"Rows are read by calls of the host, one per token: {why}.", file=sys.stderr)
     return CallbackTable(store)
+
+
+def copy_hot_rows(
+    table: BareTable,
+    store: RowStore,
+    places: Int32[np.ndarray, "C"],
+    mesh: jax.sharding.Mesh,
+) -> HotTable:
+    """A table with copies of the rows of distinct places on every device of a mesh."""
+    numbers = np.zeros(store.count, np.int32)
+    numbers[places] = np.arange(1, len(places) + 1, dtype=np.int32)
+    found = np.empty((len(places), store.table.layout.words), np.uint32)
+    store.read(places, found)
+    on_devices = jax.NamedSharding(mesh, REPLICATED)
+    numbers, found = jax.device_put((numbers, found), on_devices)
+    return HotTable(numbers, Table(found, store.table.layout, store.table.layer), table)
 
 
 def pin_table(store: RowStore, mesh: jax.sharding.Mesh) -> PinnedTable:

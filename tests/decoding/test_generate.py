@@ -20,12 +20,19 @@ from engram_jax.costs.ahead_of_time import topology_mesh
 from engram_jax.decoding import batches, generate
 from engram_jax.decoding import weights as decode_weights
 from engram_jax.decoding.generate import Generator
+from engram_jax.decoding.hot_rows import hot_rows
 from engram_jax.decoding.programs import ProgramCache, Programs
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.decoding.weights import prepare
 from engram_jax.errors import InputError
 from engram_jax.memory import store_table
-from engram_jax.memory.store_table import CallbackTable, InPlaceTable, PinnedTable, pin_table
+from engram_jax.memory.store_table import (
+    CallbackTable,
+    HotTable,
+    InPlaceTable,
+    PinnedTable,
+    pin_table,
+)
 from engram_jax.placement import fill_from_tables, open_stores
 from engram_jax.program import Program
 from engram_jax.run import Run
@@ -87,7 +94,7 @@ def test_a_text_does_not_depend_on_the_others(untrained) -> None:
     ("form", "placement", "read"),
     [
         ("engram", "host", InPlaceTable),
-        ("engram", "host", CallbackTable),
+        ("engram", "host", HotTable),
         pytest.param("two_layers", "host", CallbackTable, marks=pytest.mark.slow),  # verified
         pytest.param("engram", "host", PinnedTable, marks=pytest.mark.slow),
         ("bfloat16", "file", InPlaceTable),
@@ -99,10 +106,13 @@ def test_a_text_does_not_depend_on_the_others(untrained) -> None:
 def test_texts_do_not_depend_on_where_the_tables_are(
     untrained, tmp_path, monkeypatch, form, placement, read
 ) -> None:
-    """Bit for bit: read in place or pinned, or by the host before and by callbacks in the loop."""
+    """Bit for bit: read in place or pinned, or by the host before and by callbacks in the loop.
+
+    With hot rows, callbacks are for tokens that need other rows.
+    """
     if read is PinnedTable:
         monkeypatch.setattr(decode_weights, "open_table", pin_table)
-    if read is CallbackTable:
+    if read in (CallbackTable, HotTable):
         monkeypatch.setattr(store_table, "ALIGNMENT", 1 << 62)  # no address is a multiple
     run = Run.open(untrained(form).folder)
     weights, settings = run.restore_weights(), GenerationSettings(tokens=20, top_p=0.9)
@@ -113,8 +123,13 @@ def test_texts_do_not_depend_on_where_the_tables_are(
     with open_stores(run.program, tmp_path, placement) as stores:
         dense = run.restore_weights(None, stores)
         assert not dense.tables and all(store.used for store in stores.values())
-        verify = placement == "host" and (form, read) != ("engram", CallbackTable)
-        generator = Generator(run.program, run.tokenizer, dense, stores, verify_rows=verify)
+        verify = placement == "host" and read is not HotTable
+        hot = None
+        if read is HotTable:
+            hot = hot_rows([corpus.train for corpus in run.corpora()], run.program.ngram_hash, 300)
+        generator = Generator(
+            *(run.program, run.tokenizer, dense, stores), verify_rows=verify, hot_rows=hot
+        )
         tables = generator.weights.outside.values()
         assert {type(one.table if verify else one) for one in tables} == {read}
         assert generator.generate(prompts, settings) == expected
