@@ -76,14 +76,17 @@ class Model:
     def burst(self, batch: int, length: int = 32) -> Timed:
         """Seconds of a step of the compiled loop, from a length of the sequences on."""
         with self.program.use_mesh():
-            programs = self.programs.get(self.prepared, batch, 256)
+            burst = self.programs.burst(self.prepared, batch, 256)
             state = self.programs.empty(self.prepared, batch, 256)
 
             def by_sequence(value: Any, dtype: Any) -> jax.Array:
                 return jax.device_put(np.full(batch, value, dtype), self.generator.by_sequence)
 
             whole = by_sequence(0, np.int32)
-            drawing = Drawing(whole, jnp.copy(whole), by_sequence(False, bool))
+            given = jax.device_put(
+                np.full((batch, BURST), -1, np.int32), self.generator.by_sequence
+            )
+            drawing = Drawing(whole, jnp.copy(whole), by_sequence(False, bool), given)
             draw_settings = DrawSettings(
                 by_sequence(1, np.float32),
                 by_sequence(2**31 - 1, np.int32),
@@ -99,7 +102,7 @@ class Model:
                 state, drawing = replace(held[0], length=by_sequence(length, np.int32)), held[1]
                 begin = perf_counter()
                 for _ in range(BURSTS):
-                    state, drawing, tokens, _ = programs.burst(
+                    state, drawing, tokens, _ = burst(
                         self.prepared, state, drawing, draw_settings, max_tokens, limits
                     )
                     tokens.block_until_ready()
@@ -112,7 +115,7 @@ class Model:
         """Seconds to read prompts of a length, in chunks."""
         tokens = np.random.default_rng(0).integers(0, 8192, (batch, length), dtype=np.int32)
         with self.program.use_mesh():
-            programs = self.programs.get(self.prepared, batch, max(length, 256))
+            prefill = self.programs.prefill(self.prepared, batch, max(length, 256))
             held = [self.programs.empty(self.prepared, batch, max(length, 256))]
             sharding, chunk = self.generator.by_sequence, self.programs.chunk(batch)
 
@@ -124,7 +127,7 @@ class Model:
                 for first in range(0, length, chunk):
                     part = tokens[:, first : first + chunk], np.full(batch, chunk, np.int32)
                     inputs = jax.device_put(part, sharding)
-                    state = programs.prefill(self.prepared, state, *inputs, None)
+                    state = prefill(self.prepared, state, *inputs, None)
                 held[:] = [jax.block_until_ready(state)]
             return perf_counter() - begin
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int32
 
 from engram_jax.decoding.batches import PromptBatch, make_batches, padded_batch
 from engram_jax.decoding.extend import BY_SEQUENCE
-from engram_jax.decoding.programs import BURST, Drawing, Limits, ProgramCache, Programs
+from engram_jax.decoding.programs import BURST, Drawing, Limits, ProgramCache
 from engram_jax.decoding.prompt_rows import PromptRows
 from engram_jax.decoding.sampling import DrawSettings
 from engram_jax.decoding.settings import GenerationSettings
@@ -63,10 +63,12 @@ class Speed:
 class Generator:
     """Continues prompts with the weights of a run, which are prepared once.
 
-    Programs are compiled for a batch size and a capacity, which are powers of two. Another prompt,
-    setting or seed of the same sizes compiles nothing. A batch's state has at most
-    `batches.STATE_BYTES` per device. In a batch of one shape, a sequence's text does not depend on
-    the others, bit for bit, in a model without experts; between shapes, logits differ by rounding.
+    Programs are compiled for a batch size and a capacity, which are powers of two: the loop that
+    draws tokens, and one that reads prompts. (The loop reads a single short prompt, or "", itself.)
+    Another prompt, setting or seed of the same sizes compiles nothing else. A batch's state has at
+    most `batches.STATE_BYTES` per device. In a batch of one shape, a sequence's text does not
+    depend on the others, bit for bit, in a model without experts; between shapes, logits differ by
+    rounding.
 
     Args:
         program: the program.
@@ -177,13 +179,19 @@ class Generator:
             GrowingText(self.tokenizer, ids, settings.stop_strings, self.tokenizer.eos_id, limit)
             for ids, limit in zip(batch.prompts, batch.limits, strict=True)
         ]
+        size = padded_batch(len(texts), self.program.mesh.size)
         with self.program.use_mesh():
-            programs, state = self._read_prompts(batch)
+            state = self.programs.empty(self.weights, size, batch.capacity)
+            if not batch.given:
+                state = self._read_prompts(batch, state)
+            burst = self.programs.burst(self.weights, size, batch.capacity)
             begin = time.perf_counter()
-            for tokens, log_probabilities in self._bursts(batch, settings, texts, programs, state):
+            for tokens, log_probabilities in self._bursts(batch, settings, texts, burst, state):
                 _add(batch.numbers, texts, tokens, log_probabilities, show)
-        tokens_of_all = sum(len(text.tokens) for text in texts)
-        self.speed += Speed(tokens=tokens_of_all, seconds=time.perf_counter() - begin)
+        seconds, given = time.perf_counter() - begin, len(batch.given)
+        drawn = sum(len(text.tokens) for text in texts)
+        reading = seconds * given / max(given + drawn, 1)
+        self.speed += Speed(given, reading, drawn, seconds - reading)
         return {n: text.finish() for n, text in zip(batch.numbers, texts, strict=True)}
 
     def _bursts(
@@ -191,7 +199,7 @@ class Generator:
         batch: PromptBatch,
         settings: GenerationSettings,
         texts: Sequence[GrowingText],
-        programs: Programs,
+        burst: Callable[..., Any],
         state: DecodeState,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Tokens and log-probabilities of each burst, [B, BURST], until all texts have ended.
@@ -199,17 +207,23 @@ class Generator:
         A device sees itself where a text ends, except by a stop string. So without stop strings,
         the next burst is computed while the caller works with one.
         """
-        put = partial(self._put, padded_batch(len(texts), self.program.mesh.size))
+        size = padded_batch(len(texts), self.program.mesh.size)
+        put = partial(self._put, size)
         limits = Limits(np.int32(self.tokenizer.vocab_size), np.int32(self.tokenizer.eos_id))
         constants = self._draw_settings(batch, settings), put(batch.limits, np.int32), limits
-        last = put([ids[-1] for ids in batch.prompts], np.int32)
-        drawing = Drawing(last, put([0] * len(texts), np.int32), put([], bool))
+        given = np.full((size, BURST), -1, np.int32)
+        given[0, : len(batch.given)] = batch.given
+        last = [ids[0 if batch.given else -1] for ids in batch.prompts]
+        drawing = Drawing(
+            *(put(last, np.int32), put([], np.int32), put([], bool)),
+            jax.device_put(given, self.by_sequence),
+        )
 
         def begin_burst(state: DecodeState, drawing: Drawing) -> tuple[Any, ...]:
             self.check_tables()
-            return tuple(programs.burst(self.weights, state, drawing, *constants))
+            return tuple(burst(self.weights, state, drawing, *constants))
 
-        following, left = None, max(batch.limits)
+        following, left = None, max(batch.limits) + len(batch.given)
         while any(text.reason is None for text in texts):
             if following is None:
                 done = put([text.reason is not None for text in texts], bool, fill=True)
@@ -233,13 +247,14 @@ class Generator:
             seed=put((settings.seed + np.array(batch.numbers)) % 2**32, np.uint32),
         )
 
-    def _read_prompts(self, batch: PromptBatch) -> tuple[Programs, DecodeState]:
-        """The programs of a batch, and a state with its prompts, without the last token of each."""
+    def _read_prompts(self, batch: PromptBatch, state: DecodeState) -> DecodeState:
+        """Appends the prompts to an empty state, without the last token of each."""
         size = padded_batch(len(batch.prompts), self.program.mesh.size)
-        programs = self.programs.get(self.weights, size, batch.capacity)
-        state = self.programs.empty(self.weights, size, batch.capacity)
         chunk, lengths = self.programs.chunk(size), np.zeros(size, np.int32)
         lengths[: len(batch.prompts)] = [len(ids) - 1 for ids in batch.prompts]
+        if not lengths.any():
+            return state
+        prefill = self.programs.prefill(self.weights, size, batch.capacity)
         tokens = np.zeros((size, -(-max(lengths) // chunk) * chunk), np.int32)
         for number, ids in enumerate(batch.prompts):
             tokens[number, : len(ids) - 1] = ids[:-1]
@@ -249,11 +264,11 @@ class Generator:
             part = tokens[:, first : first + chunk], np.clip(lengths - first, 0, chunk)
             inputs = jax.device_put((*part, rows.chunk(first, chunk)), self.by_sequence)
             self.check_tables()
-            state = programs.prefill(self.weights, state, *inputs)
+            state = prefill(self.weights, state, *inputs)
         jax.block_until_ready(state)
         self.check_tables()
         self.speed += Speed(int(lengths.sum()), time.perf_counter() - begin)
-        return programs, state
+        return state
 
     def _put(self, batch: int, values: Any, dtype: Any, *, fill: Any = 0) -> Array:
         """One number per sequence, on the devices; empty places get `fill`."""

@@ -1,6 +1,7 @@
 """The compiled programs of generation: reading prompts, and drawing tokens in a loop."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,11 +31,13 @@ class Drawing(NamedTuple):
         token: the last token of every sequence, which is not yet in the state.
         drawn: number of tokens drawn so far.
         done: whether a sequence has ended.
+        given: tokens that follow instead of drawn ones, the rest of a short prompt; then −1.
     """
 
     token: Int32[Array, "B"]
     drawn: Int32[Array, "B"]
     done: Bool[Array, "B"]
+    given: Int32[Array, "B BURST"]
 
 
 class Limits(NamedTuple):
@@ -42,18 +45,6 @@ class Limits(NamedTuple):
 
     pieces: Int32[Any, ""]
     end_id: Int32[Any, ""]
-
-
-class Programs(NamedTuple):
-    """The compiled programs of one batch size and capacity.
-
-    Attributes:
-        prefill: see `make_prefill`.
-        burst: see `make_burst`.
-    """
-
-    prefill: jax.stages.Compiled
-    burst: jax.stages.Compiled
 
 
 def make_prefill(program: Program) -> jax.stages.Wrapped:
@@ -76,11 +67,12 @@ def make_prefill(program: Program) -> jax.stages.Wrapped:
 
 
 def make_burst(program: Program) -> jax.stages.Wrapped:
-    """The jitted loop: draws up to `BURST` tokens of every sequence, until all have ended.
+    """The jitted loop: appends up to `BURST` tokens to every sequence, until all have ended.
 
     Its arguments are prepared weights, state, drawing, settings, maximum number of tokens [B], and
-    limits. It returns state, drawing, tokens [B, BURST] (−1: none) and their log-probabilities. A
-    step appends the last token and draws the next one, so the last token of all is not appended.
+    limits. It returns state, drawing, drawn tokens [B, BURST] (−1: none) and their
+    log-probabilities. A step appends the last token, and draws the next one if none is given. So
+    the last token of all is not appended.
     """
 
     def burst(
@@ -95,15 +87,15 @@ def make_burst(program: Program) -> jax.stages.Wrapped:
             return (carry[0] < BURST) & carry[1]
 
         def step(carry: Any) -> Any:
-            number, _, state, (token, drawn, done), tokens, log_probabilities = carry
-            count = jnp.where(done, 0, 1)
-            logits, state = extend(program, weights, state, token[:, None], count)
-            token, log_probability = draw(logits, limits.pieces, settings, drawn)
-            tokens = tokens.at[:, number].set(jnp.where(done, -1, token))
+            number, _, state, (token, drawn, done, given), tokens, log_probabilities = carry
+            logits, state = extend(program, weights, state, token[:, None], jnp.where(done, 0, 1))
+            new, log_probability = draw(logits, limits.pieces, settings, drawn)
+            draws = ~done & (given[:, number] < 0)
+            tokens = tokens.at[:, number].set(jnp.where(draws, new, -1))
             log_probabilities = log_probabilities.at[:, number].set(log_probability)
-            drawn += count
-            done |= (token == limits.end_id) | (drawn >= max_tokens)
-            drawing = Drawing(token, drawn, done)
+            drawn += draws
+            done |= draws & ((new == limits.end_id) | (drawn >= max_tokens))
+            drawing = Drawing(jnp.where(draws, new, given[:, number]), drawn, done, given)
             return number + 1, _any(~done), state, drawing, tokens, log_probabilities
 
         shape = (len(max_tokens), BURST)
@@ -111,7 +103,9 @@ def make_burst(program: Program) -> jax.stages.Wrapped:
             *(jnp.int32(0), _any(~drawing.done), state, drawing),
             *(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape)),
         )
-        return jax.lax.while_loop(is_going, step, carry)[2:]
+        _, _, state, drawing, tokens, log_probabilities = jax.lax.while_loop(is_going, step, carry)
+        drawing = drawing._replace(given=jnp.full(shape, -1, jnp.int32))
+        return state, drawing, tokens, log_probabilities
 
     return on_all_devices(burst, [True] * 4 + [False], donate=(1,))
 
@@ -134,7 +128,7 @@ class ProgramCache:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._prefill, self._burst = make_prefill(program), make_burst(program)
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
         self._by_sequence = jax.NamedSharding(program.mesh, BY_SEQUENCE)
 
     def chunk(self, batch: int) -> int:
@@ -150,22 +144,40 @@ class ProgramCache:
     def empty(self, weights: DecodeWeights, batch: int, capacity: int) -> DecodeState:
         """A new state without tokens."""
 
-        def compile_empty() -> jax.stages.Compiled:
+        def lower() -> jax.stages.Lowered:
             make = self._make_empty(weights, batch, capacity)
-            return jax.jit(make, out_shardings=self._by_sequence).lower().compile()
+            return jax.jit(make, out_shardings=self._by_sequence).lower()
 
-        key = "empty", jax.tree.structure(weights), batch, capacity
-        return self._once(key, compile_empty)()
+        return self._compile("empty", lower, weights, batch, capacity)()
 
-    def get(self, weights: DecodeWeights, batch: int, capacity: int) -> Programs:
-        """The programs of generation."""
-        key = "generation", jax.tree.structure(weights), batch, capacity
-        return self._once(key, lambda: self._compile(weights, batch, capacity))
+    def prefill(self, weights: DecodeWeights, batch: int, capacity: int) -> jax.stages.Compiled:
+        """The program that reads prompts: see `make_prefill`."""
+        chunk = self.chunk(batch)
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._compiled:
-            self._compiled[key] = make()
-        return self._compiled[key]
+        def lower() -> jax.stages.Lowered:
+            of = partial(self._shape, batch)
+            fetched = {
+                layer: of(np.uint32, chunk, self.columns, table.layout.words)
+                for layer, table in called_tables(weights.outside).items()
+            }
+            state = self._state_shape(weights, batch, capacity)
+            inputs = of(np.int32, chunk), of(np.int32), fetched or None
+            return self._prefill.lower(weights, state, *inputs)
+
+        return self._compile("prefill", lower, weights, batch, capacity)
+
+    def burst(self, weights: DecodeWeights, batch: int, capacity: int) -> jax.stages.Compiled:
+        """The loop that draws tokens: see `make_burst`."""
+
+        def lower() -> jax.stages.Lowered:
+            of = partial(self._shape, batch)
+            whole, number = of(np.int32), of(np.float32)
+            settings = DrawSettings(number, whole, number, number, of(np.uint32))
+            drawing = Drawing(whole, whole, of(bool), of(np.int32, BURST))
+            state, limits = self._state_shape(weights, batch, capacity), Limits(*[np.int32(0)] * 2)
+            return self._burst.lower(weights, state, drawing, settings, whole, limits)
+
+        return self._compile("burst", lower, weights, batch, capacity)
 
     def _make_empty(
         self, weights: DecodeWeights, batch: int, capacity: int
@@ -175,30 +187,34 @@ class ProgramCache:
 
         return make_empty
 
-    def _compile(self, weights: DecodeWeights, batch: int, capacity: int) -> Programs:
-        """Compiles both programs of a shape."""
+    def _shape(self, batch: int, dtype: Any, *rest: int) -> Any:
+        """An array that begins with B."""
+        return jax.ShapeDtypeStruct((batch, *rest), dtype, sharding=self._by_sequence)
 
-        def shape(dtype: Any, *rest: int) -> Any:
-            return jax.ShapeDtypeStruct((batch, *rest), dtype, sharding=self._by_sequence)
-
-        state = jax.tree.map(
-            lambda leaf: shape(leaf.dtype, *leaf.shape[1:]),
+    def _state_shape(self, weights: DecodeWeights, batch: int, capacity: int) -> DecodeState:
+        """A state without arrays."""
+        state: DecodeState = jax.tree.map(
+            lambda leaf: self._shape(batch, leaf.dtype, *leaf.shape[1:]),
             jax.eval_shape(self._make_empty(weights, batch, capacity)),
         )
-        whole, number = shape(np.int32), shape(np.float32)
-        settings = DrawSettings(number, whole, number, number, shape(np.uint32))
-        drawing, limits = Drawing(whole, whole, shape(bool)), Limits(np.int32(0), np.int32(0))
-        chunk = self.chunk(batch)
-        fetched = {
-            layer: shape(np.uint32, chunk, self.columns, table.layout.words)
-            for layer, table in called_tables(weights.outside).items()
-        }
-        lowered = (
-            self._prefill.lower(weights, state, shape(np.int32, chunk), whole, fetched or None),
-            self._burst.lower(weights, state, drawing, settings, whole, limits),
-        )
-        # Not in threads: after parallel loads from the compilation cache, programs that were loaded
-        # later computed wrong numbers, or hung (jax 0.12.0, CPU).
-        sequences = f"{batch} sequence{'s' * (batch > 1)}"
-        with say_if_slow(f"Compiling for {sequences} of up to {capacity} tokens."):
-            return Programs(*(program.compile() for program in lowered))
+        return state
+
+    def _compile(
+        self,
+        name: str,
+        lower: Callable[[], jax.stages.Lowered],
+        weights: DecodeWeights,
+        batch: int,
+        capacity: int,
+    ) -> jax.stages.Compiled:
+        """Compiles a program of a shape at its first use.
+
+        Not in threads: after parallel loads from the compilation cache, programs that were loaded
+        later computed wrong numbers, or hung (jax 0.12.0, CPU).
+        """
+        key = name, jax.tree.structure(weights), batch, capacity
+        if key not in self._compiled:
+            sequences = f"{batch} sequence{'s' * (batch > 1)}"
+            with say_if_slow(f"Compiling for {sequences} of up to {capacity} tokens."):
+                self._compiled[key] = lower().compile()
+        return self._compiled[key]

@@ -1,7 +1,7 @@
 """Generation: the texts of plain passes, in batches, on one device and on eight."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from engram_jax.decoding import batches, generate
 from engram_jax.decoding import weights as decode_weights
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.hot_rows import hot_rows
-from engram_jax.decoding.programs import ProgramCache, Programs
+from engram_jax.decoding.programs import BURST, ProgramCache
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.decoding.weights import prepare
 from engram_jax.errors import InputError
@@ -71,6 +71,21 @@ def test_greedy_texts_are_those_of_plain_passes(model) -> None:
         assert whole == prompt + found.text
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_the_loop_reads_a_single_short_prompt(engram, more: int) -> None:
+    """Of up to a burst and its first token; a longer one is read before."""
+    run, weights, generator = engram
+    ids = run.tokenizer.encode("the " * 40)[: BURST + more]
+    prompt = run.tokenizer.decode(ids.tolist())
+    assert len(run.tokenizer.encode(prompt)) == BURST + more
+    found = generator.generate([prompt], GREEDY)[0]
+    decode = plain_pass(run, weights)
+    assert found.tokens == continue_greedily(run, decode, prompt, 6)[: len(found.tokens)]
+    expected = log_probabilities_of(run, decode, prompt, found.tokens)
+    np.testing.assert_allclose(found.log_probabilities, expected, atol=1e-4)
+    assert generator.speed.prompt_tokens == BURST + more and generator.speed.prompt_seconds > 0
+
+
 @pytest.mark.usefixtures("optimized")
 def test_a_text_does_not_depend_on_the_others(untrained) -> None:
     """Bit for bit, in a batch of one shape, without experts; one needs a second block of slots."""
@@ -85,7 +100,7 @@ def test_a_text_does_not_depend_on_the_others(untrained) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "LEAST_CAPACITY", 512)
         near = generator.generate([*PROMPTS[:3], "and"], settings)
-    assert len(generator.programs._compiled) == 2  # one batch size and capacity
+    assert len(generator.programs._compiled) == 3  # of one batch size and capacity
     assert [one.log_probabilities for one in near[:3]] == [one.log_probabilities for one in far[:3]]
     assert near[:3] == far[:3] and near[3] != far[3]
 
@@ -167,7 +182,8 @@ def test_programs_of_a_tpu_read_pinned_memory_of_the_host(tmp_path, libtpu) -> N
         fill_from_tables(stores, {layer: use_rows(t, 2) for layer, t in state.tables.items()})
         weights = prepare(here, replace(state.weights, tables={}), stores)
     with jax.set_mesh(mesh):
-        programs = ProgramCache(program).get(jax.tree.map(on_chips, weights), 4, 128)
+        of_shape, cache = (jax.tree.map(on_chips, weights), 4, 128), ProgramCache(program)
+        programs = cache.prefill(*of_shape), cache.burst(*of_shape)
     table = rows * 4 * config.memory.layout.words
     for compiled in programs:
         memory = compiled.memory_analysis()
@@ -216,6 +232,12 @@ def test_no_prompt_and_no_setting_compiles_anything(engram) -> None:
         ):
             generator.generate(["Alexander was born on the"] * 6, settings)
         generator.generate(["in Wales and " * 40] * 8, GREEDY)
+    assert not compiled
+    for prompt in ("", "Alexander the Great was born in Wales and " * 3):  # both programs
+        generator.generate([prompt], GREEDY)
+    with counted_compilations() as compiled:
+        for prompt in ("Alexander", "Alexander the Great was born on " * 3):
+            generator.generate([prompt], GREEDY)
     assert not compiled
     with counted_compilations() as compiled:
         jax.jit(lambda x: x + 1)(1.5)
@@ -304,19 +326,19 @@ def test_batches_have_similar_lengths_and_bounded_states(engram, monkeypatch) ->
 def test_the_last_token_is_not_appended(engram, monkeypatch) -> None:
     """Nothing needs its logits, so a continuation takes one step per token."""
     generator, states = engram[2], []
-    get = generator.programs.get
+    compile_burst = generator.programs.burst
 
-    def record(*arguments: Any) -> Programs:
-        programs = get(*arguments)
+    def record(*arguments: Any) -> Callable[..., Any]:
+        compiled = compile_burst(*arguments)
 
         def burst(*arguments: Any) -> Any:
-            results = programs.burst(*arguments)
+            results = compiled(*arguments)
             states.append(results[0])
             return results
 
-        return programs._replace(burst=burst)
+        return burst
 
-    monkeypatch.setattr(generator.programs, "get", record)
+    monkeypatch.setattr(generator.programs, "burst", record)
     found = generator.generate(["the"], replace(GREEDY, tokens=3))[0]
     prompt = generator.tokenizer.encode("the")
     assert found.reason == "length"
