@@ -75,6 +75,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that clear JAX's caches run last in their files, so that the others share programs."""
+    files = {path: number for number, path in enumerate(dict.fromkeys(i.path for i in items))}
+    items.sort(
+        key=lambda item: (files[item.path], "optimized" in getattr(item, "fixturenames", ()))
+    )
+
+
 @pytest.fixture
 def optimized() -> Iterator[None]:
     """Normal LLVM optimization, for tests that compare bits. They share no run with other tests."""
