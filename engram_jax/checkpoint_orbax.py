@@ -17,6 +17,10 @@ except ImportError:  # the path until Orbax moves it
 # needs. No compression: Zstandard saves 8 % on float32 tables and takes five times as long.
 CHUNK_BYTES = 64 << 20
 
+# Of arrays that several devices hold, each writes a part, which a program of its own cuts out. For
+# smaller parts, compiling these programs takes longer than writing.
+_LEAST_PART_BYTES = 1 << 20
+
 _WRITE_SECONDS = 24 * 3600  # Orbax gives up after 20 minutes by default
 
 
@@ -59,5 +63,6 @@ def orbax_context(partial: bool = False) -> Any:
     context.pytree.loading.partial_load = partial
     context.asynchronous.timeout_secs = _WRITE_SECONDS
     context.array.saving.use_compression = False
+    context.array.saving.min_slice_bytes_for_replica_parallel = _LEAST_PART_BYTES
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     return context

@@ -27,10 +27,10 @@ from engram_jax.memory import lookup
 from engram_jax.memory.layout import Table, init_table
 from engram_jax.memory.lookup import OwnGradients, ReadRows
 from engram_jax.memory.plan import MemoryPlan, Planner
-from engram_jax.memory.row_adam import RowAdam, make_row_adam
+from engram_jax.memory.row_adam import RowAdam, RowAdamConfig, make_row_adam
 from engram_jax.memory.store import TableInfo
 from engram_jax.model import Decoder, ExpertBias, Report
-from engram_jax.optimizer import make_optimizer, make_schedule
+from engram_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engram_jax.parameters import roles
 from engram_jax.platforms import check_devices, check_training_batch
 from engram_jax.sharding import (
@@ -391,10 +391,14 @@ def _make_decoder(config: Config, key: jax.Array) -> Decoder:
     return Decoder(config.model, config.memory.sites, rngs=nnx.Rngs(params=params, memory=memory))
 
 
-@lru_cache(maxsize=2)  # with exact Adam, 37 µs per step of the run
 def make_config_row_adam(config: Config) -> RowAdam:
     """The row optimizer of a configuration."""
-    adam, steps = config.memory.adam, config.train.steps
+    adam = config.memory.adam
     if config.memory.frozen:
         adam = replace(adam, form="lazy")  # no pending updates
-    return make_row_adam(adam, make_schedule(config.optimizer, steps), steps)
+    return _make_row_adam(adam, config.optimizer, config.train.steps)
+
+
+@lru_cache(maxsize=4)  # with exact Adam, 37 µs per step of the run
+def _make_row_adam(adam: RowAdamConfig, optimizer: OptimizerConfig, steps: int) -> RowAdam:
+    return make_row_adam(adam, make_schedule(optimizer, steps), steps)
