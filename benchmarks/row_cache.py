@@ -27,7 +27,7 @@ from jaxtyping import Bool, Int64
 from matplotlib.figure import Figure
 
 from engram_jax.command_line import load_named_config, parse_flags
-from engram_jax.decoding.hot_rows import by_frequency, read_rows
+from engram_jax.decoding.hot_rows import by_frequency, places_of, sample_text
 from engram_jax.errors import one_sentence
 from engram_jax.run import Run
 
@@ -145,7 +145,7 @@ def main() -> None:
         assert ngram_hash is not None
         layer = ngram_hash.spec.layers[0]
         trained, read = (
-            read_rows(views, ngram_hash, layer, count).astype(np.int64)
+            places_of(sample_text(views, count), ngram_hash, layer).astype(np.int64)
             for views, count in (
                 ([corpus.train for corpus in corpora], options.train_tokens),
                 ([corpus.held_out for corpus in corpora], options.tokens),

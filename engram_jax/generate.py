@@ -62,7 +62,8 @@ class GenerateOptions:
         tables: where the tables are: on the "device", in "host" memory, or read in a "file". The
             texts are the same.
         hot_rows: with tables outside the device: keep copies of this many rows of each table on the
-            device, those that are most frequent in the training text.
+            device, those that are most frequent in the training text, which is read for this. Only
+            where programs call the host for rows (GPUs), this can be faster.
         verify_rows: with tables outside the device: compare all rows that programs read with the
             tables' own. Slower.
         compare_without_memory: also continue with the same seeds without the memory.
@@ -116,10 +117,10 @@ def main(args: Sequence[str] | None = None) -> None:
     _check_tables(options)
     # Errors in prompts and settings are found before the checkpoint is read.
     make_batches(run.config, run.tokenizer, prompts or [], settings, run.program.mesh.size)
+    hot = _count_hot_rows(run, options.hot_rows)
     with open_stores(run.program, _scratch(run.folder), options.tables) as stores:
         weights = run.restore_weights(options.step, stores)
         parts = run.program, run.tokenizer, weights, stores
-        hot = _count_hot_rows(run, options.hot_rows)
         generators = {"": Generator(*parts, verify_rows=options.verify_rows, hot_rows=hot)}
         if options.compare_without_memory:
             generators["without memory"] = Generator(*parts, memory=False)
@@ -140,9 +141,20 @@ def _check_tables(options: GenerateOptions) -> None:
 
 def _count_hot_rows(run: Run, count: int | None) -> dict[int, Int32[np.ndarray, "C"]] | None:
     """The places of the rows that are copied to the device, by layer id; None: no copies."""
-    if count is None or run.program.ngram_hash is None:
+    if count is None:
         return None
-    return hot_rows([corpus.train for corpus in run.corpora()], run.program.ngram_hash, count)
+    if run.program.ngram_hash is None:
+        raise InputError(f"The model in {run.folder} has no memory; leave out --hot-rows.")
+    try:
+        views = [corpus.train for corpus in run.corpora()]
+        found = hot_rows(views, run.program.ngram_hash, count)
+    except InputError as error:
+        raise InputError(
+            f"--hot-rows counts rows in the training text. {error} Or leave out --hot-rows."
+        ) from error
+    for layer, places in found.items():
+        print(f"{len(places):,} rows of layer {layer} are copied to the device.", file=sys.stderr)
+    return found
 
 
 def _scratch(folder: Path) -> Path:

@@ -122,8 +122,6 @@ MORE = {
     "controls": ("bigram table, no gate", "rows frozen, scale 0.3", "Engram"),
     "ablations": ("2- to 4-grams", "no vocabulary projection", "Engram"),
     "layer_sweep": ("no memory", "layers 1 and 3"),
-    "comparison": ("dense", "dense, equal time", "OverEncoding", "Engram"),
-    "row_optimizers": ("exact × 10, scale 0.02", "lazy × 10, scale 0.02"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -193,9 +194,22 @@ def test_options_of_tables_outside_the_device(folder: str, flags: list[str], nam
 def test_the_most_frequent_rows_of_the_training_text_get_copies(folder: str, capsys) -> None:
     flags = ["--tokens", "4", "--temperature", "0"]
     main([folder, "the", *flags])
-    main([folder, "the", *flags, "--tables", "host", "--hot-rows", "300"])
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == second
+    main([folder, "the", *flags, "--tables", "host", "--hot-rows", "20"])
+    printed = capsys.readouterr()
+    first, second = printed.out.splitlines()
+    assert first == second and "20 rows of layer 1 are copied to the device" in printed.err
+
+
+def test_rows_are_counted_in_the_training_text(folder: str, untrained, tmp_path) -> None:
+    flags = ["the", "--tables", "host", "--hot-rows", "9"]
+    with pytest.raises(InputError, match="has no memory; leave out --hot-rows"):
+        main([str(untrained("dense").folder), *flags])
+    moved = Path(shutil.copytree(folder, tmp_path / "run"))
+    config = json.loads((moved / "config.json").read_text())
+    config["data"] |= {"sources": [str(tmp_path / "gone.jsonl")]}
+    (moved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"training text\. .*gone\.jsonl.* leave out --hot-rows"):
+        main([str(moved), *flags])
 
 
 def test_a_run_without_memory_or_checkpoint(untrained, tmp_path) -> None:

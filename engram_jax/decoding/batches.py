@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from engram_jax.config import Config
 from engram_jax.costs.accounting import decode_state_bytes
-from engram_jax.decoding.programs import BURST
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.errors import InputError
 from engram_jax.tokenizer import Tokenizer
@@ -30,12 +29,6 @@ class PromptBatch:
     prompts: list[list[int]]
     limits: list[int]
     capacity: int
-
-    @property
-    def given(self) -> list[int]:
-        """The rest of a single short prompt. The loop reads it, and no other program is needed."""
-        is_short = len(self.prompts) == 1 and len(self.prompts[0]) <= BURST + 1
-        return self.prompts[0][1:] if is_short else []
 
 
 def make_batches(

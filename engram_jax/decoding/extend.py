@@ -47,7 +47,7 @@ def extend(
     positions = state.length[:, None] + jnp.arange(tokens.shape[1])[None]
     state, slots = state.append(tokens, jnp.ones_like(tokens), positions)
     return nnx.merge(program.graph, weights.params).extend(
-        *(state, slots, _read_memory(program, weights, state, slots, fetched), weights.head),
+        *(state, slots, _read_memory(program, weights, state, slots, count, fetched), weights.head),
         count=count,
         expert_bias=weights.expert_bias,
         logits=logits,
@@ -59,9 +59,10 @@ def _read_memory(
     weights: DecodeWeights,
     state: DecodeState,
     slots: Slots,
+    count: Int32[Array, "B"],
     fetched: FetchedRecords | None,
 ) -> Memory:
-    """The memory vectors of appended tokens, by layer id."""
+    """The memory vectors of appended tokens, by layer id; zeros beyond each sequence's count."""
     if weights.hash is None or program.ngram_hash is None:
         return {}
     if fetched is not None:
@@ -78,14 +79,16 @@ def _read_memory(
     rows = hash_after(weights.hash, tokens, segments)
     # Without the barrier, XLA hashes again for every element that is read.
     all_places = jax.lax.optimization_barrier(stored_places(weights.hash, rows))
+    is_new = (jnp.arange(rows.shape[2])[None] < count[:, None])[..., None]
     tables = {**weights.tables, **weights.outside}
-    return {
-        layer: read_places(
-            *(tables[layer], places, weights.row_adam, weights.step),
-            program.config.memory.gather,
+    memory = {}
+    for number, layer in enumerate(spec.layers):
+        # Padding, from R up, is not read, so no row of a sequence that has ended is asked for.
+        places = jnp.where(is_new, all_places[number], program.ngram_hash.padded_rows[number])
+        memory[layer] = read_places(
+            tables[layer], places, weights.row_adam, weights.step, program.config.memory.gather
         )
-        for layer, places in zip(spec.layers, all_places, strict=True)
-    }
+    return memory
 
 
 def on_all_devices(

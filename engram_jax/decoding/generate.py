@@ -22,6 +22,7 @@ from engram_jax.decoding.weights import prepare
 from engram_jax.errors import InputError
 from engram_jax.layers.decode_state import DecodeState
 from engram_jax.memory.store import Stores
+from engram_jax.memory.store_table import called_tables
 from engram_jax.program import Program
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import Weights
@@ -35,7 +36,7 @@ class Speed:
 
     Attributes:
         prompt_tokens: tokens of prompts, without the last one of each, which the loop reads.
-        prompt_seconds: for reading them.
+        prompt_seconds: for reading them; if the loop reads a short prompt, its share of the time.
         tokens: tokens of continuations.
         seconds: for drawing them, including the work of the host.
     """
@@ -179,19 +180,18 @@ class Generator:
             GrowingText(self.tokenizer, ids, settings.stop_strings, self.tokenizer.eos_id, limit)
             for ids, limit in zip(batch.prompts, batch.limits, strict=True)
         ]
-        size = padded_batch(len(texts), self.program.mesh.size)
+        size, given = padded_batch(len(texts), self.program.mesh.size), self._given(batch)
         with self.program.use_mesh():
             state = self.programs.empty(self.weights, size, batch.capacity)
-            if not batch.given:
+            if not given:
                 state = self._read_prompts(batch, state)
             burst = self.programs.burst(self.weights, size, batch.capacity)
             begin = time.perf_counter()
             for tokens, log_probabilities in self._bursts(batch, settings, texts, burst, state):
                 _add(batch.numbers, texts, tokens, log_probabilities, show)
-        seconds, given = time.perf_counter() - begin, len(batch.given)
-        drawn = sum(len(text.tokens) for text in texts)
-        reading = seconds * given / max(given + drawn, 1)
-        self.speed += Speed(given, reading, drawn, seconds - reading)
+        drawn, seconds = sum(len(text.tokens) for text in texts), time.perf_counter() - begin
+        reading = seconds * len(given) / (len(given) + drawn + 1)  # the last step may draw the end
+        self.speed += Speed(len(given), reading, drawn, seconds - reading)
         return {n: text.finish() for n, text in zip(batch.numbers, texts, strict=True)}
 
     def _bursts(
@@ -207,13 +207,13 @@ class Generator:
         A device sees itself where a text ends, except by a stop string. So without stop strings,
         the next burst is computed while the caller works with one.
         """
-        size = padded_batch(len(texts), self.program.mesh.size)
+        size, rest = padded_batch(len(texts), self.program.mesh.size), self._given(batch)
         put = partial(self._put, size)
         limits = Limits(np.int32(self.tokenizer.vocab_size), np.int32(self.tokenizer.eos_id))
         constants = self._draw_settings(batch, settings), put(batch.limits, np.int32), limits
         given = np.full((size, BURST), -1, np.int32)
-        given[0, : len(batch.given)] = batch.given
-        last = [ids[0 if batch.given else -1] for ids in batch.prompts]
+        given[0, : len(rest)] = rest
+        last = [ids[0 if rest else -1] for ids in batch.prompts]
         drawing = Drawing(
             *(put(last, np.int32), put([], np.int32), put([], bool)),
             jax.device_put(given, self.by_sequence),
@@ -223,7 +223,7 @@ class Generator:
             self.check_tables()
             return tuple(burst(self.weights, state, drawing, *constants))
 
-        following, left = None, max(batch.limits) + len(batch.given)
+        following, left = None, max(batch.limits) + len(rest)
         while any(text.reason is None for text in texts):
             if following is None:
                 done = put([text.reason is not None for text in texts], bool, fill=True)
@@ -246,6 +246,16 @@ class Generator:
             min_p=put([settings.min_p] * count, np.float32),
             seed=put((settings.seed + np.array(batch.numbers)) % 2**32, np.uint32),
         )
+
+    def _given(self, batch: PromptBatch) -> list[int]:
+        """The rest of a single short prompt, if the loop reads it, and no other program is needed.
+
+        Not if the program has empty places for more sequences, because a sequence must not depend
+        on the others; nor if the loop would call the host for the rows of every token.
+        """
+        size, ids = padded_batch(len(batch.prompts), self.program.mesh.size), batch.prompts[0]
+        is_short = size == 1 and len(ids) <= BURST + 1
+        return ids[1:] if is_short and not called_tables(self.weights.outside) else []
 
     def _read_prompts(self, batch: PromptBatch, state: DecodeState) -> DecodeState:
         """Appends the prompts to an empty state, without the last token of each."""

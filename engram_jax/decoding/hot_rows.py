@@ -1,11 +1,13 @@
 """Which rows of a table are hot: those that are most frequent in training text."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
 from engram_jax.data.corpus import CorpusView
+from engram_jax.errors import InputError
 from engram_jax.hashing import NgramHash
 from engram_jax.memory.places import stored_places
 
@@ -21,24 +23,34 @@ def hot_rows(
         views: the sources of the text.
         ngram_hash: the hash.
         count: number of rows; fewer, if the text reads fewer.
-        tokens: tokens of the text.
+        tokens: tokens of the text, equally many of each source.
+
+    Raises:
+        InputError: there is no text.
     """
+    text = sample_text(views, tokens)
     return {
-        layer: by_frequency(read_rows(views, ngram_hash, layer, tokens))[:count]
+        layer: by_frequency(places_of(text, ngram_hash, layer))[:count]
         for layer in ngram_hash.spec.layers
     }
 
 
-def read_rows(
-    views: Sequence[CorpusView], ngram_hash: NgramHash, layer: int, count: int
-) -> Int32[np.ndarray, "tokens H"]:
-    """The places of the rows that each token of a text reads.
+class Text(NamedTuple):
+    """Tokens and the number of their document, as one row."""
+
+    tokens: Int32[np.ndarray, "1 tokens"]
+    segments: Int32[np.ndarray, "1 tokens"]
+
+
+def sample_text(views: Sequence[CorpusView], count: int) -> Text:
+    """Documents in random order, the same each time.
 
     Args:
-        views: the sources; equally many tokens of each are read, documents in random order.
-        ngram_hash: the hash.
-        layer: layer id.
+        views: the sources; equally many tokens of each are taken.
         count: number of tokens; fewer, if the sources have fewer.
+
+    Raises:
+        InputError: the sources have no documents.
     """
     texts = []
     for view in (view.by_hash() for view in views):
@@ -48,11 +60,18 @@ def read_rows(
             left -= len(texts[-1])
             if not left:
                 break
+    if not texts:
+        raise InputError("The training text has no documents; change data.held_out.")
     np.random.default_rng(0).shuffle(texts)
-    tokens = np.concatenate(texts)[None]
-    segments = np.repeat(np.arange(len(texts)), [len(text) for text in texts])[None]
+    numbers = np.arange(len(texts), dtype=np.int32)
+    segments = np.repeat(numbers, [len(text) for text in texts])
+    return Text(np.concatenate(texts)[None], segments[None])
+
+
+def places_of(text: Text, ngram_hash: NgramHash, layer: int) -> Int32[np.ndarray, "tokens H"]:
+    """The places of the rows that each token of a text reads in a layer."""
     size = ngram_hash.padded_rows[ngram_hash.spec.layers.index(layer)]
-    return stored_places(ngram_hash.hash_tokens(layer, tokens, segments), size)[0]
+    return stored_places(ngram_hash.hash_tokens(layer, *text), size)[0]
 
 
 def by_frequency(places: Int32[np.ndarray, "tokens H"]) -> Int32[np.ndarray, "distinct"]:

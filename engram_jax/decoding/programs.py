@@ -148,7 +148,7 @@ class ProgramCache:
             make = self._make_empty(weights, batch, capacity)
             return jax.jit(make, out_shardings=self._by_sequence).lower()
 
-        return self._compile("empty", lower, weights, batch, capacity)()
+        return self._compile("an empty state", lower, weights, batch, capacity)()
 
     def prefill(self, weights: DecodeWeights, batch: int, capacity: int) -> jax.stages.Compiled:
         """The program that reads prompts: see `make_prefill`."""
@@ -164,7 +164,7 @@ class ProgramCache:
             inputs = of(np.int32, chunk), of(np.int32), fetched or None
             return self._prefill.lower(weights, state, *inputs)
 
-        return self._compile("prefill", lower, weights, batch, capacity)
+        return self._compile("reading of prompts", lower, weights, batch, capacity)
 
     def burst(self, weights: DecodeWeights, batch: int, capacity: int) -> jax.stages.Compiled:
         """The loop that draws tokens: see `make_burst`."""
@@ -177,7 +177,7 @@ class ProgramCache:
             state, limits = self._state_shape(weights, batch, capacity), Limits(*[np.int32(0)] * 2)
             return self._burst.lower(weights, state, drawing, settings, whole, limits)
 
-        return self._compile("burst", lower, weights, batch, capacity)
+        return self._compile("generation", lower, weights, batch, capacity)
 
     def _make_empty(
         self, weights: DecodeWeights, batch: int, capacity: int
@@ -215,6 +215,6 @@ class ProgramCache:
         key = name, jax.tree.structure(weights), batch, capacity
         if key not in self._compiled:
             sequences = f"{batch} sequence{'s' * (batch > 1)}"
-            with say_if_slow(f"Compiling for {sequences} of up to {capacity} tokens."):
+            with say_if_slow(f"Compiling {name} for {sequences} of up to {capacity} tokens."):
                 self._compiled[key] = lower().compile()
         return self._compiled[key]

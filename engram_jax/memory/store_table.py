@@ -139,26 +139,30 @@ class HotTable:
     The table itself is read only if a program needs other rows, too, and then only for those.
 
     Attributes:
-        numbers: number of every place's copy, from 1; 0: it has none.
+        places: places of the copies, ascending.
         copies: the copies, as a small table.
         table: the table.
+        rows: padded rows R of the table.
     """
 
-    numbers: Int32[Array, "R"]
+    places: Int32[Array, "C"]
     copies: Table
     table: BareTable
+    rows: int = field(metadata={"static": True})
 
     def read(self, places: Int32[Array, "n"]) -> RowState:
         """The rows of places; zeros for padding, from R up."""
-        numbers = self.numbers.at[places].get(mode="fill", fill_value=0)
-        found = records.read(self.copies, numbers - 1)
-        is_found = numbers > 0
+        # Unrolled, XLA makes one kernel of all steps of the search.
+        numbers = jnp.searchsorted(self.places, places, method="scan_unrolled")
+        is_copied = self.places.at[numbers].get(mode="clip") == places
+        copied = records.read(self.copies, jnp.where(is_copied, numbers, len(self.places)))
+        is_known = is_copied | (places >= self.rows)  # padding: zeros
 
         def read_others() -> RowState:
-            others = self.table.read(jnp.where(is_found, len(self.numbers), places))
-            return jax.tree.map(partial(_where, is_found), found, others)
+            others = self.table.read(jnp.where(is_known, self.rows, places))
+            return jax.tree.map(partial(_where, is_known), copied, others)
 
-        return jax.lax.cond(jnp.all(is_found), lambda: found, read_others)
+        return jax.lax.cond(jnp.all(is_known), lambda: copied, read_others)
 
 
 @no_type_check  # at run time: as a pytree it also holds shapes and shardings
@@ -250,13 +254,12 @@ def copy_hot_rows(
     mesh: jax.sharding.Mesh,
 ) -> HotTable:
     """A table with copies of the rows of distinct places on every device of a mesh."""
-    numbers = np.zeros(store.count, np.int32)
-    numbers[places] = np.arange(1, len(places) + 1, dtype=np.int32)
-    found = np.empty((len(places), store.table.layout.words), np.uint32)
+    places, layout = np.sort(places), store.table.layout
+    found = np.empty((len(places), layout.words), np.uint32)
     store.read(places, found)
     on_devices = jax.NamedSharding(mesh, REPLICATED)
-    numbers, found = jax.device_put((numbers, found), on_devices)
-    return HotTable(numbers, Table(found, store.table.layout, store.table.layer), table)
+    copied, found = jax.device_put((places, found), on_devices)
+    return HotTable(copied, Table(found, layout, store.table.layer), table, store.table.rows)
 
 
 def pin_table(store: RowStore, mesh: jax.sharding.Mesh) -> PinnedTable:

@@ -1,4 +1,4 @@
-"""The complete pipeline of decoding, from a checkpoint, for every form of the model.
+"""The complete pipeline of decoding, from a checkpoint, for forms of the model.
 
 Weights are prepared, n-grams hashed on the device, rows read without a plan, and the loop runs
 inside `shard_map`; the plain pass does none of that.
@@ -7,7 +7,7 @@ inside `shard_map`; the plain pass does none of that.
 import numpy as np
 import pytest
 from plainly import continue_greedily, log_probabilities_of, score_plainly
-from tiny_runs import FORMS, plain_pass
+from tiny_runs import plain_pass
 
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.score import TextScorer
@@ -16,19 +16,15 @@ from engram_jax.run import Run
 
 PROMPTS = ["Alexander the Great", "", "東京"]
 PAIRS = [("Alexander the", " Great was born"), ("", "Wales and café"), ("the Gr", "eat was")]
-FAST = ("several",)
-# The forms that other tests of decoding have.
-OTHERS = ("engram", "over_encoding", "dense", "bfloat16")
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(form, marks=() if form in FAST else pytest.mark.slow)
-        for form in [*FORMS, "backbone"]
-        if form not in OTHERS
-    ],
+# Others are parts of "several", or have tests in `test_generate`; of all forms of the network,
+# `test_extend` compares the logits.
+FORMS = (
+    "several",
+    *(pytest.param(form, marks=pytest.mark.slow) for form in ("frozen", "backbone")),
 )
+
+
+@pytest.fixture(scope="module", params=FORMS)
 def generator(request, untrained):
     run = Run.open(untrained(request.param).folder)
     weights = run.restore_weights()

@@ -26,6 +26,7 @@ from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.decoding.weights import prepare
 from engram_jax.errors import InputError
 from engram_jax.memory import store_table
+from engram_jax.memory.places import stored_places
 from engram_jax.memory.store_table import (
     CallbackTable,
     HotTable,
@@ -80,10 +81,39 @@ def test_the_loop_reads_a_single_short_prompt(engram, more: int) -> None:
     assert len(run.tokenizer.encode(prompt)) == BURST + more
     found = generator.generate([prompt], GREEDY)[0]
     decode = plain_pass(run, weights)
-    assert found.tokens == continue_greedily(run, decode, prompt, 6)[: len(found.tokens)]
+    assert found.tokens == continue_greedily(run, decode, prompt, 6) and found.tokens
     expected = log_probabilities_of(run, decode, prompt, found.tokens)
     np.testing.assert_allclose(found.log_probabilities, expected, atol=1e-4)
     assert generator.speed.prompt_tokens == BURST + more and generator.speed.prompt_seconds > 0
+
+
+def test_a_sequence_that_has_ended_asks_for_no_rows(engram, tmp_path, monkeypatch) -> None:
+    """Nor does an empty place of a batch, here the fourth: with copies of all rows that the texts
+    need, the host is not called.
+    """
+    run, _, on_device = engram
+    settings, ngram_hash = GenerationSettings(tokens=6, seed=3), run.program.ngram_hash
+    expected = on_device.generate([""] * 3, settings)
+    rows = [
+        ngram_hash.hash_tokens(1, np.array([[run.tokenizer.bos_id, *one.tokens]], np.int32))
+        for one in expected
+    ]
+    hot = np.unique(stored_places(np.concatenate(rows, axis=None), ngram_hash.padded_rows[0]))
+    asked, fetch = [], CallbackTable.fetch
+
+    def note(table: CallbackTable, places: np.ndarray) -> np.ndarray:
+        asked.append(places)
+        return fetch(table, places)
+
+    monkeypatch.setattr(CallbackTable, "fetch", note)
+    monkeypatch.setattr(store_table, "ALIGNMENT", 1 << 62)  # programs call the host
+    with open_stores(run.program, tmp_path, "host") as stores:
+        parts = run.program, run.tokenizer, run.restore_weights(None, stores), stores
+        assert Generator(*parts, hot_rows={1: hot}).generate([""] * 3, settings) == expected
+        assert not asked
+        hot[0] = np.setdiff1d(np.arange(len(hot) + 1), hot)[0]  # another row instead
+        Generator(*parts, hot_rows={1: hot}).generate([""] * 3, settings)
+        assert asked
 
 
 @pytest.mark.usefixtures("optimized")

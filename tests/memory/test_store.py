@@ -116,27 +116,35 @@ def test_programs_read_a_store(table: TableInfo, count: int, pinned: bool) -> No
         np.testing.assert_array_equal(part, wanted)
 
 
-def test_programs_call_the_host_only_for_rows_without_a_copy(monkeypatch) -> None:
+@pytest.mark.parametrize("kind", ["called", "in place", "pinned"])
+def test_a_table_is_read_only_for_rows_without_a_copy(kind: str, monkeypatch) -> None:
     store = RowStore(SMALL, 0, SMALL.rows)
     values = np.random.default_rng(0).normal(size=(900, SMALL.layout.width)).astype(np.float32)
     store.write(np.arange(900, dtype=np.int32), new_records(SMALL.layout, values))
-    hot = np.array([1000, 3, 8, 5], np.int32)  # one was never written
     mesh, asked = make_mesh(MeshConfig(), jax.devices()[:2]), []
-    table, fetch = copy_hot_rows(CallbackTable(store), store, hot, mesh), CallbackTable.fetch
+    tables = {
+        "called": lambda *_: CallbackTable(store),
+        "in place": open_table,
+        "pinned": pin_table,
+    }
+    hot = np.array([1000, 3, 8, 5], np.int32)  # one was never written
+    table = copy_hot_rows(tables[kind](store, mesh), store, hot, mesh)
+    fetch = CallbackTable.fetch
 
     def note(table: CallbackTable, places: np.ndarray) -> np.ndarray:
         asked.append(places.tolist())
         return fetch(table, places)
 
     monkeypatch.setattr(CallbackTable, "fetch", note)
-    for places in ([8, 5, 3, 1000], [8, 7, 3, SMALL.rows]):
+    for places in ([8, 5, 3, 1000], [8, SMALL.rows, 3, 5], [SMALL.rows - 1, 7, 3, SMALL.rows]):
         with jax.set_mesh(mesh):
             found = jax.jit(lambda table, places: table.read(places))(table, np.int32(places))
         expected = read(store, np.minimum(places, SMALL.rows - 1).astype(np.int32))
         expected[np.array(places) == SMALL.rows] = 0
         for part, wanted in zip(found, SMALL.layout.unpack(jnp.asarray(expected)), strict=True):
             np.testing.assert_array_equal(part, wanted)
-    assert {*map(tuple, asked)} == {(SMALL.rows, 7, SMALL.rows, SMALL.rows)}
+    called = {(SMALL.rows - 1, 7, SMALL.rows, SMALL.rows)}
+    assert {*map(tuple, asked)} == (called if kind == "called" else set())
 
 
 def test_verified_rows_that_differ_are_one_sentence() -> None:
