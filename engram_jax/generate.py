@@ -31,13 +31,18 @@ from engram_jax.decoding.batches import make_batches
 from engram_jax.decoding.generate import Generator, Speed
 from engram_jax.decoding.hot_rows import hot_rows
 from engram_jax.decoding.settings import GenerationSettings
-from engram_jax.decoding.text import Continuation
+from engram_jax.decoding.text import Continuation, Reason
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.files import expand_home, has_name_twice, parse_json
 from engram_jax.memory.store import Placement
 from engram_jax.placement import open_stores
 from engram_jax.run import Run
 
+_ENDS: dict[Reason, str] = {
+    "end": "The text ended.",
+    "stop": "It ended before a stop string.",
+    "length": "It ended at --tokens or the capacity.",
+}
 MOST_BYTES = 1 << 28  # of the standard input, or of a file of prompts
 
 
@@ -240,7 +245,8 @@ def _asked_prompts() -> Iterator[str]:
     print("Type the start of a text. Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            yield input("> ")
+            if prompt := input("> "):
+                yield prompt
         except UnicodeDecodeError:
             print("error: The prompt is not in the terminal's encoding.", file=sys.stderr)
         except EOFError:
@@ -261,9 +267,9 @@ def _continue(
     if len(prompts) == 1 and not as_json:
         for label, generator in generators.items():
             shown = _Stream(f"{_in_brackets(label)}{prompts[0]}|")
-            generator.generate(prompts, settings, show=shown)
+            [continuation] = generator.generate(prompts, settings, show=shown)
             print()
-            _print_speed(generator.speed)
+            _print_speed(generator.speed, f" {_ENDS[continuation.reason]}")
         return
     together = (generator.generate_batches(prompts, settings) for generator in generators.values())
     for found in zip(*together, strict=True):  # all generators make the same batches
@@ -304,10 +310,10 @@ class _Stream:
         self.waiting = ""
 
 
-def _print_speed(speed: Speed) -> None:
+def _print_speed(speed: Speed, end: str = "") -> None:
     print(
         f"Prompt: {speed.prompt_tokens:,} tokens, {speed.prompt_rate:,.0f} tokens/s. "
-        f"Continuation: {speed.tokens:,} tokens, {speed.rate:,.0f} tokens/s.",
+        f"Continuation: {speed.tokens:,} tokens, {speed.rate:,.0f} tokens/s.{end}",
         file=sys.stderr,
     )
 

@@ -50,7 +50,7 @@ def test_a_prompt_is_continued_and_its_speed_printed(folder: str, capsys) -> Non
     printed = capsys.readouterr()
     expected = Run.open(Path(folder)).generate(["Alexander the"], tokens=5, temperature=0.0)
     assert printed.out == f"Alexander the|{expected[0].text}\n"
-    assert "Prompt: " in printed.err and "tokens/s" in printed.err
+    assert "Prompt: " in printed.err and "tokens/s. It ended at --tokens" in printed.err
 
 
 def test_prompts_of_a_file_as_json(folder: str, tmp_path, capsys) -> None:
@@ -99,10 +99,11 @@ def test_results_are_printed_after_each_batch(folder: str, monkeypatch, capsys) 
 
 def test_a_person_types_prompts(folder: str, monkeypatch, capsys) -> None:
     """Ctrl-C at the question and a bad prompt do not end the program."""
-    type_lines(monkeypatch, "the", KeyboardInterrupt, "\ud800", "Alexander")
+    type_lines(monkeypatch, "the", KeyboardInterrupt, "\ud800", "", "Alexander")
     main([folder, "--tokens", "3", "--compare-without-memory"])
     printed = capsys.readouterr()
-    assert "the|" in printed.out and "[without memory] Alexander|" in printed.out
+    assert printed.out.startswith("the|") and "[without memory] Alexander|" in printed.out
+    assert not any(line.startswith("|") for line in printed.out.splitlines())  # of an empty line
     assert "Ctrl-D ends" in printed.err and "error: Prompt 1 is not valid" in printed.err
 
 
