@@ -268,7 +268,7 @@ class Checkpoints:
                 return candidate, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
             if step is None and not self.path(candidate).exists():
                 raise InputError(f"{self.path(candidate)} was just removed; try again.")
-            if is_leader() and step is None:
+            if is_leader() and step is None and candidate != found[0]:
                 print(
                     f"The checkpoint of step {candidate} is damaged ({damage}): restoring the one "
                     "before it.",
@@ -276,7 +276,8 @@ class Checkpoints:
                 )
         if step is None:
             raise InputError(
-                f"All checkpoints in {self.folder} are damaged ({damage}); start a new run."
+                f"No checkpoint in {self.folder} is undamaged (step {found[0]}: {damage}); start a "
+                "new run."
             )
         raise InputError(
             f"The checkpoint of step {step} in {self.folder} is damaged ({damage}); restore "

@@ -77,7 +77,7 @@ def read_share(folder: Path) -> dict[str, FileFacts]:
     """Reads this process's share of the files in a folder."""
     names = _own_share(list_files(folder))
     with ThreadPool(_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _facts(folder / name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: facts_of(folder / name), names), strict=True))
 
 
 def gather_facts(mine: Mapping[str, FileFacts]) -> dict[Digest, FileFacts]:
@@ -105,7 +105,7 @@ def list_facts(folder: Path, gathered: Mapping[Digest, FileFacts]) -> dict[str, 
     for name, size in list_files(folder).items():
         facts = gathered.get(_digest(name))
         if facts is None or facts.size != size:
-            facts = _facts(folder / name)
+            facts = facts_of(folder / name)
         known[name] = facts
     return known
 
@@ -117,7 +117,7 @@ def find_damage(folder: Path, files: Mapping[str, FileFacts]) -> str | None:
     """
     share = _own_share({name: facts.size for name, facts in files.items()})
     with ThreadPool(_THREADS) as pool:
-        found = pool.imap(lambda name: _damage(folder / name, name, files[name]), share)
+        found = pool.imap(lambda name: damage_of(folder / name, name, files[name]), share)
         return next((damage for damage in found if damage), None)
 
 
@@ -125,7 +125,8 @@ def _own_share(sizes: Mapping[str, int]) -> list[str]:
     return share_of(sizes, jax.process_index(), jax.process_count())
 
 
-def _facts(path: Path) -> FileFacts:
+def facts_of(path: Path) -> FileFacts:
+    """Reads a file's bytes and checksum."""
     size = crc32 = 0
     block = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
@@ -134,12 +135,13 @@ def _facts(path: Path) -> FileFacts:
     return FileFacts(size, crc32)
 
 
-def _damage(path: Path, name: str, saved: FileFacts) -> str | None:
+def damage_of(path: Path, name: str, saved: FileFacts) -> str | None:
+    """How a file differs from what was saved as `name`; None if it does not."""
     if not path.is_file():
         return f"{name} is missing"
     if (size := path.stat().st_size) != saved.size:
         return f"{name} has {size:,} bytes, not {saved.size:,}"
-    if _facts(path) != saved:
+    if facts_of(path) != saved:
         return f"{name} has another checksum"
     return None
 

@@ -74,6 +74,8 @@ class MemoryConfig:
             raise InputError(f"memory.row_width is {self.row_width}; it must be at least 1.")
         if self.init_scale < 0:
             raise InputError(f"memory.init_scale is {self.init_scale}; it must not be negative.")
+        if self.start_from is not None and not self.start_from.strip():
+            raise InputError("memory.start_from is empty; name a folder, or leave it out.")
         if self.start_from is not None and not self.layers:
             raise InputError("memory.start_from needs memory; set memory.layers.")
         if self.fusion != "engram" and self.layers not in ((), (0,)):

@@ -9,6 +9,7 @@ from engram_jax.beginning import begin
 if __name__ == "__main__":
     begin()
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ def main(args: Sequence[str] | None = None) -> None:
         raise InputError(f"--max-tokens is {options.max_tokens}; score at least 1 token.")
     if options.max_tokens is not None and options.tolerance is None:
         raise InputError("--max-tokens needs --tolerance: without it, no text is scored.")
+    if options.tolerance is not None and not math.isfinite(options.tolerance):
+        raise InputError(f"--tolerance is {options.tolerance}; give a finite number of nats.")
     if folder.is_dir() and any(folder.iterdir()):  # before an evaluation
         raise InputError(f"{folder} is not empty; name another folder.")
     run = Run.open(run_folder)

@@ -537,7 +537,7 @@ engram_jax/config.py < test_config.py
     + if layer > self.model.layers
 engram_jax/checkpoint_files.py < test_checkpoint_files.py
   flipped bits in a checkpoint are not noticed
-    - if _facts(path) != saved
+    - if facts_of(path) != saved
     + if saved is None
   two processes read one file
     - share += [name] * (index == process)

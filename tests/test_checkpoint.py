@@ -174,7 +174,7 @@ def test_damage_falls_back_and_says_so(
 def test_all_damaged_is_an_error(saved: SimpleNamespace) -> None:
     for folder in saved.folder.iterdir():
         flip_a_byte(largest_file(folder))
-    with pytest.raises(InputError, match=r"All checkpoints in .* are damaged .*new run"):
+    with pytest.raises(InputError, match=r"No checkpoint in .* is undamaged .*new run"):
         saved.checkpoints.restore(saved.abstract)
 
 
@@ -290,7 +290,7 @@ def save_and_die(folder: Path, step: int, call: str, count: int) -> None:
         while not checkpoints._saving.facts.done():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-    owners = {"checksum": (checkpoint_files, "_facts"), "rename": (Path, "rename")}
+    owners = {"checksum": (checkpoint_files, "facts_of"), "rename": (Path, "rename")}
     owner, name = (owners | {"rmtree": (shutil, "rmtree")})[call]
     original, calls = getattr(owner, name), []
 

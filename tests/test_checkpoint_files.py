@@ -65,7 +65,7 @@ def test_checksums_of_two_processes_come_together(
     monkeypatch.setattr(checkpoint_files, "gather", lambda rows: sent.append(rows) or rows[None])
     gather_facts({"gone": large, "b/c": expected["b/c"], "e": FileFacts(3, 1)})
     count, others = sent
-    monkeypatch.setattr(checkpoint_files, "_facts", lambda path: FileFacts(-1, path.name))
+    monkeypatch.setattr(checkpoint_files, "facts_of", lambda path: FileFacts(-1, path.name))
     monkeypatch.setattr(
         checkpoint_files,
         "gather",

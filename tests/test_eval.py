@@ -118,7 +118,7 @@ def test_statistics_need_the_text_of_the_training(eval_program, run, tmp_path, m
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--batch-size", "12", "--mesh.data", "8"], "12 rows does not divide.*--batch-size"),
         (["--sample-tokens", "-1"], "--sample-tokens is -1"),
-        (["--output", "missing"], "Cannot write to missing"),
+        (["--output", "missing"], "missing is no folder; create it"),
         (["--top-k", "0"], "--top-k is 0"),
         (["--temperature", "nan"], "temperature is nan"),
     ],

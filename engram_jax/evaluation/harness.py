@@ -140,9 +140,8 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
         try:
             found = manager.load(name)
         except Exception as error:  # of YAML, templates, data files, and functions of the task
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(
-                f"Task {name} cannot be loaded ({reason[0].rstrip('.')}); correct the file, whose "
+                f"Task {name} cannot be loaded ({_reason(error)}); correct the file, whose "
                 "data must be local, because nothing is downloaded."
             ) from error
         if again := loaded["tasks"].keys() & found["tasks"].keys():
@@ -150,6 +149,18 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
         for part, values in loaded.items():
             values |= found[part]
     return loaded
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error that says something, of the last of its causes that does."""
+    if isinstance(error, StopIteration):
+        return "its data has no examples"
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    lines = [str(one).strip().splitlines() for one in reversed(causes)]
+    said = [line[0] for line in lines if line and line[0] != "None"]
+    return (said or [type(error).__name__])[0].rstrip(".")
 
 
 def run_tasks(generator: Generator, loaded: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -94,8 +94,12 @@ class EvalOptions:
         """
         if not self.run.is_dir():
             raise InputError(f"There is no run folder {self.run}; train.py creates runs/NAME.")
-        if not (self.folder.is_dir() and os.access(self.folder, os.W_OK)):
-            raise InputError(f"Cannot write to {self.folder}; give a folder with --output.")
+        if not self.folder.is_dir():
+            raise InputError(f"--output {self.folder} is no folder; create it first.")
+        if not os.access(self.folder, os.W_OK):
+            raise InputError(
+                f"Cannot write to {self.folder} (no permission); give another folder with --output."
+            )
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InputError(f"--max-tokens is {self.max_tokens}; score at least 1 token.")
         if self.batch_size is not None and self.batch_size < 1:

@@ -8,6 +8,7 @@ An export is a folder:
     tokenizer.model or .json   the tokenizer
     eval.json                  results of eval.py, if there are any
     README.md                  model card
+    checksums.json             size and CRC-32 of the files that must not change
 
 Row r of a table is the row of number r (`NgramHash.hash_tokens`), with its pending update applied.
 `tables.L.scale` has a factor for each 32 consecutive numbers of a row, if the type has scales.
@@ -26,7 +27,14 @@ import numpy as np
 from engram_jax.config import Config, load_config, save_config
 from engram_jax.errors import InputError
 from engram_jax.files import atomic_folder, check_run_path
-from engram_jax.formats.export_identity import FORMAT, check_parts, fingerprints
+from engram_jax.formats.export_identity import (
+    FORMAT,
+    TENSORS,
+    check_files,
+    check_parts,
+    fingerprints,
+    write_checksums,
+)
 from engram_jax.formats.mapped_table import MappedTable
 from engram_jax.formats.model_card import model_card
 from engram_jax.formats.own_table import (
@@ -77,7 +85,7 @@ def export_run(
     metadata = {"format": FORMAT, "step": str(int(weights.step)), "tables": table_type}
     metadata |= fingerprints(hashes, run.tokenizer)
     with atomic_folder(Path(folder)) as partial:
-        write(partial / "model.safetensors", tensors, metadata)
+        write(partial / TENSORS, tensors, metadata)
         if hashes is not None:
             hashes.save(partial / "hash.json")
         save_config(config, partial / "config.json")
@@ -92,6 +100,7 @@ def export_run(
             evaluation=partial / "eval.json",
         )
         (partial / "README.md").write_text(card, "utf-8")
+        write_checksums(partial)
 
 
 def import_run(folder: str | Path, run_folder: str | Path) -> Run:
@@ -108,6 +117,7 @@ def import_run(folder: str | Path, run_folder: str | Path) -> Run:
     if (folder / "checkpoints").is_dir():
         raise InputError(f"{folder} is a run already, and no export.")
     config = load_config(folder / "config.json")
+    check_files(folder, tensors=True)
     tokenizer = load_run_tokenizer(config, folder)
     ngram_hash = NgramHash.load(folder / "hash.json") if config.memory.layers else None
     program = Program.build(config, ngram_hash, make_mesh(MeshConfig(), jax.local_devices()[:1]))

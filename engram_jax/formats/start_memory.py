@@ -20,7 +20,7 @@ from jaxtyping import Int32, UInt32
 
 from engram_jax.errors import InputError
 from engram_jax.formats import deepseek, qwen
-from engram_jax.formats.export_identity import check_parts
+from engram_jax.formats.export_identity import check_files, check_parts
 from engram_jax.formats.json_config import positive, read_json
 from engram_jax.formats.mapped_table import MappedTable
 from engram_jax.formats.own_table import map_table, require_finite
@@ -51,8 +51,9 @@ def open_start(folder: Path, ngram_hash: NgramHash, row_width: int) -> dict[int,
     if not _reads_equally(ngram_hash, theirs):
         spec, ids = theirs.spec, theirs.projection
         raise InputError(
-            f"The rows of the memory in {folder} are for other n-grams than those of this run. "
-            f"They need --memory.layers {_words(spec.layers)} --memory.max-order {spec.max_order} "
+            f"The rows of the memory in {folder} are for other n-grams than those of this run, "
+            f"which has {_differences(ngram_hash, theirs)}. They need --memory.layers "
+            f"{_words(spec.layers)} --memory.max-order {spec.max_order} "
             f"--memory.heads {spec.heads} --memory.rows-per-head {_words(spec.rows_per_head)} "
             f"--memory.hash-seed {spec.seed} --memory.hash-variant {spec.variant}, pad id "
             f"{spec.pad_id}, and a vocabulary of {ids.vocab_size} ids, projected to {ids.size}."
@@ -224,6 +225,7 @@ def _open(folder: Path) -> tuple[NgramHash, dict[int, MappedTable]]:
                 f"{folder} is a run and no export; run python -m engram_jax.export {folder} "
                 "FOLDER, and start from FOLDER."
             )
+        check_files(folder, tensors=False)
         theirs, tensors = NgramHash.load(folder / "hash.json"), Tensors.open(folder)
         check_parts(tensors, folder, theirs)
         try:
@@ -244,6 +246,19 @@ def _open(folder: Path) -> tuple[NgramHash, dict[int, MappedTable]]:
             "of DeepSeek-V4.1-Flash or Qwen3.8-Flash-Next."
         )
     return memory.ngram_hash, memory.tables
+
+
+def _differences(ours: NgramHash, theirs: NgramHash) -> str:
+    """What ours has that theirs has not, in words."""
+    pairs = {
+        name.replace("_", " "): (value, getattr(theirs.spec, name))
+        for name, value in vars(ours.spec).items()
+        if name != "layers" or not {*ours.spec.layers} <= {*theirs.spec.layers}
+    }
+    sizes = ((of.projection.vocab_size, of.projection.size) for of in (ours, theirs))
+    pairs["sizes of vocabulary and projection"] = tuple(sizes)  # type: ignore[assignment]
+    found = [f"{name} {one}" for name, (one, other) in pairs.items() if one != other]
+    return ", ".join(found) or "another projection of the vocabulary, or other multipliers"
 
 
 def _reads_equally(ours: NgramHash, theirs: NgramHash) -> bool:

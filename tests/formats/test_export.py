@@ -17,9 +17,11 @@ from engram_jax.files import atomic_folder
 from engram_jax.formats import safetensors
 from engram_jax.formats.export import export_run, open_table
 from engram_jax.formats.export import import_run as import_export
+from engram_jax.formats.export_identity import write_checksums
 from engram_jax.formats.quality import loss_change
 from engram_jax.formats.quantize import STORED, TableType
 from engram_jax.formats.safetensors import Tensors
+from engram_jax.formats.start_memory import open_start
 from engram_jax.memory.places import stored_places
 from engram_jax.run import Run
 
@@ -160,6 +162,8 @@ def test_invalid_folders_are_one_sentence(run: Run, tmp_path: Path) -> None:
         export.main([str(run.folder), str(tmp_path / "full")])
     with pytest.raises(InputError, match="--max-tokens is 0"):
         export.main([str(run.folder), str(tmp_path / "a"), "--max-tokens", "0"])
+    with pytest.raises(InputError, match="--tolerance is nan; give a finite number"):
+        export.main([str(run.folder), str(tmp_path / "none"), "--tolerance", "nan"])
     with pytest.raises(InputError, match="--max-tokens needs --tolerance"):
         export.main([str(run.folder), str(tmp_path / "a"), "--max-tokens", "9"])
     with pytest.raises(InputError, match="No configuration"):
@@ -199,6 +203,7 @@ def test_a_damaged_export_is_one_sentence(run: Run, tmp_path: Path) -> None:
     ):
         changed = {key: value for key, value in (arrays | change).items() if value is not None}
         safetensors.write(path, changed, facts)
+        write_checksums(folder)
         with pytest.raises(InputError, match=message):
             import_export(folder, tmp_path / "run")
         assert not (tmp_path / "run").exists()
@@ -207,8 +212,33 @@ def test_a_damaged_export_is_one_sentence(run: Run, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no table of layer 0"):
         open_table(folder, 0)
     os.truncate(path, len(original) - 1)
+    write_checksums(folder)
     with pytest.raises(InputError, match="not a valid safetensors file"):
         import_export(folder, tmp_path / "run")
+
+
+def test_what_was_changed_since_the_export_is_named(run: Run, tmp_path: Path) -> None:
+    """Also numbers that are finite, and settings that fit the tensors."""
+    folder = tmp_path / "export"
+    export_run(run, run.restore_weights(), folder)
+    (folder / "README.md").write_text("Mine.")  # may change
+    for name in ("model.safetensors", "config.json", "hash.json"):
+        original = (folder / name).read_bytes()
+        changed = bytearray(original)
+        changed[-200] ^= 1
+        if name != "model.safetensors":
+            changed = original + b"\n"
+        (folder / name).write_bytes(changed)
+        with pytest.raises(InputError, match=rf"was edited: {name} has "):
+            import_export(folder, tmp_path / "run")
+        if name != "model.safetensors":
+            with pytest.raises(InputError, match=rf"was edited: {name} has "):
+                open_start(folder, run.program.ngram_hash, run.config.memory.row_width)
+        (folder / name).write_bytes(original)
+    for content in ("[]", '{"config.json": 3}', "{"):
+        (folder / "checksums.json").write_text(content)
+        with pytest.raises(InputError, match=r"no checksums\.json that can be read"):
+            import_export(folder, tmp_path / "run")
 
 
 def test_a_folder_that_another_program_fills_meanwhile_is_not_overwritten(tmp_path: Path) -> None:

@@ -368,12 +368,13 @@ def test_a_memory_that_does_not_fit_is_one_sentence(
     for change, message in (
         (
             {"heads": 1},
-            r"other n-grams .* --memory\.layers 1 --memory\.max-order 3 --memory\.heads 2",
+            r"other n-grams .*, which has heads 1\. .* --memory\.layers 1 --memory\.max-order 3 --memory\.heads 2",
         ),
         ({"layers": (0,)}, "other n-grams"),
         ({"hash_variant": "qwen"}, "--memory.hash-variant engram"),
         ({"row_width": 9}, "--memory.row-width 8"),
         ({"start_from": str(export.parent / "run")}, "is a run and no export"),
+        ({"start_from": " "}, "memory.start_from is empty"),
         ({"start_from": str(tmp_path / "none")}, r"Cannot read .*config\.json"),
     ):
         with pytest.raises(InputError, match=message):
