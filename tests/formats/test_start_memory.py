@@ -368,7 +368,7 @@ def test_a_memory_that_does_not_fit_is_one_sentence(
     for change, message in (
         (
             {"heads": 1},
-            r"n-grams .* has heads 1\. .* --memory\.layers 1 --memory\.max-order 3 --memory\.heads 2",
+            r"grams .* has heads 1\. .* --memory\.layers 1 --memory\.max-order 3 --memory\.heads 2",
         ),
         ({"layers": (0,)}, "other n-grams"),
         ({"hash_variant": "qwen"}, "--memory.hash-variant engram"),
