@@ -44,6 +44,7 @@ import pytest  # noqa: E402
 from programs import ROOT  # noqa: E402
 from tiny_runs import (  # noqa: E402
     TrainWhole,
+    forget_programs,
     make_run,
     on_devices,
     place_initial_state,
@@ -59,6 +60,8 @@ from engram_jax.run import Run  # noqa: E402
 from engram_jax.train_state import TrainState  # noqa: E402
 from engram_jax.trainer import train  # noqa: E402
 
+MOST_MAPS = 25_000
+
 # Times of single examples say nothing on a machine that others use, too.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
@@ -73,6 +76,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     for mark in item.iter_markers("slow_for"):
         if any((name, False) in item.callspec.params.values() for name in mark.args):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Frees compiled programs between files before their mappings are too many.
+
+    A program has some ten mappings, and Linux allows a process 65,530; then LLVM crashes.
+    """
+    maps = Path("/proc/self/maps")
+    is_last = nextitem is not None and nextitem.path != item.path
+    if is_last and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        forget_programs()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,5 +1,6 @@
 """Runs of a few seconds: a tiny model with random tables on a few documents."""
 
+import gc
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -139,6 +140,17 @@ def place_initial_state(program: Program) -> TrainState:
 _DRAWN: dict[tuple[Any, ...], TrainState] = {}
 
 
+_SHARED: list[dict[Any, Any]] = []
+
+
+def forget_programs() -> None:
+    """Frees all compiled programs; what is used again is compiled again."""
+    for made in _SHARED:
+        made.clear()
+    jax.clear_caches()
+    gc.collect()
+
+
 def share[**P, T](make: Callable[P, T]) -> Callable[P, T]:
     """Caches `make`, whose first argument is a run or a program, for equal runs.
 
@@ -146,6 +158,7 @@ def share[**P, T](make: Callable[P, T]) -> Callable[P, T]:
     parts of a program calls `make.__wrapped__`.)
     """
     made: dict[tuple[Any, ...], T] = {}
+    _SHARED.append(made)
 
     @wraps(make)
     def make_once(*arguments: P.args, **named: P.kwargs) -> T:
