@@ -41,7 +41,7 @@ from engram_jax.run import Run
 _ENDS: dict[Reason, str] = {
     "end": "The text ended.",
     "stop": "It ended before a stop string.",
-    "length": "It ended at --tokens or the capacity.",
+    "length": "It has all --tokens.",
 }
 MOST_BYTES = 1 << 28  # of the standard input, or of a file of prompts
 
@@ -66,9 +66,9 @@ class GenerateOptions:
             needed.
         tables: where the tables are: on the "device", in "host" memory, or read in a "file". The
             texts are the same.
-        hot_rows: with tables outside the device: keep copies of this many rows of each table on the
-            device, those that are most frequent in the training text, which is read for this. Only
-            where programs call the host for rows (GPUs), this can be faster.
+        hot_rows: with tables outside the device: also keep this many rows of each table on the
+            device, those that are most frequent in the training text, which is read for this. It
+            can be faster on GPUs, where the host otherwise reads rows for every token.
         verify_rows: with tables outside the device: compare all rows that programs read with the
             tables' own. Slower.
         compare_without_memory: also continue with the same seeds without the memory.
@@ -201,7 +201,8 @@ def _given_prompts(options: GenerateOptions) -> list[str] | None:
         name = f"--prompts-file {options.prompts_file}"
         prompts = list(_read_prompts(options.prompts_file))
     if not prompts:
-        raise InputError(f"{name} has no prompts; give at least one.")
+        hint = " (--stop takes all words after it, so write it last)" * bool(options.stop)
+        raise InputError(f"{name} has no prompts; give at least one{hint}.")
     return prompts
 
 
@@ -269,7 +270,10 @@ def _continue(
             shown = _Stream(f"{_in_brackets(label)}{prompts[0]}|")
             [continuation] = generator.generate(prompts, settings, show=shown)
             print()
-            _print_speed(generator.speed, f" {_ENDS[continuation.reason]}")
+            end = _ENDS[continuation.reason]
+            if continuation.reason == "length" and len(continuation.tokens) < settings.tokens:
+                end = "It reached --capacity."
+            _print_speed(generator.speed, f" {end}")
         return
     together = (generator.generate_batches(prompts, settings) for generator in generators.values())
     for found in zip(*together, strict=True):  # all generators make the same batches

@@ -50,7 +50,7 @@ def test_a_prompt_is_continued_and_its_speed_printed(folder: str, capsys) -> Non
     printed = capsys.readouterr()
     expected = Run.open(Path(folder)).generate(["Alexander the"], tokens=5, temperature=0.0)
     assert printed.out == f"Alexander the|{expected[0].text}\n"
-    assert "Prompt: " in printed.err and "tokens/s. It ended at --tokens" in printed.err
+    assert "Prompt: " in printed.err and "tokens/s. It has all --tokens." in printed.err
 
 
 def test_prompts_of_a_file_as_json(folder: str, tmp_path, capsys) -> None:
@@ -131,7 +131,8 @@ def test_ctrl_c_ends_only_the_continuation(folder: str, monkeypatch, capsys) -> 
         (["the", "--stop", "a\udcff"], "--stop is not valid Unicode"),
         (["the", "--prompts-file", "x.jsonl"], "not both"),
         (["--prompts-file", "missing.jsonl"], "Cannot read --prompts-file missing.jsonl"),
-        ([], "The standard input has no prompts"),
+        ([], r"The standard input has no prompts; give at least one\.$"),
+        (["--stop", "a", "the"], "--stop takes all words after it, so write it last"),
         (["the " * 20, "--capacity", "10"], "--capacity is 10"),
         (["\ud800"], "Prompt 1 is not valid"),
     ],
