@@ -58,7 +58,7 @@ def test_scoring_compiles_only_what_it_runs(untrained) -> None:
     generator = Generator(run.program, run.tokenizer, run.restore_weights())
     generator.programs = ProgramCache(run.program)
     TextScorer(generator).score(PAIRS)
-    assert [key[0] for key in generator.programs._compiled] == ["empty"]
+    assert [key[0] for key in generator.programs._compiled] == ["an empty state"]
 
 
 def test_logits_that_are_not_finite_are_refused(scored) -> None:
