@@ -36,15 +36,16 @@ def check_files(folder: Path, *, tensors: bool) -> None:
     """
     try:
         saved = parse_json((folder / CHECKSUMS).read_text("utf-8"))
-        files = {str(name): FileFacts(**facts) for name, facts in saved.items()}
+        files = {Path(name).name: FileFacts(**facts) for name, facts in saved.items()}
+        if missing := {"config.json", TENSORS} - files.keys():
+            raise ValueError(f"without {min(missing)}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{folder} has no {CHECKSUMS} that can be read ({error}); export the run again."
         ) from error
     for name, facts in files.items():
-        if Path(name).name != name or (name == TENSORS and not tensors):
-            continue
-        if damage := damage_of(folder / name, name, facts):
+        checked = tensors or name != TENSORS
+        if checked and (damage := damage_of(folder / name, name, facts)):
             raise InputError(
                 f"{folder} is damaged, or was edited: {damage}. Restore that, or export the run "
                 "again."

@@ -104,9 +104,14 @@ class CallbackTable:
     store: RowStore = field(metadata={"static": True})
 
     @property
+    def table(self) -> TableInfo:
+        """The table."""
+        return self.store.table
+
+    @property
     def layout(self) -> RecordLayout:
         """Layout of a record."""
-        return self.store.table.layout
+        return self.table.layout
 
     def fetch(self, places: Int32[np.ndarray, "n"]) -> UInt32[np.ndarray, "n words"]:
         """The records of places, on the host; zeros for padding, from R up."""
@@ -142,24 +147,23 @@ class HotTable:
         places: places of the copies, ascending.
         copies: the copies, as a small table.
         table: the table.
-        rows: padded rows R of the table.
     """
 
     places: Int32[Array, "C"]
     copies: Table
     table: BareTable
-    rows: int = field(metadata={"static": True})
 
     def read(self, places: Int32[Array, "n"]) -> RowState:
         """The rows of places; zeros for padding, from R up."""
+        rows = self.table.table.rows
         # Unrolled, XLA makes one kernel of all steps of the search.
         numbers = jnp.searchsorted(self.places, places, method="scan_unrolled")
         is_copied = self.places.at[numbers].get(mode="clip") == places
         copied = records.read(self.copies, jnp.where(is_copied, numbers, len(self.places)))
-        is_known = is_copied | (places >= self.rows)  # padding: zeros
+        is_known = is_copied | (places >= rows)  # padding: zeros
 
         def read_others() -> RowState:
-            others = self.table.read(jnp.where(is_known, self.rows, places))
+            others = self.table.read(jnp.where(is_known, rows, places))
             return jax.tree.map(partial(_where, is_known), copied, others)
 
         return jax.lax.cond(jnp.all(is_known), lambda: copied, read_others)
@@ -259,7 +263,7 @@ def copy_hot_rows(
     store.read(places, found)
     on_devices = jax.NamedSharding(mesh, REPLICATED)
     copied, found = jax.device_put((places, found), on_devices)
-    return HotTable(copied, Table(found, layout, store.table.layer), table, store.table.rows)
+    return HotTable(copied, Table(found, layout, store.table.layer), table)
 
 
 def pin_table(store: RowStore, mesh: jax.sharding.Mesh) -> PinnedTable:

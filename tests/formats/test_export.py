@@ -235,7 +235,7 @@ def test_what_was_changed_since_the_export_is_named(run: Run, tmp_path: Path) ->
             with pytest.raises(InputError, match=rf"was edited: {name} has "):
                 open_start(folder, run.program.ngram_hash, run.config.memory.row_width)
         (folder / name).write_bytes(original)
-    for content in ("[]", '{"config.json": 3}', "{"):
+    for content in ("[]", '{"config.json": 3}', "{", "{}"):
         (folder / "checksums.json").write_text(content)
         with pytest.raises(InputError, match=r"no checksums\.json that can be read"):
             import_export(folder, tmp_path / "run")
