@@ -137,7 +137,9 @@ def _write_backward(inputs: tuple[Array, ...], gradient: Array) -> tuple[Array, 
     of_y = sum((post[:, :, m, None] * g[:, :, m] for m in branches), zero)
     of_mix = jnp.sum(g[:, :, :, None] * wide[:, :, None], axis=-1)
     of_post = jnp.sum(g * y[:, :, None].astype(jnp.float32), axis=-1)
-    return of_x.astype(x.dtype), of_y.astype(y.dtype), of_mix, of_post
+    # Several products read this one. Fused into them on a CPU, the sum is computed for each.
+    of_y = jax.lax.optimization_barrier(of_y.astype(y.dtype))
+    return of_x.astype(x.dtype), of_y, of_mix, of_post
 
 
 _write = jax.custom_vjp(_mix_and_add)
