@@ -225,6 +225,7 @@ class _Progress:
         self._log = log
         self._bar = bar
         self._pending: tuple[int, Metrics] | None = None
+        self._counted = time.time()  # when the newest step ended that the bar shows
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -251,7 +252,8 @@ class _Progress:
         config = self._run.config
         if self._clock is None:
             self._clock = step, time.perf_counter()
-            self._bar.unpause()  # neither compiling nor evaluating counts in the time left
+            self._skip_time(time.time() - self._counted)
+        self._counted = time.time()
         self._bar.update()
         if not is_due(step, config.train.log_every, config.train.steps):
             return
@@ -266,6 +268,12 @@ class _Progress:
         if self._log:
             counters = self._feed.counters() if self._feed else {}
             self._log.write(step, metrics | counters)
+
+    def _skip_time(self, seconds: float) -> None:
+        """Neither compiling nor saving nor evaluating counts in the bar's time left."""
+        if not self._bar.disable:
+            self._bar.start_t += seconds
+            self._bar.last_print_t += seconds
 
     def report(self, step: int, scores: Mapping[str, Score], warnings: Sequence[str]) -> None:
         """Logs held-out losses, and prints them and the warnings."""

@@ -6,10 +6,13 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_runs import TrainWhole, assert_identical, losses, on_devices, vary
+from tqdm import tqdm
 
 from engram_jax import trainer
 from engram_jax.config import Config
@@ -160,6 +163,25 @@ def test_an_error_output_that_is_gone_ends_no_run(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(sys, "stderr", stream)
         assert UnbreakableErrors().write("a") == 1
         UnbreakableErrors().flush()
+
+
+def test_the_bar_counts_the_time_of_steps_and_no_other(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    clock = SimpleNamespace(time=lambda: now, perf_counter=lambda: now)
+    monkeypatch.setattr(trainer, "time", clock)
+    bar = tqdm(total=99, file=io.StringIO(), mininterval=30)  # as in a file
+    bar._time, bar.start_t, bar.last_print_t = clock.time, 0.0, 0.0  # type: ignore[attr-defined]
+    progress = trainer._Progress(Run.start(tiny, tmp_path / "run"), None, bar, None)
+    for step in range(1, 26):
+        now += 7.0 + 1000 * (step in (1, 11))  # compiles, and saves or evaluates
+        progress.update(step, {"loss": jnp.ones(()), "gradient_norm": jnp.ones(())})
+        progress.drain()
+        if step == 10:
+            progress.restart_clock()
+    # Not the steps that follow a pause: nothing tells when they began.
+    assert bar.format_dict["n"] == 25 and bar.format_dict["elapsed"] == 7.0 * 23
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
