@@ -4,7 +4,8 @@
 
 - tokens/s of one sequence, as `Generator.generate` reports it, with the work of the host; and of
   the path before there was a cache: a forward pass over a window, planned on the host, per token;
-- bytes of weights read per second, and of a copy, by a model that does not fit in the caches;
+- bytes of weights read per second by a model of at least four times the last-level cache, of a
+  copy, and of a sum of products that reads as many bytes and does nothing else;
 - a step of the compiled loop of the default model and of its dense twin;
 - prompt tokens/s (without logits), and tokens/s of the forward pass of training on the same shape;
 - a step with each option of drawing, and without;
@@ -18,6 +19,8 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import count, pairwise
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -43,6 +46,7 @@ from engram_jax.tokenizer import load_tokenizer
 from engram_jax.train_state import Weights
 
 BURSTS = 8  # of the loop, in one measurement
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 type Timed = Callable[[], float]  # seconds of one repetition
 
@@ -238,14 +242,32 @@ _draw = jax.jit(draw)
 
 def copy(size: int) -> Timed:
     """Seconds to copy an array of this many bytes, by one thread per core, to used memory."""
-    parts = os.cpu_count() or 1
-    source, target = (np.ones(size // 4 // parts * parts, np.float32) for _ in range(2))
-    pairs = list(zip(np.split(target, parts), np.split(source, parts), strict=True))
-    threads = ThreadPoolExecutor(parts)
+    source, target = (np.ones(size // 4, np.float32) for _ in range(2))
+    return _by_all_cores(size, lambda part: np.copyto(target[part], source[part]))
+
+
+def read(size: int) -> Timed:
+    """Seconds to read an array of this many bytes, by one thread per core."""
+    source, cached = np.ones(size // 4, np.float32), np.ones(1 << 18, np.float32)
+
+    def read_part(part: slice) -> None:
+        for first in range(part.start, part.stop, len(cached)):
+            values = source[first : min(first + len(cached), part.stop)]
+            np.dot(values, cached[: len(values)])
+
+    return _by_all_cores(size, read_part)
+
+
+def _by_all_cores(size: int, work: Callable[[slice], object]) -> Timed:
+    """Seconds of `work` on an array of this many bytes, of which each core has a part."""
+    cores = os.cpu_count() or 1
+    bounds = np.linspace(0, size // 4, cores + 1, dtype=int).tolist()
+    parts = [slice(*pair) for pair in pairwise(bounds)]
+    threads = ThreadPoolExecutor(cores)
 
     def run() -> float:
         begin = perf_counter()
-        list(threads.map(lambda pair: np.copyto(*pair), pairs))
+        list(threads.map(work, parts))
         return perf_counter() - begin
 
     return run
@@ -264,8 +286,21 @@ def show(name: str, values: np.ndarray, unit: str, bar: str = "") -> None:
     print(f"{line}{'  bar: ' + bar if bar else ''}", flush=True)
 
 
-def large_config(width: int) -> Config:
-    """A dense model whose weights do not fit in the caches."""
+def last_level_cache() -> int:
+    """Bytes of the last-level cache, as Linux states them; elsewhere 32 MiB."""
+    sizes = [file.read_text().strip() for file in CACHES.glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=32 << 20)
+
+
+def large_config(width: int | None) -> Config:
+    """A dense model of a width; by default with weights of four times the last-level cache."""
+    if width is None:
+        head = 4 * 8192
+        width = next(
+            width
+            for width in count(1024, 128)
+            if 8 * 12 * 4 * width**2 + head * width >= 4 * last_level_cache()
+        )
     config = load_named_config("dense")
     attention = AttentionConfig(heads=width // 64, kv_heads=width // 64, head_width=64)
     model = replace(
@@ -274,12 +309,13 @@ def large_config(width: int) -> Config:
     return replace(config, model=model)
 
 
-def main(rounds: int = 15, large_width: int = 1024) -> None:
+def main(rounds: int = 15, large_width: int | None = None) -> None:
     """Measures and prints.
 
     Args:
         rounds: repetitions of every measurement.
-        large_width: width of the model that is compared with the copy bandwidth.
+        large_width: width of the model that is compared with the copy bandwidth; by default, such
+            that its weights are four times the last-level cache.
     """
     engram, dense = Model(load_named_config("default")), Model(load_named_config("dense"))
     measured = measure(rounds, before=engram.before(), step=engram.generate())
@@ -317,10 +353,11 @@ def main(rounds: int = 15, large_width: int = 1024) -> None:
     large = Model(large_config(large_width))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(large.prepared.params["blocks"]))
     size += large.prepared.head.nbytes
-    measured = measure(rounds, step=large.burst(1), copy=copy(size))
+    measured = measure(rounds, step=large.burst(1), copy=copy(size), read=read(size))
     show(f"{size / 1e6:.0f} MB of weights, one sequence", size / measured["step"] / 1e9, "GB/s")
     show("  copy, read and write", 2 * size / measured["copy"] / 1e9, "GB/s")
     show("  ratio", measured["copy"] / measured["step"] / 2, "×", "≥ 0.5")
+    show("  ratio to reading alone", measured["read"] / measured["step"], "×")
 
 
 if __name__ == "__main__":

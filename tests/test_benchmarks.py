@@ -20,7 +20,7 @@ def test_decoding(
     monkeypatch.setattr(decoding, "load_named_config", kinds.get)
     monkeypatch.setattr(decoding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
     decoding.main(rounds=1, large_width=64)
-    assert len(capsys.readouterr().out.splitlines()) == 3 + 3 * 3 + 2 * 2 + 4 + 3
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 3 * 3 + 2 * 2 + 4 + 4
 
 
 @pytest.mark.slow
