@@ -36,7 +36,6 @@ from typing import Any
 os.environ["MPLBACKEND"] = "agg"  # pictures are only written
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # for --tasks
 
-import jax
 import numpy as np
 
 from engram_jax.command_line import parse_flags
@@ -148,16 +147,16 @@ def _open(options: EvalOptions) -> Run:
 
 def _sample_settings(options: EvalOptions, run: Run) -> GenerationSettings | None:
     """The settings of the sample, for which the prompt is checked; None: there is no sample."""
-    settings, mesh = options.sample_settings(), run.program.mesh
+    settings = options.sample_settings()
     if settings is None:
         return None
-    if jax.process_count() > 1 or mesh.shape["data"] < mesh.size:
+    if not run.program.can_decode:
         _print(
             "No sample: it needs one process that splits neither parameters nor sequences "
             "(python -m engram_jax.generate).\n"
         )
         return None
-    make_batches(run.config, run.tokenizer, [options.prompt], settings, mesh.size)
+    make_batches(run.config, run.tokenizer, [options.prompt], settings, run.program.mesh.size)
     return settings
 
 

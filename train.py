@@ -15,7 +15,7 @@ import sys
 
 from engram_jax.beginning import begin
 
-begin()
+begin()  # before the imports that take seconds
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from engram_jax.train_state import Weights
 from engram_jax.trainer import Diverged, train
 
 PROMPT = "The city is the capital of"
-INTERRUPTED = 128 + signal.SIGINT  # exit status of a run that was stopped by a signal
+INTERRUPTED = 128 + signal.SIGINT  # exit status of a run that was stopped by any signal
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TrainOptions:
     Attributes:
         run: run folder; by default, runs/NAME. If it holds this run, the run is resumed.
         start_from: folder of another run, to start with its weights; step, optimizer state and
-            moments of rows start anew.
+            moments of rows start anew, and a checkpoint of step 0 is saved.
         start_step: step of that run's checkpoint; by default, the newest.
         allocation: change the allocation of sparse parameters: this share to experts, the rest to
             table rows (the paper's ρ; only for configurations that have both).
@@ -83,7 +83,7 @@ def main(options: TrainOptions, config: Config) -> int:
     if is_leader():
         print(*run.describe_data(), sep="\n")
         if saved := run.checkpoints.steps():
-            print(f"Resuming after step {saved[-1]}.")
+            print(f"Resuming: the newest checkpoint is of step {saved[-1]}.")
     try:
         state = train(run, profile=options.profile)
     except Diverged as error:
@@ -97,17 +97,22 @@ def main(options: TrainOptions, config: Config) -> int:
         print("The same command resumes it." if stopped else following)
     if stopped:
         return INTERRUPTED
-    if jax.process_count() == 1:
+    if run.program.can_decode:
         print(f"Sample: {PROMPT}|{sample(run, state.weights)}")
     return 0
 
 
 def sample(run: Run, weights: Weights) -> str:
-    """A continuation of `PROMPT` by the trained model. It reads tables where training has them."""
+    """A continuation of `PROMPT` by the trained model.
+
+    Tables in host memory or in a file stay there. They are read from the newest checkpoint, because
+    the stores of training are closed.
+    """
     settings = GenerationSettings(tokens=40, temperature=0.7, top_k=40)
     placement: Placement = "device"
-    if not run.program.has_tables:
-        placement, run = run.config.memory.placement, Run.open(run.folder)
+    if not run.program.tables_on_device:
+        placement = run.config.memory.placement
+        run = Run.open(run.folder)
     with open_stores(run.program, run.folder, placement) as stores:
         if stores:
             weights = run.restore_weights(stores=stores)

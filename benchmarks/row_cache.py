@@ -61,7 +61,7 @@ def by_first_use(reads: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "distinct"]
 
 
 def hits_of_lru(reads: list[int], size: int) -> Iterator[bool]:
-    """Whether each read finds its row among those that were used last."""
+    """Whether each read finds its row among the `size` rows that were used last."""
     cache: OrderedDict[int, None] = OrderedDict()
     for row in reads:
         hit = row in cache

@@ -70,14 +70,14 @@ def main(
     workers: int | None = None,
     json_file: Path | None = None,
 ) -> None:
-    """Measures and prints.
+    """Measures tokens/s of training, and prints medians and ratios to the first configuration.
 
     Args:
         configs: names of configurations; the others are compared with the first.
-        rounds: measurements of every config, alternating.
-        steps: training steps per measurement.
-        workers: number of processes that build batches; None: the same number as in training.
-        json_file: file for the tokens per second of every round, by config.
+        rounds: how often each configuration is timed; they take turns.
+        steps: training steps of one such measurement.
+        workers: `data.workers` of every configuration; None: chosen by platform, as in training.
+        json_file: file for the tokens per second of every round, by configuration.
     """
     named = {name: load_named_config(name) for name in configs}
     named = {

@@ -79,9 +79,9 @@ def one_sentence() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # so that imports end without traceback
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout is None:  # it is closed
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

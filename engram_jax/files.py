@@ -1,4 +1,4 @@
-"""Files that several processes share: locks, and atomic creation of files and folders."""
+"""Locks, atomic creation of files and folders, and careful reading of small files."""
 
 import errno
 import fcntl

@@ -141,7 +141,7 @@ def _look_back(
 
 
 def _mixes(multipliers: UInt32[Array, "2 L N"], window: Sequence[UInt32[Array, "B T"]]) -> Words:
-    """mixₙ of equation 1 for n = 2…N, each [L, B, T, orders] in two words."""
+    """mixₙ of equation 1 for n = 2…N, as [L, B, T, orders]: the upper and the lower words."""
     upper, lower = multipliers[:, :, None, None]
     mix, mixes = (jnp.uint32(0), jnp.uint32(0)), []
     for back, ids in enumerate(window):

@@ -254,9 +254,9 @@ def check_fitting(
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise InputError(
-                f"The model in {folder} has other weights than this run: at {name} "
-                f"{found.get(name, 'nothing')} there, {wanted.get(name, 'nothing')} here; give "
-                "this run the same model and memory sizes."
+                f"{name} has the shape {found.get(name, 'missing')} in {folder} and "
+                f"{wanted.get(name, 'missing')} in this run; give this run the same model and "
+                "memory sizes."
             )
 
 

@@ -75,7 +75,7 @@ class OptimizerConfig:
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
             raise InputError("b1 and b2 must be at least 0 and below 1, and eps positive.")
         if self.warmup_steps < 0:
-            raise InputError(f"warmup_steps is {self.warmup_steps}; it must not be negative.")
+            raise InputError(f"warmup_steps is {self.warmup_steps}; it must be 0 or more.")
         if not 0 <= self.muon_momentum < 1:
             raise InputError(
                 f"muon_momentum is {self.muon_momentum}; it must be at least 0 and below 1."

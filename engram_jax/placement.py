@@ -139,7 +139,7 @@ def take_over(
     memories = StartMemories(program, checkpoint)
     with program.use_mesh():
         if stores and files:
-            in_place = program.has_tables and before is None
+            in_place = program.tables_on_device and before is None
             fill_stores(memories, stores, files, in_place=in_place)
             if before is not None:
                 settle_stores(stores, before, step, keep_moments=keep_moments)
@@ -152,7 +152,7 @@ def take_over(
                 for layer, table in tables.items()
             }
         if stores:
-            if not program.has_tables:  # it trains; for decoding, a copy is read faster
+            if not program.tables_on_device:  # it trains; for decoding, a copy is read faster
                 memories.set_initial(stores)
             fill_from_tables(stores, tables)
             return {}

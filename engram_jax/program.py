@@ -116,7 +116,7 @@ class Program:
         """The planner of this process's batches; None for a model without memory."""
         if self.ngram_hash is None:
             return None
-        buffered, shards = not self.has_tables, self.mesh.size
+        buffered, shards = not self.tables_on_device, self.mesh.size
         return Planner(
             self.ngram_hash,
             shards=shards,
@@ -141,9 +141,14 @@ class Program:
         return BatchPart(jax.process_index(), jax.process_count(), sharing)
 
     @property
-    def has_tables(self) -> bool:
-        """Whether the state contains the tables. Otherwise they are outside the devices."""
+    def tables_on_device(self) -> bool:
+        """Whether tables, if there are any, are in the state, and not outside the devices."""
         return self.config.memory.placement == "device"
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether every device has all parameters and complete sequences, in one process."""
+        return jax.process_count() == 1 and self.mesh.shape["data"] == self.mesh.size
 
     def on_device(self) -> "Program":
         """This program with its tables on the devices."""
@@ -191,7 +196,8 @@ class Program:
     def row_adam(self) -> RowAdam:
         """The optimizer of the tables' rows; its arrays are replicated.
 
-        All processes must use it for the first time together, and outside of traced functions.
+        The first use puts arrays on the devices of all processes. So all must make it together, and
+        outside of traced functions, whose tracers would be kept.
         """
         replicated = jax.NamedSharding(self.mesh, REPLICATED)
         return jax.tree.map(
@@ -356,7 +362,7 @@ class Program:
         tables = {
             layer: init_table(seed, table.rows, table.layout, layer, table.scale)
             for layer, table in self.tables().items()
-            if self.has_tables
+            if self.tables_on_device
         }
         model = self.config.model
         routed = model.experts.routed if model.experts else 0

@@ -142,7 +142,7 @@ def train(
 
 def _check_vocab_size(vocab_size: int) -> None:
     if vocab_size >= 2**31:
-        raise InputError(f"a vocabulary of {vocab_size} is too large; lower --vocab-size.")
+        raise InputError(f"--vocab-size is {vocab_size}; at most {2**31 - 1:,} is possible.")
     if vocab_size <= 260:
         raise InputError(
             f"a vocabulary of {vocab_size} has no room for pieces beyond 4 special and 256 byte "

@@ -19,15 +19,18 @@ from engram_jax.train_state import TrainState, Weights
 from engram_jax.typing import Parameters
 
 type Metrics = dict[str, Array]
+# `RowAdam` also has the learning rates of the dense parameters.
 type TrainStep = Callable[[TrainState, Batch, RowAdam], tuple[TrainState, Metrics]]
 
 
 class Gradients(NamedTuple):
-    """Gradients of the mean loss of a step, in float32.
+    """Gradients of what a step minimizes: the mean loss, and the z-loss if there is one.
 
     Attributes:
-        params: gradients of the dense parameters.
-        rows: gradients of each device's distinct rows, by layer id; empty for frozen tables.
+        params: gradients of the dense parameters, summed over devices.
+        rows: by layer id, each device's part of the gradients of its distinct rows. A row that
+            several devices read occurs several times: see `Program.send_gradients`. Empty for
+            frozen tables.
     """
 
     params: Parameters
@@ -52,7 +55,7 @@ def make_train_step(program: Program) -> TrainStep:
     The state is donated. Pass `program.row_adam` as the row optimizer. It is an argument because
     its arrays would otherwise be megabytes of constants in the compiled program.
 
-    Call it inside `program.use_mesh()`. `step_metrics` lists the metrics.
+    Call that function inside `program.use_mesh()`. `step_metrics` lists the metrics.
     """
 
     def train_step(
@@ -81,9 +84,9 @@ def forward_backward(
         batch: the step's batch.
 
     Returns:
-        The mean loss over the step's targets in nats; its gradients; and diagnostics of the blocks,
-        with expert loads summed over micro-batches, and one mixing error and one health per
-        micro-batch.
+        The mean loss over the step's targets in nats, without z-loss; the gradients; and
+        diagnostics of the blocks, with expert loads summed over micro-batches, and one mixing error
+        and one health per micro-batch.
     """
     rows = {layer: of_layer.values for layer, of_layer in read.items()}
     trainable = {} if program.config.memory.frozen else rows
@@ -130,7 +133,7 @@ def apply_updates(
         state: the state before the step.
         read: the step's distinct rows by layer id.
         batch: the step's batch.
-        gradients: gradients of the mean loss.
+        gradients: see `forward_backward`.
         loads: how many tokens chose each expert, by layer id.
         row_adam: the row optimizer, and the learning rate.
     """
@@ -176,7 +179,7 @@ def step_metrics(
     - shard_load_L: rows requested from the fullest shard, relative to the mean.
     - expert_load_worst, expert_load_mean: load of a layer's fullest expert, relative to the mean of
       its experts; the maximum over layers, and the mean over layers.
-    - mixing_error: largest error of a column sum of any H_res.
+    - mixing_error: largest error of a column sum of any H_res (`layers/hyper_connections.py`).
     - gates_open_L, gates_closed_L, memory_strength_L: see `MemoryHealth`.
     """
     metrics = {

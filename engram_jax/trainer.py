@@ -46,8 +46,9 @@ class Diverged(RuntimeError):
 def train(run: Run, *, profile: bool = False) -> TrainState:
     """Trains to the configured number of steps, from the newest checkpoint if there is one.
 
-    Ctrl-C or SIGTERM saves a checkpoint and returns early. On GPU and TPU, the steps go on while
-    another checkpoint is written.
+    A signal (one of `STOP_SIGNALS`, such as Ctrl-C) saves a checkpoint and returns early. On GPU
+    and TPU, the steps go on while another checkpoint is written. The returned state has no tables
+    if they are in host memory or in a file.
 
     Args:
         run: the run.

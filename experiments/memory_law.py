@@ -49,7 +49,7 @@ def draw(results: Results, figure: Figure) -> str:
         if not labels:
             continue
         rows = np.array([results.of(label)[0]["account"]["rows"] for label in labels])
-        losses = results.paired([*labels, *baseline], "loss", "prose")  # of the same seeds
+        losses = results.paired([*labels, *baseline], "loss", "prose")  # seeds that have all
         draw_points(axes, rows, list(losses[: len(labels)]), color, title)
         line = fit_line(rows, losses[: len(labels)])
         if line is None:

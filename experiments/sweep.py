@@ -45,8 +45,9 @@ class Arm:
     Attributes:
         label: its name there.
         config: what is trained; the sweep sets the seed and the number of steps.
-        same_time: a slower or faster configuration. This arm trains for as long as that takes for
-            the usual number of steps, by their `relative_speed`.
+        same_time: a configuration of another speed. This arm's number of steps is multiplied by
+            its tokens/s relative to that configuration (`relative_speed`), so that both train for
+            about the same time. None: the usual number of steps.
         measure: more figures of a trained run, which are added to its record.
     """
 
@@ -175,7 +176,7 @@ def _hash(facts: dict[str, Any]) -> str:
 
 
 def make_tasks(arms: Sequence[Arm], options: Options) -> list[Task]:
-    """All runs, those of seed 0 first.
+    """The runs of the arms in `options.only` (by default, of all), those of seed 0 first.
 
     Raises:
         InputError: an unknown label in `only`.

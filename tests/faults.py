@@ -114,11 +114,11 @@ engram_jax/formats/start_memory.py < formats/test_start_memory.py
 
 engram_jax/memory/places.py < memory/test_places.py
   the row of a place is that of another place
-    - places % blocks * ROW_MULTIPLE + places // blocks
-    + places % ROW_MULTIPLE * blocks + places // ROW_MULTIPLE
+    - places % block * ROW_MULTIPLE + places // block
+    + places % ROW_MULTIPLE * block + places // ROW_MULTIPLE
   two rows have one place
-    - row_numbers % ROW_MULTIPLE * blocks
-    + row_numbers % ROW_MULTIPLE * (blocks - 1)
+    - row_numbers % ROW_MULTIPLE * block +
+    + row_numbers % ROW_MULTIPLE * (block - 1) +
   the exchange has no room for chance
     - 6 * math.sqrt(mean)
     + math.sqrt(mean)

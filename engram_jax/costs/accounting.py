@@ -131,7 +131,7 @@ def account(config: Config) -> Account:
     rows = sum(program.ngram_hash.rows) if program.ngram_hash else 0
     in_file = memory.placement == "file"
     rows_outside = sum(table.rows // mesh.size for table in program.tables().values())
-    rows_outside *= not program.has_tables
+    rows_outside *= not program.tables_on_device
     return Account(
         name=config.name,
         **counts,
@@ -213,8 +213,8 @@ def decode_state_bytes(config: Config, *, sequences: int, slots: int) -> int:
 
 
 def _bus_bytes(program: Program, config: Config) -> int:
-    """Bytes per chip of the records that a step receives and sends, with padding."""
-    if program.has_tables or program.ngram_hash is None:
+    """Bytes that a step moves between a chip and the host: buffers of records, with padding."""
+    if program.tables_on_device or program.ngram_hash is None:
         return 0
     chips, words = program.mesh.size, config.memory.layout.words
     tokens = config.data.batch_size * config.data.sequence_length // chips
@@ -232,6 +232,7 @@ def _flops_per_token(config: Config) -> tuple[float, float]:
     attention = replace(model.attention, implementation="xla")
     engram = replace(model.engram, implementation=None)
     model = replace(model, experts=experts, attention=attention, engram=engram, remat=None)
+    model = replace(model, scan=True)  # equal blocks are traced once
     sites = config.memory.sites
 
     def make_decoder() -> Decoder:

@@ -178,7 +178,7 @@ def abstract_step(program: Program) -> tuple[TrainState, Batch]:
             program.ngram_hash,
             shards=program.mesh.size,
             context=program.mesh.shape["context"],
-            buffered=not program.has_tables,
+            buffered=not program.tables_on_device,
         )(tokens)
     batch = Batch(tokens, tokens, np.zeros(shape, np.float32), tokens, tokens, plan=plan)
     batch, buffers = split_buffers(batch)

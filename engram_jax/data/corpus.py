@@ -155,7 +155,7 @@ class Corpus:
 
     @cached_property
     def hashes(self) -> UInt64[np.ndarray, "documents"]:
-        """Hash of each document's text."""
+        """`document_hash` of each text, by which documents are held out."""
         return np.asarray(np.load(self.folder / "hashes.npy", mmap_mode="r"))
 
     def lengths_of(self, numbers: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:

@@ -95,7 +95,7 @@ def _describe(part: Sequence[tuple[int, PackedRows]], count: int, total: int) ->
     return (
         f"{sum(map(len, views)):,} documents, "
         f"{_in_words(sum(view.token_count for view in views))} tokens, "
-        f"{sum(share for share, _ in part) / total:.1%} of rows, {' to '.join(ends)} epochs"
+        f"{sum(share for share, _ in part) / total:.1%} of sequences, {' to '.join(ends)} epochs"
     )
 
 

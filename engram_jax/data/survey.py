@@ -1,6 +1,7 @@
-"""One pass over a source: its texts in chunks, and the facts that name its cache folder.
+"""One pass over a source: yields its texts in chunks, and computes its `Survey`.
 
-The facts are kept in the cache, so that an unchanged source is not read again.
+The survey's fingerprint is a part of the cache folder's name. The survey is kept in the cache, so
+that an unchanged source is not read again.
 """
 
 import hashlib
@@ -60,7 +61,7 @@ class Pass:
     """
 
     def __init__(self, path: Path, task: str) -> None:
-        """Prepare; this reads nothing."""
+        """Keep the arguments; `chunks` opens the files."""
         self._path, self._task = path, task
         self._fingerprint = hashlib.blake2b(digest_size=16)
         self._documents = self._text_bytes = self._empty = 0

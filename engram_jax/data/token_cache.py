@@ -166,7 +166,8 @@ class _Entry:
             self._read_first()
         if self._survey is None:
             return
-        # English has 3.5 to 4.5 bytes of text per token. A document has three int64 columns.
+        # Estimated: a token per 4 bytes of text (English has 3.5 to 4.5). A document has three
+        # numbers of 8 bytes.
         ids = self._survey.text_bytes // 4 * self._dtype.itemsize
         if free < (needed := ids + 24 * self._survey.documents):
             raise InputError(

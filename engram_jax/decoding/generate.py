@@ -1,4 +1,7 @@
-"""Generation: prompts in, text out, in batches, by one compiled loop."""
+"""Generation of text for batches of prompts.
+
+One compiled program reads prompts in chunks, another draws up to 16 tokens per call.
+"""
 
 import sys
 import time

@@ -192,7 +192,7 @@ class ProgramCache:
         return jax.ShapeDtypeStruct((batch, *rest), dtype, sharding=self._by_sequence)
 
     def _state_shape(self, weights: DecodeWeights, batch: int, capacity: int) -> DecodeState:
-        """A state without arrays."""
+        """Shapes, dtypes and shardings of a decode state, for lowering."""
         state: DecodeState = jax.tree.map(
             lambda leaf: self._shape(batch, leaf.dtype, *leaf.shape[1:]),
             jax.eval_shape(self._make_empty(weights, batch, capacity)),

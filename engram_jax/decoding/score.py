@@ -127,7 +127,11 @@ class TextScorer:
     def _score_batch(
         self, rows: list[list[int]], capacity: int
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For every token but the first: its log-probability, and whether it is the most likely."""
+        """For each row, two arrays over its tokens from the second on.
+
+        They are the token's log-probability in nats given those before it, and whether no other
+        token is more likely.
+        """
         generator, longest = self.generator, max(map(len, rows))
         programs, pieces = generator.programs, np.int32(generator.tokenizer.vocab_size)
         batch = padded_batch(len(rows), generator.program.mesh.size)

@@ -73,7 +73,10 @@ def check_parts(
     if metadata.get("format") != FORMAT or not re.fullmatch(
         r"[0-9]{1,9}", metadata.get("step", "")
     ):
-        raise InputError(f"{folder} is no export of this version; export the run again.")
+        raise InputError(
+            f"{folder} is no export that this version of engram_jax reads ({FORMAT}); export the "
+            "run again."
+        )
     for what, fingerprint in fingerprints(ngram_hash, tokenizer).items():
         if metadata.get(what) != fingerprint:
             raise InputError(

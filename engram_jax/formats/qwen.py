@@ -214,7 +214,7 @@ def _require(
 
 
 def _find(tensors: Tensors, layer: int, ending: str) -> str:
-    """The name of the one tensor of a layer's memory that ends so."""
+    """The name of the only tensor of a layer's memory whose name ends with `.ending`."""
     found = [name for name in tensors.infos if _is_of(name, layer, ending)]
     if len(found) != 1:
         raise InputError(

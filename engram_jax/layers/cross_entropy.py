@@ -122,7 +122,7 @@ def _backward(
     split = [_split(array, parts) for array in (hidden, targets, log_normalizer, *gradient)]
     head_gradient, hidden_gradient = jax.lax.scan(one, zeros, tuple(split))
     head_gradient = head_gradient.astype(head.dtype)
-    if axes and jax.lax.axis_size(axes) == 1:  # where JAX has no "reduced" arrays
+    if axes and jax.lax.axis_size(axes) == 1:  # JAX has no "reduced" arrays on one device
         head_gradient = jax.lax.psum(head_gradient, axes)
     elif axes:
         head_gradient = jax.lax.pcast(head_gradient, axes, to="unreduced")

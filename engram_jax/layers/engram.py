@@ -39,7 +39,8 @@ class EngramConfig:
         signed_root: the signed root of a zero score: 0 for "sign", ±10⁻³ for "copysign".
         convolution: include the short convolution of eq. 5.
         kernel: number of taps of the convolution.
-        dilation: distance between taps in tokens; the paper uses the largest n-gram order N.
+        dilation: distance between taps in tokens. The paper uses the largest n-gram order N; this
+            option does not follow `memory.max_order`.
         convolution_epsilon: epsilon of the convolution's norm.
         cross_documents: the convolution crosses document boundaries in a packed row, as in the
             demo.
@@ -220,14 +221,14 @@ class Engram(nnx.Module):
             return *self.fuse(hidden, key, value, None, token_mask), None
         gain, taps, form = self._fusion()
         assert taps is not None
-        key = hidden if key is None else key
+        key = hidden if key is None else key  # without gates it is not used
         gate, scale = gated_fusion.gate_new(hidden, key, value, gain, token_mask, form)
         # Reading what was just written lets XLA write in place. Otherwise it copies the cache.
         cache = GatedValues(*map(slots.write, cache, (value, scale)))
         values, scales = (slots.window(part, self.config.reach) for part in cache)
         segments = slots.segments_of_window(self.config.reach)
         if self.config.cross_documents:
-            segments = jnp.minimum(segments, 0)
+            segments = jnp.minimum(segments, 0)  # one document; −1 is still no token
         added = gated_fusion.fuse_new(gate, taps, FusedTokens(values, scales, segments), form)
         return added.astype(hidden.dtype), gate, cache
 
@@ -265,7 +266,8 @@ class Engram(nnx.Module):
         """Equations 4 to 6 (eq. 6 is eq. 4 for each branch), with the demo's signed root.
 
         α = σ(sign(s)·√max(|s|, 10⁻⁶)) with s = ⟨RMSNorm(key), RMSNorm(h)⟩/√D, and u = α·value. The
-        layer adds u + SiLU(Conv(RMSNorm(u))). `pallas_kernels.gated_fusion.reference` is the
+        layer adds u + SiLU(Conv(RMSNorm(u))), with a causal, depthwise convolution that starts at
+        zero (only u without a convolution). `pallas_kernels.gated_fusion.reference` is the
         definition.
         """
         config = self.config
@@ -274,13 +276,16 @@ class Engram(nnx.Module):
             segments = None
         implementation = config.implementation if config.gated else "reference"
         fuse = partial(gated_fusion.fuse, form=form, implementation=implementation)
-        tokens = (hidden, hidden if key is None else key, value, segments, token_mask)
+        key = hidden if key is None else key  # without gates it is not used
+        tokens = (hidden, key, value, segments, token_mask)
         return _fuse_own_tokens(fuse, self.config.reach, tokens, (gain, taps))
 
     def _fusion(
         self,
     ) -> tuple[Float[Array, "M D"], Float[Array, "kernel M D"] | None, FusionForm]:
-        """Gain, taps and constants of the fusion."""
+        """Arguments of the fusion: gains of the key norm times those of the query norm, taps times
+        gains of the convolution's norm (None without a convolution), and constants.
+        """
         config, gain, taps = self.config, jnp.ones(self.shape), None
         if config.gated:  # only the product of the two norms' gains has an effect
             gain = self.key_norm.scale() * self.query_norm.scale()
@@ -301,8 +306,8 @@ def _fuse_own_tokens(
 ) -> tuple[Float[Array, "B T M D"], Float[Array, "B T M"]]:
     """Each device fuses its own tokens, because XLA cannot partition a kernel automatically.
 
-    If T is split over a mesh axis, each device receives the last `reach` tokens of the device
-    before it, and copies its own tokens behind them.
+    If T is split over a mesh axis, each device receives hidden, key, value, segment and mask of the
+    last `reach` positions of the device before it, puts them before its own, and fuses both.
 
     Args:
         fuse: `gated_fusion.fuse`.
@@ -349,5 +354,5 @@ def _fuse_own_tokens(
         partial(fuse_own, along_t=position_axis(tokens[0])),
         in_specs=(specs, jax.P()),
         out_specs=(specs[0], jax.P(*specs[0][:3])),
-        check_vma=False,  # the custom backward pass returns each device's part of a gradient sum
+        check_vma=False,  # the custom backward pass returns parts, which shard_map sums
     )(tokens, parameters)

@@ -18,23 +18,24 @@ def stored_places(
 ) -> Int32[np.ndarray, "*shape"]:
     """The places of rows in a table. Consecutive rows are in different ones of 4,096 blocks.
 
-    If the number of devices is a power of two up to 4,096, each has the same number of blocks, and
-    thus an equal part of every head.
+    If the number of devices is a power of two up to 4,096, each has the same number of blocks. So
+    it has an equal part of every head up to one row per block: of 8 devices, the fullest has 1.004
+    times the mean of a head of 200,003 rows, and 1.33 times that of 9,221.
 
     Args:
         row_numbers: head offset + hash, below R.
         padded_rows: R, a multiple of 4,096.
     """
-    blocks = padded_rows // ROW_MULTIPLE
-    return row_numbers % ROW_MULTIPLE * blocks + row_numbers // ROW_MULTIPLE
+    block = padded_rows // ROW_MULTIPLE  # rows of one
+    return row_numbers % ROW_MULTIPLE * block + row_numbers // ROW_MULTIPLE
 
 
 def row_numbers(
     places: Int32[np.ndarray, "*shape"], padded_rows: int
 ) -> Int32[np.ndarray, "*shape"]:
     """The row numbers of places: the inverse of `stored_places`."""
-    blocks = padded_rows // ROW_MULTIPLE
-    return places % blocks * ROW_MULTIPLE + places // blocks
+    block = padded_rows // ROW_MULTIPLE  # rows of one
+    return places % block * ROW_MULTIPLE + places // block
 
 
 def expected_distinct(reads: int) -> float:

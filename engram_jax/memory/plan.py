@@ -41,8 +41,8 @@ class SlotPlan(NamedTuple):
 
     Attributes:
         slots: for every token and column, the index of its row in the device's `places`.
-        order: stable order that sorts the flattened slots of one micro-batch on one device, in the
-            shape of `slots`.
+        order: for each micro-batch and device, the stable order that sorts its flattened slots. It
+            is a permutation of all of them, and only stored in the shape of `slots`.
     """
 
     slots: Int32[Any, "A B T H"]

@@ -17,7 +17,7 @@ from engram_jax.sharding import TOKEN_AXES
 from pallas_kernels import hashed_gather
 from pallas_kernels.hashed_gather import GatherImplementation
 
-FEW = 1024  # rows that a CPU copies one by one
+FEW = 1024  # at most so many rows are copied one by one on a CPU; more by one gather
 
 
 def read_values(

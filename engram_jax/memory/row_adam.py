@@ -113,8 +113,8 @@ class RowAdam:
         root_decay = _power(math.sqrt(self.config.b2), idle)
         if current is None:
             rule = self._pending_rule(rows.clock, step, mean_decay, root_decay)
-            # Without the barrier, XLA computes this again for every use. It also fuses it, and
-            # thus rounds it, differently on different meshes.
+            # Without the barrier, XLA would compute this again for every use, and fuse it, and so
+            # round it, differently on different meshes.
             current = jax.lax.optimization_barrier(rows.value + self._pending_update(rows, rule))
         return RowState(
             value=current,

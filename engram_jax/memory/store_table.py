@@ -141,12 +141,13 @@ BareTable = InPlaceTable | PinnedTable | CallbackTable
 class HotTable:
     """A table outside the devices, with copies of some of its rows on the devices.
 
-    The table itself is read only if a program needs other rows, too, and then only for those.
+    If all rows that a program asks for are copied, only the copies are read. Otherwise the table
+    outside the devices is read, too, with padding in place of the copied rows.
 
     Attributes:
-        places: places of the copies, ascending.
-        copies: the copies, as a small table.
-        table: the table.
+        places: places whose rows are copied, ascending.
+        copies: their records in this order, as a small table.
+        table: the complete table.
     """
 
     places: Int32[Array, "C"]

@@ -1,4 +1,7 @@
-"""The definition of the fusion (paper eqs. 4–5), in float32, differentiated by JAX."""
+"""The definition of the fusion (paper eqs. 4–6), in float32, differentiated by JAX.
+
+The other implementations are tested against it.
+"""
 
 import jax
 import jax.numpy as jnp

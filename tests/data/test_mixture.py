@@ -62,14 +62,14 @@ def test_a_description_has_the_documents_shares_and_epochs_of_each_source(source
         source, rows = read[name]
         documents, tokens = len(source.documents), source.documents.token_count
         epochs = f"{rows / source.rows_per_epoch:.1f} epochs"
-        share = f"{weights[name] / 8:.1%} of rows"
+        share = f"{weights[name] / 8:.1%} of sequences"
         assert line == f"{name}: {documents} documents, {tokens} tokens, {share}, {epochs}"
     monkeypatch.setattr(mixture, "_MOST_LINES", 2)
     first, others = RowMixture(sources, list(weights.values())).describe(8000)
     assert first == described[0]
     epochs = [line.split(", ")[-1].removesuffix(" epochs") for line in described]
     assert others.startswith("2 other sources: 37 documents, ")
-    assert others.endswith(f", 37.5% of rows, {epochs[2]} to {epochs[1]} epochs")
+    assert others.endswith(f", 37.5% of sequences, {epochs[2]} to {epochs[1]} epochs")
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0, 0.0), (1.0, 1.0, -1.0), (1.0, 1.0, np.nan)])

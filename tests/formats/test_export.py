@@ -194,12 +194,12 @@ def test_a_damaged_export_is_one_sentence(run: Run, tmp_path: Path) -> None:
         ({"norm.gain": np.full(32, np.nan, np.float32)}, metadata, r"norm\.gain in .*not finite"),
         ({"tables.1.scale": infinite}, metadata, r"tables\.1 in .*not finite"),
         ({"more": np.zeros(0, np.float32)}, metadata, "has a tensor more"),
-        ({}, metadata | {"step": "x"}, "no export of this version"),
-        ({}, metadata | {"step": "²"}, "no export of this version"),
-        ({}, metadata | {"step": "99999999999"}, "no export of this version"),
+        ({}, metadata | {"step": "x"}, "no export that this version"),
+        ({}, metadata | {"step": "²"}, "no export that this version"),
+        ({}, metadata | {"step": "99999999999"}, "no export that this version"),
         ({}, metadata | {"hash": "0"}, "The hash in .* is not the one"),
         ({}, metadata | {"tokenizer": "0"}, "The tokenizer in .* is not the one"),
-        ({}, {}, "no export of this version"),
+        ({}, {}, "no export that this version"),
     ):
         changed = {key: value for key, value in (arrays | change).items() if value is not None}
         safetensors.write(path, changed, facts)

@@ -25,7 +25,7 @@ _FIELD = re.compile(r"\n([^\n:]{3,40}):( [^\n]{2,24})(?=\n)")
 
 
 def next_sentence(**_: Any) -> Any:
-    """Which sentence follows the first two of an article: it, or the third of another article."""
+    """Multiple choice: which is the third sentence of this article, and not of another one?"""
     found = []
     for text in held_out_texts("vital_en"):
         sentences = _SENTENCE_END.split(text)
