@@ -41,6 +41,7 @@ from functools import cache  # noqa: E402
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+from numpy_draws import draw_with_numpy  # noqa: E402
 from programs import ROOT  # noqa: E402
 from tiny_runs import (  # noqa: E402
     TrainWhole,
@@ -69,6 +70,7 @@ hypothesis.settings.load_profile("tests")
 # The slow parts of tests that train are done once for all equal runs.
 Program.initial_state = place_initial_state
 share_programs()
+draw_with_numpy()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
