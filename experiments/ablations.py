@@ -8,7 +8,7 @@ All tables have as many numbers as that of `engram_2m`. With more or fewer heads
 or wider, so that the layer's own parameters stay the same. The other changes remove or add
 parameters of the layer. Another largest order is also another dilation of the convolution, because
 the paper sets it to the largest order.
-Cost: 10 configurations × 3 seeds, about 20 minutes each on one core of a CPU.
+Cost: 10 configurations × 3 seeds, 10 to 20 minutes each on one core of a CPU.
 """
 
 from collections.abc import Sequence

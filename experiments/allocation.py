@@ -7,7 +7,7 @@ activated parameters and FLOPs are the same, which is asserted. The paper's loss
 ρ ≈ 0.8 (1.7109, against 1.7248 at ρ = 1). The second curve is the loss after the same wall-clock
 time: more experts make a step slower, so these runs have other numbers of steps. At 1 M tokens
 experts are hardly trained, so an optimum between the ends is not promised.
-Cost: 11 configurations × 3 seeds, about 20 minutes each on one core of a CPU.
+Cost: 11 configurations × 3 seeds, 10 to 20 minutes each on one core of a CPU.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@
 The models of a size of the small family activate the same number of parameters, and those with
 experts have the same total. With `--size default`, the models are the default one, OverEncoding,
 and the dense twin (the default model without memory), also trained for Engram's wall-clock time.
-Cost: 4 configurations × 3 seeds, about 20 minutes each on one core of a CPU.
+Cost: 4 configurations × 3 seeds, 10 to 20 minutes each on one core of a CPU.
 """
 
 from collections.abc import Sequence

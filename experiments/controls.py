@@ -9,7 +9,7 @@ and trained for Engram's wall-clock time. The bigram table of the nanoGPT speedr
 input embedding without gate or projection, with as many numbers as Engram's table, and with its
 learning-rate factor and vocabulary projection. The remarks have Engram's loss with another hash
 than in training.
-Cost: 8 configurations × 3 seeds, about 20 minutes each on one core of a CPU.
+Cost: 8 configurations × 3 seeds, 10 to 20 minutes each on one core of a CPU.
 """
 
 from collections.abc import Sequence

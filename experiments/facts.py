@@ -7,7 +7,7 @@ openings. 67 facts occur 1, 4 and 16 times each, and 67 never, as a control. A f
 its sentence is more likely than those with the true answers of nine other facts, which have the
 same relation and occur as often. So a name that is only familiar does not help, and chance is 0.1.
 The sentences are 3 % of 500 steps; the table has the number of occurrences that were read.
-Cost: 2 configurations × 3 seeds, about 20 minutes each on one core of a CPU.
+Cost: 2 configurations × 3 seeds, 10 to 20 minutes each on one core of a CPU.
 """
 
 import hashlib

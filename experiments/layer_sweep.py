@@ -4,7 +4,7 @@
 
 The paper's best single layer is the second of 12 (id 1), and two layers (2 and 6) are better than
 one, with the same number of table rows in all. So do the pairs here.
-Cost: 9 configurations × 3 seeds, about 20 minutes each on one core of a CPU.
+Cost: 9 configurations × 3 seeds, 10 to 20 minutes each on one core of a CPU.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@ The backbones are those of `engram_2m` and `over_encoding_2m`. They activate the
 parameters: OverEncoding has fewer that read the memory, and a wider dense layer instead. Only the
 number of table rows changes, over two decades. The paper finds that the loss falls linearly with
 log(rows), and that OverEncoding gains less.
-Cost: 33 runs, about 20 minutes each on one core of a CPU.
+Cost: 33 runs, 10 to 20 minutes each on one core of a CPU.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@ Both models score the same held-out prose. Losses are summed by group of tokens 
 documents (a twentieth of them), so that differences are paired by document. A token's class is
 that of its word (`token_classes.py`); its frequency is that of the 3-gram before it in the training
 text.
-Cost: 2 configurations × 3 seeds, about 20 minutes each on one core of a CPU.
+Cost: 2 configurations × 3 seeds, 10 to 20 minutes each on one core of a CPU.
 """
 
 from collections import defaultdict
