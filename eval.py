@@ -152,7 +152,7 @@ def _sample_settings(options: EvalOptions, run: Run) -> GenerationSettings | Non
         return None
     if not run.program.can_decode:
         _print(
-            "No sample: it needs one process that splits neither parameters nor sequences "
+            "No sample: it needs one process that splits neither parameters, experts nor sequences "
             "(python -m engram_jax.generate).\n"
         )
         return None

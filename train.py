@@ -99,6 +99,8 @@ def main(options: TrainOptions, config: Config) -> int:
         return INTERRUPTED
     if run.program.can_decode:
         print(f"Sample: {PROMPT}|{sample(run, state.weights)}")
+    elif is_leader():
+        print("No sample: several processes, or parameters or sequences are split over devices.")
     return 0
 
 

@@ -5,7 +5,7 @@
 - tokens/s of one sequence, as `Generator.generate` reports it, with the work of the host; and of
   the path before there was a cache: a forward pass over a window, planned on the host, per token;
 - bytes of weights read per second by a model of at least four times the last-level cache, of a
-  copy, and of a sum of products that reads as many bytes and does nothing else;
+  copy, and of a sum of squares of as many numbers;
 - a step of the compiled loop of the default model and of its dense twin;
 - prompt tokens/s (without logits), and tokens/s of the forward pass of training on the same shape;
 - a step with each option of drawing, and without;
@@ -247,15 +247,9 @@ def copy(size: int) -> Timed:
 
 
 def read(size: int) -> Timed:
-    """Seconds to read an array of this many bytes, by one thread per core."""
-    source, cached = np.ones(size // 4, np.float32), np.ones(1 << 18, np.float32)
-
-    def read_part(part: slice) -> None:
-        for first in range(part.start, part.stop, len(cached)):
-            values = source[first : min(first + len(cached), part.stop)]
-            np.dot(values, cached[: len(values)])
-
-    return _by_all_cores(size, read_part)
+    """Seconds to sum the squares of an array of this many bytes, by one thread per core."""
+    source = np.ones(size // 4, np.float32)
+    return _by_all_cores(size, lambda part: np.dot(source[part], source[part]))
 
 
 def _by_all_cores(size: int, work: Callable[[slice], object]) -> Timed:
@@ -293,7 +287,7 @@ def last_level_cache() -> int:
 
 
 def large_config(width: int | None) -> Config:
-    """A dense model of a width; by default with weights of four times the last-level cache."""
+    """A dense model of a width; by default 1,024, or more for four times the last-level cache."""
     if width is None:
         head = 4 * 8192
         width = next(
@@ -314,8 +308,9 @@ def main(rounds: int = 15, large_width: int | None = None) -> None:
 
     Args:
         rounds: repetitions of every measurement.
-        large_width: width of the model that is compared with the copy bandwidth; by default, such
-            that its weights are four times the last-level cache.
+        large_width: width of the model that is compared with the copy bandwidth; by default 1,024,
+            or more if its weights are then below four times the last-level cache. Six times their
+            size must fit in memory.
     """
     engram, dense = Model(load_named_config("default")), Model(load_named_config("dense"))
     measured = measure(rounds, before=engram.before(), step=engram.generate())

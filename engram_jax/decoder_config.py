@@ -39,7 +39,7 @@ class DecoderConfig:
             "nothing_saveable", expert-parallel experts then run forward two times per step instead
             of three, with five exchanges instead of six. Other experts save nothing.
         scan: run consecutive blocks of the same kind as one loop, which is compiled once for all of
-            them.
+            them. On a CPU, a step of a small model then takes 1.25 times as long.
     """
 
     vocabulary: int = 8192

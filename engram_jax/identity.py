@@ -254,7 +254,7 @@ def check_fitting(
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise InputError(
-                f"{name} has the shape {found.get(name, 'missing')} in {folder} and "
+                f"Parameter {name} is {found.get(name, 'missing')} in {folder}, and "
                 f"{wanted.get(name, 'missing')} in this run; give this run the same model and "
                 "memory sizes."
             )

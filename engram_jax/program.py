@@ -142,12 +142,15 @@ class Program:
 
     @property
     def tables_on_device(self) -> bool:
-        """Whether tables, if there are any, are in the state, and not outside the devices."""
-        return self.config.memory.placement == "device"
+        """Whether no table is outside the devices; also of a model without memory."""
+        return self.ngram_hash is None or self.config.memory.placement == "device"
 
     @property
     def can_decode(self) -> bool:
-        """Whether every device has all parameters and complete sequences, in one process."""
+        """Whether one process has all parameters and complete sequences on every device.
+
+        A model whose parameters are split may be too large for one device.
+        """
         return jax.process_count() == 1 and self.mesh.shape["data"] == self.mesh.size
 
     def on_device(self) -> "Program":

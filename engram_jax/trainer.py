@@ -226,12 +226,14 @@ class _Progress:
         self._log = log
         self._bar = bar
         self._pending: tuple[int, Metrics] | None = None
-        self._counted = time.time()  # when the newest step ended that the bar shows
-        self.restart_clock()
+        self._clock: tuple[int, float] | None = None
+        self._ended = time.time()  # when the newest step or pause ended
+        self._compiles = True
 
     def restart_clock(self) -> None:
-        """Starts a new measurement of tokens per second."""
-        self._clock: tuple[int, float] | None = None
+        """Starts a new measurement of tokens per second, after saving or evaluating."""
+        self._clock = None
+        self._skip_time()
 
     def update(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a dispatched step, and logs those of the step before."""
@@ -253,8 +255,9 @@ class _Progress:
         config = self._run.config
         if self._clock is None:
             self._clock = step, time.perf_counter()
-            self._skip_time(time.time() - self._counted)
-        self._counted = time.time()
+        if self._compiles:  # in the first step
+            self._skip_time()
+        self._compiles, self._ended = False, time.time()
         self._bar.update()
         if not is_due(step, config.train.log_every, config.train.steps):
             return
@@ -270,11 +273,13 @@ class _Progress:
             counters = self._feed.counters() if self._feed else {}
             self._log.write(step, metrics | counters)
 
-    def _skip_time(self, seconds: float) -> None:
-        """Neither compiling nor saving nor evaluating counts in the bar's time left."""
+    def _skip_time(self) -> None:
+        """Time since the newest step or pause does not count in the bar's time left."""
+        now = time.time()
         if not self._bar.disable:
-            self._bar.start_t += seconds
-            self._bar.last_print_t += seconds
+            self._bar.start_t += now - self._ended
+            self._bar.last_print_t += now - self._ended
+        self._ended = now
 
     def report(self, step: int, scores: Mapping[str, Score], warnings: Sequence[str]) -> None:
         """Logs held-out losses, and prints them and the warnings."""

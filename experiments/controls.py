@@ -72,6 +72,8 @@ def widen(config: Config, flops: float) -> Config:
 def draw(results: Results, figure: Figure) -> str:
     """The differences to Engram; returns the loss with another hash, and the time of the twin."""
     draw_differences(results, figure, BASELINE)
+    if not results.of(BASELINE):
+        return ""
     increase = results.values(BASELINE, "other_hash")
     hashed = f"- {BASELINE}, rows looked up with another hash: {mean_and_error(increase, '+')}."
     return f"{hashed}\n{time_taken(results, 'no memory, equal time', BASELINE)}"

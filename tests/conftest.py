@@ -70,7 +70,8 @@ hypothesis.settings.load_profile("tests")
 # The slow parts of tests that train are done once for all equal runs.
 Program.initial_state = place_initial_state
 share_programs()
-draw_with_numpy()
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    draw_with_numpy()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -8,6 +8,7 @@ import pytest
 from tiny_runs import tiny_config, vary
 
 from benchmarks import decoding, placement
+from engram_jax.costs.accounting import account
 from engram_jax.sharding import make_mesh
 
 
@@ -21,6 +22,18 @@ def test_decoding(
     monkeypatch.setattr(decoding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
     decoding.main(rounds=1, large_width=64)
     assert len(capsys.readouterr().out.splitlines()) == 3 + 3 * 3 + 2 * 2 + 4 + 4
+
+
+def test_the_large_model_has_four_times_the_last_level_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index, size in enumerate(("48K", "491520K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    monkeypatch.setattr(decoding, "CACHES", tmp_path)
+    config = decoding.large_config(None)
+    smaller = decoding.large_config(config.model.width - 128)
+    assert account(smaller).total < 480 << 20 <= account(config).total  # four bytes each
 
 
 @pytest.mark.slow

@@ -266,7 +266,9 @@ def test_every_named_configuration_builds(name: str, tmp_path: Path) -> None:
 @EVERY
 def test_the_training_step_of_every_named_configuration_keeps_the_states_types(name: str) -> None:
     """Other types, including weak types, would cause a second compilation."""
-    config = vary(load_named_config(name), model={"scan": True})  # equal blocks are traced once
+    config = load_named_config(name)
+    if name not in ("default", "engram_2m"):  # equal blocks are traced once
+        config = vary(config, model={"scan": True})
     program = on_eight_devices(config)
     with program.use_mesh():
         state, batch = abstract_step(program)

@@ -18,6 +18,7 @@ from engram_jax.memory.row_adam import RowAdamConfig, make_row_adam
 from engram_jax.memory.row_file import map_rows
 from engram_jax.metrics import read_metrics
 from engram_jax.placement import settle_stores
+from engram_jax.program import Program
 from engram_jax.run import Run
 from engram_jax.sharding import TABLE_RW, MeshConfig, make_mesh
 from engram_jax.trainer import train
@@ -208,3 +209,14 @@ def test_a_disk_that_fills_ends_the_run_and_keeps_its_checkpoint(
         train(Run.start(config, tmp_path / "run"))
     assert Run.open(tmp_path / "run").checkpoints.steps() == [4]
     assert jax.device_get(Run.open(tmp_path / "run").restore().step) == 4
+
+
+def test_a_model_without_memory_has_no_table_outside_the_devices(tiny: Config) -> None:
+    """So the sample after training uses the run's own mesh, and opens no stores."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    dense = placed(vary(tiny, memory={"layers": ()}), "host")
+    assert Program.of_sizes(dense, mesh).tables_on_device
+    program = Program.of_sizes(placed(tiny, "host"), mesh)
+    assert not program.tables_on_device and program.can_decode
+    split = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    assert not Program.of_sizes(tiny, split).can_decode

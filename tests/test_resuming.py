@@ -232,10 +232,10 @@ def test_start_from_refuses_a_step_that_was_not_saved(
         ({"memory": {"row_width": 4}}, r"width=8.* this run as .*width=4"),
         (
             {"model": {"feed_forward": 48}},
-            r"feed_forward/down has the shape \(32, 32\) in .* and \(48, 32\) in this run",
+            r"feed_forward/down is \(32, 32\) in .*, and \(48, 32\) in this run",
         ),
         ({"model": {"width": 16}}, "the same model and memory sizes"),
-        ({"memory": {"layers": ()}}, "and missing in this run"),
+        ({"memory": {"layers": ()}}, "Parameter .* and missing in this run"),
     ],
 )
 def test_start_from_refuses_what_does_not_fit(

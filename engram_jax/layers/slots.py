@@ -73,8 +73,8 @@ class Slots(NamedTuple):
     ) -> Shaped[Array, "B window *rest"]:
         """The values of the new slots and of the `reach` slots before them.
 
-        Before the first slot and beyond the capacity, they are those of some other slot: mask them
-        by `segments_of_window`.
+        Before the first slot and beyond the capacity, they are those of some other slot. For the
+        former, `segments_of_window` is −1; the latter are never read.
         """
         slots = jnp.maximum(self._in_window(reach), 0)
         return cache.at[jnp.arange(len(cache))[:, None], slots].get(mode="clip")
