@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,15 @@ import jax
 import numpy as np
 import pytest
 from programs import ROOT, fork
-from tiny_runs import losses, on_devices, share_programs, tiny_config, vary, with_backbone
+from tiny_runs import (
+    draw_on_the_mesh,
+    losses,
+    on_devices,
+    share_programs,
+    tiny_config,
+    vary,
+    with_backbone,
+)
 
 from engram_jax import processes, trainer
 from engram_jax.config import Config, TrainConfig
@@ -169,7 +178,14 @@ class Trained(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def draws_on_the_mesh() -> Iterator[None]:
+    """Runs begin with the weights that programs draw, as in the two processes."""
+    with patch.object(Program, "initial_state", draw_on_the_mesh):
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(draws_on_the_mesh: None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folders = Trained(*(tmp_path_factory.mktemp(name) for name in Trained._fields))
     data, first, held = folders.data, folders.one / "first", folders.one / "held"
     train_all(data, folders.one, first)
