@@ -34,7 +34,8 @@ from engram_jax.placement import open_stores
 from engram_jax.processes import end_together, is_leader, join_processes
 from engram_jax.run import Run
 from engram_jax.train_state import Weights
-from engram_jax.trainer import Diverged, train
+from engram_jax.trainer import train
+from engram_jax.training_progress import Diverged
 
 PROMPT = "The city is the capital of"
 INTERRUPTED = 128 + signal.SIGINT  # exit status of a run that was stopped by any signal

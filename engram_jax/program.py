@@ -17,7 +17,6 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, UInt32
 
-from engram_jax.batch_part import BatchPart
 from engram_jax.compression import VocabularyProjection
 from engram_jax.config import Config
 from engram_jax.data.packing import Batch, MicroBatch, SentBatch, split_buffers
@@ -124,21 +123,6 @@ class Program:
             context=self.mesh.shape["context"],
             buffered=buffered,
         )
-
-    def part(self) -> BatchPart:
-        """This process's part of every micro-batch.
-
-        Raises:
-            InputError: the devices that share a sequence are not whole processes or a part of one.
-        """
-        local, context = len(self.mesh.local_devices), self.mesh.shape["context"]
-        sharing = max(1, context // local)
-        if local * sharing % context:
-            raise InputError(
-                f"mesh.context {context} does not fit processes of {local} devices; choose a "
-                "divisor or a multiple of their number."
-            )
-        return BatchPart(jax.process_index(), jax.process_count(), sharing)
 
     @property
     def tables_on_device(self) -> bool:
@@ -313,15 +297,6 @@ class Program:
             )
             for layer, gradient in gradients.items()
         }
-
-    def exchange_metrics(self, tables: Mapping[int, Table], plan: MemoryPlan) -> dict[str, Array]:
-        """Distinct rows requested, rounds of the exchange, and load of the fullest shard."""
-        metrics: dict[str, Array] = {}
-        for layer, rows in plan.rows.items():
-            metrics[f"rows_asked_{layer}"] = jnp.sum(rows.distinct)
-            metrics[f"exchange_rounds_{layer}"] = jnp.max(rows.rounds)
-            metrics[f"shard_load_{layer}"] = lookup.shard_load(tables[layer], rows)
-        return metrics
 
     def initial_state(self) -> TrainState:
         """The random state before the first step, created on the devices."""

@@ -21,8 +21,7 @@ from engram_jax.costs.memory import check_memory
 from engram_jax.data.corpus import Corpus
 from engram_jax.data.packing import ORDER
 from engram_jax.data.pipeline import BatchIterator, make_batches, mix_rows
-from engram_jax.data.sources import resolve_source, source_names
-from engram_jax.data.token_cache import build_corpus
+from engram_jax.data.token_cache import build_corpora
 from engram_jax.decoding.generate import Generator
 from engram_jax.decoding.settings import GenerationSettings
 from engram_jax.decoding.text import Continuation
@@ -65,7 +64,7 @@ from engram_jax.run_folder import (
     warn_of_settings,
     write_beginning,
 )
-from engram_jax.sharding import MeshConfig, make_mesh, platform_of
+from engram_jax.sharding import MeshConfig, batch_part, make_mesh, platform_of
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.train_state import TrainState, Weights
 
@@ -147,11 +146,7 @@ class Run:
         )
         with collective(f"write to {folder}"):
             if is_leader() and not (folder / "config.json").exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                with lock_run(folder):
-                    write_beginning(
-                        *(folder, config, run.tokenizer, run.program.ngram_hash, run._texts())
-                    )
+                run._write_beginning()
                 warn_of_settings(config)
             elif is_leader():
                 store_tokenizer(folder, run.tokenizer)
@@ -178,7 +173,7 @@ class Run:
         check_training_batch(config, mesh)
         check_evaluation_batch(config, mesh)
         run = cls._assemble(folder, config, tokenizer, ngram_hash, mesh)
-        run.program.part()  # an error in the split of sequences over processes is found here
+        batch_part(mesh)  # an error in the split of sequences over processes is found here
         check_memory(config, run.program.abstract_state(), mesh.size)
         make_config_row_adam(config)  # an error in its betas is found here
         start, width = config.memory.start_from, config.memory.row_width
@@ -191,6 +186,12 @@ class Run:
         if resumes:
             check_texts(run._texts(), folder)
         return run
+
+    def _write_beginning(self) -> None:
+        parts = self.config, self.tokenizer, self.program.ngram_hash, self._texts()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock_run(self.folder):
+            write_beginning(self.folder, *parts)
 
     def _texts(self) -> dict[str, Any]:
         """Fingerprints of the tokenizer and of the tokenized corpora, and the order of reading."""
@@ -280,30 +281,17 @@ class Run:
             sources: shipped corpora or paths; by default, those of the run.
 
         Raises:
-            InputError: a source cannot be read (see `build_corpus`), has no held-out documents, or
+            InputError: a source cannot be read (see `build_corpora`), has no held-out documents, or
                 has the same name as another.
         """
-        return self._read_corpora(sources) if sources else list(self._own_corpora)
+        data = self.config.data
+        if sources:
+            return build_corpora(sources, self.tokenizer, Path(data.cache), data.held_out)
+        return list(self._own_corpora)
 
     @cached_property
     def _own_corpora(self) -> list[Corpus]:
-        return self._read_corpora(self.config.data.sources)
-
-    def _read_corpora(self, sources: Sequence[str]) -> list[Corpus]:
-        data = self.config.data
-        names = source_names([resolve_source(source) for source in sources])
-        corpora = [
-            build_corpus(source, self.tokenizer, Path(data.cache), data.held_out, name)
-            for source, name in zip(sources, names, strict=True)
-        ]
-        for corpus in corpora:
-            if not len(corpus.held_out):
-                raise InputError(
-                    f"None of the {corpus.manifest.documents} documents of {corpus.name} is held "
-                    "out for evaluation; raise data.held_out, or split the text into more "
-                    "documents (a .txt file is one document; in JSON Lines, each line is one)."
-                )
-        return corpora
+        return self.corpora(self.config.data.sources)
 
     def batches(self, first_batch: int = 0) -> BatchIterator:
         """This process's training batches from `first_batch` on. Close them after use."""
@@ -322,7 +310,7 @@ class Run:
             seed=train.seed,
             planner=self.program.planner(),
             first_batch=first_batch,
-            part=self.program.part(),
+            part=batch_part(self.program.mesh),
             workers=workers,
             prefetch=data.prefetch,
         )

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
+from engram_jax.batch_part import BatchPart
 from engram_jax.errors import InputError
 from engram_jax.parameters import Matrix, Plain, Role, role_of
 from engram_jax.typing import PyTree
@@ -118,6 +119,22 @@ def fit_mesh(config: MeshConfig, rows: int) -> MeshConfig:
 def row_parts(mesh: AnyMesh) -> int:
     """Number of parts of B."""
     return mesh.size // mesh.shape["context"]
+
+
+def batch_part(mesh: AnyMesh) -> BatchPart:
+    """This process's part of every micro-batch.
+
+    Raises:
+        InputError: the devices that share a sequence are not whole processes or a part of one.
+    """
+    local, context = len(mesh.local_devices), mesh.shape["context"]
+    sharing = max(1, context // local)
+    if local * sharing % context:
+        raise InputError(
+            f"mesh.context {context} does not fit processes of {local} devices; choose a "
+            "divisor or a multiple of their number."
+        )
+    return BatchPart(jax.process_index(), jax.process_count(), sharing)
 
 
 def make_abstract_mesh(config: MeshConfig) -> jax.sharding.AbstractMesh:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from engram_jax.data.packing import Batch, MicroBatch, micro_batches
 from engram_jax.layers.mixture_of_experts import balance
 from engram_jax.loss import token_losses
+from engram_jax.memory import lookup
 from engram_jax.memory.lookup import ReadRows
 from engram_jax.memory.row_adam import RowAdam
 from engram_jax.model import Report
@@ -67,7 +68,7 @@ def make_train_step(program: Program) -> TrainStep:
             program, state, read, batch, gradients, report.loads, row_adam
         )
         rate = row_adam.learning_rate(state.step)
-        return new_state, step_metrics(program, state, batch, loss, rate, norms, report)
+        return new_state, step_metrics(state, batch, loss, rate, norms, report)
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -161,7 +162,6 @@ def apply_updates(
 
 
 def step_metrics(
-    program: Program,
     state: TrainState,
     batch: Batch,
     loss: Float[Array, ""],
@@ -182,14 +182,17 @@ def step_metrics(
     - mixing_error: largest error of a column sum of any H_res (`layers/hyper_connections.py`).
     - gates_open_L, gates_closed_L, memory_strength_L: see `MemoryHealth`.
     """
-    metrics = {
+    metrics: Metrics = {
         "loss": loss,
         "gradient_norm": norms.all,
         "row_gradient_norm": norms.rows,
         "learning_rate": learning_rate,
     }
     if batch.plan is not None:
-        metrics |= program.exchange_metrics(state.tables, batch.plan)
+        for layer, rows in batch.plan.rows.items():
+            metrics[f"rows_asked_{layer}"] = jnp.sum(rows.distinct)
+            metrics[f"exchange_rounds_{layer}"] = jnp.max(rows.rounds)
+            metrics[f"shard_load_{layer}"] = lookup.shard_load(state.tables[layer], rows)
     if report.loads:
         largest = jnp.stack([jnp.max(load) / jnp.mean(load) for load in report.loads.values()])
         metrics["expert_load_worst"] = jnp.max(largest)

@@ -28,7 +28,7 @@ from engram_jax.config import Config
 from engram_jax.data.packing import ORDER
 from engram_jax.errors import InputError, one_sentence
 from engram_jax.files import atomic_write, hold_lock
-from engram_jax.trainer import Diverged
+from engram_jax.training_progress import Diverged
 from experiments.measure import VERSION
 from experiments.one_run import SECONDS, Measure, relative_speed, train_and_measure
 from experiments.report import Draw, write_report

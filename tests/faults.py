@@ -481,7 +481,7 @@ engram_jax/train_step.py < test_train_step.py
   rows are not part of the norm that clips
     - optax.tree.norm(gradients.params, squared=True) + rows_square_norm
     + optax.tree.norm(gradients.params, squared=True)
-engram_jax/trainer.py < test_trainer.py
+engram_jax/training_progress.py < test_trainer.py
   the checkpoint that diverged is called good
     - if saved < step - 1
     + if saved < step

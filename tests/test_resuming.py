@@ -181,7 +181,7 @@ def test_where_a_run_started_from_is_remembered(
 
     parts = tmp_path / "parts"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(trainer._Progress, "update", kill)
+        patch.setattr(TrainingProgress, "update", kill)
         train(Run.start(tiny, parts, start_from=trained.folder))
     assert f"begins with the weights of step 6 of {trained.folder}" in capsys.readouterr().out
     assert_identical(train(Run.start(tiny, parts)), expected)

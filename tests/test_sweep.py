@@ -13,7 +13,7 @@ from experiment_records import record
 from tiny_runs import vary
 
 from engram_jax.memory.row_adam import RowAdamConfig
-from engram_jax.trainer import Diverged
+from engram_jax.training_progress import Diverged
 from experiments import facts, gpu, one_run, sweep
 from experiments.report import time_taken
 from experiments.results import Results, order_of

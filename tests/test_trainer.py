@@ -14,13 +14,14 @@ import pytest
 from tiny_runs import TrainWhole, assert_identical, losses, on_devices, vary
 from tqdm import tqdm
 
-from engram_jax import trainer
+from engram_jax import trainer, training_progress
 from engram_jax.config import Config
 from engram_jax.data.packing import Batch
 from engram_jax.errors import STOP_SIGNALS, UnbreakableErrors
 from engram_jax.metrics import read_metrics
 from engram_jax.run import Run
-from engram_jax.trainer import Diverged, _stop_signal, train
+from engram_jax.trainer import _stop_signal, train
+from engram_jax.training_progress import Diverged, TrainingProgress
 
 
 @pytest.mark.usefixtures("one_device")
@@ -170,10 +171,10 @@ def test_the_bar_counts_the_time_of_steps_and_no_other(
 ) -> None:
     now = 0.0
     clock = SimpleNamespace(time=lambda: now, perf_counter=lambda: now)
-    monkeypatch.setattr(trainer, "time", clock)
+    monkeypatch.setattr(training_progress, "time", clock)
     bar = tqdm(total=99, file=io.StringIO(), mininterval=30)  # as in a file
     bar._time, bar.start_t, bar.last_print_t = clock.time, 0.0, 0.0  # type: ignore[attr-defined]
-    progress = trainer._Progress(Run.start(tiny, tmp_path / "run"), None, bar, None)
+    progress = TrainingProgress(Run.start(tiny, tmp_path / "run"), None, bar, None)
     for step in range(1, 26):
         now += 7.0 + 1000 * (step == 1)  # compiles
         progress.update(step, {"loss": jnp.ones(()), "gradient_norm": jnp.ones(())})

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 
 from engram_jax.data.corpus import Corpus, Manifest, column_checksum
-from engram_jax.data.sources import resolve_source, scan, source_name
+from engram_jax.data.sources import resolve_source, scan, source_name, source_names
 from engram_jax.data.survey import (
     Chunk,
     Pass,
@@ -72,6 +72,30 @@ def build_corpus(
     corpus = Corpus(folder, held_out, name)
     corpus.check_boundaries(tokenizer.bos_id, tokenizer.eos_id)
     return corpus
+
+
+def build_corpora(
+    sources: Sequence[str], tokenizer: Tokenizer, cache: Path, held_out: float
+) -> list[Corpus]:
+    """The corpora of several sources, for training and evaluation: see `build_corpus`.
+
+    Raises:
+        InputError: as in `build_corpus`; or a source has no held-out documents, or has the same
+            name as another.
+    """
+    names = source_names([resolve_source(source) for source in sources])
+    corpora = [
+        build_corpus(source, tokenizer, cache, held_out, name)
+        for source, name in zip(sources, names, strict=True)
+    ]
+    for corpus in corpora:
+        if not len(corpus.held_out):
+            raise InputError(
+                f"None of the {corpus.manifest.documents} documents of {corpus.name} is held out "
+                "for evaluation; raise data.held_out, or split the text into more documents (a "
+                ".txt file is one document; in JSON Lines, each line is one)."
+            )
+    return corpora
 
 
 class _Entry:

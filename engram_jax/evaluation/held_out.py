@@ -19,6 +19,7 @@ from engram_jax.memory.row_adam import RowAdam
 from engram_jax.memory.row_feed import RowFeed
 from engram_jax.model import Gates
 from engram_jax.program import Program
+from engram_jax.sharding import batch_part
 from engram_jax.train_state import Weights
 
 type Suppress = Literal["nothing", "output", "rows"]
@@ -145,7 +146,7 @@ def score_batch(
         feed: reads the rows, if the tables are outside the devices.
     """
     whole = rows._replace(documents=None).map(lambda field: field[None])
-    part, planner = program.part(), program.planner()
+    part, planner = batch_part(program.mesh), program.planner()
     batch = whole.map(part.tokens)
     if planner:
         plan = planner.plan_part(whole.tokens, whole.segments, part)

@@ -71,8 +71,7 @@ def attend(
         others = spec_axes(jax.P(*specs[0][2:], *specs[1][1:], *specs[2][1:]))
         if any(mesh.shape[name] > 1 for name in others):
             raise InputError(
-                "Attention can be split over a mesh only along the batch axis, and queries along "
-                f"T, not as {specs}."
+                f"Attention can be split only along B, and queries along T, not as {specs}."
             )
         attend_own = jax.shard_map(
             attend_own, in_specs=specs, out_specs=specs[0], check_vma=chosen == "xla"
