@@ -227,7 +227,11 @@ def _score(
     study: MemoryStudy | None,
     results: dict[str, Any],
 ) -> str:
-    """Adds held-out scores and the health of the memory to the results; returns them as text."""
+    """Adds held-out losses, and means of gates and of what memory layers add, to the results.
+
+    Returns:
+        Both as text.
+    """
     health = HealthStudy()
 
     def watch(suppressed: Suppress, scored: ScoredBatch) -> None:

@@ -2,6 +2,8 @@
 
     python train.py [CONFIG] [--run FOLDER] [--SECTION.FIELD VALUE …]
 
+CONFIG is a name from configs/; by default, `default`.
+
 Common flags: --run, --data.sources, --train.steps, --data.batch-size,
 --model.width, --model.layers, --memory.rows-per-head,
 --optimizer.learning-rate.
@@ -50,8 +52,9 @@ class TrainOptions:
         start_from: folder of another run, to start with its weights; step, optimizer state and
             moments of rows start anew, and a checkpoint of step 0 is saved.
         start_step: step of that run's checkpoint; by default, the newest.
-        allocation: change the allocation of sparse parameters: this share to experts, the rest to
-            table rows (the paper's ρ; only for configurations that have both).
+        allocation: change the allocation of sparse parameters (those that a token does not
+            activate): this share to experts, the rest to table rows (the paper's ρ). Needs a
+            configuration with experts and, below 1, memory.
         reschedule: resume a run with another number of steps, other settings of the same
             optimizers, or another value of memory.frozen.
         profile: write a trace of ten steps to FOLDER/profile (for TensorBoard or Perfetto).
@@ -101,15 +104,15 @@ def main(options: TrainOptions, config: Config) -> int:
     if run.program.can_decode:
         print(f"Sample: {PROMPT}|{sample(run, state.weights)}")
     elif is_leader():
-        print("No sample: several processes, or parameters or sequences are split over devices.")
+        print("No sample: several processes, or a model or sequences split over devices.")
     return 0
 
 
 def sample(run: Run, weights: Weights) -> str:
     """A continuation of `PROMPT` by the trained model.
 
-    Tables in host memory or in a file stay there. They are read from the newest checkpoint, because
-    the stores of training are closed.
+    Tables in host memory or in a file stay there. Then all weights are read from the newest
+    checkpoint, because the stores of training are closed.
     """
     settings = GenerationSettings(tokens=40, temperature=0.7, top_k=40)
     placement: Placement = "device"

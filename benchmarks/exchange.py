@@ -2,10 +2,10 @@
 
     python -m benchmarks.exchange [--topology v5p:4x4x4]
 
-The table is one of Engram-27B's (16 columns of 2,262,500 rows of width 80), with exact row Adam.
-Every chip requests the rows of 4,096 tokens. Prints the bytes that each chip sends over the
-interconnect, and its temporaries. XLA's gather is `table.at[numbers].get()` of a table that holds
-only embeddings, split by row. Needs libtpu (`pip install -e '.[tpu]'`).
+The table is one of Engram-27B's (16 hash heads of 2,262,500 rows of width 80), with exact row Adam.
+Every chip requests the rows of 4,096 tokens. Prints, per chip, the bytes sent over the
+interconnect, and the bytes of temporary buffers. XLA's gather is `table.at[numbers].get()` of a
+table that holds only embeddings, split by row. Needs libtpu (`pip install -e '.[tpu]'`).
 """
 
 from typing import Any, NamedTuple

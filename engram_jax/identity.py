@@ -155,9 +155,10 @@ def check_saved_by(config: Config, folder: Path, *, trains: bool) -> None:
     for name in _differing(ours, theirs, free):
         if name.startswith(parts):
             raise InputError(
-                f"Another run saved the checkpoint {folder}: {name} is {theirs.get(name)} there, "
-                f"and {ours.get(name)} in this run; restore this run's config.json (its "
-                "checkpoints have copies), or move that checkpoint away."
+                f"Another run saved the checkpoint {folder}, or the run's config.json was changed: "
+                f"{name} is {theirs.get(name)} in the checkpoint, and {ours.get(name)} in the "
+                "run's config.json; restore that file from a checkpoint of the run, or move this "
+                "checkpoint away."
             )
 
 

@@ -136,7 +136,7 @@ def apply_updates(
         batch: the step's batch.
         gradients: see `forward_backward`.
         loads: how many tokens chose each expert, by layer id.
-        row_adam: the row optimizer, and the learning rate.
+        row_adam: the row optimizer, which also has the learning rates of the dense parameters.
     """
     by_owner = program.send_gradients(state.tables, batch.plan, gradients.rows)
     rows_square_norm = sum((own.square_norm for own in by_owner.values()), jnp.zeros(()))
@@ -180,7 +180,7 @@ def step_metrics(
     - expert_load_worst, expert_load_mean: load of a layer's fullest expert, relative to the mean of
       its experts; the maximum over layers, and the mean over layers.
     - mixing_error: largest error of a column sum of any H_res (`layers/hyper_connections.py`).
-    - gates_open_L, gates_closed_L, memory_strength_L: see `MemoryHealth`.
+    - gates_open_L, gates_closed_L, memory_strength_L: see `MemoryHealth`; means over micro-batches.
     """
     metrics: Metrics = {
         "loss": loss,

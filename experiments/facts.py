@@ -38,7 +38,7 @@ TEXT = "facts.jsonl"
 TIMES = (0, 1, 4, 16)
 FACTS = 67  # for each of them
 CHOICES = 10  # answers, of which the first is true
-SHARE = 0.0282  # of the training rows: one epoch of the facts in 500 steps
+SHARE = 0.0282  # of the training sequences: in 500 steps, each document with facts is read once
 ENGRAM, BASELINE = "Engram", "no memory"
 
 _RELATIONS = ("capital", "founder", "longest river", "patron", "largest harbor", "first king")

@@ -126,7 +126,8 @@ class SurveyRecord:
         """Look at the files; this reads none of them."""
         self._path = path
         self._begun = time.time_ns()
-        # Programs can set mtime, as archives do. None sets ctime, the time of the last change.
+        # A program can set mtime, for example when it unpacks an archive. It cannot set ctime, the
+        # time of the last change.
         stats = [(str(file.resolve()), file.stat()) for file in source_files(path)]
         files = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
         self._contents = [facts[:3] for facts in files]

@@ -40,7 +40,8 @@ def make_batches(
 ) -> list[PromptBatch]:
     """Encodes prompts, and puts those of similar length into one batch, the longest first.
 
-    It needs neither weights nor devices, so invalid prompts are found before these are used.
+    This runs on the host and without the weights, so invalid prompts are found before the
+    checkpoint is read.
 
     Args:
         config: of the run.

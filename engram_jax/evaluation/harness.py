@@ -139,7 +139,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
             )
         try:
             found = manager.load(name)
-        except Exception as error:  # of YAML, templates, data files, and functions of the task
+        except Exception as error:  # errors of YAML, templates, data and functions have many types
             raise InputError(
                 f"Task {name} cannot be loaded ({_reason(error)}); correct the file, whose "
                 "data must be local, because nothing is downloaded."

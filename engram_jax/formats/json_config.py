@@ -23,9 +23,9 @@ def read_json(path: Path) -> dict[str, Any]:
             "released checkpoint."
         ) from error
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); download it again.") from error
+        raise InputError(f"{path} is not JSON ({error}); export or download it again.") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object; download it again.")
+        raise InputError(f"{path} is not a JSON object; export or download it again.")
     return content
 
 

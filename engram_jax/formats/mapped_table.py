@@ -107,7 +107,7 @@ class MappedTable:
         """
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.rows):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of a table of {self.rows}")
-        of_parts, of_scales = self._reads  # one may be in memory, and the other one not
+        of_parts, of_scales = self._reads  # rows may be in the page cache, and their scales not
         scales = None if self.scales is None else _take(self.scales, rows, of_scales)
         return _take(self.parts, rows, of_parts), scales
 

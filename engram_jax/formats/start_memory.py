@@ -76,7 +76,7 @@ def start_with(
         program: the program.
         state: the state before the first step.
         folder: the checkpoint.
-        stores: begin with the rows, if the tables are outside the devices.
+        stores: are initialized with the rows, if the tables are outside the devices.
 
     Raises:
         InputError: as in `open_start`.
@@ -88,7 +88,7 @@ def start_with(
         f"The processes see different memories in {folder}; it must be the same for all of them.",
     )
     if is_leader():
-        print(f"The tables begin with the rows of the memory in {folder}.")
+        print(f"The tables are initialized with the rows in {folder}.")
     if not stores:
         tables = {layer: read_table(program, rows) for layer, rows in opened.items()}
         return replace(state, tables=tables)

@@ -77,7 +77,10 @@ class EngramConfig:
 
 
 class MemoryHealth(NamedTuple):
-    """Signs of an inert memory, means over tokens and branches; padding does not count.
+    """Statistics that show whether a memory is inert.
+
+    Except for `tokens`, they are means over tokens and branches. Padding and image placeholders do
+    not count.
 
     Attributes:
         tokens: number of tokens.
@@ -195,7 +198,8 @@ class Engram(nnx.Module):
             memory: e, the H gathered rows of every position.
             segments: document number of every position; None: each row of the batch is one
                 document.
-            token_mask: False at image placeholders, where the gate is 0.
+            token_mask: False at image placeholders. There the gate is 0, and the layer adds only
+                the convolution of earlier tokens.
         """
         return self.fuse(hidden, *self._project(memory), segments, token_mask)
 
@@ -214,7 +218,7 @@ class Engram(nnx.Module):
             memory: their memory vectors.
             cache: of the positions before them; None without a convolution.
             slots: their slots.
-            token_mask: False at image placeholders, where the gate is 0.
+            token_mask: as in a call.
         """
         key, value = self._project(memory)
         if cache is None:
@@ -266,9 +270,9 @@ class Engram(nnx.Module):
         """Equations 4 to 6 (eq. 6 is eq. 4 for each branch), with the demo's signed root.
 
         α = σ(sign(s)·√max(|s|, 10⁻⁶)) with s = ⟨RMSNorm(key), RMSNorm(h)⟩/√D, and u = α·value. The
-        layer adds u + SiLU(Conv(RMSNorm(u))), with a causal, depthwise convolution that starts at
-        zero (only u without a convolution). `pallas_kernels.gated_fusion.reference` is the
-        definition.
+        layer adds u + SiLU(Conv(RMSNorm(u))), with a causal, depthwise convolution whose taps are
+        initialized to zero (only u without a convolution). The definition is
+        `pallas_kernels.gated_fusion.reference`.
         """
         config = self.config
         gain, taps, form = self._fusion()
@@ -307,7 +311,8 @@ def _fuse_own_tokens(
     """Each device fuses its own tokens, because XLA cannot partition a kernel automatically.
 
     If T is split over a mesh axis, each device receives hidden, key, value, segment and mask of the
-    last `reach` positions of the device before it, puts them before its own, and fuses both.
+    last `reach` positions of the device before it, puts them before its own, fuses all, and drops
+    the results of the received positions.
 
     Args:
         fuse: `gated_fusion.fuse`.

@@ -29,8 +29,9 @@ _OWN_BRANCH = 8.0
 # Largest relative difference of the initial H_pre weights from their mean. Branches with equal
 # weights would stay equal up to rounding, and the rounding differs between meshes.
 _SPREAD = 0.1
-# If all logits of a row of H_res are below this value, they are raised to it. The gradient divides
-# by the square of the row's sum, and the smallest normal float32 is e^−87.
+# If, after the columns are scaled, all logits of a row of H_res are below this value, the row is
+# shifted so that its largest logit is this value. The gradient divides by the square of the row's
+# sum, and the smallest normal float32 is e^−87.
 _LEAST_LOGIT = -40.0
 
 

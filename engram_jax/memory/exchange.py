@@ -105,7 +105,15 @@ class Route:
     def _ask(
         self, number: Int32[Array, ""]
     ) -> tuple[Int32[Array, "S"], Int32[Array, "S"], Int32[Array, "n"]]:
-        """Begin and end of each owner's part of `places`; the rows requested from this device."""
+        """What is requested in a round: of other devices, and by all devices from this one.
+
+        Args:
+            number: number of the round.
+
+        Returns:
+            Begin and end of each owner's part of `places`, and local row numbers (padding: the
+            number of rows that a device owns).
+        """
         first = jnp.arange(self.shards, dtype=jnp.int32) * self.owned
 
         def begin(number: Array) -> Int32[Array, "S"]:

@@ -41,11 +41,12 @@ def row_numbers(
 def expected_distinct(reads: int) -> float:
     """A bound of the distinct rows among this many reads of text: Heaps' law.
 
-    The share falls with the length of the text. Measured on the shipped texts with the default
-    tokenizer of 8,192 ids, the largest of all sources: 0.88 for 4,096 tokens and 0.79 for 20,480
-    with 16 columns (n-grams of up to 3 tokens), 0.91 and 0.85 with 24 columns (up to 4 tokens);
-    docs/experiments.md, 2026-11-29. The bound is 0.94 to 0.88 there. Text with more distinct
-    n-grams needs a second round of exchange.
+    The share of distinct rows among the reads falls with the length of the text. Measured on the
+    shipped texts with the default tokenizer of 8,192 ids, the largest of all sources: 0.88 for
+    4,096 tokens and 0.79 for 20,480 with 16 columns (n-grams of up to 3 tokens), 0.91 and 0.85 with
+    24 columns (up to 4 tokens); docs/experiments.md, 2026-11-29. For these four cases, the bound is
+    0.94, 0.90, 0.93 and 0.88. Text that exceeds the bound by more than the margin of
+    `exchange_capacity` needs a second round of exchange.
 
     Args:
         reads: tokens × columns.

@@ -157,7 +157,7 @@ class HotTable:
     def read(self, places: Int32[Array, "n"]) -> RowState:
         """The rows of places; zeros for padding, from R up."""
         rows = self.table.table.rows
-        # Unrolled, XLA makes one kernel of all steps of the search.
+        # If the search is unrolled, XLA makes one kernel of all its steps.
         numbers = jnp.searchsorted(self.places, places, method="scan_unrolled")
         is_copied = self.places.at[numbers].get(mode="clip") == places
         copied = records.read(self.copies, jnp.where(is_copied, numbers, len(self.places)))
