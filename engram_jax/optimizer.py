@@ -2,6 +2,7 @@
 
 import operator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import jax
@@ -84,6 +85,7 @@ class OptimizerConfig:
             raise InputError(f"muon_steps is {self.muon_steps}; it must be at least 1.")
 
 
+@lru_cache(maxsize=16)  # equal schedules are one function, which is compiled once
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate as a function of the number of finished steps."""
     if config.decay == "steps":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -33,8 +34,9 @@ from experiments.sweep import Options, Task, run_experiment
 
 @pytest.fixture(autouse=True)
 def shared(monkeypatch):
-    """All tests here use one device and keep compiled programs."""
+    """All tests here use one device, keep compiled programs, and collect garbage as usual."""
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    monkeypatch.setattr(one_run, "gc", SimpleNamespace(collect=lambda: None))
     with on_devices(1):
         yield
 

@@ -28,6 +28,7 @@ from engram_jax.metrics import MetricsLog, read_metrics
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState
 from engram_jax.trainer import train
+from engram_jax.training_progress import TrainingProgress
 
 
 @pytest.mark.usefixtures("one_device")

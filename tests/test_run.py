@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.metrics import MetricsLog, read_metrics
 from engram_jax.program import Program
 from engram_jax.run import Run
-from engram_jax.sharding import MeshConfig, make_mesh
+from engram_jax.sharding import MeshConfig, batch_part, make_mesh
 from engram_jax.tokenizer import DEFAULT_MODEL
 from engram_jax.trainer import train
 
@@ -82,11 +83,11 @@ def test_a_batch_lies_on_the_mesh_in_its_own_order(config: Config, tmp_path: Pat
 def test_processes_share_the_sequences_that_their_devices_share(
     local: int, context: int, sharing: int
 ) -> None:
-    mesh = SimpleNamespace(local_devices=range(local), shape={"context": context})
-    assert program.Program.part(SimpleNamespace(mesh=mesh)).sharing == sharing
+    mesh = Mock(jax.sharding.Mesh, local_devices=range(local), shape={"context": context})
+    assert batch_part(mesh).sharing == sharing
     mesh.local_devices = range(6)
     with pytest.raises(InputError, match=rf"context {context} does not fit processes of 6"):
-        program.Program.part(SimpleNamespace(mesh=mesh))
+        batch_part(mesh)
 
 
 def test_another_mesh_and_log_interval_may_resume(config: Config, tmp_path: Path) -> None:

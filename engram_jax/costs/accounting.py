@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import takewhile
 from typing import Any
 
@@ -26,6 +26,7 @@ from jaxtyping import Array
 from engram_jax.command_line import parse
 from engram_jax.config import Config
 from engram_jax.costs.memory import estimate_bytes
+from engram_jax.decoder_config import DecoderConfig, MemorySites
 from engram_jax.errors import InputError
 from engram_jax.layers.latent_attention import LatentAttentionConfig
 from engram_jax.memory.places import exchange_capacity
@@ -227,13 +228,19 @@ def _bus_bytes(program: Program, config: Config) -> int:
 
 def _flops_per_token(config: Config) -> tuple[float, float]:
     """FLOPs per token of the forward pass, and of forward and backward pass."""
-    model, length = config.model, config.data.sequence_length
+    model, sites = config.model, config.memory.sites
+    return _count_flops(model, sites, config.memory.layers, config.data.sequence_length)
+
+
+@lru_cache(maxsize=128)  # tracing takes longer than all other counting
+def _count_flops(
+    model: DecoderConfig, sites: MemorySites, layers: tuple[int, ...], length: int
+) -> tuple[float, float]:
     experts = model.experts and replace(model.experts, multiple=1, implementation="ragged")
     attention = replace(model.attention, implementation="xla")
     engram = replace(model.engram, implementation=None)
     model = replace(model, experts=experts, attention=attention, engram=engram, remat=None)
     model = replace(model, scan=True)  # equal blocks are traced once
-    sites = config.memory.sites
 
     def make_decoder() -> Decoder:
         return Decoder(model, sites, rngs=nnx.Rngs(0, memory=1))
@@ -241,7 +248,7 @@ def _flops_per_token(config: Config) -> tuple[float, float]:
     graph, params = nnx.split(nnx.eval_shape(make_decoder))
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     vectors = jax.ShapeDtypeStruct((1, length, sites.width), jnp.float32)
-    memory = {layer: vectors for layer in config.memory.layers}
+    memory = {layer: vectors for layer in layers}
 
     def loss(params: Any, memory: Any, tokens: Array, segments: Array, positions: Array) -> Array:
         logits, _ = nnx.merge(graph, params)(tokens, memory, segments, positions)

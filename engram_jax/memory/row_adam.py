@@ -13,6 +13,7 @@ Both work on rows that the caller has gathered from a table, and will scatter ba
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple, no_type_check
 
 import jax
@@ -233,6 +234,11 @@ class _PendingRule(NamedTuple):
     offset: Float[Array, "U nodes"]
 
 
+@partial(jax.jit, static_argnums=0)
+def _rates(schedule: Schedule, done: Int32[Array, "steps"]) -> Float[Array, "steps"]:
+    return jax.vmap(schedule)(done)
+
+
 def make_row_adam(config: RowAdamConfig, schedule: Schedule, steps: int) -> RowAdam:
     """Creates the row optimizer of a run, with NumPy arrays.
 
@@ -244,11 +250,10 @@ def make_row_adam(config: RowAdamConfig, schedule: Schedule, steps: int) -> RowA
     Raises:
         InputError: with exact Adam, the momentum of idle rows decays too slowly.
     """
-    jitted = jax.jit(jax.vmap(schedule))
 
     def rates(done: np.ndarray) -> np.ndarray:
         with jax.set_mesh(None):  # the mesh may be of a TPU slice without devices
-            return np.asarray(jitted(done))
+            return np.asarray(_rates(schedule, done))
 
     by_step, tail = None, None
     if config.form == "exact":
