@@ -25,24 +25,18 @@ from engram_jax.train_step import make_train_step
 from engram_jax.trainer import train
 from engram_jax.typing import PyTree
 
+pytestmark = pytest.mark.slow
+
 MESH = (2, 2, 2)
 LONG = (1, 2, 2, 2)  # with every sequence on two devices
 
 
-@pytest.fixture(
-    scope="module", params=["one layer", pytest.param("a loop", marks=pytest.mark.slow)]
-)
-def backbone(request: pytest.FixtureRequest, tiny: Config) -> Config:
+@pytest.fixture(scope="module")
+def backbone(tiny: Config) -> Config:
     """Without clipping, so that the moments after a step are multiples of its gradients."""
-    config = with_backbone(tiny, layers=1 if request.param == "one layer" else 4)
-    return vary(config, train={"checkpoint_every": 3}, optimizer={"clip_norm": 1e9})
-
-
-of_a_loop = pytest.mark.parametrize("backbone", ["a loop"], indirect=True)
-
-
-def mesh_of(backbone: Config) -> tuple[int, ...]:
-    return LONG if backbone.model.layers == 1 else MESH
+    return vary(
+        with_backbone(tiny, layers=4), train={"checkpoint_every": 3}, optimizer={"clip_norm": 1e9}
+    )
 
 
 def start(config: Config, folder: Path, *mesh: int) -> Run:
@@ -121,7 +115,7 @@ def one(backbone: Config, tmp_path_factory: pytest.TempPathFactory) -> Steps:
 @pytest.fixture(scope="module")
 def trained_on_mesh(backbone: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Tests must only read it. Its program is that of the gradients on the same mesh."""
-    return train_on(backbone, tmp_path_factory.mktemp("mesh") / "run", *mesh_of(backbone))
+    return train_on(backbone, tmp_path_factory.mktemp("mesh") / "run", *MESH)
 
 
 def test_a_mesh_with_dealt_experts_gives_the_losses_of_one_device(
@@ -162,15 +156,7 @@ def relative_errors(
     }
 
 
-@pytest.mark.parametrize(
-    ("backbone", "mesh"),
-    [
-        ("one layer", LONG),
-        pytest.param("a loop", MESH, marks=pytest.mark.slow),
-        pytest.param("a loop", LONG, marks=pytest.mark.slow),
-    ],
-    indirect=["backbone"],
-)
+@pytest.mark.parametrize("mesh", [MESH, LONG])
 def test_every_gradient_is_that_of_one_device(
     backbone: Config, one: Steps, tmp_path: Path, mesh: tuple[int, ...]
 ) -> None:
@@ -189,8 +175,6 @@ def test_every_gradient_is_that_of_one_device(
     assert_identical(found.biases, one.biases)
 
 
-@of_a_loop
-@pytest.mark.slow
 def test_bfloat16_gradients_are_as_near_to_float32s_on_a_mesh(
     backbone: Config, one: Steps, tmp_path: Path
 ) -> None:
@@ -221,13 +205,11 @@ def test_a_resumed_run_goes_on_with_its_expert_biases(
     whole = trained_on_mesh
     shutil.copytree(whole.folder, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "00000006")
-    cut = train_on(backbone, tmp_path / "cut", *mesh_of(backbone))
+    cut = train_on(backbone, tmp_path / "cut", *MESH)
     assert losses(cut.folder) == losses(whole.folder)
     assert_identical(cut.restore(), whole.restore())
 
 
-@of_a_loop
-@pytest.mark.slow
 def test_bfloat16_trains_200_steps_with_finite_gradients(backbone: Config, tmp_path: Path) -> None:
     config = vary(
         backbone,

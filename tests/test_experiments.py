@@ -73,6 +73,9 @@ SMALLEST = {  # the last has memory
 }
 
 
+SLOW = ("ablations", "allocation", "facts")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """One folder for all experiments, so that equal runs are trained once."""
@@ -147,7 +150,10 @@ def test_other_arms_train(name, family, folder, monkeypatch):
     assert set(results.labels()) == set(MORE[name])
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SMALLEST],
+)
 def test_the_smallest_form_from_nothing_to_the_plot(name, family, folder, monkeypatch):
     make_few_facts(monkeypatch, folder / "text")
     monkeypatch.setattr(one_run, "ROUNDS", 2)

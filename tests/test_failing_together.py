@@ -70,10 +70,16 @@ def save_twice(rank: int, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("failure", "codes", "messages"),
     [
-        ("input of 0", [2, 2], ["error: No.", "error: Process 0 failed"]),
+        pytest.param(
+            *("input of 0", [2, 2], ["error: No.", "error: Process 0 failed"]),
+            marks=pytest.mark.slow,
+        ),
         ("input of 1", [2, 2], ["error: Process 1 failed", "error: No."]),
         ("bug of 1", [2, 1], ["error: Process 1 failed", "KeyError: 'bug'"]),
-        ("keys of 1", [2, 130], ["error: Process 1 failed", "Interrupted."]),
+        pytest.param(
+            *("keys of 1", [2, 130], ["error: Process 1 failed", "Interrupted."]),
+            marks=pytest.mark.slow,
+        ),
         ("killed 1", [1, -9], ["error: Another process ended", ""]),
         ("different checkpoints", [2, 2], ["error: They differ.", "error: They differ."]),
         pytest.param(
@@ -83,7 +89,12 @@ def save_twice(rank: int, folder: Path) -> None:
             marks=pytest.mark.slow,
         ),
         ("all stop", [0, 0], ["", ""]),
-        ("input of 2", [2] * 4, [*["error: Process 2 failed"] * 2, "error: No.", "error: Process"]),
+        pytest.param(
+            "input of 2",
+            [2] * 4,
+            [*["error: Process 2 failed"] * 2, "error: No.", "error: Process"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_process_that_fails_ends_all(

@@ -361,7 +361,7 @@ def unrolled() -> tuple[Array, tuple[dict, dict]]:
     "remat",
     [
         pytest.param(None, marks=pytest.mark.slow),
-        "experts_saveable",
+        pytest.param("experts_saveable", marks=pytest.mark.slow),
         pytest.param("dots_with_no_batch_dims_saveable", marks=pytest.mark.slow),
     ],
 )

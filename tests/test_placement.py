@@ -149,10 +149,8 @@ class _StopAt:
         pass
 
 
-@pytest.mark.parametrize(
-    ("placement", "mesh"),
-    [("file", (2, 1)), pytest.param("host", (2, 4), marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("placement", "mesh"), [("file", (2, 1)), ("host", (2, 4))])
 def test_several_devices_and_rounds_of_exchange(
     tiny: Config,
     train_whole: TrainWhole,

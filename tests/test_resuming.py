@@ -41,7 +41,11 @@ from engram_jax.training_progress import TrainingProgress
             {"memory": {"fusion": "over_encoding", "layers": (0,)}},
             marks=pytest.mark.slow,
         ),
-        (signal.SIGHUP, {"memory": {"layers": ()}, "train": {"accumulation": 2}}),
+        pytest.param(
+            signal.SIGHUP,
+            {"memory": {"layers": ()}, "train": {"accumulation": 2}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["engram", "over_encoding", "dense"],
 )

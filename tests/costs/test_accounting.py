@@ -197,9 +197,8 @@ def test_the_papers_allocation_gives_its_own_sizes() -> None:
     assert rows == pytest.approx((2_262_400,) * 2, rel=2e-4)  # sizes of heads are the next primes
 
 
-@pytest.mark.parametrize(
-    "name", ["engram_10m", pytest.param("over_encoding_10m", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["engram_10m", "over_encoding_10m"])
 def test_all_to_experts_leaves_no_memory(name: str) -> None:
     pure = allocate(short(name), 1.0)
     assert pure.memory.layers == () and pure.model.experts.routed == 54

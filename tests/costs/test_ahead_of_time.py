@@ -90,6 +90,7 @@ def assert_only_gathers_and_scatters_meet(own_rows: int, text: str) -> None:
     assert re.search(rf"\[{own_rows},\d+\]", text)
 
 
+@pytest.mark.slow
 def test_the_exchange_sends_a_fraction_of_what_xlas_own_partitioning_sends(
     mesh: jax.sharding.Mesh,
 ) -> None:

@@ -142,7 +142,7 @@ def test_a_text_does_not_depend_on_the_others(untrained) -> None:
         ("engram", "host", HotTable),
         pytest.param("two_layers", "host", CallbackTable, marks=pytest.mark.slow),  # verified
         pytest.param("engram", "host", PinnedTable, marks=pytest.mark.slow),
-        ("bfloat16", "file", InPlaceTable),
+        pytest.param("bfloat16", "file", InPlaceTable, marks=pytest.mark.slow),
         pytest.param("bfloat16", "file", CallbackTable, marks=pytest.mark.slow),
         pytest.param("two_layers", "file", InPlaceTable, marks=pytest.mark.slow),
         pytest.param("over_encoding", "host", InPlaceTable, marks=pytest.mark.slow),
