@@ -227,11 +227,7 @@ def _score(
     study: MemoryStudy | None,
     results: dict[str, Any],
 ) -> str:
-    """Adds held-out losses, and means of gates and of what memory layers add, to the results.
-
-    Returns:
-        Both as text.
-    """
+    """Adds held-out losses and `HealthStudy.report` to the results; returns both as text."""
     health = HealthStudy()
 
     def watch(suppressed: Suppress, scored: ScoredBatch) -> None:

@@ -2,7 +2,7 @@
 
     python train.py [CONFIG] [--run FOLDER] [--SECTION.FIELD VALUE …]
 
-CONFIG is a name from configs/; by default, `default`.
+CONFIG is one of the configurations listed below; by default, `default`.
 
 Common flags: --run, --data.sources, --train.steps, --data.batch-size,
 --model.width, --model.layers, --memory.rows-per-head,
@@ -104,7 +104,7 @@ def main(options: TrainOptions, config: Config) -> int:
     if run.program.can_decode:
         print(f"Sample: {PROMPT}|{sample(run, state.weights)}")
     elif is_leader():
-        print("No sample: several processes, or a model or sequences split over devices.")
+        print("No sample: it needs one process that splits neither parameters nor sequences.")
     return 0
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.exchange [--topology v5p:4x4x4]
 
-The table is one of Engram-27B's (16 hash heads of 2,262,500 rows of width 80), with exact row Adam.
-Every chip requests the rows of 4,096 tokens. Prints, per chip, the bytes sent over the
+The table is one of Engram-27B's (16 hash columns of 2,262,500 rows of width 80), with exact row
+Adam. Every chip requests the rows of 4,096 tokens. Prints, per chip, the bytes sent over the
 interconnect, and the bytes of temporary buffers. XLA's gather is `table.at[numbers].get()` of a
 table that holds only embeddings, split by row. Needs libtpu (`pip install -e '.[tpu]'`).
 """

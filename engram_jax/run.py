@@ -284,14 +284,15 @@ class Run:
             InputError: a source cannot be read (see `build_corpora`), has no held-out documents, or
                 has the same name as another.
         """
-        data = self.config.data
-        if sources:
-            return build_corpora(sources, self.tokenizer, Path(data.cache), data.held_out)
-        return list(self._own_corpora)
+        return self._build(sources) if sources else list(self._own_corpora)
 
     @cached_property
     def _own_corpora(self) -> list[Corpus]:
-        return self.corpora(self.config.data.sources)
+        return self._build(self.config.data.sources)
+
+    def _build(self, sources: Sequence[str]) -> list[Corpus]:
+        data = self.config.data
+        return build_corpora(sources, self.tokenizer, Path(data.cache), data.held_out)
 
     def batches(self, first_batch: int = 0) -> BatchIterator:
         """This process's training batches from `first_batch` on. Close them after use."""

@@ -124,6 +124,9 @@ def row_parts(mesh: AnyMesh) -> int:
 def batch_part(mesh: AnyMesh) -> BatchPart:
     """This process's part of every micro-batch.
 
+    Args:
+        mesh: a mesh with devices.
+
     Raises:
         InputError: the devices that share a sequence are not whole processes or a part of one.
     """

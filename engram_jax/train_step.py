@@ -180,7 +180,7 @@ def step_metrics(
     - expert_load_worst, expert_load_mean: load of a layer's fullest expert, relative to the mean of
       its experts; the maximum over layers, and the mean over layers.
     - mixing_error: largest error of a column sum of any H_res (`layers/hyper_connections.py`).
-    - gates_open_L, gates_closed_L, memory_strength_L: see `MemoryHealth`; means over micro-batches.
+    - gates_open_L, gates_closed_L, memory_strength_L: of the mean `MemoryHealth` of micro-batches.
     """
     metrics: Metrics = {
         "loss": loss,

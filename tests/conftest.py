@@ -14,7 +14,7 @@ from pathlib import Path
 CACHE = Path(__file__).parent.parent / ".cache" / "xla"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.01")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Most of the time of tests is compiling, so LLVM optimizes less on a CPU. XLA's own passes still
 # run, so compiled programs have the same text and memory. Their results can differ in the last
 # bits: see `optimized`.

@@ -220,7 +220,7 @@ engram_jax/memory/row_feed.py < test_placement.py
   buffers are written one step late
     - self._submit(following, before, tables)
     + self._submit(following, before, None)
-engram_jax/memory/plan.py < test_placement.py
+engram_jax/memory/plan.py < memory/test_plan.py
   rows of all owners are counted from the first one
     - np.searchsorted(needed, request) - owner_start
     + np.searchsorted(needed, request) - owner_start[:1]
@@ -475,6 +475,12 @@ engram_jax/loss.py < evaluation/test_held_out.py
     - head, micro_batch.batch.targets)
     + head, micro_batch.batch.tokens)
 engram_jax/train_step.py < test_train_step.py
+  experts are balanced by the loads of one micro-batch
+    - jnp.sum(load, axis=0)
+    + load[0]
+  the biases of experts stay
+    - balance(bias, loads[layer], experts.balance_rate if experts else 0.0)
+    + bias
   a micro-batch is weighed by its own targets
     - jnp.sum(losses.cross_entropy * mask) / target_count
     + jnp.sum(losses.cross_entropy * mask) / jnp.sum(mask)

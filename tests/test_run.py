@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -42,7 +41,7 @@ from engram_jax.memory.row_adam import RowAdamConfig
 from engram_jax.metrics import MetricsLog, read_metrics
 from engram_jax.program import Program
 from engram_jax.run import Run
-from engram_jax.sharding import MeshConfig, batch_part, make_mesh
+from engram_jax.sharding import MeshConfig, make_mesh
 from engram_jax.tokenizer import DEFAULT_MODEL
 from engram_jax.trainer import train
 
@@ -77,17 +76,6 @@ def test_a_batch_lies_on_the_mesh_in_its_own_order(config: Config, tmp_path: Pat
     placed = run.program.put(batch)
     for host, device in zip(jax.tree.leaves(batch), jax.tree.leaves(placed), strict=True):
         np.testing.assert_array_equal(host, device)
-
-
-@pytest.mark.parametrize(("local", "context", "sharing"), [(8, 4, 1), (4, 8, 2), (4, 4, 1)])
-def test_processes_share_the_sequences_that_their_devices_share(
-    local: int, context: int, sharing: int
-) -> None:
-    mesh = Mock(jax.sharding.Mesh, local_devices=range(local), shape={"context": context})
-    assert batch_part(mesh).sharing == sharing
-    mesh.local_devices = range(6)
-    with pytest.raises(InputError, match=rf"context {context} does not fit processes of 6"):
-        batch_part(mesh)
 
 
 def test_another_mesh_and_log_interval_may_resume(config: Config, tmp_path: Path) -> None:

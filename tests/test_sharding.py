@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 from itertools import permutations
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from engram_jax.parameters import Matrix, Plain
 from engram_jax.sharding import (
     TOKEN_AXES,
     MeshConfig,
+    batch_part,
     extend_spec,
     fit_mesh,
     gather_parameters,
@@ -246,3 +248,14 @@ def test_outside_a_mesh_nothing_is_said_of_sharding() -> None:
     array = jnp.zeros(3)
     np.testing.assert_array_equal(gather_parameters(nnx.Param(array), array.dtype, ())[...], array)
     assert extend_spec(array, None) is None
+
+
+@pytest.mark.parametrize(("local", "context", "sharing"), [(8, 4, 1), (4, 8, 2), (4, 4, 1)])
+def test_processes_share_the_sequences_that_their_devices_share(
+    local: int, context: int, sharing: int
+) -> None:
+    mesh = Mock(jax.sharding.Mesh, local_devices=range(local), shape={"context": context})
+    assert batch_part(mesh).sharing == sharing
+    mesh.local_devices = range(6)
+    with pytest.raises(InputError, match=rf"context {context} does not fit processes of 6"):
+        batch_part(mesh)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lively import enliven
-from tiny_runs import scale_rows, vary
+from tiny_runs import scale_rows, vary, with_backbone
 
 from engram_jax.config import Config
 from engram_jax.data.packing import Batch, micro_batches
@@ -19,7 +19,7 @@ from engram_jax.memory.places import stored_places
 from engram_jax.memory.row_adam import RowAdamConfig, RowAdamForm
 from engram_jax.run import Run
 from engram_jax.train_state import TrainState
-from engram_jax.train_step import forward_backward, make_train_step
+from engram_jax.train_step import apply_updates, forward_backward, make_train_step, step_metrics
 
 
 def first_batch(run: Run) -> Batch:
@@ -67,6 +67,38 @@ def test_micro_batches_give_the_update_of_the_whole_batch(
     ):
         name = jax.tree_util.keystr(path)
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_experts_are_balanced_by_the_loads_of_all_micro_batches(
+    tiny: Config, tmp_path: Path
+) -> None:
+    """Also the step of all parts of the paper's backbone, with Muon."""
+    config = vary(with_backbone(tiny, layers=1), train={"accumulation": 2})
+    run = Run.start(config, tmp_path / "run")
+    program = run.program
+
+    def take_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any], Any]:
+        read = program.read_rows(state.weights, batch.plan, row_adam)
+        loss, gradients, report = forward_backward(program, state.weights, read, batch)
+        after, norms = apply_updates(program, state, read, batch, gradients, report.loads, row_adam)
+        metrics = step_metrics(state, batch, loss, jnp.ones(()), norms, report)
+        return after, metrics, report.loads[0]
+
+    with program.use_mesh():
+        state, batch, row_adam = program.initial_state(), first_batch(run), program.row_adam
+        bias = np.linspace(-0.1, 0.1, 5, dtype=np.float32)
+        state = replace(state, expert_bias={0: jax.device_put(bias, state.step.sharding)})
+        after, metrics, load = jax.device_get(jax.jit(take_step)(state, batch))
+    data, experts = config.data, config.model.experts
+    assert load.sum() == data.batch_size * data.sequence_length * experts.active
+    step = experts.balance_rate * np.sign(load.mean() - load)
+    assert np.any(step > 0) and np.any(step < 0)
+    np.testing.assert_allclose(after.expert_bias[0], bias + step, rtol=1e-6)
+    for name in ("expert_load_worst", "expert_load_mean"):  # of one layer
+        np.testing.assert_allclose(metrics[name], load.max() / load.mean(), rtol=1e-6)
+    assert 0 < metrics["mixing_error"] < 1e-3
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after.params))
 
 
 @pytest.mark.usefixtures("one_device")

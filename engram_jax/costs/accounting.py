@@ -228,20 +228,19 @@ def _bus_bytes(program: Program, config: Config) -> int:
 
 def _flops_per_token(config: Config) -> tuple[float, float]:
     """FLOPs per token of the forward pass, and of forward and backward pass."""
-    model, sites = config.model, config.memory.sites
-    return _count_flops(model, sites, config.memory.layers, config.data.sequence_length)
-
-
-@lru_cache(maxsize=128)  # tracing takes longer than all other counting
-def _count_flops(
-    model: DecoderConfig, sites: MemorySites, layers: tuple[int, ...], length: int
-) -> tuple[float, float]:
+    model, memory = config.model, config.memory
     experts = model.experts and replace(model.experts, multiple=1, implementation="ragged")
     attention = replace(model.attention, implementation="xla")
     engram = replace(model.engram, implementation=None)
     model = replace(model, experts=experts, attention=attention, engram=engram, remat=None)
     model = replace(model, scan=True)  # equal blocks are traced once
+    return _traced_flops(model, memory.sites, memory.layers, config.data.sequence_length)
 
+
+@lru_cache(maxsize=128)  # tracing takes longer than all other counting
+def _traced_flops(
+    model: DecoderConfig, sites: MemorySites, layers: tuple[int, ...], length: int
+) -> tuple[float, float]:
     def make_decoder() -> Decoder:
         return Decoder(model, sites, rngs=nnx.Rngs(0, memory=1))
 

@@ -67,12 +67,12 @@ class Speed:
 class Generator:
     """Continues prompts with the weights of a run, which are prepared once.
 
-    Programs are compiled for a batch size and a capacity, which are powers of two: the loop that
-    draws tokens, and one that reads prompts. (The loop reads a single short prompt, or "", itself.)
-    Another prompt, setting or seed of the same sizes compiles nothing else. A batch's state has at
-    most `batches.STATE_BYTES` per device. In a batch of one shape, a sequence's text does not
-    depend on the others, bit for bit, in a model without experts; between shapes, logits differ by
-    rounding.
+    Programs are compiled for a number of sequences per device and a capacity, which are powers of
+    two: the loop that draws tokens, and one that reads prompts. (The loop reads a single short
+    prompt, or "", itself.) Another prompt, setting or seed of the same sizes compiles nothing else.
+    A batch's state has at most `batches.STATE_BYTES` per device. In a batch of one shape, a
+    sequence's text does not depend on the others, bit for bit, in a model without experts; between
+    shapes, logits differ by rounding.
 
     Args:
         program: the program.

@@ -80,7 +80,7 @@ class MappedTable:
     def _require_complete(self) -> None:
         if self.is_truncated:
             raise InputError(
-                "A file of a memory was truncated while it was read; download it again."
+                "A file of a memory was truncated while it was read; export or download it again."
             )
 
     @property

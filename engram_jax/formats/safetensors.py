@@ -154,7 +154,9 @@ class Tensors:
                 self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         mapped, count = self._maps[info.file], math.prod(info.shape)
         if len(mapped) < info.stop:
-            raise InputError(f"{info.file} was truncated while it was read; download it again.")
+            raise InputError(
+                f"{info.file} was truncated while it was read; export or download it again."
+            )
         if random and info.stop > info.start and hasattr(mmap, "MADV_RANDOM"):
             page = info.start - info.start % mmap.PAGESIZE
             mapped.madvise(mmap.MADV_RANDOM, page, info.stop - page)
@@ -284,5 +286,6 @@ def _invalid(path: Path) -> Iterator[None]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(
-            f"{path} is not a valid safetensors file or index ({what}); download it again."
+            f"{path} is not a valid safetensors file or index ({what}); export or download it "
+            "again."
         ) from error

@@ -105,14 +105,14 @@ class Route:
     def _ask(
         self, number: Int32[Array, ""]
     ) -> tuple[Int32[Array, "S"], Int32[Array, "S"], Int32[Array, "n"]]:
-        """What is requested in a round: of other devices, and by all devices from this one.
+        """What this device requests in a round, and what all devices request from it.
 
         Args:
             number: number of the round.
 
         Returns:
-            Begin and end of each owner's part of `places`, and local row numbers (padding: the
-            number of rows that a device owns).
+            Begin and end, in `places`, of each owner's rows of this round; and where the requested
+            rows are on this device, by requesting device (padding: `owned`).
         """
         first = jnp.arange(self.shards, dtype=jnp.int32) * self.owned
 

@@ -197,7 +197,7 @@ def test_the_papers_allocation_gives_its_own_sizes() -> None:
     assert rows == pytest.approx((2_262_400,) * 2, rel=2e-4)  # sizes of heads are the next primes
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("without_flops")
 @pytest.mark.parametrize("name", ["engram_10m", "over_encoding_10m"])
 def test_all_to_experts_leaves_no_memory(name: str) -> None:
     pure = allocate(short(name), 1.0)
@@ -208,6 +208,12 @@ def test_all_to_experts_leaves_no_memory(name: str) -> None:
     # The dense twin's parameters, except for the difference in the router's width.
     assert counted.total == pytest.approx(twin.total, rel=2e-3)
     assert counted.activated == pytest.approx(twin.activated, rel=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["engram_10m", "over_encoding_10m"])
+def test_all_to_experts_has_the_flops_of_a_mixture_of_experts(name: str) -> None:
+    counted, twin = account(allocate(short(name), 1.0)), account(short("moe_10m"))
     assert counted.forward_flops == pytest.approx(twin.forward_flops, rel=5e-3)
 
 
