@@ -25,7 +25,7 @@ PIP_LINES = { grep --line-buffered -E '^ *(Downloading|Using cached|Building|Ins
 	| cut -c -100 || true; }
 # On GPU and TPU there is one test process, because a process takes all memory of the device.
 WORKERS ?= $(if $(filter-out cpu,$(JAX_PLATFORMS)),0,2)
-PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations=10
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 .PHONY: help
 help:  ## this list

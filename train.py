@@ -104,15 +104,17 @@ def main(options: TrainOptions, config: Config) -> int:
     if run.program.can_decode:
         print(f"Sample: {PROMPT}|{sample(run, state.weights)}")
     elif is_leader():
-        print("No sample: it needs one process that splits neither parameters nor sequences.")
+        print(
+            "No sample: it needs one process that splits neither parameters, experts nor sequences."
+        )
     return 0
 
 
 def sample(run: Run, weights: Weights) -> str:
     """A continuation of `PROMPT` by the trained model.
 
-    Tables in host memory or in a file stay there. Then all weights are read from the newest
-    checkpoint, because the stores of training are closed.
+    Tables in host memory or in a file stay there. In that case, all weights are read from the
+    newest checkpoint, because the stores of training are closed.
     """
     settings = GenerationSettings(tokens=40, temperature=0.7, top_k=40)
     placement: Placement = "device"

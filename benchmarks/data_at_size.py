@@ -3,11 +3,11 @@
     python -m benchmarks.data_at_size [--documents 100000000] [--no-plain]
 
 The corpus has random lengths and no text: its file of ids is sparse. The plain version packs the
-same rows with arrays of the order of an epoch, and of start, length and end of every document in
-the order, in int64. Each version runs in its own process, on one core; a data worker needs the same
-memory. Seconds are those of the CPU, so other programs may run. Bytes are those of NumPy's arrays.
-Files that are mapped are not counted, because all processes of a machine share them. The two
-versions are checked to be equal.
+same rows with int64 arrays, which hold an epoch's permutation of the documents, and start, length
+and end of every document in it. Each version runs in its own process, on one core; a data worker
+needs the same memory. Seconds are those of the CPU, so other programs may run. Bytes are those of
+NumPy's arrays. Files that are mapped are not counted, because all processes of a machine share
+them. The two versions are checked to be equal.
 """
 
 import json

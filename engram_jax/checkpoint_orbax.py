@@ -17,8 +17,8 @@ except ImportError:  # the path until Orbax moves it
 # needs. No compression: Zstandard saves 8 % on float32 tables and takes five times as long.
 CHUNK_BYTES = 64 << 20
 
-# Of arrays that several devices hold, each writes a part, which a program of its own cuts out. For
-# smaller parts, compiling these programs takes longer than writing.
+# If several devices have copies of an array, each device writes a part, which a separate compiled
+# program cuts out. For smaller parts, compiling these programs takes longer than writing.
 _LEAST_PART_BYTES = 1 << 20
 
 _WRITE_SECONDS = 24 * 3600  # Orbax gives up after 20 minutes by default

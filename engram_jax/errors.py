@@ -21,7 +21,7 @@ STOP_SIGNALS = (
 )
 
 
-_OF_ENVIRONMENT = re.compile("Unable to initialize backend")  # JAX_PLATFORMS names no platform
+_OF_ENVIRONMENT = re.compile("Unable to initialize backend")  # of JAX_PLATFORMS
 _OF_MEMORY = re.compile("RESOURCE_EXHAUSTED: .*?([Oo]ut of memory|allocat)", re.DOTALL)
 
 

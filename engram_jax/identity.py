@@ -21,7 +21,7 @@ from engram_jax.program import Program
 from engram_jax.tokenizer import Tokenizer
 from engram_jax.typing import PyTree
 
-# Fields that may change when a run is resumed. They change results by rounding only.
+# Fields that may change when a run is resumed. They change trained weights by rounding only.
 CHANGEABLE = (
     "memory.gather",
     "memory.placement",

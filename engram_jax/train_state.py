@@ -11,7 +11,7 @@ from engram_jax.memory.layout import Table
 from engram_jax.typing import Parameters, PyTree
 
 
-@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@no_type_check  # no checks at run time: as a pytree it may also hold shapes or shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Weights:

@@ -363,7 +363,7 @@ class _Worker:
 def main(experiment: Experiment) -> None:
     """Parses the command line, runs the experiment, and prints its table."""
     with one_sentence():
-        # Outside of training, where the trainer handles it: ends the helpers, too.
+        # During training, the trainer handles SIGTERM. At other times, this exit ends the helpers.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         options = parse_flags(
             Options,

@@ -62,6 +62,11 @@ from engram_jax.train_state import TrainState  # noqa: E402
 from engram_jax.trainer import train  # noqa: E402
 
 MOST_MAPS = 25_000
+LONGEST = (  # files, by seconds in the slow and in the fast set
+    *("test_processes.py", "test_experiments.py", "test_memory.py", "test_backbone.py"),
+    *("test_ahead_of_time.py", "test_generate.py", "test_placement.py", "test_model.py"),
+    *("test_resuming.py", "test_run.py", "test_lookup.py", "test_extend.py", "test_train_step.py"),
+)
 
 # Times of single examples say nothing on a machine that others use, too.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -93,10 +98,16 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that clear JAX's caches run last in their files, so that the others share programs."""
-    files = {path: number for number, path in enumerate(dict.fromkeys(i.path for i in items))}
+    """Sorts files, those that take longest first, so that all workers are busy until the end.
+
+    Tests that clear JAX's caches run last in their files, so that the others share programs.
+    """
+    files = list(dict.fromkeys(item.path for item in items))
+    places = {name: place for place, name in enumerate(LONGEST)}
+    files.sort(key=lambda path: places.get(path.name, len(LONGEST)))
+    ranks = {path: rank for rank, path in enumerate(files)}
     items.sort(
-        key=lambda item: (files[item.path], "optimized" in getattr(item, "fixturenames", ()))
+        key=lambda item: (ranks[item.path], "optimized" in getattr(item, "fixturenames", ()))
     )
 
 

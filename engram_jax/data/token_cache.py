@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-import time
+import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -230,8 +230,19 @@ class _Entry:
         patience = _ABANDONED_SECONDS if is_locked else _ABANDONED_SECONDS_WITHOUT_LOCK
         for partial in self._cache.glob(f"{glob.escape(self._build_name)}.*.partial"):
             written = max((file.stat().st_mtime for file in partial.glob("*")), default=0.0)
-            if time.time() - max(written, partial.stat().st_mtime) > patience:
+            if _time_of_disk(self._cache) - max(written, partial.stat().st_mtime) > patience:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def _time_of_disk(folder: Path) -> float:
+    """The time of a file written now, in seconds, by the clock that gives files their times.
+
+    A file server has a clock of its own, which can differ from the hosts'.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"now")
+        file.flush()
+        return os.fstat(file.fileno()).st_mtime
 
 
 def _tell_unread(path: Path) -> None:

@@ -20,7 +20,7 @@ from engram_jax.train_state import Weights
 from engram_jax.typing import Parameters
 
 
-@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@no_type_check  # no checks at run time: as a pytree it may also hold shapes or shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeWeights:

@@ -75,9 +75,9 @@ class GateMap:
 def read_gates(run: Run, scorer: Scorer, weights: Weights, text: str) -> GateMap:
     """Computes the gates of a text, as one document. All processes must call this.
 
-    A text longer than T tokens is read in windows of T tokens that overlap by half. The gate of a
-    token is from the window in which at least T/2 tokens precede it, or all tokens of the text that
-    precede it.
+    A text longer than L = data.sequence_length tokens is read in windows of L tokens that overlap
+    by half. The gate of a token is from the window in which at least L/2 tokens precede it, or all
+    tokens of the text that precede it.
 
     Args:
         run: the run.

@@ -62,5 +62,5 @@ def quantize(
         scales = factor.astype(SCALES[table_type])
         fitted = np.rint(in_blocks / scales.astype(np.float32)[..., None])
         stored = np.clip(fitted, -127, 127).astype(np.int8)
-    scales[(stored == 0).all(axis=2)] = 1  # as of zeros, which is how these blocks are read
+    scales[(stored == 0).all(axis=2)] = 1  # as for a block of zeros
     return np.ascontiguousarray(stored.reshape(padded.shape)[:, : rows.shape[1]]), scales

@@ -13,7 +13,7 @@ from engram_jax.formats.mapped_table import MappedTable
 from engram_jax.hashing import NgramHash
 from engram_jax.layers.engram import Engram, EngramConfig
 
-type LayerWeights = Mapping[str, np.ndarray]  # by names of `Engram`'s parameters, gains as well
+type LayerWeights = Mapping[str, np.ndarray]  # by name of `Engram`'s parameters
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from engram_jax.layers.block import BlockCache
 from engram_jax.layers.slots import Slots, write
 
 
-@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@no_type_check  # no checks at run time: as a pytree it may also hold shapes or shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:

@@ -203,8 +203,9 @@ def _apply(
         return y.astype(x.dtype).reshape(x.shape), load
 
     # Every device receives all tokens of its expert-parallel group of S devices: S−1 times as many
-    # as its own. Sending each token only to the devices of its k experts would transfer about
-    # k·(S−1)/S times as many. That is not less for S ≤ k, and needs buffers that can overflow.
+    # as its own. Sending a copy of each token to each of its k experts would transfer about
+    # k·(S−1)/S times as many. That is not less for S ≤ k, and needs buffers that can overflow. (One
+    # copy per device would be fewer.)
     if split := "expert" in axes:
         gather = partial(jax.lax.all_gather, axis_name="expert", tiled=True)
         tokens, chosen, weights = gather(tokens), gather(chosen), gather(weights)

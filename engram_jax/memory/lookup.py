@@ -171,7 +171,7 @@ def expand(
     )
 
 
-@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@no_type_check  # no checks at run time: as a pytree it may also hold shapes or shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class OwnGradients:

@@ -66,7 +66,7 @@ _LEAST_EPS = 1e-18
 _LEAST_ENTRIES = 1024
 
 
-@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@no_type_check  # no checks at run time: as a pytree it may also hold shapes or shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RowAdam:

@@ -26,7 +26,7 @@ ALIGNMENT = 64  # bytes, of arrays that JAX shares instead of copying them
 LANES = 128  # words of a line of a TPU's memory
 
 
-@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@no_type_check  # no checks at run time: as a pytree it may also hold shapes or shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class InPlaceTable:
@@ -53,7 +53,7 @@ class InPlaceTable:
         return _complete(table, places, slots, written)
 
 
-@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@no_type_check  # no checks at run time: as a pytree it may also hold shapes or shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PinnedTable:
@@ -135,7 +135,7 @@ class CallbackTable:
 BareTable = InPlaceTable | PinnedTable | CallbackTable
 
 
-@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@no_type_check  # no checks at run time: as a pytree it may also hold shapes or shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HotTable:
@@ -170,7 +170,7 @@ class HotTable:
         return jax.lax.cond(jnp.all(is_known), lambda: copied, read_others)
 
 
-@no_type_check  # at run time: as a pytree it also holds shapes and shardings
+@no_type_check  # no checks at run time: as a pytree it may also hold shapes or shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class VerifiedTable:
@@ -228,8 +228,10 @@ def called_tables(tables: Mapping[int, StoreTable]) -> dict[int, CallbackTable]:
 def open_table(store: RowStore, mesh: jax.sharding.Mesh) -> BareTable:
     """A store of a complete table, for programs on a mesh. It must not be written meanwhile.
 
-    A CPU reads it where it is, a TPU from a copy in pinned memory. If there is no room for that, or
-    if rows are in another checkpoint, programs call the host.
+    A CPU reads it where it is, if its arrays are aligned. A TPU reads a copy in pinned memory, if
+    the store is not in a file, there is room for the copy, and some rows that are read for
+    comparison are equal. In all other cases (also on a GPU, or if rows are in another checkpoint),
+    programs call the host.
     """
     assert store.first == 0 and store.count == store.table.rows, "a part of a table"
     arrays = store.slots, store.records

@@ -256,8 +256,9 @@ def test_a_corpus_is_pickled_as_its_path(corpus_of):
     assert texts_of(pickle.loads(pickle.dumps(sample))) == texts_of(sample) != texts_of(view)
 
 
-@pytest.mark.parametrize("locking", [True, False])
-def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeypatch, locking):
+def kill_a_build(path, cache, monkeypatch):
+    """The folder that a build leaves after a SIGKILL, without cleaning up."""
+
     class Killed(ByteTokenizer):
         def encode_batch(self, texts):
             if self.encoded:
@@ -265,12 +266,29 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeyp
             return super().encode_batch(texts)
 
     monkeypatch.setattr(survey, "_CHUNK_BYTES", 100)
-    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    # As after a SIGKILL, without cleaning up.
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
-        build_corpus(path, Killed(), tmp_path / "cache")
-    (partial,) = (tmp_path / "cache").glob("*.partial")
+        build_corpus(path, Killed(), cache)
+    (partial,) = cache.glob("*.partial")
+    return partial
+
+
+def test_another_hosts_build_stays_whatever_the_clock_here_says(tmp_path, tokenizer, monkeypatch):
+    """On a shared file system without locks, the build of another host may be going on."""
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    partial = kill_a_build(path, tmp_path / "cache", monkeypatch)
+    monkeypatch.setattr(files.fcntl, "flock", refuse_to_lock)
+    tomorrow = time.time() + 86_400
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: tomorrow)
+        built = build_corpus(path, tokenizer, tmp_path / "cache", 0.0)
+    assert texts_of(built.train) == TEXTS and partial.exists()
+
+
+@pytest.mark.parametrize("locking", [True, False])
+def test_a_killed_build_leaves_nothing_that_is_used(tmp_path, tokenizer, monkeypatch, locking):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    partial = kill_a_build(path, tmp_path / "cache", monkeypatch)
     for file in [*partial.iterdir(), partial]:
         os.utime(file, (time.time() - (100 if locking else 4000),) * 2)
     if not locking:
