@@ -64,6 +64,7 @@ from engram_jax.trainer import train  # noqa: E402
 MOST_MAPS = 25_000
 LONGEST = (  # files, by seconds in the slow and in the fast set
     *("test_processes.py", "test_experiments.py", "test_memory.py", "test_backbone.py"),
+    *("test_notebook.py", "test_training.py"),
     *("test_ahead_of_time.py", "test_generate.py", "test_placement.py", "test_model.py"),
     *("test_resuming.py", "test_run.py", "test_lookup.py", "test_extend.py", "test_train_step.py"),
 )

@@ -46,6 +46,7 @@ def test_everything_is_printed_and_written(eval_program, run, capsys):
     assert "&lt;b&gt;" in (run.folder / "gates.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_sources_and_texts_can_be_chosen(eval_program, run, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("x" + "in Wales " * 340 + "日" * 600)
     before = sorted(run.folder.iterdir())

@@ -75,7 +75,10 @@ def save_twice(rank: int, folder: Path) -> None:
             marks=pytest.mark.slow,
         ),
         ("input of 1", [2, 2], ["error: Process 1 failed", "error: No."]),
-        ("bug of 1", [2, 1], ["error: Process 1 failed", "KeyError: 'bug'"]),
+        pytest.param(
+            *("bug of 1", [2, 1], ["error: Process 1 failed", "KeyError: 'bug'"]),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("keys of 1", [2, 130], ["error: Process 1 failed", "Interrupted."]),
             marks=pytest.mark.slow,
