@@ -195,8 +195,6 @@ def test_the_smallest_form_from_nothing_to_the_plot(name, family, folder, monkey
     experiment.draw(Results(tuple(every.values())), Figure())
 
 
-
-
 def test_a_killed_sweep_continues_where_it_was_and_repeats_no_finished_run(
     options, family, monkeypatch, tmp_path, capsys
 ):
