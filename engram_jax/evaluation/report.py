@@ -92,13 +92,14 @@ def evaluate(
         ) as bar,
     ):
 
-        def score(part: Suppress, scorer: Scorer, title: str) -> dict[str, Score]:
+        def score(part: Suppress, scorer: Scorer) -> dict[str, Score]:
             def see(scored: ScoredBatch) -> None:
                 bar.update(int(scored.mask.sum()))
                 if watch:
                     watch(part, scored)
 
-            bar.set_description(title)
+            what = f"with {_ABLATIONS[part]}" if part in _ABLATIONS else "the full model"
+            bar.set_description(f"scoring {what}")
             return evaluate_held_out(
                 program,
                 scorer,
@@ -109,11 +110,8 @@ def evaluate(
                 with_gates=with_gates and part == "nothing",
             )
 
-        full = score("nothing", scorer, "scoring the full model")
-        suppressed = {
-            part: score(part, make_scorer(program, part), f"scoring with {_ABLATIONS[part]}")
-            for part in parts
-        }
+        full = score("nothing", scorer)
+        suppressed = {part: score(part, make_scorer(program, part)) for part in parts}
     return _compare(full, suppressed)
 
 
